@@ -1,0 +1,3 @@
+"""Shoal: one computer out of many mixed, distant, mortal GPUs."""
+
+__version__ = "0.1.0"

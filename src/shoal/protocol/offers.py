@@ -1,0 +1,139 @@
+"""What nodes offer, and how a hub is asked about it."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+import msgspec
+from msgspec import Meta
+
+from shoal.identity import NodeId
+from shoal.protocol.messages import Message, Record
+
+Name = Annotated[str, Meta(min_length=1, max_length=48, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+AddressText = Annotated[str, Meta(max_length=128)]
+Positive = Annotated[float, Meta(ge=0, le=1e18)]
+UnixMs = Annotated[int, Meta(ge=0, le=1 << 53)]
+
+OFFER_LIFETIME_MAX_MS = 24 * 3600 * 1000
+FOUND_MAX = 256
+"""A hub names at most this many offers in one answer; `after` asks for the next ones."""
+
+
+class Throughput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Measured matrix multiplication."""
+
+    dtype: Annotated[str, Meta(max_length=16)]
+    flops: Positive
+    """Floating point operations per second, measured on square matrices."""
+
+
+class Device(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One measured device of a node."""
+
+    kind: Annotated[str, Meta(max_length=16)]
+    """`cuda`, `rocm`, `mps`, `xpu` or `cpu`."""
+    name: Annotated[str, Meta(max_length=96)]
+    memory_bytes: Annotated[int, Meta(ge=0)]
+    memory_bytes_per_s: Positive
+    throughput: Annotated[tuple[Throughput, ...], Meta(max_length=8)]
+    threads: Annotated[int, Meta(ge=0, le=4096)] = 0
+
+
+class Capability(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What a node measurably can do, with its speed limit already in force."""
+
+    devices: Annotated[tuple[Device, ...], Meta(min_length=1, max_length=64)]
+    speed_limit: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    """The share of time its owner lets it compute; figures above already include it."""
+    disk_free_bytes: Annotated[int, Meta(ge=0)] = 0
+    disk_write_bytes_per_s: Positive = 0.0
+    hub_round_trip_ms: Positive = 0.0
+    hub_rate_bps: Positive = 0.0
+    software: Annotated[str, Meta(max_length=128)] = ""
+
+
+class Offer(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A node's signed word about itself: what it measured, where it can be dialled, and until when this holds.
+
+    Of two offers by one node the one with the higher sequence counts, whatever its clock said.
+    """
+
+    KIND: ClassVar[str] = "offer"
+    MAX_BYTES: ClassVar[int] = 16 * 1024
+
+    name: Name
+    sequence: Annotated[int, Meta(ge=0, le=1 << 53)]
+    issued_ms: UnixMs
+    lifetime_ms: Annotated[int, Meta(ge=1000, le=OFFER_LIFETIME_MAX_MS)]
+    """The hub counts it from the moment the offer arrived, on its own clock."""
+    addresses: Annotated[tuple[AddressText, ...], Meta(max_length=8)] = ()
+    capability: Capability
+    accepts: Annotated[tuple[Annotated[str, Meta(max_length=16)], ...], Meta(max_length=8)] = ("train",)
+    busy: bool = False
+
+
+class OfferPublish(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Request `offer.publish`: keep this offer. The reply is OfferKept, sent once it is durable."""
+
+    KIND: ClassVar[str] = "offer.publish"
+    MAX_BYTES: ClassVar[int] = 20 * 1024
+
+    offer: Annotated[bytes, Meta(max_length=17 * 1024)]
+    """An Envelope of an Offer."""
+
+
+class OfferKept(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    sequence: int
+    lifetime_ms: int
+
+
+class OfferFind(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Request `offer.find`: live offers that fit. The reply is OffersFound."""
+
+    KIND: ClassVar[str] = "offer.find"
+    MAX_BYTES: ClassVar[int] = 4 * 1024
+
+    accepts: Annotated[str, Meta(max_length=16)] | None = None
+    device: Annotated[str, Meta(max_length=16)] | None = None
+    name: Name | None = None
+    node: NodeId | None = None
+    memory_bytes_min: Annotated[int, Meta(ge=0)] = 0
+    flops_min: Positive = 0.0
+    """Of the device's best dtype."""
+    idle_only: bool = False
+    limit: Annotated[int, Meta(ge=1, le=FOUND_MAX)] = 64
+    after: NodeId | None = None
+
+
+class OffersFound(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    MAX_BYTES: ClassVar[int] = FOUND_MAX * 17 * 1024
+
+    offers: Annotated[tuple[bytes, ...], Meta(max_length=FOUND_MAX)]
+    more: bool = False
+
+
+class Introduce(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Request `introduce`, to a hub: ask `node`, over the link it holds to you, to dial the one who asks.
+
+    The hub sends `dial` (DialMe) to the node; the node proves itself on the link it then opens, so nothing here has
+    to be believed. This is how a node that accepts no links is reached.
+    """
+
+    KIND: ClassVar[str] = "introduce"
+    MAX_BYTES: ClassVar[int] = 2 * 1024
+
+    node: NodeId
+    addresses: Annotated[tuple[AddressText, ...], Meta(min_length=1, max_length=8)]
+
+
+class DialMe(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    KIND: ClassVar[str] = "dial"
+    MAX_BYTES: ClassVar[int] = 2 * 1024
+
+    node: NodeId
+    addresses: Annotated[tuple[AddressText, ...], Meta(min_length=1, max_length=8)]
+
+
+class Done(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """An empty reply: it was done."""

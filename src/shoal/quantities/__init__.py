@@ -1,0 +1,29 @@
+"""Quantities with units: bytes, durations and rates, as people write them and as code uses them.
+
+Inside Shoal a quantity is a plain number whose name ends in its unit (`latency_ms`, `size_bytes`, `rate_bps`).
+This room turns text into such numbers and back. Money comes with the market.
+"""
+
+from shoal.quantities.units import (
+    BadQuantity,
+    format_bytes,
+    format_count,
+    format_duration_s,
+    format_rate_bps,
+    parse_bytes,
+    parse_count,
+    parse_duration_s,
+    parse_rate_bps,
+)
+
+__all__ = [
+    "BadQuantity",
+    "format_bytes",
+    "format_count",
+    "format_duration_s",
+    "format_rate_bps",
+    "parse_bytes",
+    "parse_count",
+    "parse_duration_s",
+    "parse_rate_bps",
+]

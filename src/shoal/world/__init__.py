@@ -1,0 +1,43 @@
+"""The door: everything that rules and engines may not reach for themselves comes in through these interfaces.
+
+`Clock` is time, `Dice` is randomness, `Disk` is storage, `Link` and `Endpoint` are the network. Each has a real
+implementation and one for tests; one suite of tests runs on both.
+"""
+
+from shoal.world.clock import Clock, HeldClock, SystemClock
+from shoal.world.dice import Dice, SeededDice, SystemDice
+from shoal.world.network import (
+    Address,
+    Body,
+    DeadlineExceeded,
+    Endpoint,
+    Handler,
+    Link,
+    LinkLost,
+    LinkStats,
+    Refused,
+    ReplyTooLarge,
+    Request,
+    Unreachable,
+)
+
+__all__ = [
+    "Address",
+    "Body",
+    "Clock",
+    "DeadlineExceeded",
+    "Dice",
+    "Endpoint",
+    "Handler",
+    "HeldClock",
+    "Link",
+    "LinkLost",
+    "LinkStats",
+    "Refused",
+    "ReplyTooLarge",
+    "Request",
+    "SeededDice",
+    "SystemClock",
+    "SystemDice",
+    "Unreachable",
+]
