@@ -1,8 +1,8 @@
 """The network as the rest of Shoal sees it: links between nodes that have proved who they are.
 
 An `Endpoint` is one node's place on the network. It dials a peer by NodeId (addresses are hints about where to try),
-and holds at most one open `Link` to each peer, whoever dialled. On an open link either side may make requests; many run at
-once. A request is a kind, a small body and a deadline; what comes back is a small body or a stream of bytes.
+and holds at most one open `Link` to each peer, whoever dialled. On an open link either side may make requests; many
+run at once. A request is a kind, a small body and a deadline; what comes back is a small body or a stream of bytes.
 """
 
 from __future__ import annotations
