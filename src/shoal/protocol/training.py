@@ -140,7 +140,7 @@ class TrainJob(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, om
 
     name: Name
     created_ms: UnixMs
-    seed: Annotated[int, Meta(ge=0, lt=1 << 63)]
+    seed: Annotated[int, Meta(ge=0, le=1 << 53)]
     model: ModelRef
     data: DataRef
     token_budget: Annotated[int, Meta(ge=1, le=1 << 53)]
