@@ -1,0 +1,85 @@
+"""The one form in which benchmarks give their results: a JSON object, printed last.
+
+`{machine, commit, command, figures: [{name, value, unit, goal, holds, compared_with}]}`; with `save_as` the same object
+is also written to `benchmarks/results/<save_as>.json`. A figure without a goal has `holds: null`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+_HERE = Path(__file__).resolve().parent
+
+
+def figure(
+    name: str,
+    value: float | int | str | None,
+    unit: str,
+    goal: str | None = None,
+    holds: bool | None = None,
+    compared_with: str | None = None,
+) -> dict[str, object]:
+    """One result: `goal` is a sentence such as "at least 70 %", `holds` says whether `value` meets it."""
+    return {"name": name, "value": value, "unit": unit, "goal": goal, "holds": holds, "compared_with": compared_with}
+
+
+def report(figures: list[dict[str, object]], *, save_as: str | None = None) -> None:
+    """Print the JSON object of a run as the last line; with `save_as`, keep it under `benchmarks/results/`."""
+    result = {"machine": machine(), "commit": commit(), "command": command(), "figures": figures}
+    if save_as is not None:
+        path = _HERE / "results" / f"{save_as}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(result, indent=2) + "\n")
+    sys.stdout.flush()
+    print(json.dumps(result), flush=True)
+
+
+def machine() -> dict[str, object]:
+    """What a figure was measured on: processor, usable cores, memory in bytes, system, Python."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "processor": _processor(),
+        "cores": cores,
+        "memory_bytes": memory,
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "python": platform.python_version(),
+    }
+
+
+def commit() -> str:
+    """The commit that was measured; `+changes` when tracked files differed from it."""
+    head = _git("rev-parse", "--short=12", "HEAD")
+    if not head:
+        return "unknown"
+    return head + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+def command() -> str:
+    """The command line of this run, as one would type it at the root of the checkout."""
+    script = Path(sys.argv[0]).resolve()
+    shown = script.relative_to(_HERE.parent) if script.is_relative_to(_HERE.parent) else script.name
+    return " ".join(["python", str(shown), *sys.argv[1:]])
+
+
+def _git(*arguments: str) -> str:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=_HERE, capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.lower().startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
