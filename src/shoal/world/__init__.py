@@ -6,6 +6,7 @@ implementation and one for tests; one suite of tests runs on both.
 
 from shoal.world.clock import Clock, HeldClock, SystemClock
 from shoal.world.dice import Dice, SeededDice, SystemDice
+from shoal.world.disk import DirectoryDisk, Disk, DiskLock, Fault, FaultyDisk, FileInfo, MemoryDisk
 from shoal.world.network import (
     Address,
     Body,
@@ -27,12 +28,19 @@ __all__ = [
     "Clock",
     "DeadlineExceeded",
     "Dice",
+    "DirectoryDisk",
+    "Disk",
+    "DiskLock",
     "Endpoint",
+    "Fault",
+    "FaultyDisk",
+    "FileInfo",
     "Handler",
     "HeldClock",
     "Link",
     "LinkLost",
     "LinkStats",
+    "MemoryDisk",
     "Refused",
     "ReplyTooLarge",
     "Request",
