@@ -80,7 +80,14 @@ class RoundSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """0: a round starts from the Commit before it. 1: from the one before that, so that the exchange of one round
     hides behind the computing of the next."""
     codec: Codec = Codec.SPARSE2
+    sparse_keep: Annotated[int, Meta(ge=8, le=1024)] = 64
+    """How many values of each 4096 the codec `sparse2` keeps; a power of two."""
     residual_decay: Fraction = 0.95
+    own_ahead: Annotated[float, Meta(ge=0, le=2)] = 1.0
+    """With lag 1: how much of its own last update, which the base does not contain yet, a member's start state goes
+    ahead of the base. 0: it starts from the base alone."""
+    residual_ahead: Fraction = 0.0
+    """How much of its residual, which it has not sent yet, a member's start state goes ahead of the base."""
     outer: Outer = Outer.PLAIN
     outer_learning_rate: Annotated[float, Meta(gt=0, le=10)] = 1.0
     outer_momentum: Fraction = 0.0
@@ -232,7 +239,8 @@ class Assignment(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, 
     round: Annotated[int, Meta(ge=0, le=ROUNDS_MAX)]
     term: TermNumber
     previous: Hash
-    """The newest Commit when this was made: the one of round - 1 - lag (the job's id before the first)."""
+    """The newest Commit when this was made (the job's id before the first): in steady state the one of
+    round - 1 - lag, a later one after a start, a pause or a new term; never an older one."""
     base_state: Hash
     """The shared state that this round's work starts from: the one `previous` names."""
     step: Count
@@ -428,11 +436,14 @@ class JobEnd(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, omi
 
 
 class HeadAsk(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Request `train.head`: which Commit is your newest? A driver that takes over asks its members. Reply: Head."""
+    """Request `train.head`: which Commit is your newest? A driver that takes over asks its members. Reply: Head.
+
+    With `term`, the reply is a promise to take no Commit of an older term from now on."""
 
     KIND: ClassVar[str] = "train.head"
 
     job: Hash
+    term: TermNumber | None = None
 
 
 class Head(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):

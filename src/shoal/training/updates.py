@@ -1,0 +1,190 @@
+"""Updates on the wire: what a pseudo-gradient looks like as bytes, and the only way to read one.
+
+Every update starts with 16 bytes: `SHU1`, the codec's number, the keep exponent, two zero bytes, and the count of
+numbers N (uint64). All integers are little-endian. Then, over the flat buffer of N numbers:
+
+    none     N float32.
+    int8     per chunk of 4096: a float32 scale s >= 0; then N int8 q in [-127, 127]. A value is s * q, rounded once.
+    sparse2  per chunk of 4096 one record of the k = `keep` values of largest magnitude (k = ceil(n * keep / 4096) in a
+             last chunk of n): two bfloat16 magnitudes (low, high); the ascending indices in Elias-Fano form (Elias
+             1974, Fano 1971): the low bits of each, then one bit per index at position (index >> low bits) + rank;
+             then two bits per value: 1 = negative, 2 = the high magnitude. With keep 64 that is 84 bytes a chunk,
+             10.5 bits a kept value; the bound for any coding of the positions is about 7.4 bits, this takes 8.
+
+Reading is the same on every machine: a decoded value is either copied from the wire or rounded once. There is one
+encoding for given magnitudes, indices and signs; padding bits are zero, and other bytes are refused.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shoal.errors import BadRecord
+from shoal.protocol.training import Codec
+
+CHUNK = 4096
+"""Numbers that share a scale."""
+CHUNK_BITS = 12
+KEEP_BITS_MIN, KEEP_BITS_MAX = 3, 10
+"""sparse2 keeps 2**3 to 2**10 values of a chunk."""
+HEADER = struct.Struct("<4sBBHQ")
+MAGIC = b"SHU1"
+CODEC_NUMBERS = {Codec.NONE: 0, Codec.INT8: 1, Codec.SPARSE2: 2}
+UPDATE_MEDIA_TYPE = "application/x-shoal-update"
+
+Bytes = NDArray[np.uint8]
+
+
+class BadUpdate(BadRecord):
+    """An update is truncated, of the wrong shape, not finite, or not written as its codec says."""
+
+    code = "SH-511"
+
+
+@dataclass(frozen=True)
+class Update:
+    """A decoded pseudo-gradient over `size` numbers: dense, or only its nonzero places."""
+
+    size: int
+    values: NDArray[np.float32]
+    """One per number, or one per index."""
+    indices: NDArray[np.int64] | None = None
+    """Strictly ascending; none when dense."""
+
+    def dense(self) -> NDArray[np.float32]:
+        if self.indices is None:
+            return self.values
+        flat = np.zeros(self.size, dtype=np.float32)
+        flat[self.indices] = self.values
+        return flat
+
+
+@dataclass(frozen=True)
+class SparseRecord:
+    """Where the fields of one sparse2 chunk record of k indices below `length` lie, in bytes."""
+
+    length: int
+    keep_bits: int
+
+    @property
+    def k(self) -> int:
+        return -((-self.length << self.keep_bits) >> CHUNK_BITS)
+
+    @property
+    def low_bits(self) -> int:
+        return CHUNK_BITS - self.keep_bits
+
+    @property
+    def high_length(self) -> int:
+        """Bits in the unary part: one per index, one per bucket of 2**low_bits."""
+        return self.k + -(-self.length >> self.low_bits)
+
+    @property
+    def fields(self) -> tuple[int, int, int, int]:
+        """Byte offsets where the low bits, the high bits and the values start, and where the record ends."""
+        low = 4
+        high = low + -(-self.k * self.low_bits // 8)
+        values = high + -(-self.high_length // 8)
+        return low, high, values, values + -(-self.k * 2 // 8)
+
+
+def sparse_records(size: int, keep_bits: int) -> list[tuple[int, SparseRecord]]:
+    """(how many, record) for the whole chunks and for the last, shorter one."""
+    whole, rest = divmod(size, CHUNK)
+    records = [(whole, SparseRecord(CHUNK, keep_bits))] if whole else []
+    return records + ([(1, SparseRecord(rest, keep_bits))] if rest else [])
+
+
+def update_bytes(codec: Codec, size: int, keep: int = 64) -> int:
+    """How long an update of `size` numbers is: always exactly this."""
+    if codec is Codec.NONE:
+        return HEADER.size + 4 * size
+    if codec is Codec.INT8:
+        return HEADER.size + 4 * -(-size // CHUNK) + size
+    return HEADER.size + sum(count * record.fields[3] for count, record in sparse_records(size, keep.bit_length() - 1))
+
+
+def decode_update(data: bytes | memoryview, codec: Codec, size: int, keep: int = 64) -> Update:
+    """Bytes -> Update over `size` numbers. Raises BadUpdate with what is wrong."""
+    expected = update_bytes(codec, size, keep)
+    if len(data) != expected:
+        raise BadUpdate(f"An update of {len(data)} bytes was refused: {codec} over {size} numbers takes {expected}.")
+    magic, number, keep_bits, zero, count = HEADER.unpack_from(data)
+    wanted_keep = keep.bit_length() - 1 if codec is Codec.SPARSE2 else 0
+    if (magic, number, keep_bits, zero, count) != (MAGIC, CODEC_NUMBERS[codec], wanted_keep, 0, size):
+        raise BadUpdate(f"An update was refused: its first bytes do not say {codec} over {size} numbers.")
+    body = np.frombuffer(data, dtype=np.uint8, offset=HEADER.size)
+    if codec is Codec.NONE:
+        return Update(size, _finite(body.view("<f4").astype(np.float32), "a value"))
+    if codec is Codec.INT8:
+        return _decode_int8(body, size)
+    return _decode_sparse(body, size, keep_bits)
+
+
+def _finite(values: NDArray[np.float32], what: str) -> NDArray[np.float32]:
+    bad = np.flatnonzero(~np.isfinite(values))
+    if bad.size:
+        raise BadUpdate(f"An update was refused: {what} at {bad[0]} is not a finite number.")
+    return values
+
+
+def _decode_int8(body: Bytes, size: int) -> Update:
+    chunks = -(-size // CHUNK)
+    scales = _finite(body[: 4 * chunks].copy().view("<f4").astype(np.float32), "the scale of a chunk")
+    if np.signbit(scales).any():
+        raise BadUpdate("An update was refused: a chunk's scale is negative.")
+    levels = body[4 * chunks :].view(np.int8)
+    if (levels == -128).any():
+        raise BadUpdate("An update was refused: a level of -128 is never written.")
+    with np.errstate(over="ignore"):
+        values = levels.astype(np.float32) * np.repeat(scales, CHUNK)[:size]
+    return Update(size, _finite(values, "a value"))
+
+
+def _decode_sparse(body: Bytes, size: int, keep_bits: int) -> Update:
+    indices, values, at, start = [], [], 0, 0
+    for count, record in sparse_records(size, keep_bits):
+        rows = body[at : at + count * record.fields[3]].reshape(count, record.fields[3])
+        chunk_indices, chunk_values = _decode_records(rows, record, start)
+        offsets = start + CHUNK * np.arange(count, dtype=np.int64)[:, None]
+        indices.append((chunk_indices + offsets).ravel())
+        values.append(chunk_values.ravel())
+        at += rows.size
+        start += count * record.length
+    return Update(size, np.concatenate(values), np.concatenate(indices))
+
+
+def _decode_records(rows: Bytes, record: SparseRecord, start: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """`count` records of one form -> indices within each chunk and values, both [count, k]."""
+    count, k = len(rows), record.k
+    low_at, high_at, values_at, _ = record.fields
+
+    magnitudes = (rows[:, :4].copy().view("<u2").astype(np.uint32) << 16).view(np.float32)
+    _finite(magnitudes.ravel(), "a magnitude")
+    if np.signbit(magnitudes).any() or (magnitudes[:, 0] > magnitudes[:, 1]).any():
+        raise BadUpdate("An update was refused: a chunk's magnitudes are negative or not in order.")
+
+    high = np.unpackbits(rows[:, high_at:values_at], axis=1, bitorder="little")
+    if high[:, record.high_length :].any() or (high.sum(axis=1, dtype=np.int64) != k).any():
+        raise BadUpdate(f"An update was refused: a chunk does not mark exactly {k} places.")
+    places = np.nonzero(high)[1].reshape(count, k) - np.arange(k)
+
+    low = np.unpackbits(rows[:, low_at:high_at], axis=1, bitorder="little")
+    if low[:, k * record.low_bits :].any():
+        raise BadUpdate("An update was refused: padding after the low bits is not zero.")
+    powers = 1 << np.arange(record.low_bits, dtype=np.int64)
+    lows = low[:, : k * record.low_bits].reshape(count, k, record.low_bits) @ powers
+    indices: NDArray[np.int64] = (places.astype(np.int64) << record.low_bits) | lows
+    if (np.diff(indices, axis=1) <= 0).any() or (indices[:, -1] >= record.length).any():
+        raise BadUpdate(f"An update was refused: indices after {start} are out of order or out of range.")
+
+    bits = np.unpackbits(rows[:, values_at:], axis=1, bitorder="little")
+    if bits[:, 2 * k :].any():
+        raise BadUpdate("An update was refused: padding after the values is not zero.")
+    pairs = bits[:, : 2 * k].reshape(count, k, 2)
+    values = np.where(pairs[:, :, 1] == 1, magnitudes[:, 1:2], magnitudes[:, 0:1])
+    return indices, np.where(pairs[:, :, 0] == 1, -values, values)
