@@ -49,7 +49,7 @@ class ShardFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 # --- commands ------------------------------------------------------------------------------------------------------
 
 
-class Prepare(_Message):
+class Prepare(_Message, frozen=True, kw_only=True):
     """Load everything, warm up, and measure. First command, once."""
 
     job: TrainJob
@@ -70,14 +70,14 @@ class Prepare(_Message):
     """False skips the measuring, as in a replay."""
 
 
-class LoadPrivate(_Message):
+class LoadPrivate(_Message, frozen=True, kw_only=True):
     """Take this private state instead of the current one: a replay, or a member that goes on after its process died.
     None: the state before the first round."""
 
     path: Path | None = None
 
 
-class RunRound(_Message):
+class RunRound(_Message, frozen=True, kw_only=True):
     """One member's work of one round. Its fields follow from the Assignment and the member's own last Contribution."""
 
     round: Count
@@ -98,11 +98,11 @@ class RunRound(_Message):
     """Where to write the private state after the round, when it is to be kept."""
 
 
-class CancelRound(_Message):
+class CancelRound(_Message, frozen=True, kw_only=True):
     """Stop the running round at its next step; the member is then as before it. Nothing happens when none runs."""
 
 
-class RollBack(_Message):
+class RollBack(_Message, frozen=True, kw_only=True):
     """Undo accepted-nowhere rounds: private state becomes the kept version with this hash. Cancels a running round."""
 
     private: Hash
@@ -114,7 +114,7 @@ class CommittedUpdate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     scale_ppm: Ppm
 
 
-class ApplyCommit(_Message):
+class ApplyCommit(_Message, frozen=True, kw_only=True):
     """Shared state `previous` + accepted updates -> the next; allowed while a round runs."""
 
     round: Count
@@ -127,26 +127,26 @@ class ApplyCommit(_Message):
     """Where to write the resulting state."""
 
 
-class LoadState(_Message):
+class LoadState(_Message, frozen=True, kw_only=True):
     """Hold one more shared state, from a file."""
 
     path: Path
 
 
-class WriteState(_Message):
+class WriteState(_Message, frozen=True, kw_only=True):
     """Write a held shared state to a file."""
 
     state: Hash
     path: Path
 
 
-class WritePrivate(_Message):
+class WritePrivate(_Message, frozen=True, kw_only=True):
     """Write the current private state to a file."""
 
     path: Path
 
 
-class Evaluate(_Message):
+class Evaluate(_Message, frozen=True, kw_only=True):
     """Mean loss in nats per token of a held shared state over the given shards; not while a round runs."""
 
     state: Hash
@@ -155,7 +155,7 @@ class Evaluate(_Message):
     """At most so many, spread evenly."""
 
 
-class Generate(_Message):
+class Generate(_Message, frozen=True, kw_only=True):
     """Continue a text with a held shared state."""
 
     state: Hash
@@ -168,7 +168,7 @@ class Generate(_Message):
     seed: Annotated[int, Meta(ge=0, lt=1 << 63)] = 0
 
 
-class ExportCheckpoint(_Message):
+class ExportCheckpoint(_Message, frozen=True, kw_only=True):
     """Write a held shared state as a directory that `AutoModelForCausalLM.from_pretrained` loads."""
 
     state: Hash
@@ -176,7 +176,7 @@ class ExportCheckpoint(_Message):
     tokenizer: Path | None = None
 
 
-class Stop(_Message):
+class Stop(_Message, frozen=True, kw_only=True):
     """Finish and exit."""
 
 
@@ -189,11 +189,11 @@ Command = (
 # --- replies -------------------------------------------------------------------------------------------------------
 
 
-class Done(_Message):
+class Done(_Message, frozen=True, kw_only=True):
     pass
 
 
-class Prepared(_Message):
+class Prepared(_Message, frozen=True, kw_only=True):
     state: Hash
     private: Hash
     parameters: Count
@@ -203,7 +203,7 @@ class Prepared(_Message):
     """For Contributions: software, device class, threads, processes."""
 
 
-class RoundDone(_Message):
+class RoundDone(_Message, frozen=True, kw_only=True):
     """What a Contribution says about the work."""
 
     round: Count
@@ -223,34 +223,34 @@ class RoundDone(_Message):
     snapshot_bytes: Count = 0
 
 
-class RoundCancelled(_Message):
+class RoundCancelled(_Message, frozen=True, kw_only=True):
     round: Count
 
 
-class PrivateNow(_Message):
+class PrivateNow(_Message, frozen=True, kw_only=True):
     """The private state after LoadPrivate, RollBack or WritePrivate."""
 
     private: Hash
     size: Count = 0
 
 
-class StateHeld(_Message):
+class StateHeld(_Message, frozen=True, kw_only=True):
     state: Hash
     size: Count
     """Bytes of its file form."""
 
 
-class Evaluated(_Message):
+class Evaluated(_Message, frozen=True, kw_only=True):
     loss: float
     tokens: Count
 
 
-class Generated(_Message):
+class Generated(_Message, frozen=True, kw_only=True):
     text: Annotated[str, Meta(max_length=1 << 20)]
     tokens: Annotated[tuple[int, ...], Meta(max_length=16_384)]
 
 
-class Failed(_Message):
+class Failed(_Message, frozen=True, kw_only=True):
     """The command was refused or could not be done; the engine goes on."""
 
     code: Annotated[str, Meta(max_length=16)]
