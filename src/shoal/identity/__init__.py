@@ -7,7 +7,7 @@ ever re-encoded to verify it. A record's id is the hash of what was signed.
 
 from shoal.identity.hashing import HASH_BYTES, Hash, blake3_hash, hash_from_hex, hash_of_parts
 from shoal.identity.keys import BadKeyFile, KeyPair, NodeId, load_key, load_or_create_key, node_id_from_hex, short_id
-from shoal.identity.signing import ENVELOPE_OVERHEAD_BYTES, BadEnvelope, BadSignature, Envelope, seal
+from shoal.identity.signing import ENVELOPE_OVERHEAD_BYTES, BadEnvelope, BadSignature, Envelope, record_id, seal
 
 __all__ = [
     "ENVELOPE_OVERHEAD_BYTES",
@@ -25,6 +25,7 @@ __all__ = [
     "load_key",
     "load_or_create_key",
     "node_id_from_hex",
+    "record_id",
     "seal",
     "short_id",
 ]

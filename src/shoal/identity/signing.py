@@ -47,7 +47,7 @@ class Envelope(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
     @cached_property
     def record_id(self) -> bytes:
         """BLAKE3 of what was signed: the record's name. The signature is not part of it."""
-        return blake3_hash(_signed_bytes(self.network, self.kind, self.version, self.signer, self.body))
+        return record_id(self.network, self.kind, self.version, self.signer, self.body)
 
     def verify(self) -> None:
         """Raises BadSignature unless `signer` signed exactly this."""
@@ -71,6 +71,11 @@ class Envelope(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Envelope)
+
+
+def record_id(network: str, kind: str, version: int, signer: bytes, body: bytes) -> bytes:
+    """The id that an Envelope of exactly this has, whether or not it has been signed yet."""
+    return blake3_hash(_signed_bytes(network, kind, version, signer, body))
 
 
 def seal(key: KeyPair, network: str, kind: str, version: int, body: bytes) -> Envelope:

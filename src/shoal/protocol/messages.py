@@ -18,7 +18,7 @@ from typing import Any, ClassVar, TypeVar
 import msgspec
 
 from shoal.errors import BadRecord
-from shoal.identity import Envelope, KeyPair, seal
+from shoal.identity import Envelope, KeyPair, record_id, seal
 
 PROTOCOL_VERSION = 1
 """The newest version this code speaks. It understands this and the one before."""
@@ -116,6 +116,14 @@ def common_version(ours: tuple[int, int], theirs: tuple[int, int]) -> int:
 def sign(key: KeyPair, record: Record, network: str = DEFAULT_NETWORK, version: int = PROTOCOL_VERSION) -> Envelope:
     """Put a record into an envelope signed by `key`."""
     return seal(key, network, record.KIND, version, encode(record, version))
+
+
+def record_id_of(
+    record: Record, signer: bytes, network: str = DEFAULT_NETWORK, version: int = PROTOCOL_VERSION
+) -> bytes:
+    """The id that `record` has once `signer` has signed it with the same arguments; so rules can chain records
+    without holding a key."""
+    return record_id(network, record.KIND, version, signer, encode(record, version))
 
 
 def open_record(envelope: Envelope, kind: type[R], network: str = DEFAULT_NETWORK) -> R:

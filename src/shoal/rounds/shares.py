@@ -1,0 +1,80 @@
+"""How a round's samples are divided, and how fast members are thought to be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+HISTORY = 3
+"""Measurements whose median enters the average: one outlier among three changes nothing."""
+NEW_SHARE = 0.5
+"""Weight of the newest median in the moving average: a lasting change is followed within a few rounds."""
+LEAST_SHARE = 0.5
+"""A member whose proportional share is smaller than this part of one sample is left out: the one sample it would get
+at least would take it more than twice as long as the round takes everybody else."""
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """A member's speed in samples per second: an exponential moving average of medians of the newest measurements."""
+
+    samples_per_s: float
+    recent: tuple[float, ...] = ()
+
+    def measured(self, samples_per_s: float) -> Speed:
+        """One more measurement; not positive or not finite ones are ignored."""
+        if not 0 < samples_per_s < float("inf"):
+            return self
+        recent = (*self.recent, samples_per_s)[-HISTORY:]
+        # While fewer than HISTORY were measured, the estimate so far stands in for the missing ones.
+        padded = sorted((*recent, *(self.samples_per_s,) * (HISTORY - len(recent))))
+        median = padded[HISTORY // 2]
+        return Speed(self.samples_per_s + NEW_SHARE * (median - self.samples_per_s), recent)
+
+
+@dataclass(frozen=True, slots=True)
+class Division:
+    """Who gets how many samples, and why."""
+
+    samples: tuple[int, ...]
+    """One per member, in the order asked; 0 for those who are left out."""
+    reason: str
+
+
+def full_round(speeds: Sequence[float], inner_steps: int, batch_samples: int) -> int:
+    """Samples of a round in which the fastest member does `inner_steps` full batches and all others work as long."""
+    return max(1, round(inner_steps * batch_samples * sum(speeds) / max(speeds)))
+
+
+def divide_samples(speeds: Sequence[float], total: int) -> Division:
+    """Divide `total` >= 1 samples in proportion to `speeds` (samples per second, all positive).
+
+    Largest remainder (Hamilton's method); between equal remainders the faster, then the earlier member is first. A
+    member whose share would be less than LEAST_SHARE samples is left out, unless nobody would be left.
+    """
+    fastest = max(range(len(speeds)), key=lambda at: (speeds[at], -at))
+    scale = total / sum(speeds)
+    chosen = [at for at, speed in enumerate(speeds) if at == fastest or speed * scale >= LEAST_SHARE]
+    scale = total / sum(speeds[at] for at in chosen)
+    exact = {at: speeds[at] * scale for at in chosen}
+    counts = {at: int(exact[at]) for at in chosen}
+    by_remainder = sorted(chosen, key=lambda at: (counts[at] - exact[at], -speeds[at], at))
+    for at in by_remainder[: total - sum(counts.values())]:
+        counts[at] += 1
+    # Everyone chosen gets at least one, taken from whoever has most.
+    for at in chosen:
+        if counts[at] == 0:
+            richest = max(chosen, key=lambda other: (counts[other], -other))
+            if counts[richest] > 1:
+                counts[richest] -= 1
+                counts[at] = 1
+    samples = tuple(counts.get(at, 0) for at in range(len(speeds)))
+    working = sum(1 for count in samples if count)
+    reason = f"{total} samples over {working} members at {sum(speeds):.4g} samples/s together"
+    if working < len(speeds):
+        slow = min(speeds)
+        reason += (
+            f"; {len(speeds) - working} left out: at {slow:.4g} samples/s the proportional share is "
+            f"{slow * total / sum(speeds):.2g} of a sample, less than one can be given"
+        )
+    return Division(samples, reason + ".")

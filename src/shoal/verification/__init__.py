@@ -1,0 +1,1 @@
+"""Whether work was done as claimed: verdicts on replays, and the choice of what is replayed."""
