@@ -3,7 +3,7 @@
     runs/<name>/
         job.yaml            the job file as it was given
         job.record          the job's signed TrainJob; a folder without it holds no job yet
-        lock                held (flock) by the driver that is writing here
+        lock                held by the driver that is writing here
         records/chain       every other signed record, byte for byte as it was received, in the order it came
         blobs/              the driver's blob store, managed by `shoal.storage`
         metrics.jsonl       RoundMetrics, one line per committed round
@@ -29,13 +29,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
-import mmap
 import os
 import shutil
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
@@ -48,6 +46,7 @@ from shoal.errors import BadRecord, JobError, StorageError
 from shoal.identity import ENVELOPE_OVERHEAD_BYTES, Envelope, blake3_hash
 from shoal.protocol.messages import Record, open_record
 from shoal.protocol.training import Count, Round, TrainJob
+from shoal.world import DirectoryDisk, Disk, DiskLock
 
 RECORD_BODY_MAX_BYTES = 1 << 20
 """The largest body among the records of a job."""
@@ -222,8 +221,13 @@ L = TypeVar("L", bound=Line)
 R = TypeVar("R", bound=Record)
 S = TypeVar("S", bound=msgspec.Struct)
 
+_CHAIN = "records/chain"
+_LOCK = "lock"
 _FRAME = struct.Struct(">4sBI8s")
 _MARK = b"\xa7RC1"
+_FRAME_MAX_BYTES = _FRAME.size + RECORD_BODY_MAX_BYTES + ENVELOPE_OVERHEAD_BYTES
+_WINDOW_BYTES = 4 << 20
+"""How much of a file is in memory while it is read from end to end."""
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -231,22 +235,25 @@ class RunFolder:
     """A job's folder, open. One process at a time may write (`create`, `open`); any number may read at the same time
     (`open(..., read_only=True)`). Methods may be called from any thread; they block for as long as the disk takes."""
 
-    def __init__(self, path: Path, lock: int | None) -> None:
+    def __init__(self, path: Path, disk: Disk, lock: DiskLock | None) -> None:
         """Use `create` or `open`."""
         self.path = path
         self.cut_bytes = 0
-        """How much torn tail `open` removed from (read-only: ignored in) the chain."""
+        """How much torn tail `open` removed from the chain (read-only: leaves out)."""
+        self._disk = disk
         self._lock = lock
         self._guard = threading.Lock()
         self._job: Envelope | None = None
-        self._files: dict[str, int] = {}
-        self._end = 0
+        self._ends: dict[str, int] = {}
+        """Where the sound part of each file ends that is appended to."""
+        self._ragged: set[str] = set()
+        """Files with bytes behind that end, which a write that failed left there."""
         self._failed = False
 
     # --- opening and closing
 
     @classmethod
-    def create(cls, path: Path, *, replace: bool = False) -> RunFolder:
+    def create(cls, path: Path, *, replace: bool = False, disk: Disk | None = None) -> RunFolder:
         """Make a new folder and lock it; `begin` then gives it its job. A folder in which nothing was begun is taken
         over; with `replace` an earlier run is removed first, but never a file that is not a run's.
 
@@ -263,20 +270,22 @@ class RunFolder:
                 )
         with _writing(path):
             path.mkdir(parents=True, exist_ok=True)
-        folder = cls(path, _take_lock(path))
+            disk = disk or DirectoryDisk(path)
+        folder = cls(path, disk, _take_lock(path, disk))
         try:
-            if (path / "job.record").exists() and not replace:
+            if disk.info("job.record") is not None and not replace:
                 raise FolderTaken(
-                    f"{path} already holds {_describe_job(path)}; continue it with --resume, or choose another name."
+                    f"{path} already holds {folder._describe_job()}; continue it with --resume, or choose another name."
                 )
-            folder._clear()
+            with _writing(path):
+                _clear(path, disk)
         except BaseException:
             folder.close()
             raise
         return folder
 
     @classmethod
-    def open(cls, path: Path, *, read_only: bool = False) -> RunFolder:
+    def open(cls, path: Path, *, read_only: bool = False, disk: Disk | None = None) -> RunFolder:
         """Open a folder that holds a job: to continue it (takes the lock, cuts a torn tail), or to read it while it
         may still be written.
 
@@ -285,13 +294,14 @@ class RunFolder:
         if not path.is_dir():
             raise FolderUnreadable(f"There is no run folder {path}.")
         with _reading(path):
-            begun = (path / "job.record").is_file()
+            disk = disk or DirectoryDisk(path)
+            begun = disk.info("job.record") is not None
         if not begun:
             raise FolderUnreadable(f"{path} is not a run folder that was begun: it has no job.record.")
-        folder = cls(path, None if read_only else _take_lock(path))
+        folder = cls(path, disk, None if read_only else _take_lock(path, disk))
         try:
-            folder._job = _read_job(path)
-            folder._end, folder.cut_bytes = folder._check_chain()
+            folder._job = folder._read_job()
+            folder._check_chain()
             if not read_only:
                 folder._cut_tails()
         except BaseException:
@@ -300,13 +310,10 @@ class RunFolder:
         return folder
 
     def close(self) -> None:
-        """Release the lock and the files. What was not appended durably may still be on its way to the disk."""
+        """Release the lock. What was not appended durably may still be on its way to the disk."""
         with self._guard:
-            for descriptor in self._files.values():
-                os.close(descriptor)
-            self._files.clear()
             if self._lock is not None:
-                os.close(self._lock)  # the lock goes with its descriptor
+                self._lock.release()
                 self._lock = None
 
     def __enter__(self) -> RunFolder:
@@ -323,7 +330,7 @@ class RunFolder:
         """Give the folder its job, durably. Raises FolderTaken when it has one, BadRecord when `job` is not a signed
         TrainJob, FolderWriteFailed."""
         if self._job is not None:
-            raise FolderTaken(f"{self.path} already holds {_describe_job(self.path)}.")
+            raise FolderTaken(f"{self.path} already holds {self._describe_job()}.")
         open_record(job, TrainJob, job.network)
         if job_yaml:
             self.write("job.yaml", job_yaml)
@@ -344,18 +351,25 @@ class RunFolder:
 
     @property
     def blobs(self) -> Path:
+        """The driver's blob store."""
         return self.path / "blobs"
 
     @property
     def model(self) -> Path:
+        """Where the trained model goes."""
         return self.path / "model"
+
+    @property
+    def local(self) -> Path:
+        """State of the hub and the nodes that were started on this machine for this job alone."""
+        return self.path / "local"
 
     # --- records
 
     def append(self, envelope: Envelope, *, durable: bool = False) -> None:
         """Add a record to the chain. A Commit is appended durably before it is published.
 
-        Raises FolderWriteFailed; the chain is then as it was before, except after a failed fsync, when nothing can be
+        Raises FolderWriteFailed; the chain is then as it was before, except after a failed sync, when nothing can be
         said about the disk any more and every later append is refused too.
         """
         payload = envelope.to_bytes()
@@ -364,30 +378,22 @@ class RunFolder:
         with self._guard:
             if self._failed:
                 raise FolderWriteFailed(f"The disk under {self.path} failed before; resume the job on a sound disk.")
-            chain = self._file("records/chain")
-            self._write_at_end(chain, self._end, _frame(self._end, durable, payload))
+            self._extend(_CHAIN, _frame(self._end(_CHAIN), durable, payload))
             if durable:
                 try:
-                    os.fsync(chain)
+                    self._disk.sync(_CHAIN)
                 except OSError as error:
                     self._failed = True
                     raise _write_failure(self.path, error) from error
-            self._end += _FRAME.size + len(payload)
 
     def records(self, *kinds: type[Record]) -> Iterator[Envelope]:
         """The records of these kinds (all, when none is named), in the order they were appended. Signatures are not
         verified here: `open_record` does that for those that are looked into."""
         wanted = {kind.KIND for kind in kinds}
-        path = self.path / "records" / "chain"
-        if not path.exists():
-            return
-        with _reading(path), path.open("rb") as file:
-            position = 0
-            while (payload := _read_frame(file.read, position)) is not None:
-                position += _FRAME.size + len(payload)
-                envelope = Envelope.from_bytes(payload, RECORD_BODY_MAX_BYTES)
-                if not wanted or envelope.kind in wanted:
-                    yield envelope
+        for _, payload in self._frames():
+            envelope = Envelope.from_bytes(payload, RECORD_BODY_MAX_BYTES)
+            if not wanted or envelope.kind in wanted:
+                yield envelope
 
     def opened(self, kind: type[R]) -> Iterator[tuple[Envelope, R]]:
         """The records of one kind, each verified and decoded when its turn comes. Raises BadRecord."""
@@ -403,140 +409,177 @@ class RunFolder:
         if len(data) > LINE_MAX_BYTES:
             raise FolderWriteFailed(f"A line of {len(data)} bytes is too long for {line.FILE}.")
         with self._guard:
-            descriptor = self._file(line.FILE)
-            self._write_at_end(descriptor, os.fstat(descriptor).st_size, data)
+            self._extend(line.FILE, data)
 
     def notes(self, kind: type[L]) -> Iterator[L]:
         """The lines of one kind. An unfinished last line is left out. Raises FolderDamaged."""
-        path = self.path / kind.FILE
-        if not path.exists():
-            return
         decoder = msgspec.json.Decoder(kind)
-        with _reading(path), path.open("rb") as file:
-            number = 0
-            while data := file.readline(LINE_MAX_BYTES + 1):
+        number, position, rest = 0, 0, b""
+        while window := self._read(kind.FILE, position, _WINDOW_BYTES):
+            position += len(window)
+            *lines, rest = (rest + window).split(b"\n")
+            for line in lines:
                 number += 1
-                if not data.endswith(b"\n") and len(data) <= LINE_MAX_BYTES:
-                    return
                 try:
-                    yield decoder.decode(data)
+                    yield decoder.decode(line)
                 except (msgspec.DecodeError, UnicodeDecodeError) as error:
                     raise FolderDamaged(
-                        f"{path} line {number} is damaged ({error}); delete the line: records are kept elsewhere."
+                        f"{self.path / kind.FILE} line {number} is damaged ({error}). Delete the line: it is a note, "
+                        "the records stand elsewhere."
                     ) from error
+            if len(rest) > LINE_MAX_BYTES:
+                raise FolderDamaged(f"{self.path / kind.FILE} has a line that no driver wrote; delete the file.")
 
     def elapsed_s(self) -> float:
         """How far the job's time has come: the latest moment that any line names."""
-        return max(
-            (
-                *(line.time_s for line in self.notes(RoundMetrics)),
-                *(line.time_s for line in self.notes(Event)),
-                *(line.stop_s for line in self.notes(LaneSegment)),
-            ),
-            default=0.0,
+        moments = (
+            (line.time_s for line in self.notes(RoundMetrics)),
+            (line.time_s for line in self.notes(Event)),
+            (line.stop_s for line in self.notes(LaneSegment)),
         )
+        return max((max(several, default=0.0) for several in moments), default=0.0)
 
     # --- whole files
 
     def write(self, name: str, data: bytes) -> None:
         """Replace a file of the folder at once: a reader sees the old one or the new one. Raises FolderWriteFailed."""
-        path = self.path / name
         if len(data) > FILE_MAX_BYTES:
-            raise FolderWriteFailed(f"{path} would have {len(data)} bytes; at most {FILE_MAX_BYTES} are written.")
-        scratch = path.with_name(f".{path.name}.new")
-        with _writing(self.path):
-            try:
-                with scratch.open("wb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                scratch.replace(path)
-                _sync_directory(path.parent)
-            except OSError:
-                with contextlib.suppress(OSError):
-                    scratch.unlink(missing_ok=True)
-                raise
+            raise FolderWriteFailed(f"{name} would have {len(data)} bytes; at most {FILE_MAX_BYTES} are written.")
+        with self._guard, _writing(self.path):
+            self._check_writable()
+            scratch = f".{name}.new"
+            self._disk.delete(scratch)
+            self._disk.write(scratch, data)
+            self._disk.sync(scratch)
+            self._disk.rename(scratch, name)
+            self._disk.sync(name)
 
     def read(self, name: str, kind: type[S]) -> S | None:
         """A JSON file of the folder as a `kind`; None when it was never written. Raises FolderDamaged."""
-        path = self.path / name
-        if not path.exists():
+        if self._size(name) is None:
             return None
-        with _reading(path), path.open("rb") as file:
-            data = file.read(FILE_MAX_BYTES + 1)
         try:
-            return msgspec.json.decode(data, type=kind)
+            return msgspec.json.decode(self._read(name, 0, FILE_MAX_BYTES), type=kind)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise FolderDamaged(f"{path} is damaged ({error}); delete it and resume or report again.") from error
+            raise FolderDamaged(f"{self.path / name} is damaged ({error}); delete it.") from error
 
     # --- inside
 
-    def _file(self, name: str) -> int:
+    def _size(self, name: str) -> int | None:
+        with _reading(self.path):
+            info = self._disk.info(name)
+        return None if info is None else info.size
+
+    def _read(self, name: str, offset: int, length: int) -> bytes:
+        """Bytes of a file; none when it was never written."""
+        with _reading(self.path):
+            try:
+                return self._disk.read(name, offset, length)
+            except FileNotFoundError:
+                return b""
+
+    def _check_writable(self) -> None:
         if self._lock is None:
-            raise FolderWriteFailed(f"{self.path} is open for reading only.")
-        descriptor = self._files.get(name)
-        if descriptor is None:
-            path = self.path / name
-            with _writing(self.path):
-                path.parent.mkdir(exist_ok=True)
-                new = not path.exists()
-                descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-                if new:
-                    _sync_directory(path.parent)
-                    _sync_directory(self.path)
-            self._files[name] = descriptor
-        return descriptor
+            raise FolderWriteFailed(f"{self.path} is not open for writing.")
 
-    def _write_at_end(self, descriptor: int, end: int, data: bytes) -> None:
-        try:
-            written = 0
-            while written < len(data):
-                written += os.write(descriptor, data[written:])
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                os.ftruncate(descriptor, end)
-            raise _write_failure(self.path, error) from error
+    def _end(self, name: str) -> int:
+        if name not in self._ends:
+            self._ends[name] = self._size(name) or 0
+        return self._ends[name]
 
-    def _check_chain(self) -> tuple[int, int]:
-        """Where the intact frames end, and how many bytes of torn tail follow. Raises FolderDamaged."""
-        path = self.path / "records" / "chain"
-        if not path.exists():
-            return 0, 0
-        with _reading(path), path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size  # a driver may be appending more meanwhile
-            position = 0
-            while position < size and (payload := _read_frame(file.read, position)) is not None:
-                position += _FRAME.size + len(payload)
-            if position < size and _durable_after(file.fileno(), position, size):
-                raise FolderDamaged(
-                    f"{path} is damaged at byte {position}, and records that were safe on the disk follow. Restore the "
-                    "file from a copy; the job's members hold its Commits too."
-                )
-        return position, max(0, size - position)
+    def _extend(self, name: str, data: bytes) -> None:
+        self._check_writable()
+        end = self._end(name)
+        with _writing(self.path):
+            if name in self._ragged:
+                self._cut(name, end)
+            self._ragged.add(name)
+            self._disk.write(name, data, end)
+            self._ragged.discard(name)
+        self._ends[name] = end + len(data)
+
+    def _cut(self, name: str, size: int) -> None:
+        """Shorten a file. What stays is copied and renamed, so that at no moment less than that is there."""
+        scratch = f".{name.replace('/', '.')}.new"
+        self._disk.delete(scratch)
+        self._disk.write(scratch, b"")
+        for offset in range(0, size, _WINDOW_BYTES):
+            self._disk.write(scratch, self._disk.read(name, offset, min(_WINDOW_BYTES, size - offset)), offset)
+        self._disk.sync(scratch)
+        self._disk.rename(scratch, name)
+        self._disk.sync(name)
+        self._ragged.discard(name)
+
+    def _frames(self) -> Iterator[tuple[int, bytes]]:
+        """The intact frames from the start on: where each one ends, and its payload."""
+        position, start, window = 0, 0, b""
+        while True:
+            offset = position - start
+            if len(window) - offset < _FRAME_MAX_BYTES:
+                start, offset = position, 0
+                window = self._read(_CHAIN, start, _WINDOW_BYTES)
+            frame = _parse_frame(window, offset, position)
+            if frame is None:
+                return
+            position += _FRAME.size + len(frame[1])
+            yield position, frame[1]
+
+    def _check_chain(self) -> None:
+        """Find where the intact frames end. Raises FolderDamaged unless what follows is a torn tail."""
+        size = self._size(_CHAIN) or 0  # first: a driver may be appending more meanwhile
+        end = 0
+        for end, _ in self._frames():
+            if end >= size:
+                break
+        if end < size and self._durable_between(end + 1, size):
+            raise FolderDamaged(
+                f"{self.path / _CHAIN} is damaged at byte {end}, and records that were safe on the disk follow. "
+                "Restore the file from a copy; the job's members hold its Commits too."
+            )
+        self._ends[_CHAIN] = end
+        self.cut_bytes = max(0, size - end)
+
+    def _durable_between(self, start: int, size: int) -> bool:
+        """Whether an intact durable frame starts in [start, size)."""
+        for base in range(start, size, _WINDOW_BYTES):
+            window = self._read(_CHAIN, base, _WINDOW_BYTES + _FRAME_MAX_BYTES)
+            found = window.find(_MARK)
+            while 0 <= found < _WINDOW_BYTES:
+                frame = _parse_frame(window, found, base + found)
+                if frame is not None and frame[0]:
+                    return True
+                found = window.find(_MARK, found + 1)
+        return False
 
     def _cut_tails(self) -> None:
         with _writing(self.path):
             if self.cut_bytes:
-                os.truncate(self.path / "records" / "chain", self._end)
+                self._cut(_CHAIN, self._ends[_CHAIN])
             for kind in _LINES:
-                path = self.path / kind.FILE
-                if path.exists() and (torn := _torn_line_bytes(path)):
-                    os.truncate(path, path.stat().st_size - torn)
+                size = self._size(kind.FILE) or 0
+                tail = self._read(kind.FILE, max(0, size - LINE_MAX_BYTES), LINE_MAX_BYTES)
+                torn = len(tail) - (tail.rfind(b"\n") + 1)
+                if torn:
+                    self._cut(kind.FILE, size - torn)
 
-    def _clear(self) -> None:
-        # job.record goes first: a folder without it holds no job, however much of the rest is still there
-        with _writing(self.path):
-            (self.path / "job.record").unlink(missing_ok=True)
-            for entry in self.path.iterdir():
-                if entry.name == "lock":
-                    continue
-                if entry.is_dir() and not entry.is_symlink():
-                    shutil.rmtree(entry)
-                else:
-                    entry.unlink()
-            self.blobs.mkdir()
-            (self.path / "records").mkdir()
-            _sync_directory(self.path)
+    def _read_job(self) -> Envelope:
+        data = self._read("job.record", 0, _FRAME_MAX_BYTES)
+        try:
+            envelope = Envelope.from_bytes(data, TrainJob.MAX_BYTES)
+            open_record(envelope, TrainJob, envelope.network)
+        except BadRecord as error:
+            raise FolderDamaged(
+                f"{self.path / 'job.record'} is not a signed job: {error} Restore it from a copy."
+            ) from error
+        return envelope
+
+    def _describe_job(self) -> str:
+        try:
+            envelope = self._read_job()
+            job = open_record(envelope, TrainJob, envelope.network)
+        except (FolderDamaged, FolderUnreadable):
+            return "a job that cannot be read"
+        return f"job {job.name} ({envelope.record_id.hex()[:8]})"
 
 
 # --- frames ---------------------------------------------------------------------------------------------------------
@@ -550,94 +593,58 @@ def _frame(position: int, durable: bool, payload: bytes) -> bytes:
     return _FRAME.pack(_MARK, durable, len(payload), _sum(position, durable, payload)) + payload
 
 
-def _read_frame(read: Callable[[int], bytes], position: int) -> bytes | None:
-    """The payload of the frame that starts here; None at the end and for anything that is not an intact frame."""
-    head = read(_FRAME.size)
-    if len(head) < _FRAME.size:
+def _parse_frame(window: bytes, offset: int, position: int) -> tuple[bool, bytes] | None:
+    """Whether the frame at `offset` of the window is durable, and its payload; None when no intact frame is there.
+    `position` is where the frame starts in the file."""
+    if len(window) - offset < _FRAME.size:
         return None
-    mark, durable, length, check = _FRAME.unpack(head)
-    if mark != _MARK or length > RECORD_BODY_MAX_BYTES + ENVELOPE_OVERHEAD_BYTES:
+    mark, durable, length, check = _FRAME.unpack_from(window, offset)
+    if mark != _MARK or durable > 1 or length > RECORD_BODY_MAX_BYTES + ENVELOPE_OVERHEAD_BYTES:
         return None
-    payload = read(length)
-    return payload if len(payload) == length and _sum(position, durable, payload) == check else None
-
-
-def _durable_after(descriptor: int, damage: int, size: int) -> bool:
-    """Whether an intact durable frame stands anywhere behind `damage`, in the first `size` bytes."""
-    with mmap.mmap(descriptor, size, access=mmap.ACCESS_READ) as data:
-        position = data.find(_MARK, damage + 1)
-        while position >= 0:
-            data.seek(position)
-            payload = _read_frame(data.read, position)
-            if payload is not None and data[position + len(_MARK)]:
-                return True
-            position = data.find(_MARK, position + 1)
-    return False
-
-
-def _torn_line_bytes(path: Path) -> int:
-    """How many bytes stand behind the last line end."""
-    with path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - LINE_MAX_BYTES))
-        tail = file.read()
-    return len(tail) - (tail.rfind(b"\n") + 1)
+    payload = window[offset + _FRAME.size : offset + _FRAME.size + length]
+    if len(payload) < length or _sum(position, durable, payload) != check:
+        return None
+    return bool(durable), payload
 
 
 # --- the file system ------------------------------------------------------------------------------------------------
 
 
 def _is_own(name: str) -> bool:
-    return name in _OWN_NAMES or (name.startswith(".") and name.endswith(".new") and name[1:-4] in _OWN_NAMES)
+    if name.startswith(".") and name.endswith(".new"):
+        name = name[1:-4]
+        return name in _OWN_NAMES or name == _CHAIN.replace("/", ".")
+    return name in _OWN_NAMES
 
 
-def _take_lock(path: Path) -> int:
-    """An open descriptor of `lock`, held for this process. Raises FolderLocked."""
+def _take_lock(path: Path, disk: Disk) -> DiskLock:
+    """Hold the folder for this process. Raises FolderLocked."""
     with _writing(path):
-        descriptor = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
-    except BlockingIOError as error:
-        holder = os.pread(descriptor, 20, 0).decode("ascii", "replace")
-        os.close(descriptor)
-        raise FolderLocked(
-            f"A driver is running in {path}{f' (process {holder})' if holder.isdigit() else ''}; wait for it, stop it, "
-            "or choose another name."
-        ) from error
-    except OSError as error:
-        os.close(descriptor)
-        raise FolderWriteFailed(f"{path} cannot be locked: {error.strerror}. Use a local disk.") from error
-    return descriptor
+        try:
+            lock = disk.lock(_LOCK)
+        except BlockingIOError as error:
+            holder = disk.read(_LOCK, 0, 20).decode("ascii", "replace").strip()
+            raise FolderLocked(
+                f"A driver is running in {path}{f' (process {holder})' if holder.isdigit() else ''}; wait for it, "
+                "stop it, or choose another name."
+            ) from error
+        disk.write(_LOCK, f"{os.getpid():<20}".encode())
+    return lock
 
 
-def _read_job(path: Path) -> Envelope:
-    with _reading(path), (path / "job.record").open("rb") as file:
-        data = file.read(RECORD_BODY_MAX_BYTES + ENVELOPE_OVERHEAD_BYTES + 1)
-    try:
-        envelope = Envelope.from_bytes(data, TrainJob.MAX_BYTES)
-        open_record(envelope, TrainJob, envelope.network)
-    except BadRecord as error:
-        raise FolderDamaged(f"{path / 'job.record'} is not a signed job: {error} Restore it from a copy.") from error
-    return envelope
-
-
-def _describe_job(path: Path) -> str:
-    try:
-        envelope = _read_job(path)
-        job = open_record(envelope, TrainJob, envelope.network)
-    except (FolderDamaged, FolderUnreadable):
-        return "a job that cannot be read"
-    return f"job {job.name} ({envelope.record_id.hex()[:8]})"
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _clear(path: Path, disk: Disk) -> None:
+    """Remove a run, and make its directories anew. job.record goes first: a folder without it holds no job, however
+    much of the rest is still there."""
+    disk.delete("job.record")
+    for entry in path.iterdir():
+        if entry.name == _LOCK:
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+    (path / "blobs").mkdir()
+    (path / "records").mkdir()
 
 
 def _write_failure(path: Path, error: OSError) -> FolderWriteFailed:
