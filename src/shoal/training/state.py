@@ -22,6 +22,8 @@ Floats = NDArray[np.float32]
 
 HEADER_MAX_BYTES = 16 << 20
 TENSORS_MAX = 65_536
+HASH_THREADS = 1
+"""One core hashes several GB a second: more threads would take cores from whoever is computing."""
 MOMENTUM_PREFIX = "outer_momentum."
 
 
@@ -157,9 +159,9 @@ class SharedState:
     @cached_property
     def hash(self) -> bytes:
         """BLAKE3 of `to_bytes()`, 32 bytes."""
-        hasher = blake3(self.header, max_threads=1)
+        hasher = blake3(self.header, max_threads=HASH_THREADS)
         for buffer in self._buffers:
-            hasher.update(memoryview(_little(buffer)).cast("B"))
+            hasher.update(_little(buffer).data.cast("B"))
         return hasher.digest()
 
     @property
@@ -173,7 +175,7 @@ class SharedState:
         with path.open("wb") as file:
             file.write(self.header)
             for buffer in self._buffers:
-                file.write(memoryview(_little(buffer)).cast("B"))
+                file.write(_little(buffer).data.cast("B"))
 
     @classmethod
     def from_bytes(cls, data: bytes | memoryview, what: str = "A shared state") -> SharedState:

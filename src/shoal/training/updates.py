@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from shoal.errors import BadRecord
+from shoal.errors import BadRecord, EngineError
 from shoal.protocol.training import Codec
 
 CHUNK = 4096
@@ -106,6 +106,95 @@ def update_bytes(codec: Codec, size: int, keep: int = 64) -> int:
     if codec is Codec.INT8:
         return HEADER.size + 4 * -(-size // CHUNK) + size
     return HEADER.size + sum(count * record.fields[3] for count, record in sparse_records(size, keep.bit_length() - 1))
+
+
+class NotFinite(EngineError):
+    """A member's own update is not finite: its training diverged."""
+
+    code = "SH-512"
+
+
+def encode_update(flat: NDArray[np.float32], codec: Codec, keep: int = 64) -> bytes:
+    """Flat float32 numbers -> the bytes of an update: always the same for the same numbers, on every machine.
+
+    sparse2 takes the largest magnitudes of a chunk, equal ones by lowest index. The largest quarter of them shares the
+    high magnitude, the others the low one; both are order statistics (the middle of the quarter, the middle of the
+    rest), so that no arithmetic is done at all. Raises NotFinite.
+    """
+    if not np.isfinite(flat).all():
+        raise NotFinite("The update is not finite: training diverged; lower the learning rate.")
+    keep_bits = keep.bit_length() - 1 if codec is Codec.SPARSE2 else 0
+    parts = [HEADER.pack(MAGIC, CODEC_NUMBERS[codec], keep_bits, 0, flat.size)]
+    if codec is Codec.NONE:
+        parts.append(flat.astype("<f4").tobytes())
+    elif codec is Codec.INT8:
+        parts += _encode_int8(flat)
+    else:
+        start = 0
+        for count, record in sparse_records(flat.size, keep_bits):
+            stop = start + count * record.length
+            parts.append(_encode_records(flat[start:stop].reshape(count, record.length), record).tobytes())
+            start = stop
+    return b"".join(parts)
+
+
+def _encode_int8(flat: NDArray[np.float32]) -> list[bytes]:
+    chunks = -(-flat.size // CHUNK)
+    padded = np.zeros(chunks * CHUNK, dtype=np.float32)
+    padded[: flat.size] = flat
+    rows = padded.reshape(chunks, CHUNK)
+    scales = np.abs(rows).max(axis=1) / np.float32(127)
+    levels = np.rint(rows / np.where(scales > 0, scales, np.float32(1))[:, None])
+    levels = np.clip(levels, -127, 127)  # a subnormal scale is coarse: its quotients can exceed the range
+    return [scales.astype("<f4").tobytes(), levels.astype(np.int8).ravel()[: flat.size].tobytes()]
+
+
+def _encode_records(rows: NDArray[np.float32], record: SparseRecord) -> Bytes:
+    """[count, length] numbers -> [count, record bytes]."""
+    count, k, low_bits = len(rows), record.k, record.low_bits
+    low_at, high_at, values_at, end = record.fields
+    sizes = np.abs(rows).view(np.uint32)  # the bits of floats >= 0 are ordered as the floats are
+    indices = _largest(sizes, k)
+    chosen = np.take_along_axis(sizes, indices, axis=1)
+    by_size = np.argsort(~chosen, axis=1, kind="stable")
+    quarter = k // 4
+    high_rank = max(0, k // 8 - 1)
+    low_rank = min(k - 1, max(quarter, quarter + 3 * k // 8 - 1))
+    is_high = np.zeros((count, k), dtype=np.uint8)
+    np.put_along_axis(is_high, by_size[:, :quarter], 1, axis=1)
+    ordered = np.take_along_axis(chosen, by_size, axis=1)
+
+    record_bytes = np.zeros((count, end), dtype=np.uint8)
+    magnitudes = np.stack([ordered[:, low_rank], ordered[:, high_rank]], axis=1)
+    record_bytes[:, :4] = _bfloat16(magnitudes).astype("<u2").view(np.uint8)
+    bits = (indices[:, :, None] >> np.arange(low_bits)) & 1
+    record_bytes[:, low_at:high_at] = np.packbits(
+        bits.astype(np.uint8).reshape(count, k * low_bits), axis=1, bitorder="little"
+    )
+    unary = np.zeros((count, record.high_length), dtype=np.uint8)
+    np.put_along_axis(unary, (indices >> low_bits) + np.arange(k), 1, axis=1)
+    record_bytes[:, high_at:values_at] = np.packbits(unary, axis=1, bitorder="little")
+    negative = np.signbit(np.take_along_axis(rows, indices, axis=1)).astype(np.uint8)
+    pairs = np.stack([negative, is_high], axis=2).reshape(count, 2 * k)
+    record_bytes[:, values_at:] = np.packbits(pairs, axis=1, bitorder="little")
+    return record_bytes
+
+
+def _largest(sizes: NDArray[np.uint32], k: int) -> NDArray[np.int64]:
+    """Ascending indices of the k largest of each row, [count, k]; equal ones by lowest index."""
+    length = sizes.shape[1]
+    threshold = np.partition(sizes, length - k, axis=1)[:, length - k, None]
+    taken = sizes >= threshold
+    for row in np.flatnonzero(taken.sum(axis=1) > k):
+        ties = np.flatnonzero(sizes[row] == threshold[row])
+        taken[row, ties[len(ties) - (int(taken[row].sum()) - k) :]] = False
+    return np.nonzero(taken)[1].reshape(len(sizes), k)
+
+
+def _bfloat16(bits: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """Bits of floats >= 0 -> their upper half, rounded to nearest even, never to infinity."""
+    rounded: NDArray[np.uint32] = np.minimum((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, 0x7F7F)
+    return rounded
 
 
 def decode_update(data: bytes | memoryview, codec: Codec, size: int, keep: int = 64) -> Update:
