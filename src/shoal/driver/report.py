@@ -1,0 +1,634 @@
+"""The report of a training job: a true account of who did what, made from the records.
+
+Work is counted from the chain of Commits and the Contributions they name, never from what a node says later. Losses,
+times, lanes and audits come from the run folder's lines; names, links and verdicts from `Figures`, which the driver
+rewrites as it goes. `build_report` is a pure function of these, so the same folder gives the same report, also after a
+crash. `report.json` is the Report; `report.html` (`report_page`) shows nothing that is not in it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TypeAlias
+
+import msgspec
+
+from shoal.driver.folder import (
+    AuditLine,
+    AuditVerdict,
+    Evaluation,
+    Event,
+    EventKind,
+    Lane,
+    LaneSegment,
+    NodeHex,
+    RoundMetrics,
+    RunFolder,
+)
+from shoal.errors import JobError
+from shoal.identity import Envelope
+from shoal.protocol.messages import open_record
+from shoal.protocol.training import (
+    Commit,
+    Contribution,
+    Member,
+    Term,
+    TrainJob,
+)
+
+CURVE_POINTS_MAX = 500
+LANE_PIECES_MAX = 144
+"""More segments than this are drawn as as many slices of time, each with its shares."""
+LANES_MAX = 128
+LISTED_MAX = 2_000
+"""Exclusions, audits and events that are listed one by one; all are counted."""
+
+
+class ReportImpossible(JobError):
+    """The folder's records do not hang together."""
+
+    code = "SH-620"
+
+
+# --- what the driver knows beside the records -----------------------------------------------------------------------
+
+
+class NodeStatus(StrEnum):
+    """How a node's part in the job ended."""
+
+    WORKING = "working"
+    FINISHED = "finished"
+    LEFT = "left"
+    DIED = "died"
+    EXCLUDED = "excluded"
+    REFUSED = "refused"
+
+
+class NodeFigures(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What the driver knows about a node. Bytes are counted since the job's first start."""
+
+    node_id: NodeHex
+    name: str = ""
+    status: NodeStatus = NodeStatus.WORKING
+    reason: str = ""
+    speed: float = 0.0
+    """Measured samples per second."""
+    bytes_sent: int = 0
+    bytes_received: int = 0
+
+
+class RoundChoice(msgspec.Struct, frozen=True, kw_only=True):
+    """Why a round is as long as it is, and the links that decided it."""
+
+    inner_steps: int = 0
+    reason: str = ""
+    round_trip_ms: float | None = None
+    rate_bps: float | None = None
+    byte_budget: float | None = None
+    """Bytes per second that a member may send on average."""
+
+
+class ReplayCost(msgspec.Struct, frozen=True, kw_only=True):
+    """What it cost to keep rounds replayable."""
+
+    disk_bytes: int = 0
+    """Private state kept by members, the most at any time."""
+    opened_bytes: int = 0
+    """Private state sent to whoever replayed."""
+
+
+class Completion(msgspec.Struct, frozen=True, kw_only=True):
+    prompt: str
+    text: str
+    """What the model wrote after the prompt."""
+
+
+class Goal(msgspec.Struct, frozen=True, kw_only=True):
+    reached: bool
+    sentence: str
+
+
+class Figures(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """`figures.json`: what is in no record and no line. A driver rewrites it every few rounds and at the end."""
+
+    wall_s: float = 0.0
+    held_out_loss: float | None = None
+    """Nats per token; the last Evaluation where none is given here."""
+    untrained_loss: float | None = None
+    """The Evaluation of round -1 where none is given here."""
+    unigram_loss: float | None = None
+    nodes: tuple[NodeFigures, ...] = ()
+    round_choice: RoundChoice = RoundChoice()
+    replay_cost: ReplayCost = ReplayCost()
+    completion: Completion | None = None
+    goal: Goal | None = None
+
+
+# --- the report -----------------------------------------------------------------------------------------------------
+
+
+Setting: TypeAlias = str | int | float
+
+
+class CurvePoint(msgspec.Struct, frozen=True, kw_only=True):
+    round: int
+    time_s: float
+    tokens: int
+    loss: float
+
+
+class LanePiece(msgspec.Struct, frozen=True, kw_only=True):
+    """A stretch of time and how a node spent it: shares of the stretch, at most 1 together."""
+
+    start_s: float
+    stop_s: float
+    shares: dict[Lane, float]
+
+
+class LaneReport(msgspec.Struct, frozen=True, kw_only=True):
+    node_id: str
+    name: str
+    pieces: tuple[LanePiece, ...]
+    totals_s: dict[Lane, float]
+    thinned: bool
+    """Whether pieces are slices of time instead of the segments themselves."""
+
+
+class Mark(msgspec.Struct, frozen=True, kw_only=True):
+    """An event in the life of the job."""
+
+    time_s: float
+    kind: EventKind
+    node_id: str
+    name: str
+    sentence: str
+
+
+class NodeReport(msgspec.Struct, frozen=True, kw_only=True):
+    node_id: str
+    name: str
+    tokens: int
+    bytes_sent: int
+    bytes_received: int
+    accepted_share: float
+    status: NodeStatus
+    reason: str
+    speed: float
+    rounds_accepted: int
+    rounds_excluded: int
+    compute_s: float
+
+
+class ExclusionReport(msgspec.Struct, frozen=True, kw_only=True):
+    round: int
+    node: str
+    name: str
+    reason: str
+
+
+class AuditReport(msgspec.Struct, frozen=True, kw_only=True):
+    round: int
+    node: str
+    name: str
+    verdict: AuditVerdict
+    difference: float | None
+    threshold: float | None
+    sentence: str
+
+
+class TermReport(msgspec.Struct, frozen=True, kw_only=True):
+    number: int
+    driver: str
+    head_round: int
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """`report.json`. Times are seconds since the job's start, losses nats per token."""
+
+    job: str
+    job_id: str
+    folder: str
+    started_ms: int
+    wall_s: float
+    held_out_loss: float | None
+    untrained_loss: float | None
+    unigram_loss: float | None
+    tokens_accepted: int
+    token_budget: int
+    rounds: int
+    """Committed rounds."""
+    tokens_per_s: float
+    compute_fraction: float
+    """Share of the time in which members were there that they spent computing."""
+    bytes_sent: int
+    bytes_received: int
+    model_parameters: int
+    nodes: tuple[NodeReport, ...]
+    exclusions: tuple[ExclusionReport, ...]
+    exclusions_count: int
+    audits: tuple[AuditReport, ...]
+    audits_count: int
+    round_choice: RoundChoice
+    replay_cost: ReplayCost
+    settings: dict[str, dict[str, Setting]]
+    """What the job was trained with, by subject, defaults spelled out."""
+    terms: tuple[TermReport, ...]
+    completion: Completion | None
+    goal: Goal | None
+    curve: tuple[CurvePoint, ...]
+    """Training loss."""
+    held_out_curve: tuple[CurvePoint, ...]
+    lanes: tuple[LaneReport, ...]
+    events: tuple[Mark, ...]
+    events_count: int
+
+
+def report_json(report: Report) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n"
+
+
+def report_from_json(data: bytes) -> Report:
+    """Raises msgspec.DecodeError."""
+    return msgspec.json.decode(data, type=Report)
+
+
+# --- what the folder says -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class WorkDone:
+    """One member's share of one committed round."""
+
+    round: int
+    member: bytes
+    accepted: bool
+    reason: str
+    tokens_by_node: Mapping[bytes, int]
+    """Of accepted work."""
+
+
+@dataclass(frozen=True)
+class RunContents:
+    """A run folder as far as a report needs it."""
+
+    folder: str
+    job_id: bytes
+    job: TrainJob
+    members: Mapping[bytes, Member]
+    terms: Sequence[tuple[bytes, Term]]
+    """Driver and term, in order."""
+    rounds: int
+    tokens_total: int
+    work: Sequence[WorkDone]
+    metrics: Sequence[RoundMetrics] = ()
+    evaluations: Sequence[Evaluation] = ()
+    lanes: Sequence[LaneSegment] = ()
+    events: Sequence[Event] = ()
+    audits: Sequence[AuditLine] = ()
+
+
+def read_contents(folder: RunFolder) -> RunContents:
+    """Everything a report needs from a folder. Members, Terms and Commits are verified, and so is every Contribution
+    that a Commit of the chain names. Raises BadRecord, FolderDamaged, ReportImpossible."""
+    job = folder.train_job()
+    chain = _Chain(folder.job)
+    for envelope in folder.records(Member, Term, Contribution, Commit):
+        chain.take(envelope)
+    commits = chain.commits_in_order()
+    return RunContents(
+        folder=str(folder.path),
+        job_id=folder.job.record_id,
+        job=job,
+        members=chain.members,
+        terms=chain.terms,
+        rounds=len(commits),
+        tokens_total=commits[-1].commit.tokens_total if commits else 0,
+        work=[done for commit in commits for done in commit.work],
+        metrics=tuple(folder.notes(RoundMetrics)),
+        evaluations=tuple(folder.notes(Evaluation)),
+        lanes=tuple(folder.notes(LaneSegment)),
+        events=tuple(folder.notes(Event)),
+        audits=tuple(folder.notes(AuditLine)),
+    )
+
+
+@dataclass(frozen=True)
+class _CommittedRound:
+    record_id: bytes
+    commit: Commit
+    work: tuple[WorkDone, ...]
+
+
+@dataclass
+class _Chain:
+    """Records of one job, put in order. A Contribution is looked into when a Commit names it."""
+
+    job: Envelope
+    members: dict[bytes, Member] = field(default_factory=dict)
+    terms: list[tuple[bytes, Term]] = field(default_factory=list)
+    commits: dict[bytes, _CommittedRound] = field(default_factory=dict)
+    waiting: dict[bytes, Envelope] = field(default_factory=dict)
+    """Contributions that no Commit has named yet."""
+
+    def take(self, envelope: Envelope) -> None:
+        network = self.job.network
+        if envelope.kind == Member.KIND:
+            self.members[envelope.record_id] = open_record(envelope, Member, network)
+        elif envelope.kind == Term.KIND:
+            self.terms.append((envelope.signer, open_record(envelope, Term, network)))
+        elif envelope.kind == Contribution.KIND:
+            self.waiting[envelope.record_id] = envelope
+        else:
+            commit = open_record(envelope, Commit, network)
+            work = tuple(self._work(commit))
+            self.commits[envelope.record_id] = _CommittedRound(envelope.record_id, commit, work)
+
+    def _work(self, commit: Commit) -> Iterable[WorkDone]:
+        for accepted in commit.accepted:
+            envelope = self.waiting.pop(accepted.contribution, None)
+            if envelope is None:
+                raise ReportImpossible(
+                    f"Round {commit.round} accepted a contribution of {self._name(accepted.member)} that the folder "
+                    "does not hold; restore the folder from a copy."
+                )
+            contribution = open_record(envelope, Contribution, self.job.network)
+            member = self.members.get(accepted.member)
+            if member is None or contribution.member != accepted.member or envelope.signer != member.nodes[0].node:
+                raise ReportImpossible(
+                    f"Round {commit.round} counts a contribution for {self._name(accepted.member)} that this member "
+                    "did not sign; do not trust the driver of this job."
+                )
+            tokens: dict[bytes, int] = {}
+            for part in contribution.work:
+                tokens[part.node] = tokens.get(part.node, 0) + part.tokens
+            yield WorkDone(commit.round, accepted.member, True, accepted.reason, tokens)
+        for excluded in commit.excluded:
+            if excluded.contribution is not None:
+                self.waiting.pop(excluded.contribution, None)
+            yield WorkDone(commit.round, excluded.member, False, excluded.reason, {})
+
+    def _name(self, member: bytes) -> str:
+        return self.members[member].name if member in self.members else f"member {member.hex()[:8]}"
+
+    def commits_in_order(self) -> list[_CommittedRound]:
+        """From round 0 on: the Commits that the newest one builds on. What an older term committed and no later one
+        took up is no part of it."""
+        if not self.commits:
+            return []
+        newest = max(self.commits.values(), key=lambda one: (one.commit.term, one.commit.round))
+        order = [newest]
+        while order[-1].commit.previous != self.job.record_id:
+            before = self.commits.get(order[-1].commit.previous)
+            if before is None or before.commit.round >= order[-1].commit.round:
+                raise ReportImpossible(
+                    f"The Commit before that of round {order[-1].commit.round} is not in the folder; restore the "
+                    "folder from a copy, or fetch it from a member."
+                )
+            order.append(before)
+        return order[::-1]
+
+
+# --- building -------------------------------------------------------------------------------------------------------
+
+
+def build_report(contents: RunContents, figures: Figures) -> Report:
+    """The account of a job, finished or not. Pure: the same contents and figures give the same report."""
+    job = contents.job
+    tokens, accepted, excluded = _count_work(contents)
+    total = sum(tokens.values())
+    wall_s = figures.wall_s or max((line.time_s for line in contents.metrics), default=0.0)
+    names = _names(contents, figures)
+    lanes = _lanes(contents.lanes, names, wall_s)
+    computing = {lane.node_id: lane.totals_s.get(Lane.COMPUTING, 0.0) for lane in lanes}
+    known = {node.node_id: node for node in figures.nodes}
+    order = {node: place for place, node in enumerate(names)}
+    nodes = tuple(
+        NodeReport(
+            node_id=node,
+            name=names[node],
+            tokens=tokens.get(node, 0),
+            bytes_sent=known[node].bytes_sent if node in known else 0,
+            bytes_received=known[node].bytes_received if node in known else 0,
+            accepted_share=tokens.get(node, 0) / total if total else 0.0,
+            status=known[node].status if node in known else NodeStatus.WORKING,
+            reason=known[node].reason if node in known else "",
+            speed=known[node].speed if node in known else 0.0,
+            rounds_accepted=accepted.get(node, 0),
+            rounds_excluded=excluded.get(node, 0),
+            compute_s=computing.get(node, 0.0),
+        )
+        for node in sorted(names, key=lambda node: order[node])
+    )
+    exclusions = [
+        ExclusionReport(round=done.round, node=node, name=names[node], reason=done.reason)
+        for done in contents.work
+        if not done.accepted
+        for node in _nodes_of(contents, done.member)
+    ]
+    curve = [
+        CurvePoint(round=line.round, time_s=line.time_s, tokens=line.tokens_total, loss=line.loss)
+        for line in contents.metrics
+        if line.loss is not None
+    ]
+    held_out = [
+        CurvePoint(round=line.round, time_s=line.time_s, tokens=line.tokens_total, loss=line.loss)
+        for line in contents.evaluations
+        if line.loss is not None
+    ]
+    return Report(
+        job=job.name,
+        job_id=contents.job_id.hex(),
+        folder=contents.folder,
+        started_ms=job.created_ms,
+        wall_s=wall_s,
+        held_out_loss=_finite(figures.held_out_loss, held_out[-1].loss if held_out else None),
+        untrained_loss=_finite(
+            figures.untrained_loss, held_out[0].loss if held_out and held_out[0].round == -1 else None
+        ),
+        unigram_loss=_finite(figures.unigram_loss, None),
+        tokens_accepted=contents.tokens_total,
+        token_budget=job.token_budget,
+        rounds=contents.rounds,
+        tokens_per_s=contents.tokens_total / wall_s if wall_s else 0.0,
+        compute_fraction=_compute_fraction(contents.lanes),
+        bytes_sent=sum(node.bytes_sent for node in nodes),
+        bytes_received=sum(node.bytes_received for node in nodes),
+        model_parameters=job.model.parameters,
+        nodes=nodes,
+        exclusions=tuple(exclusions[:LISTED_MAX]),
+        exclusions_count=len(exclusions),
+        audits=tuple(
+            AuditReport(
+                round=line.round,
+                node=line.node,
+                name=names.get(line.node, line.node[:8]),
+                verdict=line.verdict,
+                difference=line.difference,
+                threshold=line.threshold,
+                sentence=line.sentence,
+            )
+            for line in _most_telling(contents.audits)
+        ),
+        audits_count=len(contents.audits),
+        round_choice=figures.round_choice,
+        replay_cost=figures.replay_cost,
+        settings={
+            "training": {
+                "batch_samples": job.batch_samples,
+                "sequence_tokens": job.data.sequence_tokens,
+                "dtype": job.dtype,
+                "seed": job.seed,
+            },
+            "optimizer": msgspec.structs.asdict(job.optimizer),
+            "rounds": msgspec.structs.asdict(job.rounds),
+            "replay": msgspec.structs.asdict(job.replay),
+        },
+        terms=tuple(
+            TermReport(number=term.number, driver=driver.hex(), head_round=term.head_round)
+            for driver, term in contents.terms[-LISTED_MAX:]
+        ),
+        completion=figures.completion,
+        goal=figures.goal,
+        curve=tuple(thin_curve(curve, CURVE_POINTS_MAX)),
+        held_out_curve=tuple(thin_curve(held_out, CURVE_POINTS_MAX)),
+        lanes=lanes[:LANES_MAX],
+        events=tuple(
+            Mark(
+                time_s=event.time_s,
+                kind=event.kind,
+                node_id=event.node,
+                name=names.get(event.node, ""),
+                sentence=event.sentence,
+            )
+            for event in sorted(contents.events, key=lambda event: event.time_s)[:LISTED_MAX]
+        ),
+        events_count=len(contents.events),
+    )
+
+
+def thin_curve(points: Sequence[CurvePoint], points_max: int) -> list[CurvePoint]:
+    """At most `points_max` (4 or more) points: the first and the last of the curve, and from each stretch of equally many points
+    between them in turn its lowest and its highest, so that spikes stay."""
+    if len(points) <= points_max:
+        return list(points)
+    stretches = (points_max - 2) // 2
+    inner = points[1:-1]
+    kept = [points[0]]
+    for number in range(stretches):
+        stretch = inner[number * len(inner) // stretches : (number + 1) * len(inner) // stretches]
+        if stretch:
+            ends = {min(stretch, key=_loss_of), max(stretch, key=_loss_of)}
+            kept += sorted(ends, key=lambda point: (point.time_s, point.round))
+    return [*kept, points[-1]]
+
+
+def thin_lane(segments: Sequence[LaneSegment], stop_s: float, pieces_max: int) -> tuple[list[LanePiece], bool]:
+    """One node's segments as at most `pieces_max` pieces, and whether they had to be thinned. Thinned, the time from 0
+    to `stop_s` is cut into as many slices, and a piece says which share of its slice each state took: no time is lost
+    or added."""
+    ordered = sorted(
+        (segment for segment in segments if segment.stop_s > segment.start_s), key=lambda segment: segment.start_s
+    )
+    if len(ordered) <= pieces_max:
+        exact = [LanePiece(start_s=one.start_s, stop_s=one.stop_s, shares={one.state: 1.0}) for one in ordered]
+        return exact, False
+    width = max(stop_s, max(segment.stop_s for segment in ordered)) / pieces_max
+    spent: list[dict[Lane, float]] = [{} for _ in range(pieces_max)]
+    for segment in ordered:
+        first, last = (min(pieces_max - 1, int(moment / width)) for moment in (segment.start_s, segment.stop_s))
+        for number in range(first, last + 1):
+            inside = min(segment.stop_s, (number + 1) * width) - max(segment.start_s, number * width)
+            if inside > 0:
+                spent[number][segment.state] = spent[number].get(segment.state, 0.0) + inside
+    pieces = []
+    for number, states in enumerate(spent):
+        if states:
+            whole = max(width, sum(states.values()))
+            shares = {state: states[state] / whole for state in Lane if state in states}
+            pieces.append(LanePiece(start_s=number * width, stop_s=(number + 1) * width, shares=shares))
+    return pieces, True
+
+
+def _count_work(contents: RunContents) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
+    """By node: accepted tokens, rounds accepted, rounds excluded."""
+    tokens: dict[str, int] = {}
+    accepted: dict[str, int] = {}
+    excluded: dict[str, int] = {}
+    for done in contents.work:
+        for node, count in done.tokens_by_node.items():
+            tokens[node.hex()] = tokens.get(node.hex(), 0) + count
+        rounds = accepted if done.accepted else excluded
+        for node in _nodes_of(contents, done.member):
+            rounds[node] = rounds.get(node, 0) + 1
+    return tokens, accepted, excluded
+
+
+def _nodes_of(contents: RunContents, member: bytes) -> list[str]:
+    record = contents.members.get(member)
+    if record is None:
+        raise ReportImpossible(
+            f"A Commit names member {member.hex()[:8]}, of which the folder holds no record; restore it from a copy."
+        )
+    return [part.node.hex() for part in record.nodes]
+
+
+def _names(contents: RunContents, figures: Figures) -> dict[str, str]:
+    """Every node that had to do with the job, in the order in which it came."""
+    names: dict[str, str] = {}
+    for member in contents.members.values():
+        for place, part in enumerate(member.nodes):
+            names[part.node.hex()] = member.name if len(member.nodes) == 1 else f"{member.name}.{place}"
+    for node in figures.nodes:
+        names[node.node_id] = node.name or names.get(node.node_id, node.node_id[:8])
+    return names
+
+
+def _lanes(segments: Sequence[LaneSegment], names: Mapping[str, str], wall_s: float) -> tuple[LaneReport, ...]:
+    by_node: dict[str, list[LaneSegment]] = {node: [] for node in names}
+    for segment in segments:
+        by_node.setdefault(segment.node, []).append(segment)
+    lanes = []
+    for node, own in by_node.items():
+        if own:
+            pieces, thinned = thin_lane(own, wall_s, LANE_PIECES_MAX)
+            totals: dict[Lane, float] = {}
+            for segment in own:
+                totals[segment.state] = totals.get(segment.state, 0.0) + max(0.0, segment.stop_s - segment.start_s)
+            lanes.append(
+                LaneReport(
+                    node_id=node,
+                    name=names.get(node, node[:8]),
+                    pieces=tuple(pieces),
+                    totals_s={state: totals[state] for state in Lane if state in totals},
+                    thinned=thinned,
+                )
+            )
+    return tuple(lanes)
+
+
+def _compute_fraction(segments: Iterable[LaneSegment]) -> float:
+    computing = present = 0.0
+    for segment in segments:
+        if segment.state in (Lane.GONE, Lane.EXCLUDED):
+            continue
+        spent = max(0.0, segment.stop_s - segment.start_s)
+        present += spent
+        computing += spent if segment.state is Lane.COMPUTING else 0.0
+    return computing / present if present else 0.0
+
+
+def _most_telling(audits: Sequence[AuditLine]) -> list[AuditLine]:
+    """All audits by round; when there are too many to list, matches are left out first."""
+    chosen = sorted(audits, key=lambda line: line.verdict is AuditVerdict.MATCH)[:LISTED_MAX]
+    return sorted(chosen, key=lambda line: (line.round, line.time_s))
+
+
+def _loss_of(point: CurvePoint) -> float:
+    return point.loss
+
+
+def _finite(first: float | None, second: float | None) -> float | None:
+    return next((value for value in (first, second) if value is not None and math.isfinite(value)), None)
