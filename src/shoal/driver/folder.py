@@ -34,18 +34,17 @@ import shutil
 import struct
 import threading
 from collections.abc import Iterator
-from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, ClassVar, TypeVar
+from typing import TypeVar
 
 import msgspec
-from msgspec import Meta
 
+from shoal.driver.lines import LINES, Event, LaneSegment, Line, RoundMetrics
 from shoal.errors import BadRecord, JobError, StorageError
 from shoal.identity import ENVELOPE_OVERHEAD_BYTES, Envelope, blake3_hash
 from shoal.protocol.messages import Record, open_record
-from shoal.protocol.training import Count, Round, TrainJob
+from shoal.protocol.training import TrainJob
 from shoal.world import DirectoryDisk, Disk, DiskLock
 
 RECORD_BODY_MAX_BYTES = 1 << 20
@@ -86,121 +85,6 @@ class FolderWriteFailed(StorageError):
     code = "SH-614"
 
 
-# --- lines ----------------------------------------------------------------------------------------------------------
-
-NodeHex = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
-"""A NodeId in hexadecimal digits, as files and reports carry it."""
-Seconds = Annotated[float, Meta(ge=0)]
-"""Since the job's first start. A resumed driver goes on counting from `RunFolder.elapsed_s`."""
-
-
-class Line(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """One line of one of the folder's .jsonl files."""
-
-    FILE: ClassVar[str]
-
-
-class RoundMetrics(Line, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A committed round."""
-
-    FILE: ClassVar[str] = "metrics.jsonl"
-
-    round: Round
-    time_s: Seconds
-    tokens_total: Count
-    loss: float | None
-    """Training loss in nats per token, weighted by accepted tokens; none when it is not a finite number."""
-    tokens_per_s: Annotated[float, Meta(ge=0)]
-    members: Count
-    """How many contributions were accepted."""
-    bytes_sent: Count = 0
-    """By all members since the line before."""
-    bytes_received: Count = 0
-    inner_steps: Count = 0
-    state: str = ""
-    """Hash of the shared state that the Commit names, in hexadecimal digits."""
-
-
-class Evaluation(Line, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Held-out loss of the shared state after `round` (-1: the untrained model), in nats per token; none when it is
-    not a finite number."""
-
-    FILE: ClassVar[str] = "evaluations.jsonl"
-
-    round: Round
-    time_s: Seconds
-    tokens_total: Count
-    loss: float | None
-
-
-class Lane(StrEnum):
-    """What a node was doing."""
-
-    COMPUTING = "computing"
-    SENDING = "sending"
-    WAITING = "waiting"
-    SYNCING = "syncing"
-    GONE = "gone"
-    EXCLUDED = "excluded"
-
-
-class LaneSegment(Line, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A node was in `state` from `start_s` to `stop_s`. Segments of a node do not overlap: what happens while a node
-    computes is computing."""
-
-    FILE: ClassVar[str] = "lanes.jsonl"
-
-    node: NodeHex
-    state: Lane
-    start_s: Seconds
-    stop_s: Seconds
-
-
-class EventKind(StrEnum):
-    NOTE = "note"
-    JOINED = "joined"
-    LEFT = "left"
-    DIED = "died"
-    EXCLUDED = "excluded"
-    AUDIT = "audit"
-    DRIVER = "driver"
-
-
-class Event(Line, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Something happened, said in a sentence. `node` is empty when it concerns no node in particular."""
-
-    FILE: ClassVar[str] = "events.jsonl"
-
-    time_s: Seconds
-    sentence: Annotated[str, Meta(max_length=1000)]
-    kind: EventKind = EventKind.NOTE
-    node: Annotated[str, Meta(pattern="^([0-9a-f]{64})?$")] = ""
-    round: Round | None = None
-
-
-class AuditVerdict(StrEnum):
-    MATCH = "match"
-    MISMATCH = "mismatch"
-    NOT_REPLAYABLE = "not replayable"
-
-
-class AuditLine(Line, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A contribution was replayed."""
-
-    FILE: ClassVar[str] = "audits.jsonl"
-
-    time_s: Seconds
-    round: Round
-    node: NodeHex
-    verdict: AuditVerdict
-    sentence: Annotated[str, Meta(max_length=1000)]
-    difference: float | None = None
-    """The measured distance between claimed and replayed work, and the largest that an honest replay may show; none
-    when nothing could be replayed."""
-    threshold: float | None = None
-
-
-_LINES: tuple[type[Line], ...] = (RoundMetrics, Evaluation, LaneSegment, Event, AuditLine)
 _OWN_NAMES = frozenset(
     {
         "job.yaml",
@@ -214,7 +98,7 @@ _OWN_NAMES = frozenset(
         "model",
         "local",
     }
-    | {line.FILE for line in _LINES}
+    | {line.FILE for line in LINES}
 )
 
 L = TypeVar("L", bound=Line)
@@ -555,7 +439,7 @@ class RunFolder:
         with _writing(self.path):
             if self.cut_bytes:
                 self._cut(_CHAIN, self._ends[_CHAIN])
-            for kind in _LINES:
+            for kind in LINES:
                 size = self._size(kind.FILE) or 0
                 tail = self._read(kind.FILE, max(0, size - LINE_MAX_BYTES), LINE_MAX_BYTES)
                 torn = len(tail) - (tail.rfind(b"\n") + 1)

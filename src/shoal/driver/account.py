@@ -1,0 +1,155 @@
+"""A run folder read as an account: who did which work in which committed round.
+
+Work is counted from the chain of Commits and the Contributions they name, never from what a node says later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from shoal.driver.folder import RunFolder
+from shoal.driver.lines import AuditLine, Evaluation, Event, LaneSegment, RoundMetrics
+from shoal.errors import JobError
+from shoal.identity import Envelope
+from shoal.protocol.messages import open_record
+from shoal.protocol.training import Commit, Contribution, Member, Term, TrainJob
+
+
+class ReportImpossible(JobError):
+    """The folder's records do not hang together."""
+
+    code = "SH-620"
+
+
+@dataclass(frozen=True)
+class WorkDone:
+    """One member's share of one committed round."""
+
+    round: int
+    member: bytes
+    accepted: bool
+    reason: str
+    tokens_by_node: Mapping[bytes, int]
+    """Of accepted work."""
+
+
+@dataclass(frozen=True)
+class RunContents:
+    """A run folder as far as a report needs it."""
+
+    folder: str
+    job_id: bytes
+    job: TrainJob
+    members: Mapping[bytes, Member]
+    terms: Sequence[tuple[bytes, Term]]
+    """Driver and term, in order."""
+    rounds: int
+    tokens_total: int
+    work: Sequence[WorkDone]
+    metrics: Sequence[RoundMetrics] = ()
+    evaluations: Sequence[Evaluation] = ()
+    lanes: Sequence[LaneSegment] = ()
+    events: Sequence[Event] = ()
+    audits: Sequence[AuditLine] = ()
+
+
+def read_contents(folder: RunFolder) -> RunContents:
+    """Everything a report needs from a folder. Members, Terms and Commits are verified, and so is every Contribution
+    that a Commit of the chain names. Raises BadRecord, FolderDamaged, ReportImpossible."""
+    job = folder.train_job()
+    chain = _Chain(folder.job)
+    for envelope in folder.records(Member, Term, Contribution, Commit):
+        chain.take(envelope)
+    commits = chain.commits_in_order()
+    return RunContents(
+        folder=str(folder.path),
+        job_id=folder.job.record_id,
+        job=job,
+        members=chain.members,
+        terms=chain.terms,
+        rounds=len(commits),
+        tokens_total=commits[-1].commit.tokens_total if commits else 0,
+        work=[done for commit in commits for done in commit.work],
+        metrics=tuple(folder.notes(RoundMetrics)),
+        evaluations=tuple(folder.notes(Evaluation)),
+        lanes=tuple(folder.notes(LaneSegment)),
+        events=tuple(folder.notes(Event)),
+        audits=tuple(folder.notes(AuditLine)),
+    )
+
+
+@dataclass(frozen=True)
+class _CommittedRound:
+    record_id: bytes
+    commit: Commit
+    work: tuple[WorkDone, ...]
+
+
+@dataclass
+class _Chain:
+    """Records of one job, put in order. A Contribution is looked into when a Commit names it."""
+
+    job: Envelope
+    members: dict[bytes, Member] = field(default_factory=dict)
+    terms: list[tuple[bytes, Term]] = field(default_factory=list)
+    commits: dict[bytes, _CommittedRound] = field(default_factory=dict)
+    waiting: dict[bytes, Envelope] = field(default_factory=dict)
+    """Contributions that no Commit has named yet."""
+
+    def take(self, envelope: Envelope) -> None:
+        network = self.job.network
+        if envelope.kind == Member.KIND:
+            self.members[envelope.record_id] = open_record(envelope, Member, network)
+        elif envelope.kind == Term.KIND:
+            self.terms.append((envelope.signer, open_record(envelope, Term, network)))
+        elif envelope.kind == Contribution.KIND:
+            self.waiting[envelope.record_id] = envelope
+        else:
+            commit = open_record(envelope, Commit, network)
+            work = tuple(self._work(commit))
+            self.commits[envelope.record_id] = _CommittedRound(envelope.record_id, commit, work)
+
+    def _work(self, commit: Commit) -> Iterable[WorkDone]:
+        for accepted in commit.accepted:
+            envelope = self.waiting.pop(accepted.contribution, None)
+            if envelope is None:
+                raise ReportImpossible(
+                    f"Round {commit.round} accepted a contribution of {self._name(accepted.member)} that the folder "
+                    "does not hold; restore the folder from a copy."
+                )
+            contribution = open_record(envelope, Contribution, self.job.network)
+            member = self.members.get(accepted.member)
+            if member is None or contribution.member != accepted.member or envelope.signer != member.nodes[0].node:
+                raise ReportImpossible(
+                    f"Round {commit.round} counts a contribution for {self._name(accepted.member)} that this member "
+                    "did not sign; do not trust the driver of this job."
+                )
+            tokens: dict[bytes, int] = {}
+            for part in contribution.work:
+                tokens[part.node] = tokens.get(part.node, 0) + part.tokens
+            yield WorkDone(commit.round, accepted.member, True, accepted.reason, tokens)
+        for excluded in commit.excluded:
+            if excluded.contribution is not None:
+                self.waiting.pop(excluded.contribution, None)
+            yield WorkDone(commit.round, excluded.member, False, excluded.reason, {})
+
+    def _name(self, member: bytes) -> str:
+        return self.members[member].name if member in self.members else f"member {member.hex()[:8]}"
+
+    def commits_in_order(self) -> list[_CommittedRound]:
+        """From round 0 on: the Commits that the newest one builds on. What an older term committed and no later one
+        took up is no part of it."""
+        if not self.commits:
+            return []
+        newest = max(self.commits.values(), key=lambda one: (one.commit.term, one.commit.round))
+        order = [newest]
+        while order[-1].commit.previous != self.job.record_id:
+            before = self.commits.get(order[-1].commit.previous)
+            if before is None or before.commit.round >= order[-1].commit.round:
+                raise ReportImpossible(
+                    f"The Commit before that of round {order[-1].commit.round} is not in the folder; restore the "
+                    "folder from a copy, or fetch it from a member."
+                )
+            order.append(before)
+        return order[::-1]
