@@ -397,6 +397,8 @@ class Turn(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_
     MAX_BYTES: ClassVar[int] = 5 << 20
 
     job: Hash
+    grant: Packed | None = None
+    """A newer grant than the one in the invitation."""
     term: Packed | None = None
     """Set when the driver has just taken over."""
     commit: Packed | None = None
@@ -414,6 +416,30 @@ class Deliver(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, om
 
     contribution: Packed
     attached: Annotated[bytes, Meta(max_length=1 << 20)] | None = None
+    waited_ms: Count = 0
+    """How long the member had nothing to compute before this round. This and what follows is the member's own word,
+    for the report only."""
+    bytes_sent: Count = 0
+    """Over all links of the node since it joined the job."""
+    bytes_received: Count = 0
+
+
+class CommitsAsk(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Request `train.commits`, node to driver: the Commits of these rounds, for a member that missed some. The reply
+    is CommitsGiven, the oldest first; it may hold fewer than were asked for."""
+
+    KIND: ClassVar[str] = "train.commits"
+
+    job: Hash
+    first_round: Round
+    last_round: Round
+
+
+class CommitsGiven(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    MAX_BYTES: ClassVar[int] = 4 << 20
+
+    commits: Annotated[tuple[Packed, ...], Meta(max_length=1024)]
+    holders: Annotated[tuple[BlobHolder, ...], Meta(max_length=64)] = ()
 
 
 class MemberGone(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):

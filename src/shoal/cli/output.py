@@ -1,0 +1,103 @@
+"""How every command prints: tables and sentences for people, one JSON document for machines.
+
+Exit codes: 0 it was done; 1 it failed; 2 the input cannot be used; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Coroutine
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+from shoal.errors import BadInput, JobError, ShoalError
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+T = TypeVar("T")
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+HubFlag = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--hub",
+        help="A hub's ticket, shoal://NODEID@HOST:PORT; may be given several times. "
+        "Without it: SHOAL_HUB, else the shoal that `shoal up` runs on this machine.",
+        show_default=False,
+    ),
+]
+WithParent = Annotated[int, typer.Option("--with-parent", hidden=True, help="Stop when this process is gone.")]
+
+
+class NoHub(BadInput):
+    """No hub was named and none runs on this machine."""
+
+    code = "SH-102"
+
+
+class Interrupted(JobError):
+    """The user asked to stop."""
+
+    code = "SH-601"
+
+
+def to_plain(value: object) -> Any:
+    """Structs and bytes -> what JSON can say: bytes of 32 or fewer as hexadecimal, longer ones as base64."""
+
+    def other(thing: object) -> object:
+        raise TypeError(f"{type(thing).__name__} has no JSON form")
+
+    def walk(thing: Any) -> Any:
+        if isinstance(thing, bytes):
+            return thing.hex() if len(thing) <= 32 else base64.b64encode(thing).decode()
+        if isinstance(thing, msgspec.Struct):
+            return {name: walk(getattr(thing, name)) for name in thing.__struct_fields__}
+        if isinstance(thing, dict):
+            return {walk(key): walk(item) for key, item in thing.items()}
+        if isinstance(thing, list | tuple):
+            return [walk(item) for item in thing]
+        return thing
+
+    return msgspec.to_builtins(walk(value), enc_hook=other)
+
+
+def print_json(value: object) -> None:
+    """One JSON document on standard output, on one line so that it can be read while the process goes on."""
+    sys.stdout.write(json.dumps(to_plain(value), allow_nan=False) + "\n")
+    sys.stdout.flush()
+
+
+def fail(error: ShoalError, *, as_json: bool) -> int:
+    """Say what went wrong in one sentence, with its code; gives the exit code."""
+    if as_json:
+        print_json({"error": {"code": error.code, "sentence": error.sentence}})
+    else:
+        err.print(f"[bold red]error[/] [dim]{error.code}[/]  ", end="")
+        err.print(error.sentence, markup=False, soft_wrap=True)
+    return 130 if isinstance(error, Interrupted) else 2 if isinstance(error, BadInput) else 1
+
+
+def run(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """Run a command's coroutine on the fast event loop; Ctrl-C cancels it and lets it clean up."""
+    from shoal.transport import install_fast_loop
+
+    install_fast_loop()
+    return asyncio.run(work())
+
+
+def set_up_logging(*, to_terminal: bool) -> None:
+    """Warnings for people at a terminal; with SHOAL_LOG=debug|info everything, for finding a fault."""
+    level = os.environ.get("SHOAL_LOG", "warning").upper()
+    handler: logging.Handler = RichHandler(console=err, show_path=False) if to_terminal else logging.StreamHandler()
+    if not to_terminal:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=level if level in logging.getLevelNamesMapping() else "WARNING", handlers=[handler])
