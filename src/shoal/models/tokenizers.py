@@ -1,0 +1,121 @@
+"""Text <-> token ids. No torch here."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from shoal.errors import BadInput
+
+END_OF_DOCUMENT = "<|endoftext|>"
+END_NAMES = (END_OF_DOCUMENT, "</s>", "<|end_of_text|>", "<eos>", "[SEP]", "<|im_end|>")
+TOKENIZER_MAX_BYTES = 64 << 20
+
+
+class BadTokenizer(BadInput):
+    """A tokenizer file is missing or cannot be read."""
+
+    code = "SH-542"
+
+
+class TextTokenizer(Protocol):
+    vocabulary: int
+    """How many ids there are, the end of a document included."""
+    end: int | None
+    """The id that stands between documents, where there is one."""
+
+    def encode(self, text: str) -> NDArray[np.uint32]: ...
+
+    def decode(self, ids: list[int]) -> str: ...
+
+    def save(self, directory: Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json, as `AutoTokenizer.from_pretrained` reads them."""
+        ...
+
+
+def byte_alphabet() -> list[str]:
+    """The printable character that stands for each byte in byte-level tokenizers (Radford et al., 2019)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return [chr(byte) if byte in printable else chr(256 + others.index(byte)) for byte in range(256)]
+
+
+class ByteTokenizer:
+    """A token is a byte of UTF-8; 256 ends a document."""
+
+    vocabulary = 257
+    end: int | None = 256
+
+    def encode(self, text: str) -> NDArray[np.uint32]:
+        return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32)
+
+    def decode(self, ids: list[int]) -> str:
+        return bytes(token for token in ids if token < 256).decode(errors="replace")
+
+    def save(self, directory: Path) -> None:
+        alphabet = {character: byte for byte, character in enumerate(byte_alphabet())}
+        written = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+        written.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        written.decoder = decoders.ByteLevel()
+        written.add_special_tokens([AddedToken(END_OF_DOCUMENT, special=True)])
+        _save(written, directory, END_OF_DOCUMENT)
+
+
+class FileTokenizer:
+    """A `tokenizer.json`, as the tokenizers library writes it."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        try:
+            if file.stat().st_size > TOKENIZER_MAX_BYTES:
+                raise BadTokenizer(f"The tokenizer {file} is larger than {TOKENIZER_MAX_BYTES} bytes.")
+            self._tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise BadTokenizer(f"The tokenizer {file} cannot be read: {error.strerror}.") from error
+        except BadTokenizer:
+            raise
+        except Exception as error:
+            raise BadTokenizer(f"{file} is not a tokenizer of the tokenizers library: {error}.") from error
+        self.vocabulary: int = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
+        known = (self._tokenizer.token_to_id(name) for name in END_NAMES)
+        self.end: int | None = next((token for token in known if token is not None), None)
+
+    def encode(self, text: str) -> NDArray[np.uint32]:
+        return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+
+    def decode(self, ids: list[int]) -> str:
+        text: str = self._tokenizer.decode(ids)
+        return text
+
+    def save(self, directory: Path) -> None:
+        _save(self._tokenizer, directory, None if self.end is None else self._tokenizer.id_to_token(self.end))
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            if (self._file.parent / name).is_file():
+                shutil.copyfile(self._file.parent / name, directory / name)
+
+
+def _save(tokenizer: Any, directory: Path, end: str | None) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    ending = {} if end is None else {"eos_token": end, "bos_token": end, "unk_token": end}
+    (directory / "tokenizer_config.json").write_bytes(msgspec.json.format(msgspec.json.encode({**settings, **ending})))
+
+
+def load_tokenizer(name: str) -> TextTokenizer:
+    """`bytes`, a tokenizer.json, or a directory with one. Raises BadTokenizer."""
+    if name == "bytes":
+        return ByteTokenizer()
+    path = Path(name)
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
+        raise BadTokenizer(
+            f"There is no tokenizer at {file}; write `bytes`, or the path of a tokenizer.json or its directory."
+        )
+    return FileTokenizer(file)
