@@ -87,6 +87,8 @@ class RunRound(_Message, frozen=True, kw_only=True):
     """The member's own update that `base_state` does not contain yet (Contribution.builds_on)."""
     step: Count
     """Assignment.step."""
+    tokens_done: Count
+    """`tokens_total` of the Commit that the Assignment names as `previous`; 0 before the first."""
     round_samples: Annotated[int, Meta(ge=1)]
     """Samples of all shares of the Assignment together: how far the schedule moves in this round."""
     member: Hash

@@ -6,7 +6,6 @@ sequence and the token after it. Documents follow one another, each closed by th
 
 from __future__ import annotations
 
-import glob
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 
 from shoal.errors import BadInput
 from shoal.identity import hash_of_parts
-from shoal.models.tokenizers import TextTokenizer, load_tokenizer
+from shoal.models.tokenizers import load_tokenizer
 from shoal.training.commands import ShardFile
 
 SHARD_MAX_BYTES = 32 << 20
@@ -27,22 +26,8 @@ FILES_MAX = 100_000
 DOCUMENT_MAX_BYTES = 256 << 20
 ROWS_AT_ONCE = 1024
 VOCABULARY_MAX = 1 << 22
-TEXT_SUFFIXES = (
-    ".txt",
-    ".text",
-    ".md",
-    ".rst",
-    ".py",
-    ".json",
-    ".csv",
-    ".html",
-    ".xml",
-    ".c",
-    ".h",
-    ".js",
-    ".ts",
-    ".tex",
-)
+PIECE_CHARACTERS = 16 << 10
+TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".tex", ".py", ".c", ".h", ".js", ".ts", ".csv", ".html", ".xml")
 """Files of these kinds are taken from a directory, beside .jsonl and .parquet. A file named itself is taken anyway."""
 
 
@@ -87,9 +72,10 @@ def prepare_data(
 ) -> PreparedData:
     """Read text, `.jsonl` and `.parquet` files, directories and globs; write shards into `directory`.
 
-    A text file is one document, a line of .jsonl or a row of .parquet is one. Each document is train or held-out by a
-    seeded hash of its bytes, so that copies of one stay on one side; when that leaves a side empty, the documents with
-    the lowest hashes are held out until a sequence of each is there. Raises BadData, naming the file and what is wrong.
+    A text file is one document, a line of .jsonl or a row of .parquet is one. Each document (of a long one, each piece
+    of PIECE_CHARACTERS) is train or held-out by a seeded hash of its text, so that copies of one stay on one side; when
+    none of a few falls to the held-out side, the one with the lowest hash does. Raises BadData, naming the file and
+    what is wrong.
     """
     words = load_tokenizer(tokenizer)
     if words.vocabulary > VOCABULARY_MAX:
@@ -104,9 +90,12 @@ def prepare_data(
     for file in files:
         for text in read_documents(file, text_field):
             documents += 1
-            draw = _draw(seed, text)
-            writer = held_out if draw < held_out_fraction or draw in forced else train
-            writer.add(_tokens(words, text))
+            for piece, last in _pieces(text):
+                draw = _draw(seed, piece)
+                writer = held_out if draw < held_out_fraction or draw in forced else train
+                writer.add(words.encode(piece))
+                if last and words.end is not None:
+                    writer.add(np.array([words.end], dtype=np.uint32))
     train_shards, held_out_shards = train.close(), held_out.close()
     for name, shards, writer in (("train on", train_shards, train), ("hold out", held_out_shards, held_out)):
         if not shards:
@@ -145,17 +134,24 @@ def _forced_held_out(files: Sequence[Path], text_field: str, seed: int, fraction
     draws: Counter[float] = Counter()
     for file in files:
         for text in read_documents(file, text_field):
-            draws[_draw(seed, text)] += 1
-            if len(draws) > ROWS_AT_ONCE:
-                return frozenset()
+            for piece, _ in _pieces(text):
+                draws[_draw(seed, piece)] += 1
+                if len(draws) > ROWS_AT_ONCE:
+                    return frozenset()
     if fraction > 0 and len(draws) > 1 and min(draws) >= fraction:
         return frozenset({min(draws)})
     return frozenset()
 
 
-def _tokens(words: TextTokenizer, text: str) -> NDArray[np.uint32]:
-    tokens = words.encode(text)
-    return tokens if words.end is None else np.append(tokens, np.uint32(words.end))
+def _pieces(text: str) -> Iterator[tuple[str, bool]]:
+    """A text cut at line ends into pieces of about PIECE_CHARACTERS, and whether each is the last."""
+    start = 0
+    while len(text) - start > 2 * PIECE_CHARACTERS:
+        cut = text.rfind("\n", start + PIECE_CHARACTERS, start + 2 * PIECE_CHARACTERS) + 1
+        stop = cut or start + PIECE_CHARACTERS
+        yield text[start:stop], False
+        start = stop
+    yield text[start:], True
 
 
 class _ShardWriter:
@@ -209,7 +205,10 @@ def find_files(paths: Sequence[str | Path]) -> list[Path]:
         elif path.exists():
             files = [path]
         else:
-            files = sorted(Path(match) for match in glob.glob(str(path), recursive=True) if Path(match).is_file())
+            pattern = path if path.is_absolute() else Path.cwd() / path
+            files = sorted(
+                file for file in Path(pattern.anchor).glob(str(pattern)[len(pattern.anchor) :]) if file.is_file()
+            )
             if not files:
                 raise BadData(f"There is no data at {path}; name a file, a directory or a pattern such as data/*.txt.")
         found.update(dict.fromkeys(files))
