@@ -1,8 +1,8 @@
 """The disk: named files under one root, written at offsets, renamed at once.
 
-Names are relative POSIX paths such as `blobs/ab12`. Every call is complete in itself (no handle stays open), blocks, and
-may be made from any thread. What fails is an `OSError` with the errno of the operating system on every implementation:
-FileNotFoundError for a name that is not there, ENOSPC when the disk is full.
+Names are relative POSIX paths such as `blobs/ab12`. Every call is complete in itself (no handle stays open), blocks,
+and may be made from any thread. What fails is an `OSError` with the errno of the operating system, whatever the
+implementation: FileNotFoundError for a name that is not there, ENOSPC when the disk is full.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import os
 import shutil
 import sys
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -59,7 +58,10 @@ class Disk(Protocol):
         ...
 
     def bring(self, source: Path, name: str) -> None:
-        """Give the file `source` of this machine the name `name` here too: a hard link where possible, else a copy."""
+        """Give the file `source` of this machine the name `name` here too: a hard link where possible, else a copy.
+
+        Raises FileExistsError where `name` is taken.
+        """
         ...
 
     def rename(self, old: str, new: str) -> None:
@@ -148,6 +150,8 @@ class DirectoryDisk:
         target = self.path(name)
         target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         source = source.resolve(strict=True)
+        if target.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
         try:
             os.link(source, target)
         except OSError as error:
@@ -239,6 +243,7 @@ class MemoryDisk:
         self._place = place
         self._files: dict[str, _MemoryFile] = {}
         self._locked: set[str] = set()
+        self._writes = 0
         self._mutex = threading.RLock()
 
     @property
@@ -261,8 +266,9 @@ class MemoryDisk:
         view = memoryview(data).cast("B")
         with self._mutex:
             file = self._files.setdefault(_checked(name), _MemoryFile(bytearray(), 0))
-            file.modified_ns = max(time.time_ns(), file.modified_ns + 1)
-            fits = min(len(view), len(file.data) + self.free_bytes() - offset)
+            self._writes += 1
+            file.modified_ns = self._writes
+            fits = max(0, min(len(view), len(file.data) + self.free_bytes() - offset))
             if fits > 0:
                 file.data.extend(bytes(max(0, offset - len(file.data))))
                 file.data[offset : offset + fits] = view[:fits]
@@ -270,7 +276,10 @@ class MemoryDisk:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
 
     def bring(self, source: Path, name: str) -> None:
-        self.write(name, source.read_bytes())
+        with self._mutex:
+            if self.info(name) is not None:
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), name)
+            self.write(name, source.read_bytes())
 
     def rename(self, old: str, new: str) -> None:
         with self._mutex:
@@ -324,8 +333,8 @@ class _MemoryLock:
 
 
 Fault: TypeAlias = Callable[[str, str], None]
-"""Called as fault(operation, name) before each operation (`read`, `write`, `bring`, `rename`, `delete`, `sync`), and for
-a write once more in its middle, as `write/half`; what it raises is what the disk does then."""
+"""Called as fault(operation, name) before each operation (`read`, `write`, `bring`, `rename`, `delete`, `sync`), and
+once more in the middle of a write, as `write/half`. What it raises is what the disk does then."""
 
 
 class FaultyDisk:

@@ -1,0 +1,644 @@
+"""Getting blobs from peers: several at once, each piece verified, resumable.
+
+A blob of one piece is one request to one holder; when that fails or takes long, the next holder is asked too, and the
+first right answer counts. For a larger blob the chunk list is got in the same way, and then pieces are handed out:
+each holder works on a few at a time and takes the next when one is done, so a faster holder carries more. When none is
+left to hand out, a piece that another holder is late with is asked for a second time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TypeAlias, TypeVar
+
+from blake3 import blake3
+
+from shoal.errors import LinkError, ShoalError, StorageError
+from shoal.identity import HASH_BYTES, blake3_hash, short_id
+from shoal.protocol.blobs import BlobChunkList, BlobHolder, BlobRead, BlobRef
+from shoal.protocol.messages import encode
+from shoal.quantities import format_bytes
+from shoal.storage.partial import BadPiece, Partial, check_reference, contradiction
+from shoal.storage.pieces import piece_bounds, piece_count
+from shoal.storage.serve import ServerBusy
+from shoal.storage.store import BlobCorrupt, BlobStore, UnknownBlob
+from shoal.world import Clock, DeadlineExceeded, Dice, Endpoint, Link, LinkLost, Refused, Unreachable
+
+HOLDERS_MAX = 64
+"""Holders considered for one blob."""
+PEERS_AT_ONCE = 8
+"""Holders that a large blob is fetched from at the same time; the others take the place of those that drop out."""
+PIECES_IN_FLIGHT = 16
+"""Pieces of one blob in memory at a time."""
+DOWNLOADS_AT_ONCE = 8
+"""Large blobs under way at a time; further ones wait their turn."""
+SMALL_AT_ONCE = 32
+"""Blobs of one piece under way at a time; they have places of their own, so that large ones do not hold them up."""
+COPIES_MAX = 2
+"""Holders asked for the same piece at a time."""
+ASKED_AT_ONCE = 3
+"""Holders asked at a time for a small blob or a chunk list."""
+STRIKES_MAX = 3
+"""Times a holder may stall, be lost or be busy in a row before it is given up for this blob."""
+STALL_S = 10.0
+"""A holder that sends nothing for so long has stalled."""
+DIAL_S = 10.0
+"""Time to reach a holder."""
+HEDGE_S = 2.0
+"""A holder that nothing is known about yet, and that has not delivered after so long, is late."""
+RETRY_S = 0.25
+"""Wait before a holder that failed is asked again; doubled each time."""
+TICK_S = 0.25
+"""How often idle holders look for late pieces."""
+
+T = TypeVar("T")
+
+
+class FetchFailed(StorageError):
+    """No holder could deliver a blob."""
+
+    code = "SH-412"
+
+
+@dataclass(frozen=True)
+class FetchProgress:
+    """How far a fetch is."""
+
+    done_bytes: int
+    total_bytes: int
+    peers: int
+    """Holders in use."""
+
+
+@dataclass(frozen=True)
+class FetchReport:
+    """How a blob came here."""
+
+    bytes_by_peer: dict[bytes, int]
+    """Verified bytes of the blob by the NodeId of who sent them; empty when it was here already."""
+    resumed_bytes: int = 0
+    """Bytes that an earlier, broken fetch had left."""
+    dropped: dict[bytes, str] = field(default_factory=dict)
+    """Holders that were given up, with the sentence that says why."""
+
+
+Progress: TypeAlias = Callable[[FetchProgress], None]
+
+
+class Fetcher:
+    """Gets blobs from their holders into `store`. One per endpoint; close it before the endpoint.
+
+    `fetch` may be called for the same blob any number of times at once: there is one download, and the holders named
+    by all callers serve it.
+    """
+
+    def __init__(self, endpoint: Endpoint, store: BlobStore, clock: Clock, dice: Dice) -> None:
+        self.endpoint = endpoint
+        self.store = store
+        self.clock = clock
+        self.dice = dice
+        self._downloads: dict[bytes, _Download] = {}
+        self._large = asyncio.Semaphore(DOWNLOADS_AT_ONCE)
+        self._small = asyncio.Semaphore(SMALL_AT_ONCE)
+        endpoint.on_link(self._link_up)
+
+    async def fetch(
+        self,
+        ref: BlobRef,
+        holders: Sequence[BlobHolder] = (),
+        progress: Progress | None = None,
+        *,
+        owner: str | None = None,
+    ) -> FetchReport:
+        """Get a blob into the store, verified; nothing is asked of anyone when it is there already.
+
+        A holder with an open link is asked over that link, whether or not it can be dialled. With `owner` the blob is
+        pinned under that name before the first byte comes. When it fails, what has come stays for the next attempt.
+
+        Raises FetchFailed, naming what every holder did; BadReference when the reference contradicts itself;
+        StorageFull before anything is fetched when there is no room (a blob of one piece: before it is kept).
+        """
+        check_reference(ref)
+        if owner is not None:
+            self.store.pin(owner, ref.hash)
+        while True:
+            if self.store.has(ref.hash):
+                with contextlib.suppress(BlobCorrupt, UnknownBlob):  # what was here is lost: fetch it
+                    await self._check_held(ref)
+                    return FetchReport({})
+            download = self._downloads.get(ref.hash)
+            if download is None:
+                download = self._downloads[ref.hash] = _Download(self, ref)
+                places = self._small if piece_count(ref.size) <= 1 else self._large
+                download.start(places, lambda: self._downloads.pop(ref.hash, None))
+            if not download.cancelled and (download.ref.size, download.ref.chunks) == (ref.size, ref.chunks):
+                return await download.join(holders, progress)
+            # It is stopping, or its reference gives the same hash another size: at most one of the two is right.
+            await download.ended()
+
+    async def _check_held(self, ref: BlobRef) -> None:
+        held = await asyncio.to_thread(self.store.ref, ref.hash)
+        if held.size != ref.size:
+            raise contradiction(ref, f"it says {ref.size} bytes, the blob has {held.size}")
+        if ref.chunks is not None and held.chunks is not None and held.chunks != ref.chunks:
+            raise contradiction(ref, "the blob is here, and its pieces have other hashes than `chunks` names")
+
+    def _link_up(self, link: Link) -> None:
+        for download in self._downloads.values():
+            download.link_up(link.peer)
+
+    async def close(self) -> None:
+        """Stop all downloads; what has come stays for a later fetch."""
+        for download in list(self._downloads.values()):
+            await download.cancel()
+
+
+@dataclass
+class _Peer:
+    """A holder, and how it has done for this blob."""
+
+    node: bytes
+    addresses: tuple[str, ...]
+    strikes: int = 0
+    rests_until: float = 0.0
+    """It is not asked again before this moment of the monotonic clock."""
+    was_linked: bool = False
+    dropped: str | None = None
+    unreachable: bool = False
+    running: bool = False
+    bytes: int = 0
+    pace_s: float | None = None
+    """Smoothed seconds per piece."""
+
+    @property
+    def lanes(self) -> int:
+        """Pieces to ask for at a time: enough that a fast or distant holder does not wait for us between two."""
+        if self.pace_s is None or self.pace_s > 0.5:
+            return 2
+        return 4 if self.pace_s > 0.1 else 8
+
+
+@dataclass(eq=False)
+class _Flight:
+    """A piece asked of a holder."""
+
+    peer: _Peer
+    since: float
+    task: asyncio.Task[None]
+
+
+class _Download:
+    """One blob on its way, for everybody who waits for it."""
+
+    def __init__(self, fetcher: Fetcher, ref: BlobRef) -> None:
+        self.ref = ref
+        self.cancelled = False
+        self._fetcher = fetcher
+        self._clock = fetcher.clock
+        self._name = ref.hash.hex()[:12]
+        self._peers: dict[bytes, _Peer] = {}
+        self._listeners: list[Progress] = []
+        self._waiting = 0
+        self._done_bytes = 0
+        self._resumed_bytes = 0
+        self._flights: dict[int, list[_Flight]] = {}
+        self._pending: deque[int] = deque()
+        self._changed = asyncio.Event()
+        self._failure: BaseException | None = None
+        self._task: asyncio.Task[FetchReport] | None = None
+
+    # Those who wait for it
+
+    def start(self, places: asyncio.Semaphore, ended: Callable[[], object]) -> None:
+        async def run() -> FetchReport:
+            async with places:
+                return await self._run()
+
+        def end(task: asyncio.Task[FetchReport]) -> None:
+            ended()
+            if not task.cancelled():
+                task.exception()  # retrieved here, as nobody may be waiting any more
+
+        self._task = asyncio.create_task(run(), name=f"fetch blob {self._name}")
+        self._task.add_done_callback(end)
+
+    async def join(self, holders: Sequence[BlobHolder], progress: Progress | None) -> FetchReport:
+        assert self._task is not None
+        self._add(holders)
+        if progress is not None:
+            self._listeners.append(progress)
+        self._waiting += 1
+        try:
+            return await asyncio.shield(self._task)
+        finally:
+            self._waiting -= 1
+            if progress is not None:
+                self._listeners.remove(progress)
+            if not self._waiting and not self._task.done():
+                await self.cancel()
+
+    async def ended(self) -> None:
+        if self._task is not None:
+            await asyncio.wait([self._task])
+
+    async def cancel(self) -> None:
+        if self._task is not None:
+            self.cancelled = True
+            self._task.cancel()
+            await asyncio.wait([self._task])
+
+    def link_up(self, node: bytes) -> None:
+        peer = self._peers.get(node)
+        if peer is not None and peer.unreachable and peer.dropped is not None:
+            peer.dropped, peer.unreachable, peer.strikes = None, False, 0
+            self._pulse()
+
+    def _add(self, holders: Iterable[BlobHolder]) -> None:
+        """Those with an open link first, then those with an address; within each in an order of chance, so that not
+        everybody who fetches the same blob begins with the same holder."""
+        links = self._fetcher.endpoint.links()
+        fresh: list[tuple[bool, bool, float, BlobHolder]] = []
+        for holder in holders:
+            known = self._peers.get(holder.node)
+            if known is not None:
+                known.addresses = tuple(dict.fromkeys((*known.addresses, *holder.addresses)))[:8]
+            elif holder.node != self._fetcher.endpoint.node_id:
+                chance = self._fetcher.dice.uniform()
+                fresh.append((holder.node not in links, not holder.addresses, chance, holder))
+        for *_, holder in sorted(fresh, key=lambda item: item[:3]):
+            if len(self._peers) < HOLDERS_MAX and holder.node not in self._peers:
+                self._peers[holder.node] = _Peer(holder.node, tuple(holder.addresses))
+        self._pulse()
+
+    # The download
+
+    async def _run(self) -> FetchReport:
+        store = self._fetcher.store
+        if store.has(self.ref.hash):  # while this waited for its turn
+            return self._report()
+        if piece_count(self.ref.size) == 0:
+            store.put(b"", self.ref.media_type)
+        elif piece_count(self.ref.size) == 1:
+            data = await self._ask(self._small_blob)
+            await asyncio.to_thread(store.put, data, self.ref.media_type)
+            self._advance(self.ref.size)
+        else:
+            opening = asyncio.create_task(asyncio.to_thread(store.partial, self.ref))
+            try:
+                await self._large_blob(await asyncio.shield(opening))
+            finally:  # also when this task is cancelled while a thread still opens it
+                await asyncio.wait([opening])
+                if opening.exception() is None:
+                    await _undisturbed(asyncio.to_thread(opening.result().close))
+        return self._report()
+
+    async def _large_blob(self, partial: Partial) -> None:
+        if partial.chunk_list is None:
+            chunk_list = await self._chunk_list()
+            await asyncio.to_thread(partial.start, chunk_list)
+        else:
+            self._resumed_bytes = await asyncio.to_thread(partial.recheck)
+            self._advance(self._resumed_bytes)
+        for _ in range(3):
+            await self._swarm(partial)
+            lost = await asyncio.to_thread(partial.finish)
+            if not lost:
+                return
+            self._done_bytes -= sum(piece_bounds(index, self.ref.size)[1] for index in lost)
+        raise FetchFailed(
+            f"The disk under {self._fetcher.store.place} does not give back what was written to it: pieces of "
+            f"blob {self._name} were wrong again after three attempts. Check the disk."
+        )
+
+    def _report(self) -> FetchReport:
+        return FetchReport(
+            {peer.node: peer.bytes for peer in self._peers.values() if peer.bytes},
+            self._resumed_bytes,
+            {peer.node: peer.dropped for peer in self._peers.values() if peer.dropped is not None},
+        )
+
+    def _advance(self, length: int) -> None:
+        self._done_bytes += length
+        in_use = sum(1 for peer in self._peers.values() if peer.running)
+        for listener in list(self._listeners):
+            listener(FetchProgress(self._done_bytes, self.ref.size, in_use))
+
+    def _pulse(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    # What can go wrong with a holder
+
+    def _drop(self, peer: _Peer, what: str) -> None:
+        """Give a holder up for this blob."""
+        if peer.dropped is None:
+            peer.dropped = f"{short_id(peer.node)} {what}"
+            self._pulse()
+
+    @contextmanager
+    def _blame(self, peer: _Peer) -> Iterator[None]:
+        """Draws the consequences of what a holder did, and raises _Trouble if it was anything bad."""
+        try:
+            yield
+        except BadPiece as error:
+            self._drop(peer, f"sent {error}")
+            raise _Trouble from error
+        except Refused as error:
+            if error.remote_code == ServerBusy.code:
+                self._strike(peer, f"was busy {STRIKES_MAX} times, and said: {error}")
+            else:
+                self._drop(peer, f"refused: {error}")
+            raise _Trouble from error
+        except Unreachable as error:
+            peer.unreachable = True
+            if peer.addresses or peer.was_linked:
+                self._strike(peer, f"could not be reached: {error}")
+            else:
+                self._drop(peer, f"could not be reached: {error}")
+            raise _Trouble from error
+        except (DeadlineExceeded, LinkLost) as error:
+            self._strike(peer, f"failed {STRIKES_MAX} times, the last time so: {error}")
+            raise _Trouble from error
+        except LinkError as error:
+            self._drop(peer, f"broke the protocol: {error}")
+            raise _Trouble from error
+
+    def _strike(self, peer: _Peer, what: str) -> None:
+        """Let a holder rest, or give it up when this was its last strike."""
+        now = self._clock.monotonic()
+        if now < peer.rests_until:
+            return  # the pieces that one lost link takes along are one strike
+        peer.strikes += 1
+        if peer.strikes >= STRIKES_MAX:
+            self._drop(peer, what)
+        else:
+            peer.rests_until = now + RETRY_S * 2 ** (peer.strikes - 1) * (1 + self._fetcher.dice.uniform())
+
+    def _failed(self, what: str) -> FetchFailed:
+        if not self._peers:
+            return FetchFailed(
+                f"Blob {self._name} ({what}) could not be fetched: nobody is known to hold it. "
+                f"Fetch again when somebody does."
+            )
+        told = [peer.dropped or f"{short_id(peer.node)} was not asked" for peer in self._peers.values()]
+        return FetchFailed(
+            f"Blob {self._name} ({what}) could not be fetched from any of {len(told)} holders: "
+            f"{'; '.join(sentence.rstrip('.') for sentence in told)}. Fetch again when a holder is back; what has come "
+            f"is kept."
+        )
+
+    # Asking one holder
+
+    async def _link(self, peer: _Peer) -> Link:
+        endpoint = self._fetcher.endpoint
+        link = endpoint.links().get(peer.node)
+        if link is None or link.closed:
+            if not peer.addresses:
+                raise Unreachable("There is no open link to it and no address of it is known.")
+            link = await endpoint.dial(peer.node, peer.addresses, deadline_s=DIAL_S)
+        peer.was_linked = True
+        return link
+
+    async def _receive(self, peer: _Peer, kind: str, body: bytes, length: int) -> bytearray:
+        """Exactly `length` bytes of an answer. Raises BadPiece when there are fewer."""
+        link = await self._link(peer)
+        data = bytearray()
+        async with link.stream(kind, body, stall_s=STALL_S, max_bytes=length) as parts:
+            async for part in parts:
+                data += part
+        if len(data) != length:
+            raise BadPiece(f"{len(data)} bytes where {length} were asked for")
+        return data
+
+    async def _read(self, peer: _Peer, index: int) -> bytearray:
+        offset, length = piece_bounds(index, self.ref.size)
+        body = encode(BlobRead(hash=self.ref.hash, offset=offset, length=length))
+        return await self._receive(peer, BlobRead.KIND, body, length)
+
+    # A small answer from whoever gives it first
+
+    async def _ask(self, attempt: Callable[[_Peer], Awaitable[T]]) -> T:
+        """The first answer among the holders; the next one is asked when one fails, or is late."""
+        running: dict[asyncio.Task[T], _Peer] = {}
+        ticker = asyncio.create_task(self._tick())
+        asked_at: float | None = None
+        try:
+            while True:
+                changed = self._changed
+                now = self._clock.monotonic()
+                left = [peer for peer in self._peers.values() if peer.dropped is None and not peer.running]
+                idle = [peer for peer in left if now >= peer.rests_until]
+                if not running and not left:
+                    raise self._failed(format_bytes(self.ref.size))
+                if idle and len(running) < ASKED_AT_ONCE and (asked_at is None or now - asked_at >= HEDGE_S):
+                    peer = min(idle, key=lambda peer: peer.strikes)
+                    peer.running = True
+                    running[asyncio.create_task(self._attempt(attempt, peer))] = peer
+                    asked_at = now
+                await self._wait(running, changed)
+                for task in [task for task in running if task.done()]:
+                    running.pop(task).running = False
+                    try:
+                        return task.result()
+                    except _Trouble:
+                        asked_at = None
+        finally:
+            for peer in running.values():
+                peer.running = False
+            await _cancel([*running, ticker])
+
+    @staticmethod
+    async def _wait(tasks: Iterable[asyncio.Task[T]], changed: asyncio.Event) -> None:
+        """Until one of the tasks is done, or something has changed."""
+        waiter = asyncio.ensure_future(changed.wait())
+        try:
+            await asyncio.wait([*tasks, waiter], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            waiter.cancel()
+
+    async def _attempt(self, attempt: Callable[[_Peer], Awaitable[T]], peer: _Peer) -> T:
+        with self._blame(peer):
+            return await attempt(peer)
+        raise AssertionError("unreachable")
+
+    async def _small_blob(self, peer: _Peer) -> bytearray:
+        data = await self._read(peer, 0)
+        if blake3_hash(data) != self.ref.hash:
+            raise BadPiece(f"wrong bytes for blob {self._name}")
+        peer.bytes += len(data)
+        return data
+
+    async def _chunk_list(self) -> bytes:
+        accused: list[_Peer] = []
+
+        async def attempt(peer: _Peer) -> bytes:
+            length = piece_count(self.ref.size) * HASH_BYTES
+            body = encode(BlobChunkList(hash=self.ref.hash))
+            data = bytes(await self._receive(peer, BlobChunkList.KIND, body, length))
+            if blake3_hash(data) != self.ref.chunks:
+                accused.append(peer)
+                raise BadPiece(f"a chunk list of blob {self._name} that is not the one its reference names")
+            return data
+
+        try:
+            return await self._ask(attempt)
+        except FetchFailed:
+            for peer in accused:
+                await self._acquit(peer)
+            raise
+
+    async def _acquit(self, peer: _Peer) -> None:
+        """Every holder's chunk list differed from the reference's: they lie, or the reference does.
+
+        One that delivers bytes with the right hash holds the blob, whatever `chunks` says, so the reference is wrong.
+        Nothing is kept; this costs the blob's size once, where the fetch has failed anyway.
+        """
+        whole = blake3()
+        with contextlib.suppress(_Trouble, BadPiece):
+            for index in range(piece_count(self.ref.size)):
+                with self._blame(peer):
+                    await asyncio.to_thread(whole.update, await self._read(peer, index))
+            if whole.digest() == self.ref.hash:
+                raise contradiction(self.ref, f"{short_id(peer.node)} holds the bytes of `hash`")
+
+    # Many pieces from many holders
+
+    async def _swarm(self, partial: Partial) -> None:
+        """Fetch all pieces that `partial` lacks."""
+        self._pending = deque(partial.have.missing())
+        self._flights = {}
+        self._failure = None
+        workers: set[asyncio.Task[None]] = set()
+        ticker = asyncio.create_task(self._tick())
+        try:
+            while not partial.have.complete:
+                changed = self._changed
+                if self._failure is not None:
+                    raise self._failure
+                idle = [p for p in self._peers.values() if p.dropped is None and not p.running]
+                for peer in idle[: PEERS_AT_ONCE - len(workers)]:
+                    peer.running = True
+                    workers.add(asyncio.create_task(self._work(peer, partial)))
+                if not workers:
+                    done = format_bytes(self._done_bytes)
+                    raise self._failed(f"{done} of {format_bytes(self.ref.size)} here")
+                await self._wait(workers, changed)
+                for worker in [worker for worker in workers if worker.done()]:
+                    workers.remove(worker)
+                    worker.result()
+        finally:
+            await _cancel([*workers, ticker])
+
+    async def _tick(self) -> None:
+        while True:
+            await self._clock.sleep(TICK_S)
+            self._pulse()
+
+    async def _work(self, peer: _Peer, partial: Partial) -> None:
+        """Let a holder deliver pieces until none is missing or it is dropped."""
+        flying: set[asyncio.Task[None]] = set()
+        try:
+            while peer.dropped is None and not partial.have.complete:
+                changed = self._changed
+                resting = peer.strikes > 0 and bool(flying)  # after trouble, one piece at a time until one has come
+                while len(flying) < peer.lanes and not resting:
+                    index = self._choose(peer)
+                    if index is None:
+                        break
+                    flying.add(self._take_off(peer, index, partial))
+                    resting = peer.strikes > 0
+                await self._wait(flying, changed)
+                flying = {flight for flight in flying if not flight.done()}
+        finally:
+            peer.running = False
+            await _cancel(flying)
+            self._pulse()
+
+    def _choose(self, peer: _Peer) -> int | None:
+        """The next piece to ask this holder for: one that nobody is asked for, else one that somebody is late with."""
+        now = self._clock.monotonic()
+        if now < peer.rests_until:
+            return None
+        if self._pending:
+            return self._pending.popleft() if len(self._flights) < PIECES_IN_FLIGHT else None
+        late = [
+            (flights[0].since, index)
+            for index, flights in self._flights.items()
+            if len(flights) < COPIES_MAX and flights[0].peer is not peer and self._is_late(flights[0], peer, now)
+        ]
+        return min(late)[1] if late else None
+
+    @staticmethod
+    def _is_late(flight: _Flight, rival: _Peer, now: float) -> bool:
+        """Whether `rival` would probably be done with the piece before who was asked for it."""
+        elapsed = now - flight.since
+        if flight.peer.pace_s is None or rival.pace_s is None:
+            return elapsed > HEDGE_S
+        left = flight.peer.pace_s - elapsed
+        return left > rival.pace_s or elapsed > max(2 * flight.peer.pace_s, rival.pace_s, TICK_S)
+
+    def _take_off(self, peer: _Peer, index: int, partial: Partial) -> asyncio.Task[None]:
+        task = asyncio.create_task(self._fly(peer, index, partial))
+        flight = _Flight(peer, self._clock.monotonic(), task)
+        self._flights.setdefault(index, []).append(flight)
+
+        def land(_: asyncio.Task[None]) -> None:
+            flights = self._flights.get(index)
+            if flights is None or flight not in flights:
+                return
+            flights.remove(flight)
+            if not flights:
+                del self._flights[index]
+                if index not in partial.have:
+                    self._pending.appendleft(index)
+            self._pulse()
+
+        task.add_done_callback(land)
+        return task
+
+    async def _fly(self, peer: _Peer, index: int, partial: Partial) -> None:
+        since = self._clock.monotonic()
+        try:
+            with self._blame(peer):
+                data = await self._read(peer, index)
+                mine = await asyncio.to_thread(partial.write, index, data)
+        except _Trouble:
+            return
+        except ShoalError as error:  # of our own disk: nothing another holder could mend
+            self._failure = error
+            return
+        elapsed = self._clock.monotonic() - since
+        peer.pace_s = elapsed if peer.pace_s is None else 0.7 * peer.pace_s + 0.3 * elapsed
+        peer.strikes = 0
+        if mine:
+            peer.bytes += len(data)
+            self._advance(len(data))
+        for other in self._flights.get(index, []):
+            if other.peer is not peer:
+                other.task.cancel()
+
+
+class _Trouble(Exception):
+    """A holder did something bad; the consequences have been drawn."""
+
+
+async def _cancel(tasks: Iterable[asyncio.Task[T]] | Iterable[asyncio.Task[None]]) -> None:
+    pending = [task for task in tasks if not task.done()]
+    for task in pending:
+        task.cancel()
+    await asyncio.gather(*pending, return_exceptions=True)
+
+
+async def _undisturbed(work: Awaitable[T]) -> T:
+    """Finish `work` even when this task is cancelled meanwhile."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise
