@@ -89,6 +89,8 @@ class RunRound(_Message, frozen=True, kw_only=True):
     """Assignment.step."""
     tokens_done: Count
     """`tokens_total` of the Commit that the Assignment names as `previous`; 0 before the first."""
+    rounds_in_flight: Annotated[int, Meta(ge=0, le=1)] = 0
+    """Rounds between that Commit and this one."""
     round_samples: Annotated[int, Meta(ge=1)]
     """Samples of all shares of the Assignment together: how far the schedule moves in this round."""
     member: Hash

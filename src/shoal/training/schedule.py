@@ -29,7 +29,7 @@ def learning_rate(settings: OptimizerSettings, step: float, progress: float) -> 
 
 
 def round_rates(
-    job: TrainJob, *, round_number: int, step: int, tokens_done: int, round_samples: int, steps: int
+    job: TrainJob, *, step: int, tokens_done: int, rounds_in_flight: int, round_samples: int, steps: int
 ) -> list[float]:
     """The rates of a member's `steps` inner steps in a round.
 
@@ -38,12 +38,11 @@ def round_rates(
     steps walks the same stretch of the schedule in fewer strides.
     """
     round_tokens = round_samples * job.data.sequence_tokens
-    in_flight = min(round_number, job.rounds.lag)
     return [
         learning_rate(
             job.optimizer,
             step + job.rounds.inner_steps * at / steps,
-            (tokens_done + (in_flight + at / steps) * round_tokens) / job.token_budget,
+            (tokens_done + (rounds_in_flight + at / steps) * round_tokens) / job.token_budget,
         )
         for at in range(steps)
     ]
