@@ -1,0 +1,43 @@
+"""How often one peer may ask: a token bucket a peer, in a bounded map."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from shoal.errors import LinkError
+from shoal.world import Clock
+
+PEERS_MAX = 20_000
+"""Buckets kept; the one unused for longest makes room, and its peer starts with a full one again."""
+
+
+class TooManyRequests(LinkError):
+    """A peer asks more often than the hub allows."""
+
+    code = "SH-333"
+
+
+class RateLimit:
+    """`burst` requests at once and `per_s` a second thereafter, for each peer by itself."""
+
+    def __init__(self, clock: Clock, per_s: float, burst: int, peers_max: int = PEERS_MAX) -> None:
+        self._clock = clock
+        self._per_s = per_s
+        self._burst = burst
+        self._peers_max = peers_max
+        self._buckets: OrderedDict[bytes, tuple[float, float]] = OrderedDict()
+
+    def spend(self, peer: bytes, what: str) -> None:
+        """Count one request. Raises TooManyRequests with the time to wait."""
+        now = self._clock.monotonic()
+        tokens, since = self._buckets.pop(peer, (float(self._burst), now))
+        tokens = min(float(self._burst), tokens + (now - since) * self._per_s)
+        allowed = tokens >= 1
+        self._buckets[peer] = (tokens - 1 if allowed else tokens, now)
+        while len(self._buckets) > self._peers_max:
+            self._buckets.popitem(last=False)
+        if not allowed:
+            raise TooManyRequests(
+                f"{what} came too often: this hub allows {self._burst} at once and {self._per_s:g} a second; "
+                f"wait {(1 - tokens) / self._per_s:.1f} s."
+            )
