@@ -18,7 +18,7 @@
 
 Records are the truth; the other files are about it. `append(..., durable=True)` returns after an fsync, and that makes
 everything appended before it durable too. A driver that is killed leaves at most a torn tail, which the next `open`
-finds and cuts. A record that was durable is never cut: when one follows the damage, `open` refuses.
+finds and cuts. Damage that a durable record follows is never cut away: `open` refuses the folder.
 
 A frame of `records/chain` is: 4 bytes of mark, 1 byte that is 1 for a durable record, the length as 4 bytes, the first
 8 bytes of BLAKE3 over (offset of the frame in the file as 8 bytes, that flag, the envelope), the envelope. All numbers
@@ -52,7 +52,6 @@ RECORD_BODY_MAX_BYTES = 1 << 20
 LINE_MAX_BYTES = 16 * 1024
 FILE_MAX_BYTES = 64 << 20
 """The largest file that is read or written whole (figures.json, report.json, report.html)."""
-JOB_YAML_MAX_BYTES = 1 << 20
 
 
 class FolderTaken(JobError):

@@ -60,15 +60,23 @@ class OptimizerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     the job had accepted when its round was assigned, never from a clock."""
 
     learning_rate: Annotated[float, Meta(gt=0, le=10)] = 2e-3
+    """The highest, reached after the warmup."""
     beta1: Fraction = 0.9
+    """How much of the mean gradient each step keeps."""
     beta2: Fraction = 0.95
+    """How much of the mean squared gradient each step keeps."""
     epsilon: Annotated[float, Meta(gt=0, le=1)] = 1e-8
+    """Added to the root of the mean squared gradient before dividing by it."""
     weight_decay: Annotated[float, Meta(ge=0, le=10)] = 0.1
+    """Decoupled from the gradient; times the learning rate, taken off the parameters each step."""
     gradient_clip: Annotated[float, Meta(ge=0, le=1e6)] = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
     warmup_steps: Annotated[int, Meta(ge=0, le=1 << 31)] = 50
+    """Steps over which the learning rate grows to its highest."""
     schedule: Schedule = Schedule.COSINE
+    """How the learning rate falls after that, over the token budget."""
     final_fraction: Fraction = 0.1
+    """What is left of the learning rate at the end of the budget."""
 
 
 class RoundSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -80,23 +88,30 @@ class RoundSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """0: a round starts from the Commit before it. 1: from the one before that, so that the exchange of one round
     hides behind the computing of the next."""
     codec: Codec = Codec.SPARSE2
+    """How a pseudo-gradient becomes bytes."""
     sparse_keep: Annotated[int, Meta(ge=8, le=1024)] = 64
     """How many values of each 4096 the codec `sparse2` keeps; a power of two."""
     residual_decay: Fraction = 0.95
+    """How much of what a codec left out is kept for the next round."""
     own_ahead: Annotated[float, Meta(ge=0, le=2)] = 1.0
     """With lag 1: how much of its own last update, which the base does not contain yet, a member's start state goes
     ahead of the base. 0: it starts from the base alone."""
     residual_ahead: Fraction = 0.0
     """How much of its residual, which it has not sent yet, a member's start state goes ahead of the base."""
     outer: Outer = Outer.PLAIN
+    """How the weighted mean of a round's updates moves the shared state."""
     outer_learning_rate: Annotated[float, Meta(gt=0, le=10)] = 1.0
+    """Times the mean update."""
     outer_momentum: Fraction = 0.0
+    """How much of the mean of earlier rounds' updates goes on; for `nesterov`."""
     quorum: Annotated[float, Meta(gt=0, le=1)] = 0.5
     """Share of a round's assigned samples that must have arrived before its grace window opens."""
     grace_ms: Annotated[int, Meta(ge=0, le=3_600_000)] = 2_000
+    """How long a round waits for the rest once its quorum is there."""
     deadline_ms: Annotated[int, Meta(ge=1, le=86_400_000)] = 60_000
     """A round closes this long after it was assigned, quorum or not, as long as anything arrived."""
     weight_cap: Annotated[float, Meta(gt=0, le=1)] = 0.34
+    """The largest share of the weight that one member may have in a round."""
     norm_ratio_max: Annotated[float, Meta(gt=1, le=1e6)] = 3.0
     """An update whose norm, relative to the work behind it, is more than this many times the median is cut to it."""
 
@@ -108,6 +123,7 @@ class ReplaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """A member keeps its private state after every so many of its accepted contributions; a replay starts at the
     newest one before the round in question."""
     window_rounds: Annotated[int, Meta(ge=0, le=ROUNDS_MAX)] = 1_000
+    """For so many rounds a member keeps what a replay of its work needs."""
     audit_rate: Fraction = 0.02
     """Share of contributions the driver has replayed while the job runs."""
 
