@@ -1,0 +1,458 @@
+"""What every endpoint does whatever carries its bytes: dialling, accepting, one link per peer.
+
+**One link.** Two nodes may dial each other at the same moment, and then have two connections. Both keep the one that
+was dialled by the smaller NodeId (and, of several dialled by the same side, the newest), so both keep the same one. A
+`Link` belongs to the peer, not to a connection: it goes over to the connection that stays, what is under way on the
+other is finished there, and then the other ends. Before an older connection is preferred, its peer must answer a ping
+on it, so a connection that is dead without knowing it cannot win.
+
+**One node per key.** A peer that comes with another instance number than the open link's is a node that was started
+again, or a second machine with the same key. If the open link still answers, it is the second, and it is declined.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from shoal.errors import BadInput, LinkError, ShoalError
+from shoal.identity import KeyPair, short_id
+from shoal.protocol.messages import OLDEST_VERSION, PROTOCOL_VERSION
+from shoal.transport.connection import Budget, Connection, Limits, ReplyStream, within
+from shoal.transport.handshake import Agreed, Self, Versions
+from shoal.transport.streams import ByteStream
+from shoal.world import Address, Body, Clock, Dice, Handler, LinkLost, LinkStats, Refused, Request, Unreachable
+
+_log = logging.getLogger("shoal.transport")
+
+HINTS_MAX = 16
+"""Addresses tried for one peer at a time; the rest is ignored."""
+STAGGER_S = 0.25
+"""The next hint is tried when the one before has neither failed nor succeeded for so long (RFC 8305, section 5)."""
+ALIVE_S = 3.0
+"""A connection whose claim is disputed must answer a ping within this."""
+_CONNECTIONS_PER_LINK_MAX = 4
+
+
+class DuplicateKey(LinkError):
+    """Two running nodes have the same key."""
+
+    code = "SH-317"
+
+
+class EndpointFull(LinkError):
+    """An endpoint has as many links as it can hold."""
+
+    code = "SH-318"
+
+
+class EndpointClosed(LinkError):
+    """This endpoint was closed."""
+
+    code = "SH-319"
+
+
+class BadAddress(BadInput):
+    """An address is not of the form tcp://host:port, or nothing can listen there."""
+
+    code = "SH-320"
+
+
+@dataclass(frozen=True)
+class EndpointLimits:
+    """What an endpoint may cost, however many peers it has."""
+
+    links: int = 1024
+    handshakes: int = 64
+    """Accepted connections that have not proved who they are. One more ends the oldest of them."""
+    handshake_s: float = 10.0
+    large_bodies_bytes: int = 256 * 1024 * 1024
+    """Large request bodies held at once, over all links."""
+    connection: Limits = field(default_factory=Limits)
+
+
+def parse_address(address: Address) -> tuple[str, int]:
+    """`tcp://host:port` -> (host, port). Raises BadAddress."""
+    rest = address.removeprefix("tcp://")
+    host, colon, port = rest.rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    if rest != address and colon and host and port.isascii() and port.isdigit() and int(port) < 65536:
+        if bracketed:
+            with contextlib.suppress(ValueError):
+                return str(ipaddress.IPv6Address(host[1:-1])), int(port)
+        elif not set(host) & set("[]:/@ "):
+            return host, int(port)
+    raise BadAddress(f"{address!r} is not an address: tcp://host:port is expected, IPv6 in brackets.")
+
+
+def format_address(host: str, port: int) -> Address:
+    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+
+
+class PeerLink:
+    """The link to one peer, over whichever of its connections is to stay."""
+
+    def __init__(self, endpoint: BaseEndpoint, peer: bytes, instance: bytes) -> None:
+        self.instance = instance
+        self._endpoint = endpoint
+        self._peer = peer
+        self._connections: list[tuple[tuple[bool, int], Connection]] = []
+        self._current: Connection | None = None
+        self._closed_reason: str | None = None
+        self._closed = asyncio.Event()
+        self._ended_sent = 0
+        self._ended_received = 0
+
+    @property
+    def peer(self) -> bytes:
+        return self._peer
+
+    @property
+    def version(self) -> int:
+        return self._use().version
+
+    @property
+    def closed(self) -> bool:
+        return self._closed_reason is not None
+
+    async def request(
+        self, kind: str, body: bytes, *, deadline_s: float = 10.0, reply_max_bytes: int = 1 << 16
+    ) -> bytes:
+        self._refuse_closed()
+        return await self._use().request(kind, body, deadline_s, reply_max_bytes)
+
+    def stream(
+        self, kind: str, body: bytes, *, stall_s: float = 10.0, max_bytes: int
+    ) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
+        self._refuse_closed()
+        return ReplyStream(self._use, kind, body, stall_s, max_bytes)
+
+    def stats(self) -> LinkStats:
+        """Bytes are those inside the encryption, of all connections this link has had."""
+        now = self._use().stats()
+        others = [c for _, c in self._connections if c is not self._current]
+        return LinkStats(
+            now.bytes_sent + self._ended_sent + sum(c.bytes_sent for c in others),
+            now.bytes_received + self._ended_received + sum(c.bytes_received for c in others),
+            now.round_trip_ms,
+            now.rate_bps,
+        )
+
+    async def close(self, reason: str = "closed") -> None:
+        self._end(reason)
+        await asyncio.gather(*(connection.close(reason) for _, connection in self._connections))
+
+    async def wait_closed(self) -> str:
+        await self._closed.wait()
+        return self._closed_reason or "closed"
+
+    # --- for the endpoint
+
+    def add(self, rank: tuple[bool, int], connection: Connection) -> None:
+        """A further connection. The one of the highest rank stays; both sides rank them alike."""
+        self._connections.append((rank, connection))
+        live = sorted((item for item in self._connections if not item[1].is_down and not item[1].retired),
+                      key=lambda item: item[0])  # fmt: skip
+        best = live[-1][1]
+        if best is connection:
+            self._current = best
+            for _, other in live[:-1]:
+                other.retire()
+        else:
+            self._endpoint.run(self._settle(best, connection))
+        while len(self._connections) > _CONNECTIONS_PER_LINK_MAX:
+            self._connections[0][1].abort("too many connections to the same node")
+
+    async def _settle(self, older: Connection, newer: Connection) -> None:
+        """The older connection ranks higher: it stays if it is alive."""
+        if await older.alive(ALIVE_S):
+            newer.retire()
+        else:
+            older.abort("it did not answer, and a newer connection to the same node took over")
+
+    def connection_down(self, connection: Connection) -> None:
+        # The one that ended stays `current` as long as no other is there: its stats are the link's last.
+        self._connections = [item for item in self._connections if item[1] is not connection]
+        if connection is self._current:
+            live = [item for item in self._connections if not item[1].is_down and not item[1].retired]
+            if not live:
+                self._end(connection.down_reason or "closed")
+                return
+            self._current = max(live, key=lambda item: item[0])[1]
+        self._ended_sent += connection.bytes_sent
+        self._ended_received += connection.bytes_received
+
+    async def alive(self) -> bool:
+        return self._current is not None and await self._current.alive(ALIVE_S)
+
+    def _end(self, reason: str) -> None:
+        if self._closed_reason is None:
+            self._closed_reason = reason
+            self._closed.set()
+            self._endpoint.link_closed(self)
+
+    def _use(self) -> Connection:
+        if self._current is None:
+            raise LinkLost(f"The link to {short_id(self._peer)} is not up yet.")
+        return self._current
+
+    def _refuse_closed(self) -> None:
+        if self._closed_reason is not None:
+            raise LinkLost(f"The link to {short_id(self._peer)} is closed: {self._closed_reason}.")
+
+
+class _Attempt:
+    """Dialling one peer, shared by all who want a link to it."""
+
+    def __init__(self, task: asyncio.Task[PeerLink]) -> None:
+        self.task = task
+        self.waiting = 0
+
+
+class BaseEndpoint(ABC):
+    """A node's place on some network; subclasses open and accept the connections."""
+
+    def __init__(
+        self,
+        key: KeyPair,
+        *,
+        clock: Clock,
+        dice: Dice,
+        network: str,
+        versions: Versions = (OLDEST_VERSION, PROTOCOL_VERSION),
+        limits: EndpointLimits | None = None,
+    ) -> None:
+        self._me = Self(key, dice.bytes(16), versions, network)
+        self._clock = clock
+        self._dice = dice
+        self._limits = limits or EndpointLimits()
+        self._budget = Budget(self._limits.large_bodies_bytes)
+        self._handlers: dict[str, Handler] = {}
+        self._link_callbacks: list[Callable[[PeerLink], None]] = []
+        self._links: dict[bytes, PeerLink] = {}
+        self._dialling: dict[bytes, _Attempt] = {}
+        self._attempts = 0
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._closed = False
+
+    # --- the port
+
+    @property
+    def node_id(self) -> bytes:
+        return self._me.key.node_id
+
+    @property
+    @abstractmethod
+    def addresses(self) -> Sequence[Address]: ...
+
+    @abstractmethod
+    async def listen(self, address: Address) -> Address: ...
+
+    def handle(self, kind: str, handler: Handler) -> None:
+        self._handlers[kind] = handler
+
+    def on_link(self, callback: Callable[[PeerLink], None]) -> None:
+        self._link_callbacks.append(callback)
+
+    def links(self) -> Mapping[bytes, PeerLink]:
+        return MappingProxyType(dict(self._links))
+
+    async def dial(self, node: bytes, hints: Sequence[Address], *, deadline_s: float = 10.0) -> PeerLink:
+        """See Endpoint.dial. Hints are tried in order, each after a short head start of the one before."""
+        self._refuse_closed()
+        link = self._links.get(node)
+        if link is not None:
+            return link
+        if node == self.node_id:
+            raise Unreachable(f"{short_id(node)} is this node itself; it has no link to itself.")
+        attempt = self._dialling.get(node)
+        if attempt is None:
+            if not hints:
+                raise Unreachable(f"No address is known for {short_id(node)}; it must dial this node, or be asked for.")
+            attempt = _Attempt(self.run(self._dial_hints(node, list(dict.fromkeys(hints))[:HINTS_MAX])))
+            self._dialling[node] = attempt
+        attempt.waiting += 1
+        try:
+            return await within(self._clock, deadline_s, _result(attempt.task))
+        except TimeoutError:
+            raise Unreachable(
+                f"{short_id(node)} could not be reached within {deadline_s:g} s (tried {', '.join(hints[:HINTS_MAX])})."
+            ) from None
+        finally:
+            attempt.waiting -= 1
+            if attempt.task.done() or not attempt.waiting:
+                attempt.task.cancel()
+                if self._dialling.get(node) is attempt:
+                    del self._dialling[node]
+
+    async def close(self) -> None:
+        """Stop accepting, tell every peer, and end all tasks."""
+        self._closed = True
+        await self._stop_accepting()
+        await asyncio.gather(*(link.close("the node is stopping") for link in list(self._links.values())))
+        tasks = [task for task in self._tasks if task is not asyncio.current_task()]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+    # --- for subclasses
+
+    @abstractmethod
+    async def _connect(self, node: bytes, hint: Address) -> PeerLink:
+        """One attempt at one address, handshake included. Raises LinkError, BadAddress, VersionMismatch or OSError."""
+
+    @abstractmethod
+    async def _stop_accepting(self) -> None: ...
+
+    def _next_attempt(self) -> int:
+        self._attempts += 1
+        return self._attempts
+
+    async def _vet(self, agreed: Agreed) -> None:
+        """Whether a peer that proved who it is may have a link. Raises DuplicateKey, EndpointFull, EndpointClosed."""
+        self._refuse_closed()
+        if agreed.peer == self.node_id:
+            raise DuplicateKey(
+                f"Two nodes run with the same key, {short_id(agreed.peer)}: give each machine a key file of its own."
+            )
+        link = self._links.get(agreed.peer)
+        if link is None:
+            if len(self._links) >= self._limits.links:
+                raise EndpointFull(
+                    f"{short_id(self.node_id)} holds {self._limits.links} links already; try another node."
+                )
+        elif link.instance != agreed.instance:
+            if await link.alive():
+                raise DuplicateKey(
+                    f"Another running node has the same key, {short_id(agreed.peer)}: stop it, or give this machine a "
+                    "key file of its own."
+                )
+            await link.close("the node was started again")
+
+    def _join(self, agreed: Agreed, stream: ByteStream) -> PeerLink:
+        """A connection that both sides accepted becomes, or joins, the link to its peer."""
+        if self._closed:
+            stream.close()
+            self._refuse_closed()
+        link = self._links.get(agreed.peer)
+        new = link is None
+        if link is None:
+            link = PeerLink(self, agreed.peer, agreed.instance)
+
+        async def serve(connection: Connection, kind: str, body: bytes) -> Body:
+            return await self._serve(link, connection, kind, body)
+
+        connection = Connection(
+            stream,
+            peer=agreed.peer,
+            version=agreed.version,
+            dialled=agreed.dialled,
+            serve=serve,
+            down=link.connection_down,
+            clock=self._clock,
+            dice=self._dice,
+            limits=self._limits.connection,
+            budget=self._budget,
+        )
+        dialled_by_smaller = agreed.dialled == (self.node_id < agreed.peer)
+        connection.start()
+        if new:
+            self._links[agreed.peer] = link
+        link.add((dialled_by_smaller, agreed.attempt), connection)
+        if new:
+            for callback in self._link_callbacks:
+                callback(link)
+        return link
+
+    def link_closed(self, link: PeerLink) -> None:
+        if self._links.get(link.peer) is link:
+            del self._links[link.peer]
+
+    def run(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """A task that ends with the endpoint at the latest."""
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_done)
+        return task
+
+    # --- inside
+
+    def _task_done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None and not isinstance(task.exception(), ShoalError):
+            _log.error("A task of the endpoint failed.", exc_info=task.exception())
+
+    async def _serve(self, link: PeerLink, connection: Connection, kind: str, body: bytes) -> Body:
+        handler = self._handlers.get(kind)
+        if handler is None:
+            raise Refused(f"{short_id(self.node_id)} does not answer {kind} requests.")
+        return await handler(Request(connection.peer, kind, body, connection.version, link))
+
+    async def _dial_hints(self, node: bytes, hints: list[Address]) -> PeerLink:
+        """The first hint that leads to `node` wins; the others are given up."""
+        waiting = list(hints)
+        running: dict[asyncio.Task[PeerLink], Address] = {}
+        failures: list[tuple[Address, ShoalError | OSError | TimeoutError]] = []
+        try:
+            while waiting or running:
+                if waiting:
+                    hint = waiting.pop(0)
+                    running[asyncio.ensure_future(self._connect_in_time(node, hint))] = hint
+                head_start = asyncio.ensure_future(self._clock.sleep(STAGGER_S)) if waiting else None
+                try:
+                    await asyncio.wait(
+                        [*running, *([head_start] if head_start else [])], return_when=asyncio.FIRST_COMPLETED
+                    )
+                finally:
+                    if head_start is not None:
+                        head_start.cancel()
+                for task in [task for task in running if task.done()]:
+                    hint = running.pop(task)
+                    try:
+                        return task.result()
+                    except (ShoalError, OSError, TimeoutError) as error:
+                        failures.append((hint, error))
+                if node in self._links:  # it dialled us meanwhile
+                    return self._links[node]
+        finally:
+            for task in running:
+                task.cancel()
+            if running:
+                await asyncio.wait(running)
+        raise _unreachable(node, failures)
+
+    async def _connect_in_time(self, node: bytes, hint: Address) -> PeerLink:
+        return await within(self._clock, self._limits.handshake_s, self._connect(node, hint))
+
+    def _refuse_closed(self) -> None:
+        if self._closed:
+            raise EndpointClosed(f"The endpoint of {short_id(self.node_id)} is closed.")
+
+
+async def _result(task: asyncio.Task[PeerLink]) -> PeerLink:
+    return await asyncio.shield(task)
+
+
+def _unreachable(node: bytes, failures: list[tuple[Address, ShoalError | OSError | TimeoutError]]) -> Unreachable:
+    """All that was tried, in one sentence; the cause of the last failure is chained."""
+    said = "; ".join(f"{hint}: {_why(error)}" for hint, error in failures)
+    result = Unreachable(f"{short_id(node)} could not be reached. {said}.")
+    result.__cause__ = failures[-1][1]
+    return result
+
+
+def _why(error: ShoalError | OSError | TimeoutError) -> str:
+    if isinstance(error, ShoalError):
+        return error.sentence.rstrip(".")
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return "no answer in time" if isinstance(error, TimeoutError) else str(error) or type(error).__name__
