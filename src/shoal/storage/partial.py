@@ -7,6 +7,7 @@ written before its number, so a process that dies in between fetches that piece 
 
 from __future__ import annotations
 
+import contextlib
 import struct
 import threading
 from collections.abc import Callable, Iterator
@@ -215,4 +216,6 @@ class Partial:
         with self._lock:
             if not self._closed:
                 self._closed = True
+                with contextlib.suppress(OSError):  # opening the store deletes what is left in scratch
+                    self._disk.delete(self._scratch)
                 self._release()

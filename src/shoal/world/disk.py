@@ -322,6 +322,10 @@ class MemoryDisk:
             self._locked.add(name)
         return _MemoryLock(self._locked, name)
 
+    def process_died(self) -> None:
+        """Take all locks back, as the operating system does when the process that held them ends."""
+        self._locked.clear()
+
 
 class _MemoryLock:
     def __init__(self, locked: set[str], name: str) -> None:
