@@ -40,7 +40,9 @@ class FlatParameters:
         self.layout = Layout.of({name: parameter.shape for name, parameter in parameters.items()})
         device = next(iter(parameters.values())).device
         self.flat = torch.zeros(self.layout.size, dtype=torch.float32, device=device)
-        self.gradient = torch.zeros_like(self.flat)
+        self.exchange = torch.zeros(self.layout.size + 2, dtype=torch.float32, device=device)
+        """The gradients and two more numbers, to be summed over processes in one go."""
+        self.gradient = self.exchange[:-2]
         with torch.no_grad():
             for tensor in self.layout.tensors:
                 parameter = parameters[tensor.name]

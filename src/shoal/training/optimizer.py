@@ -39,7 +39,7 @@ class FlatAdamW:
     def __init__(self, flat: torch.Tensor, gradient: torch.Tensor, settings: OptimizerSettings) -> None:
         self._gradient = gradient
         self._clip = settings.gradient_clip
-        self._both = torch.zeros(2 * flat.numel(), dtype=torch.float32, device=flat.device)
+        self.both = torch.zeros(2 * flat.numel(), dtype=torch.float32, device=flat.device)
         self._parameter = torch.nn.Parameter(flat, requires_grad=True)
         self._parameter.grad = gradient
         self._steps = torch.zeros((), dtype=torch.float32, device=flat.device)
@@ -51,7 +51,7 @@ class FlatAdamW:
             weight_decay=settings.weight_decay,
             fused=True,
         )
-        mean, variance = self._both.chunk(2)
+        mean, variance = self.both.chunk(2)
         self._optimizer.state[self._parameter] = {"step": self._steps, "exp_avg": mean, "exp_avg_sq": variance}
 
     def step(self, learning_rate: float) -> None:
@@ -61,17 +61,20 @@ class FlatAdamW:
         self._optimizer.param_groups[0]["lr"] = learning_rate
         self._optimizer.step()
 
+    def set_step(self, step: int) -> None:
+        self._steps.fill_(float(step))
+
     def moments(self) -> Floats:
-        return np.array(self._both.cpu().numpy(), copy=True)
+        return np.array(self.both.cpu().numpy(), copy=True)
 
     def restore(self, moments: Floats, step: int) -> None:
-        if moments.size not in (0, self._both.numel()):
-            raise BadOptimizer(f"AdamW over this model keeps {self._both.numel()} numbers; {moments.size} were given.")
+        if moments.size not in (0, self.both.numel()):
+            raise BadOptimizer(f"AdamW over this model keeps {self.both.numel()} numbers; {moments.size} were given.")
         if moments.size:
-            self._both.copy_(torch.from_numpy(moments))
+            self.both.copy_(torch.from_numpy(moments))
         else:
-            self._both.zero_()
-        self._steps.fill_(float(step))
+            self.both.zero_()
+        self.set_step(step)
 
 
 class TorchOptimizer:

@@ -4,24 +4,53 @@ lives and is told why."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import signal
+import sys
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
+
+import msgspec
 
 from shoal.errors import EngineError
 from shoal.training.commands import (
+    FRAME,
+    FRAME_MAX_BYTES,
+    Answered,
     ApplyCommit,
+    Asked,
+    CancelRound,
+    Command,
+    Done,
     Evaluate,
     Evaluated,
     ExportCheckpoint,
+    Failed,
     Generate,
     Generated,
+    LoadPrivate,
+    LoadState,
     Prepare,
     Prepared,
     PrivateNow,
+    Reply,
+    RollBack,
+    RoundCancelled,
     RoundDone,
     RunRound,
     StateHeld,
+    Stop,
+    WritePrivate,
+    WriteState,
 )
+
+OUTSTANDING_MAX = 64
+LOG_LINES_KEPT = 20
+LOG_LINE_MAX = 2_000
+STOP_WAIT_S = 5.0
 
 
 class EngineDied(EngineError):
@@ -40,70 +69,215 @@ class EngineFailed(EngineError):
         self.cause_code = cause_code
 
 
-class RoundCancelledError(EngineError):
+class RoundWasCancelled(EngineError):
     """The running round was cancelled or rolled back; the member is as before it."""
 
     code = "SH-522"
 
 
+R = TypeVar("R")
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Answered)
+
+
 class EngineProcess:
-    """One child process with one member in it. All methods raise EngineDied and EngineFailed."""
+    """One child process with one member in it. All methods raise EngineDied and EngineFailed; several may be waited for
+    at once. Made by `start`, ended by `stop` or `kill`."""
+
+    def __init__(self, name: str, process: asyncio.subprocess.Process, log: Callable[[str], None] | None) -> None:
+        self._name, self._process, self._log = name, process, log
+        self._waiting: dict[int, asyncio.Future[Reply]] = {}
+        self._number = 0
+        self._ending = False
+        self._last_lines: deque[str] = deque(maxlen=LOG_LINES_KEPT)
+        self._died: asyncio.Future[EngineDied] = asyncio.get_running_loop().create_future()
+        self._stderr = asyncio.create_task(self._read_log())
+        self._replies = asyncio.create_task(self._read_replies())
 
     @classmethod
     async def start(cls, name: str, *, threads: int = 1, log: Callable[[str], None] | None = None) -> EngineProcess:
         """Start `python -m shoal.training.worker`. `name` is who it computes for, for sentences; `log` is given each
         line that it writes to stderr."""
-        raise NotImplementedError
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": str(threads),
+            "MKL_NUM_THREADS": str(threads),
+            "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # without it cuBLAS is not deterministic
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_HUB_OFFLINE": "1",
+            "GLOO_SOCKET_IFNAME": "lo" if sys.platform.startswith("linux") else "",
+        }
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "shoal.training.worker",
+            str(os.getpid()),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env={key: value for key, value in environment.items() if value},
+            limit=FRAME_MAX_BYTES + FRAME.size,
+        )
+        return cls(name, process, log)
 
     @property
     def pid(self) -> int:
-        raise NotImplementedError
+        return self._process.pid
 
     @property
     def died(self) -> asyncio.Future[EngineDied]:
         """Done when the process has ended without being told to."""
-        raise NotImplementedError
+        return self._died
+
+    # --- commands --------------------------------------------------------------------------------------------------
 
     async def prepare(self, command: Prepare) -> Prepared:
-        raise NotImplementedError
+        return await self._ask(command, Prepared)
 
     async def run_round(self, command: RunRound) -> RoundDone:
-        """Raises RoundCancelledError when `cancel_round` or `roll_back` came in between."""
-        raise NotImplementedError
+        """Raises RoundWasCancelled when `cancel_round` or `roll_back` came in between. Cancelling this call does not
+        cancel the round."""
+        reply = await self._reply_to(command)
+        if isinstance(reply, RoundCancelled):
+            raise RoundWasCancelled(f"Round {command.round} of {self._name} was cancelled.")
+        return self._expect(reply, RoundDone)
 
     async def cancel_round(self) -> None:
-        raise NotImplementedError
+        await self._ask(CancelRound(), Done)
 
     async def roll_back(self, private: bytes) -> PrivateNow:
-        raise NotImplementedError
+        return await self._ask(RollBack(private=private), PrivateNow)
 
     async def apply_commit(self, command: ApplyCommit) -> StateHeld:
-        raise NotImplementedError
+        return await self._ask(command, StateHeld)
 
     async def load_private(self, path: Path | None) -> PrivateNow:
-        raise NotImplementedError
+        return await self._ask(LoadPrivate(path=None if path is None else str(path)), PrivateNow)
 
     async def write_private(self, path: Path) -> PrivateNow:
-        raise NotImplementedError
+        return await self._ask(WritePrivate(path=str(path)), PrivateNow)
 
     async def load_state(self, path: Path) -> StateHeld:
-        raise NotImplementedError
+        return await self._ask(LoadState(path=str(path)), StateHeld)
 
     async def write_state(self, state: bytes, path: Path) -> StateHeld:
-        raise NotImplementedError
+        return await self._ask(WriteState(state=state, path=str(path)), StateHeld)
 
     async def evaluate(self, command: Evaluate) -> Evaluated:
-        raise NotImplementedError
+        return await self._ask(command, Evaluated)
 
     async def generate(self, command: Generate) -> Generated:
-        raise NotImplementedError
+        return await self._ask(command, Generated)
 
     async def export_checkpoint(self, command: ExportCheckpoint) -> None:
-        raise NotImplementedError
+        await self._ask(command, Done)
 
     async def stop(self) -> None:
-        """Ask it to exit; kill it when it does not within 5 s."""
-        raise NotImplementedError
+        """Ask it to exit; kill it when it does not within STOP_WAIT_S."""
+        self._ending = True
+        with contextlib.suppress(TimeoutError, EngineDied, EngineFailed):
+            async with asyncio.timeout(STOP_WAIT_S):
+                await self._ask(Stop(), Done)
+                await self._process.wait()
+        await self.kill()
 
     async def kill(self) -> None:
-        raise NotImplementedError
+        """End it now."""
+        self._ending = True
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+        await self._process.wait()
+        await asyncio.gather(self._replies, self._stderr)
+
+    # --- the pipe --------------------------------------------------------------------------------------------------
+
+    async def _ask(self, command: Command, expected: type[R]) -> R:
+        return self._expect(await self._reply_to(command), expected)
+
+    def _expect(self, reply: Reply, expected: type[R]) -> R:
+        if isinstance(reply, Failed):
+            raise EngineFailed(reply.sentence, reply.code)
+        if not isinstance(reply, expected):
+            raise EngineFailed(f"The engine of {self._name} answered {type(reply).__name__}.", "SH-521")
+        return reply
+
+    async def _reply_to(self, command: Command) -> Reply:
+        if self._replies.done():
+            raise await self._cause_of_death()
+        if len(self._waiting) >= OUTSTANDING_MAX:
+            raise EngineFailed(f"The engine of {self._name} has {OUTSTANDING_MAX} unanswered commands.", "SH-521")
+        self._number += 1
+        number = self._number
+        body = _encoder.encode(Asked(number, command))
+        if len(body) > FRAME_MAX_BYTES:
+            raise EngineFailed(f"A {type(command).__name__} of {len(body)} bytes is too long.", "SH-521")
+        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        self._waiting[number] = future
+        stdin = self._process.stdin
+        assert stdin is not None
+        try:
+            with contextlib.suppress(ConnectionError):  # it died: the future then says how
+                stdin.write(FRAME.pack(len(body)) + body)
+                await stdin.drain()
+            return await future
+        finally:
+            self._waiting.pop(number, None)
+
+    async def _read_replies(self) -> None:
+        stdout = self._process.stdout
+        assert stdout is not None
+        try:
+            while True:
+                (length,) = FRAME.unpack(await stdout.readexactly(FRAME.size))
+                if length > FRAME_MAX_BYTES:
+                    break
+                answered = _decoder.decode(await stdout.readexactly(length))
+                future = self._waiting.get(answered.number)
+                if future is not None and not future.done():
+                    future.set_result(answered.reply)
+        except (asyncio.IncompleteReadError, ConnectionError, msgspec.DecodeError):
+            pass
+        if self._process.returncode is None and not self._ending:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(STOP_WAIT_S):
+                    await self._process.wait()
+            if self._process.returncode is None:
+                self._process.kill()
+        error = await self._cause_of_death()
+        for future in self._waiting.values():
+            if not future.done():
+                future.set_exception(error)
+        if not self._ending and not self._died.done():
+            self._died.set_result(error)
+
+    async def _read_log(self) -> None:
+        stderr = self._process.stderr
+        assert stderr is not None
+        while True:
+            try:
+                line = await stderr.readline()
+            except ValueError:  # a line longer than the stream's limit
+                continue
+            if not line:
+                return
+            text = line.decode(errors="replace").rstrip()[:LOG_LINE_MAX]
+            self._last_lines.append(text)
+            if self._log is not None:
+                self._log(text)
+
+    async def _cause_of_death(self) -> EngineDied:
+        code = await self._process.wait()
+        await self._stderr
+        last = next((line for line in reversed(self._last_lines) if line.strip()), "")
+        if code == -signal.SIGKILL:
+            how = "was killed (SIGKILL); unless somebody did that by hand, this machine ran out of memory"
+        elif code < 0:
+            how = f"was ended by signal {-code} ({signal.Signals(-code).name})"
+        elif "MemoryError" in last or "can't allocate memory" in last:
+            how = f"ran out of memory: {last}"
+        elif self._ending:
+            how = "was told to end"
+        else:
+            how = f"ended with code {code}" + (f": {last}" if last else "")
+        return EngineDied(f"The engine of {self._name} (process {self.pid}) {how}.")

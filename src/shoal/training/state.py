@@ -168,6 +168,11 @@ class SharedState:
     def _buffers(self) -> tuple[Floats, ...]:
         return (self.parameters,) if self.momentum is None else (self.parameters, self.momentum)
 
+    @property
+    def size(self) -> int:
+        """Bytes of the file form."""
+        return len(self.header) + sum(buffer.nbytes for buffer in self._buffers)
+
     def to_bytes(self) -> bytes:
         return b"".join([self.header, *(_little(buffer).tobytes() for buffer in self._buffers)])
 

@@ -1,0 +1,200 @@
+"""The child process: `python -m shoal.training.worker PARENT_PID`.
+
+Commands come on stdin, replies go out on what was stdout; anything that a library prints goes to stderr. One thread:
+a round gives way between its steps, and only there, so that applying a Commit or cancelling never touches numbers that
+a step is using. It ends when told to, when stdin closes, or when its parent dies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+from typing import assert_never
+
+import msgspec
+import torch
+
+from shoal.errors import ShoalError
+from shoal.training.commands import (
+    FRAME,
+    FRAME_MAX_BYTES,
+    Answered,
+    ApplyCommit,
+    Asked,
+    CancelRound,
+    Done,
+    Evaluate,
+    ExportCheckpoint,
+    Failed,
+    Generate,
+    LoadPrivate,
+    LoadState,
+    Prepare,
+    Reply,
+    RollBack,
+    RoundCancelled,
+    RunRound,
+    Stop,
+    WritePrivate,
+    WriteState,
+)
+from shoal.training.engine import Engine
+from shoal.training.lifetime import die_with_parent
+from shoal.training.member import OutOfTurn
+from shoal.training.ranks import RankLost
+from shoal.world import Clock, SystemClock
+
+SENTENCE_MAX = 400
+_decoder = msgspec.msgpack.Decoder(Asked)
+_encoder = msgspec.msgpack.Encoder()
+
+
+class Worker:
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, clock: Clock) -> None:
+        self._reader, self._writer, self._clock = reader, writer, clock
+        self._engine: Engine | None = None
+        self._round: asyncio.Task[None] | None = None
+
+    async def run(self) -> None:
+        """Until Stop or the end of stdin."""
+        try:
+            while (asked := await self._next()) is not None:
+                if isinstance(asked.command, RunRound):
+                    self._begin_round(asked.number, asked.command)
+                    continue
+                reply = await self._answer(asked)
+                await self._send(asked.number, reply)
+                if isinstance(asked.command, Stop):
+                    break
+        finally:
+            await self._cancel_round()
+            if self._engine is not None:
+                self._engine.close()
+
+    async def _next(self) -> Asked | None:
+        try:
+            (length,) = FRAME.unpack(await self._reader.readexactly(FRAME.size))
+            if length > FRAME_MAX_BYTES:
+                raise msgspec.ValidationError(f"A command of {length} bytes exceeds the limit of {FRAME_MAX_BYTES}.")
+            return _decoder.decode(await self._reader.readexactly(length))
+        except asyncio.IncompleteReadError:
+            return None
+
+    async def _send(self, number: int, reply: Reply) -> None:
+        body = _encoder.encode(Answered(number, reply))
+        self._writer.write(FRAME.pack(len(body)) + body)
+        await self._writer.drain()
+
+    def _begin_round(self, number: int, command: RunRound) -> None:
+        busy = self._round is not None and not self._round.done()
+        self._round = asyncio.create_task(
+            self._refuse_round(number, self._round) if busy else self._run(number, command)
+        )
+
+    async def _refuse_round(self, number: int, running: asyncio.Task[None] | None) -> None:
+        await self._send(number, _failed(OutOfTurn("A round is running already; cancel it or wait for it.")))
+        if running is not None:
+            await running
+
+    async def _run(self, number: int, command: RunRound) -> None:
+        reply: Reply
+        try:
+            reply = await self._prepared_engine().run_round(command)
+        except asyncio.CancelledError:
+            reply = RoundCancelled(round=command.round)
+        except RankLost:
+            raise
+        except (ShoalError, OSError, torch.OutOfMemoryError) as error:
+            reply = _failed(error)
+        await self._send(number, reply)
+
+    async def _cancel_round(self) -> None:
+        if self._round is not None:
+            self._round.cancel()
+            await asyncio.wait([self._round])
+            self._round = None
+
+    def _prepared_engine(self) -> Engine:
+        if self._engine is None:
+            raise OutOfTurn("The engine was asked to work before it was prepared.")
+        return self._engine
+
+    async def _answer(self, asked: Asked) -> Reply:
+        try:
+            return await self._do(asked)
+        except RankLost:
+            raise
+        except (ShoalError, OSError, torch.OutOfMemoryError) as error:
+            return _failed(error)
+
+    async def _do(self, asked: Asked) -> Reply:
+        command = asked.command
+        match command:
+            case Prepare():
+                if self._engine is not None:
+                    raise OutOfTurn("The engine is prepared already; another job needs another engine.")
+                self._engine = Engine(command, self._clock)
+                return await self._engine.prepared(command.measure)
+            case Stop():
+                return Done()
+            case CancelRound():
+                await self._cancel_round()
+                return Done()
+            case RollBack():
+                await self._cancel_round()
+                return self._prepared_engine().roll_back(command.private)
+            case LoadPrivate():
+                return self._prepared_engine().load_private(command.path)
+            case WritePrivate():
+                return self._prepared_engine().write_private(command.path)
+            case ApplyCommit():
+                return self._prepared_engine().apply_commit(command)
+            case LoadState():
+                return self._prepared_engine().load_state(command.path)
+            case WriteState():
+                return self._prepared_engine().write_state(command.state, command.path)
+            case Evaluate():
+                return self._prepared_engine().evaluate(command)
+            case Generate():
+                return self._prepared_engine().generate(command)
+            case ExportCheckpoint():
+                self._prepared_engine().export_checkpoint(command)
+                return Done()
+            case RunRound():
+                raise OutOfTurn("A round is begun beside other commands, not among them.")
+            case _:
+                assert_never(command)
+
+
+def _failed(error: Exception) -> Failed:
+    if isinstance(error, ShoalError):
+        return Failed(code=error.code, sentence=error.sentence[:SENTENCE_MAX])
+    if isinstance(error, torch.OutOfMemoryError):
+        sentence = f"The device ran out of memory; lower batch_samples or use a smaller model. {error}"
+        return Failed(code="SH-536", sentence=sentence[:SENTENCE_MAX])
+    return Failed(code="SH-537", sentence=f"A file could not be read or written: {error}."[:SENTENCE_MAX])
+
+
+async def serve(replies: int) -> None:
+    """Answer commands from stdin on file descriptor `replies`."""
+    loop = asyncio.get_running_loop()
+    reader = asyncio.StreamReader(limit=FRAME_MAX_BYTES + FRAME.size)
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    transport, protocol = await loop.connect_write_pipe(asyncio.streams.FlowControlMixin, os.fdopen(replies, "wb"))
+    writer = asyncio.StreamWriter(transport, protocol, None, loop)
+    await Worker(reader, writer, SystemClock()).run()
+    writer.close()
+
+
+def main() -> None:
+    die_with_parent(int(sys.argv[1]))
+    replies = os.dup(1)
+    os.dup2(2, 1)
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING)
+    asyncio.run(serve(replies))
+
+
+if __name__ == "__main__":
+    main()
