@@ -55,7 +55,10 @@ FRAME_START_BYTES = 16 * 1024
 URGENT_BATCH_BYTES = 64 * 1024
 """So much of control and small bodies goes before bulk gets a turn."""
 _RATE_WINDOW_S = 0.05
+_RATE_WINDOW_BYTES = 2 * 1024 * 1024
+_SEND_GAP_S = 0.005
 _BURST_GAP_S = 0.5
+_TINY_BYTES = 4 * 1024
 _CLOSE_S = 1.0
 _WINDOW_ROUND_TRIPS = 2.0
 _PING_WITH_REQUEST_S = 1.0
@@ -138,6 +141,10 @@ async def within(clock: Clock, seconds: float, work: Coroutine[Any, Any, T]) -> 
             task.exception()  # looked at, so that the loop does not report it
 
 
+_PARTS_MAX = 64
+"""Pieces of one frame that are kept apart; a peer that sends it byte by byte costs no more than its size."""
+
+
 class FrameReader:
     """Cuts a stream of bytes into frames; each payload is copied once."""
 
@@ -153,6 +160,8 @@ class FrameReader:
         if self._missing:
             if len(data) < self._missing:
                 self._parts.append(memoryview(data))
+                if len(self._parts) > _PARTS_MAX:
+                    self._parts = [memoryview(b"".join(self._parts))]
                 self._missing -= len(data)
                 return []
             position = self._missing
@@ -290,6 +299,7 @@ class Connection:
         self.rate_bps: float | None = None
         self.frame_bytes = FRAME_START_BYTES
         self._stream = stream
+        stream.expect(FRAME_START_BYTES)
         self._serve = serve
         self._down_callback = down
         self._clock = clock
@@ -306,6 +316,8 @@ class Connection:
         self._large_answers = 0
         self._windows_bytes = 0
         self._urgent: deque[bytes] = deque()
+        self._urgent_bytes = 0
+        self._urgent_max_bytes = 2 * (limits.requests + limits.bulk) * (SMALL_BYTES + 1024)
         self._turns: deque[_Answer | _Call] = deque()
         self._credits: dict[int, int] = {}
         self._pong: bytes | None = None
@@ -326,8 +338,9 @@ class Connection:
         self._burst_started = float("-inf")
         self._burst_heard = float("-inf")
         self._burst_bytes = 0
-        self._busy_bytes = 0
-        self._busy_since: float | None = None
+        self._sent_bytes = 0
+        self._sent_s = 0.0
+        self._sent_at = float("-inf")
         self._send_rate: float | None = None
 
     # --- life
@@ -575,6 +588,8 @@ class Connection:
             raise BrokenFraming(f"opened stream {stream} out of order")
         self._last_peer_id = stream
         limits = self._limits
+        if self._urgent_bytes > self._urgent_max_bytes:
+            raise BrokenFraming("makes requests but does not read the replies")
         if len(self._answers) >= limits.requests + limits.bulk:
             raise BrokenFraming(f"opened more than {limits.requests + limits.bulk} requests at once")
         if opening.body_bytes > limits.body_max_bytes:
@@ -782,7 +797,9 @@ class Connection:
             call.fail(ReplyTooLarge(f"{short_id(self.peer)} sent a larger reply to {call.kind} than was asked for."))
             self.leave(call)
         elif not call.left:
-            if size:
+            if call.chunks and len(call.chunks[-1]) + size <= _TINY_BYTES:
+                call.chunks[-1] += payload  # so that tiny frames do not cost many times their size
+            elif size:
                 call.chunks.append(payload)
             if call.bulk:
                 call.deadline = None  # until its reader waits again
@@ -809,6 +826,7 @@ class Connection:
     def _send(self, data: bytes) -> None:
         if not self.is_down:
             self._urgent.append(data)
+            self._urgent_bytes += len(data)
             self._wake_writer()
 
     def _wake_writer(self) -> None:
@@ -824,25 +842,24 @@ class Connection:
                     if self._closing and not self._urgent:
                         self._said_close.set()
                         return
-                    self._busy_since = None
                     self._wake = loop.create_future()
                     await self._wake
                     self._wake = None
                     continue
-                self._write_started = self._clock.monotonic()
+                self._write_started = started = self._clock.monotonic()
                 await self._stream.write(*parts)
+                self._write_started = None
                 size = sum(map(len, parts))
                 self.bytes_sent += size
-                self._measure_sent(size, bulk)
-                self._write_started = None
                 if bulk:
                     await asyncio.sleep(0)  # let small requests in, even if the stream takes everything at once
+                    self._measure_sent(size, started)
         except OSError as error:
             self.abort(f"the connection broke ({error.strerror or error})")
 
     def _next_parts(self) -> tuple[list[bytes | memoryview], bool]:
         """What to write now: control and small bodies first, then up to a frame of bulk, from the streams in turn."""
-        head: list[bytes] = []
+        head: list[bytes | memoryview] = []
         if self._pong is not None:
             head.append(frame(FrameType.PONG, 0, self._pong))
             self._pong = None
@@ -854,6 +871,7 @@ class Connection:
             data = self._urgent.popleft()
             head.append(data)
             size += len(data)
+        self._urgent_bytes -= size
         parts: list[bytes | memoryview] = []
         room, bulk = self.frame_bytes, False
         while room > 0 and self._turns and not self._closing:
@@ -863,14 +881,16 @@ class Connection:
                 continue
             header, payload = taken
             head.append(header)
-            if len(payload):
+            if len(payload) < _TINY_BYTES:
+                head.append(payload)
+            else:
                 parts.append(b"".join(head))
                 parts.append(payload)
                 head.clear()
             bulk = True
             room -= len(payload) + HEADER.size
         if head:
-            parts.append(head[0] if len(head) == 1 else b"".join(head))
+            parts.append(b"".join(head))
         return parts, bulk
 
     def _upload(self, call: _Call, room: int) -> tuple[bytes, memoryview] | None:
@@ -909,23 +929,25 @@ class Connection:
             self._take_turn(answer)
         return header, payload
 
-    def _measure_sent(self, size: int, bulk: bool) -> None:
-        """Follow the rate at which the path takes bulk, and fit the frame to it."""
+    def _measure_sent(self, size: int, started: float) -> None:
+        """Follow the rate at which the path takes bulk, and fit the frame to it.
+
+        Time in which there was nothing to send does not count, and a short burst, which the kernel swallows whole,
+        says nothing.
+        """
         now = self._clock.monotonic()
-        if not bulk:
+        if started - self._sent_at > _SEND_GAP_S:
+            self._sent_bytes, self._sent_s = 0, 0.0
+        self._sent_at = now
+        self._sent_bytes += size
+        self._sent_s += now - started
+        if self._sent_s < _RATE_WINDOW_S and self._sent_bytes < _RATE_WINDOW_BYTES:
             return
-        if self._busy_since is None:
-            self._busy_since, self._busy_bytes = now, 0
-            return
-        self._busy_bytes += size
-        elapsed = now - self._busy_since
-        if elapsed < _RATE_WINDOW_S:
-            return
-        rate = self._busy_bytes / elapsed
+        rate = self._sent_bytes / max(self._sent_s, 1e-6)
         self._send_rate = rate if self._send_rate is None else (self._send_rate + rate) / 2
-        self._busy_since, self._busy_bytes = now, 0
+        self._sent_bytes, self._sent_s = 0, 0.0
         fitting = max(FRAME_MIN_BYTES, min(FRAME_MAX_BYTES, int(self._send_rate * FRAME_SECONDS)))
-        if not self.frame_bytes * 3 // 4 < fitting < self.frame_bytes * 4 // 3 or fitting == FRAME_MAX_BYTES:
+        if fitting == FRAME_MAX_BYTES or abs(fitting - self.frame_bytes) > self.frame_bytes // 4:
             if fitting != self.frame_bytes:
                 self._stream.expect(max(fitting, FRAME_START_BYTES))
             self.frame_bytes = fitting

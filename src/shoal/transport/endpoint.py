@@ -238,6 +238,7 @@ class BaseEndpoint(ABC):
         self._handlers: dict[str, Handler] = {}
         self._link_callbacks: list[Callable[[PeerLink], None]] = []
         self._links: dict[bytes, PeerLink] = {}
+        self._connections: set[Connection] = set()
         self._dialling: dict[bytes, _Attempt] = {}
         self._attempts = 0
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -298,6 +299,8 @@ class BaseEndpoint(ABC):
         self._closed = True
         await self._stop_accepting()
         await asyncio.gather(*(link.close("the node is stopping") for link in list(self._links.values())))
+        for connection in list(self._connections):
+            connection.abort("the node is stopping")
         tasks = [task for task in self._tasks if task is not asyncio.current_task()]
         for task in tasks:
             task.cancel()
@@ -351,18 +354,23 @@ class BaseEndpoint(ABC):
         async def serve(connection: Connection, kind: str, body: bytes) -> Body:
             return await self._serve(link, connection, kind, body)
 
+        def down(connection: Connection) -> None:
+            self._connections.discard(connection)
+            link.connection_down(connection)
+
         connection = Connection(
             stream,
             peer=agreed.peer,
             version=agreed.version,
             dialled=agreed.dialled,
             serve=serve,
-            down=link.connection_down,
+            down=down,
             clock=self._clock,
             dice=self._dice,
             limits=self._limits.connection,
             budget=self._budget,
         )
+        self._connections.add(connection)
         dialled_by_smaller = agreed.dialled == (self.node_id < agreed.peer)
         connection.start()
         if new:

@@ -145,6 +145,10 @@ class HelloStream:
         del self._ahead[:size]
         return taken
 
+    def over(self) -> ByteStream:
+        """The stream for what follows the handshake."""
+        return self if self._ahead else self._under
+
     async def read(self) -> bytes:
         if self._ahead:
             taken = bytes(self._ahead)

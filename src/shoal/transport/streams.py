@@ -72,7 +72,6 @@ class SocketStream(asyncio.Protocol):
         name = transport.get_extra_info("peername")
         self.peername = f"{name[0]}:{name[1]}" if isinstance(name, tuple) else str(name or "?")
         self._set_option("TCP_NODELAY", 1)
-        self.expect(READ_BYTES)
         if self._congestion_control is not None:
             # A system without this algorithm keeps its default: slower on lossy paths, never wrong.
             self._set_option("TCP_CONGESTION", self._congestion_control.encode())
@@ -182,6 +181,7 @@ class PipeStream:
         self._arriving: deque[tuple[float, bytes]] = deque()
         self._arriving_bytes = 0
         self._line_free_at = 0.0
+        self._backlog_bytes = capacity_bytes
         self._news = asyncio.Event()
         self._room = asyncio.Event()
         self._ended = False
@@ -212,8 +212,7 @@ class PipeStream:
         assert other is not None
         for part in parts:
             data = bytes(part)
-            if self._closed or other._closed:
-                raise ConnectionResetError("the pipe was closed")
+            self._refuse_closed()
             now = self._clock.monotonic()
             start = max(now, self._line_free_at)
             self._line_free_at = start + (len(data) * 8 / self._rate_bps if self._rate_bps else 0.0)
@@ -221,13 +220,21 @@ class PipeStream:
             other._arriving_bytes += len(data)
             other._news.set()
         while other._arriving_bytes > self._capacity:
-            if self._closed or other._closed:
-                raise ConnectionResetError("the pipe was closed")
             other._room.clear()
             await other._room.wait()
+            self._refuse_closed()
+        if self._rate_bps is not None:
+            ahead_s = self._line_free_at - self._clock.monotonic() - self._backlog_bytes * 8 / self._rate_bps
+            if ahead_s > 0:
+                await self._clock.sleep(ahead_s)
+                self._refuse_closed()
 
     def expect(self, backlog_bytes: int) -> None:
-        pass
+        self._backlog_bytes = backlog_bytes
+
+    def _refuse_closed(self) -> None:
+        if self._closed or (self._other is not None and self._other._closed and not self._silent):
+            raise ConnectionResetError("the pipe was closed")
 
     def close(self) -> None:
         self._closed = True

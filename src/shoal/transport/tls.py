@@ -107,7 +107,7 @@ class TlsEndpoint(BaseEndpoint):
             stream = HelloStream(secure)
             agreed = await introduce(stream, self._me, node, shown, self._next_attempt(), self._dice)
             await self._vet(agreed)
-            return self._join(agreed, stream)
+            return self._join(agreed, stream.over())
         except BaseException:
             under.close()
             raise
@@ -124,7 +124,7 @@ class TlsEndpoint(BaseEndpoint):
                 await decline(stream, error.code, error.sentence)
                 raise
             await accept(stream)
-            return self._join(agreed, stream)
+            return self._join(agreed, stream.over())
         except BaseException:
             under.close()
             raise
@@ -139,11 +139,16 @@ class TlsEndpoint(BaseEndpoint):
             return
         while len(self._handshakes) >= self._limits.handshakes:
             oldest = next(iter(self._handshakes))
-            self._handshakes.pop(oldest)
+            self._handshakes.pop(oldest).close()
             oldest.cancel()
         task = self.run(self._guarded_handshake(stream))
         self._handshakes[task] = stream
-        task.add_done_callback(lambda done: self._handshakes.pop(done, None))
+        task.add_done_callback(self._handshake_done)
+
+    def _handshake_done(self, task: asyncio.Task[PeerLink | None]) -> None:
+        stream = self._handshakes.pop(task, None)
+        if stream is not None and task.cancelled():
+            stream.close()
 
     async def _guarded_handshake(self, stream: ByteStream) -> PeerLink | None:
         """A caller that fails costs its own connection and a line in the log."""
