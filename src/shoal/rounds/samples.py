@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import ClassVar
 
 from shoal.errors import BadRecord
@@ -107,7 +108,7 @@ class SampleLedger:
             base = piece.pass_number * self.samples
             pieces.append((base + piece.start, base + piece.stop))
         pieces.sort()
-        if any(left[1] > right[0] for left, right in zip(pieces, pieces[1:], strict=False)):
+        if any(left[1] > right[0] for left, right in pairwise(pieces)):
             raise BadSamples("A share names a sample twice.")
         return _union((), tuple(pieces))
 
@@ -124,7 +125,7 @@ class SampleLedger:
 
 
 def divide(ranges: Sequence[SampleRange], counts: Sequence[int]) -> list[tuple[SampleRange, ...]]:
-    """Cut `ranges` into consecutive shares of these sizes; the last ones get less, or nothing, when too few are there."""
+    """Cut `ranges` into consecutive shares of these sizes; the last get less when too few are there."""
     shares: list[tuple[SampleRange, ...]] = []
     queue = list(reversed(ranges))
     for count in counts:

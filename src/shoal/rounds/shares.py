@@ -13,6 +13,16 @@ LEAST_SHARE = 0.5
 """A member whose proportional share is smaller than this part of one sample is left out: the one sample it would get
 at least would take it more than twice as long as the round takes everybody else."""
 
+DEADLINE_PART = 0.5
+"""Part of a round's deadline that is planned for computing; the rest is for sending and for being wrong."""
+
+UNMEASURED_RATIO_MAX = 8.0
+"""A speed that a member only claims counts at most this many times the median of all, until its work was measured:
+else one claim of a huge speed would leave everybody else without work."""
+CLAIM_RATIO_MAX = 4.0
+"""A member's own account of its computing time counts up to this many times the speed seen from outside, which
+includes waiting and sending."""
+
 
 @dataclass(frozen=True, slots=True)
 class Speed:
@@ -32,6 +42,27 @@ class Speed:
         return Speed(self.samples_per_s + NEW_SHARE * (median - self.samples_per_s), recent)
 
 
+def credible(speeds: Sequence[Speed]) -> list[float]:
+    """The speeds to divide by, in samples per second: unmeasured ones bounded by the median of all."""
+    if not speeds:
+        return []
+    middle = sorted(speed.samples_per_s for speed in speeds)[(len(speeds) - 1) // 2]
+    return [
+        speed.samples_per_s if speed.recent else min(speed.samples_per_s, middle * UNMEASURED_RATIO_MAX)
+        for speed in speeds
+    ]
+
+
+def observed(samples: int, compute_ms: int, elapsed_ms: int) -> float:
+    """Samples per second of one piece of work: by the member's own account, within what the time between being able
+    to start and delivering allows. 0 when nothing can be said."""
+    claimed = samples * 1000 / compute_ms if compute_ms > 0 else 0.0
+    if elapsed_ms <= 0:
+        return claimed
+    seen = samples * 1000 / elapsed_ms
+    return min(claimed, seen * CLAIM_RATIO_MAX) if claimed else seen
+
+
 @dataclass(frozen=True, slots=True)
 class Division:
     """Who gets how many samples, and why."""
@@ -41,9 +72,12 @@ class Division:
     reason: str
 
 
-def full_round(speeds: Sequence[float], inner_steps: int, batch_samples: int) -> int:
-    """Samples of a round in which the fastest member does `inner_steps` full batches and all others work as long."""
-    return max(1, round(inner_steps * batch_samples * sum(speeds) / max(speeds)))
+def full_round(speeds: Sequence[float], inner_steps: int, batch_samples: int, deadline_ms: int) -> int:
+    """Samples of a round in which the fastest member does `inner_steps` full batches and all others work as long; but
+    no more than it can do in DEADLINE_PART of the deadline."""
+    fastest = max(speeds)
+    most = max(1.0, min(inner_steps * batch_samples, fastest * deadline_ms / 1000 * DEADLINE_PART))
+    return max(1, round(most * sum(speeds) / fastest))
 
 
 def divide_samples(speeds: Sequence[float], total: int) -> Division:

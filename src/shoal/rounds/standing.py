@@ -33,6 +33,8 @@ class Standing:
     tokens_total: int
     empty_in_a_row: int
     """How many of the newest Commits accepted nothing."""
+    fruitful: int
+    """How many Commits accepted something: each moved the job on by a nominal round of inner steps."""
     ledger: SampleLedger
     last_accepted: Mapping[bytes, bytes] = field(default=_NOTHING)
     """MemberId -> id of its newest accepted Contribution."""
@@ -40,7 +42,7 @@ class Standing:
 
 def standing_at_start(job: TrainJob, job_id: bytes) -> Standing:
     """Before the first Commit."""
-    return Standing(-1, job_id, job.model.start.hash, 0, 0, SampleLedger(job.data.samples))
+    return Standing(-1, job_id, job.model.start.hash, 0, 0, 0, SampleLedger(job.data.samples))
 
 
 def advance(standing: Standing, assignment: Assignment, commit: Commit, commit_id: bytes) -> Standing:
@@ -76,6 +78,7 @@ def advance(standing: Standing, assignment: Assignment, commit: Commit, commit_i
         state=commit.state,
         tokens_total=commit.tokens_total,
         empty_in_a_row=0 if accepted else standing.empty_in_a_row + 1,
+        fruitful=standing.fruitful + (1 if accepted else 0),
         ledger=ledger,
         last_accepted=MappingProxyType(last),
     )
