@@ -343,8 +343,10 @@ class HubClient:
             return NoHub("No hub was named: start one with `shoal hub` and name it with --hub or SHOAL_HUB.")
         each = " ".join(f"{short_id(state.ticket.node)} at {', '.join(state.ticket.addresses)}: "
                         f"{state.trouble or 'no answer'}" for state in self.states())  # fmt: skip
-        return NoHub(f"None of the {len(self._hubs)} hubs named can be used. {each} Check that it runs and that --hub or "
-                     "SHOAL_HUB names it as it printed itself at its start.")  # fmt: skip
+        return NoHub(
+            f"None of the {len(self._hubs)} hubs named can be used. {each} Check that it runs, and that --hub or "
+            "SHOAL_HUB names it as it printed itself at its start."
+        )
 
     def _tell(self, hub: _Hub) -> None:
         _log.info("hub %s is %s", hub.name, "up" if hub.open_link() else f"down: {hub.state.trouble}")
@@ -355,4 +357,3 @@ class HubClient:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-

@@ -98,8 +98,8 @@ class HubService:
         link = self._endpoint.links().get(wish.node)
         if link is None or link.closed:
             raise NotLinked(
-                f"Node {short_id(wish.node)} has no open link to this hub: it is stopped, out of reach, or uses another "
-                "hub. Ask the other hubs, or take another node."
+                f"Node {short_id(wish.node)} has no open link to this hub: it is stopped, out of reach, or uses "
+                "another hub. Ask the other hubs, or take another node."
             )
         message = DialMe(node=request.peer, addresses=wish.addresses)
         await link.request(DialMe.KIND, encode(message, link.version), deadline_s=DIAL_DEADLINE_S)

@@ -8,6 +8,6 @@ offers with one sequence never replace one another; a device must meet all deman
 """
 
 from shoal.market.filters import fits
-from shoal.market.standing import Standing, StaleOffer, Stamp, compare
+from shoal.market.standing import StaleOffer, Stamp, Standing, compare
 
 __all__ = ["StaleOffer", "Stamp", "Standing", "compare", "fits"]

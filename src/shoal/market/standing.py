@@ -47,14 +47,19 @@ def compare(held: Stamp | None, new: Stamp) -> tuple[Standing, str]:
         return Standing.NEWER, f"Offer {new.sequence} of node {who} replaces {held.sequence}."
     if new.sequence < held.sequence:
         return Standing.OLDER, (
-            f"Offer {new.sequence} of node {who} was refused: offer {held.sequence} of the same node is known and newer. "
-            f"Publish with a sequence above {held.sequence}; if that was not you, another node runs with a copy of your key "
-            "file: give each node its own."
+            f"Offer {new.sequence} of node {who} was refused: offer {held.sequence} of the same node is known and is "
+            f"newer. {_advice(held)}"
         )
     if new.record_id == held.record_id:
         return Standing.SAME, f"Offer {new.sequence} of node {who} is the one already known ({held.sequence})."
     return Standing.CONFLICT, (
-        f"Offer {new.sequence} of node {who} was refused: another offer with sequence {held.sequence} is known of the same "
-        f"node. Publish with a sequence above {held.sequence}; if that was not you, another node runs with a copy of your "
-        "key file: give each node its own."
+        f"Offer {new.sequence} of node {who} was refused: another offer with sequence {held.sequence} is known of the "
+        f"same node. {_advice(held)}"
+    )
+
+
+def _advice(held: Stamp) -> str:
+    return (
+        f"Publish with a sequence above {held.sequence}; if that one was not yours, another node runs with a copy of "
+        "your key file: give each node its own."
     )
