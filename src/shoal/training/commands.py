@@ -169,7 +169,7 @@ class Generate(_Message, frozen=True, kw_only=True):
     tokens: Annotated[int, Meta(ge=1, le=16_384)] = 100
     temperature: Annotated[float, Meta(ge=0, le=10)] = 0.0
     """0: always the likeliest token."""
-    seed: Annotated[int, Meta(ge=0, lt=1 << 63)] = 0
+    seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] = 0
 
 
 class ExportCheckpoint(_Message, frozen=True, kw_only=True):

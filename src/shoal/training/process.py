@@ -69,7 +69,7 @@ class EngineFailed(EngineError):
         self.cause_code = cause_code
 
 
-class RoundWasCancelled(EngineError):
+class RoundCancelledError(EngineError):
     """The running round was cancelled or rolled back; the member is as before it."""
 
     code = "SH-522"
@@ -135,11 +135,11 @@ class EngineProcess:
         return await self._ask(command, Prepared)
 
     async def run_round(self, command: RunRound) -> RoundDone:
-        """Raises RoundWasCancelled when `cancel_round` or `roll_back` came in between. Cancelling this call does not
+        """Raises RoundCancelledError when `cancel_round` or `roll_back` came in between. Cancelling this call does not
         cancel the round."""
         reply = await self._reply_to(command)
         if isinstance(reply, RoundCancelled):
-            raise RoundWasCancelled(f"Round {command.round} of {self._name} was cancelled.")
+            raise RoundCancelledError(f"Round {command.round} of {self._name} was cancelled.")
         return self._expect(reply, RoundDone)
 
     async def cancel_round(self) -> None:

@@ -58,20 +58,25 @@ class Worker:
         self._round: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
-        """Until Stop or the end of stdin."""
+        """Until Stop or the end of stdin. Raises whatever a round raises that is no answer: then this process is of no
+        more use."""
         try:
-            while (asked := await self._next()) is not None:
-                if isinstance(asked.command, RunRound):
-                    self._begin_round(asked.number, asked.command)
-                    continue
-                reply = await self._answer(asked)
-                await self._send(asked.number, reply)
-                if isinstance(asked.command, Stop):
-                    break
+            async with asyncio.TaskGroup() as rounds:
+                while (asked := await self._next()) is not None:
+                    if isinstance(asked.command, RunRound) and not self._computing:
+                        self._round = rounds.create_task(self._run(asked.number, asked.command))
+                        continue
+                    await self._send(asked.number, await self._answer(asked))
+                    if isinstance(asked.command, Stop):
+                        break
+                await self._cancel_round()
         finally:
-            await self._cancel_round()
             if self._engine is not None:
                 self._engine.close()
+
+    @property
+    def _computing(self) -> bool:
+        return self._round is not None and not self._round.done()
 
     async def _next(self) -> Asked | None:
         try:
@@ -86,17 +91,6 @@ class Worker:
         body = _encoder.encode(Answered(number, reply))
         self._writer.write(FRAME.pack(len(body)) + body)
         await self._writer.drain()
-
-    def _begin_round(self, number: int, command: RunRound) -> None:
-        busy = self._round is not None and not self._round.done()
-        self._round = asyncio.create_task(
-            self._refuse_round(number, self._round) if busy else self._run(number, command)
-        )
-
-    async def _refuse_round(self, number: int, running: asyncio.Task[None] | None) -> None:
-        await self._send(number, _failed(OutOfTurn("A round is running already; cancel it or wait for it.")))
-        if running is not None:
-            await running
 
     async def _run(self, number: int, command: RunRound) -> None:
         reply: Reply
@@ -163,7 +157,7 @@ class Worker:
                 self._prepared_engine().export_checkpoint(command)
                 return Done()
             case RunRound():
-                raise OutOfTurn("A round is begun beside other commands, not among them.")
+                raise OutOfTurn("A round is running already; cancel it or wait for it.")
             case _:
                 assert_never(command)
 
@@ -193,7 +187,11 @@ def main() -> None:
     replies = os.dup(1)
     os.dup2(2, 1)
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING)
-    asyncio.run(serve(replies))
+    try:
+        asyncio.run(serve(replies))
+    except* RankLost as lost:
+        print(lost.exceptions[0], file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":
