@@ -19,9 +19,11 @@ from shoal.driver.account import ReportImpossible, RunContents
 from shoal.driver.lines import AuditLine, AuditVerdict, EventKind, Lane, LaneSegment, NodeHex
 
 CURVE_POINTS_MAX = 500
+LANES_MAX = 64
 LANE_PIECES_MAX = 144
-"""More segments than this are drawn as as many slices of time, each with its shares."""
-LANES_MAX = 128
+"""A lane of more segments is given as so many slices of time, each with its shares."""
+PIECES_MAX = 6_000
+"""In all lanes together: of many lanes, each has fewer."""
 LISTED_MAX = 2_000
 """Exclusions, audits and events that are listed one by one; all are counted."""
 
@@ -426,22 +428,23 @@ def _lanes(segments: Sequence[LaneSegment], names: Mapping[str, str], wall_s: fl
     by_node: dict[str, list[LaneSegment]] = {node: [] for node in names}
     for segment in segments:
         by_node.setdefault(segment.node, []).append(segment)
+    filled = {node: own for node, own in by_node.items() if own}
+    pieces_max = min(LANE_PIECES_MAX, PIECES_MAX // max(1, min(LANES_MAX, len(filled))))
     lanes = []
-    for node, own in by_node.items():
-        if own:
-            pieces, thinned = thin_lane(own, wall_s, LANE_PIECES_MAX)
-            totals: dict[Lane, float] = {}
-            for segment in own:
-                totals[segment.state] = totals.get(segment.state, 0.0) + max(0.0, segment.stop_s - segment.start_s)
-            lanes.append(
-                LaneReport(
-                    node_id=node,
-                    name=names.get(node, node[:8]),
-                    pieces=tuple(pieces),
-                    totals_s={state: totals[state] for state in Lane if state in totals},
-                    thinned=thinned,
-                )
+    for node, own in filled.items():
+        pieces, thinned = thin_lane(own, wall_s, pieces_max)
+        totals: dict[Lane, float] = {}
+        for segment in own:
+            totals[segment.state] = totals.get(segment.state, 0.0) + max(0.0, segment.stop_s - segment.start_s)
+        lanes.append(
+            LaneReport(
+                node_id=node,
+                name=names.get(node, node[:8]),
+                pieces=tuple(pieces),
+                totals_s={state: totals[state] for state in Lane if state in totals},
+                thinned=thinned,
             )
+        )
     return tuple(lanes)
 
 
