@@ -31,7 +31,7 @@ FRAME = struct.Struct(">I")
 SKETCHED_STEPS_MAX = 512
 """A contribution carries at most this many sketches; longer rounds sketch every second, third, ... step."""
 
-Path = Annotated[str, Meta(min_length=1, max_length=4096)]
+FilePath = Annotated[str, Meta(min_length=1, max_length=4096)]
 Threads = Annotated[int, Meta(ge=1, le=4096)]
 
 
@@ -42,7 +42,7 @@ class _Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 class ShardFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A file of tokens: `sequences` * sequence_tokens + 1 little-endian unsigned integers."""
 
-    path: Path
+    path: FilePath
     sequences: Annotated[int, Meta(ge=1, le=1 << 40)]
 
 
@@ -53,7 +53,7 @@ class Prepare(_Message, frozen=True, kw_only=True):
     """Load everything, warm up, and measure. First command, once."""
 
     job: TrainJob
-    state: Path
+    state: FilePath
     """The shared state to begin with: the start state, or the newest one for a joiner."""
     shards: Annotated[tuple[ShardFile, ...], Meta(max_length=4096)]
     """In the order of `job.data.shards`."""
@@ -74,7 +74,7 @@ class LoadPrivate(_Message, frozen=True, kw_only=True):
     """Take this private state instead of the current one: a replay, or a member that goes on after its process died.
     None: the state before the first round."""
 
-    path: Path | None = None
+    path: FilePath | None = None
 
 
 class RunRound(_Message, frozen=True, kw_only=True):
@@ -83,7 +83,7 @@ class RunRound(_Message, frozen=True, kw_only=True):
     round: Count
     base_state: Hash
     """A shared state that the engine holds: the newest ones, or one added by LoadState."""
-    in_flight: Path | None = None
+    in_flight: FilePath | None = None
     """The member's own update that `base_state` does not contain yet (Contribution.builds_on)."""
     step: Count
     """Assignment.step."""
@@ -96,9 +96,9 @@ class RunRound(_Message, frozen=True, kw_only=True):
     member: Hash
     """Seeds dropout, where the model has any."""
     ranges: Annotated[tuple[SampleRange, ...], Meta(min_length=1, max_length=RANGES_MAX)]
-    update: Path
+    update: FilePath
     """Where to write the encoded update."""
-    snapshot: Path | None = None
+    snapshot: FilePath | None = None
     """Where to write the private state after the round, when it is to be kept."""
 
 
@@ -113,7 +113,7 @@ class RollBack(_Message, frozen=True, kw_only=True):
 
 
 class CommittedUpdate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    path: Path
+    path: FilePath
     weight_ppm: Ppm
     scale_ppm: Ppm
 
@@ -127,27 +127,27 @@ class ApplyCommit(_Message, frozen=True, kw_only=True):
     """In the Commit's order."""
     state: Hash | None = None
     """What the Commit names; another result is refused and not kept. None: whatever comes out (a driver's own use)."""
-    write: Path | None = None
+    write: FilePath | None = None
     """Where to write the resulting state."""
 
 
 class LoadState(_Message, frozen=True, kw_only=True):
     """Hold one more shared state, from a file."""
 
-    path: Path
+    path: FilePath
 
 
 class WriteState(_Message, frozen=True, kw_only=True):
     """Write a held shared state to a file."""
 
     state: Hash
-    path: Path
+    path: FilePath
 
 
 class WritePrivate(_Message, frozen=True, kw_only=True):
     """Write the current private state to a file."""
 
-    path: Path
+    path: FilePath
 
 
 class Evaluate(_Message, frozen=True, kw_only=True):
@@ -163,7 +163,7 @@ class Generate(_Message, frozen=True, kw_only=True):
     """Continue a text with a held shared state."""
 
     state: Hash
-    tokenizer: Path
+    tokenizer: FilePath
     """`bytes`, or a tokenizer file or directory."""
     prompt: Annotated[str, Meta(max_length=64 * 1024)]
     tokens: Annotated[int, Meta(ge=1, le=16_384)] = 100
@@ -176,8 +176,8 @@ class ExportCheckpoint(_Message, frozen=True, kw_only=True):
     """Write a held shared state as a directory that `AutoModelForCausalLM.from_pretrained` loads."""
 
     state: Hash
-    directory: Path
-    tokenizer: Path | None = None
+    directory: FilePath
+    tokenizer: FilePath | None = None
 
 
 class Stop(_Message, frozen=True, kw_only=True):
