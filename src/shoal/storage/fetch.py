@@ -24,7 +24,7 @@ from shoal.protocol.blobs import BlobChunkList, BlobHolder, BlobRead, BlobRef
 from shoal.protocol.messages import encode
 from shoal.quantities import format_bytes
 from shoal.storage.partial import BadPiece, Partial, check_reference, contradiction
-from shoal.storage.pieces import piece_bounds, piece_count
+from shoal.storage.pieces import PieceSet, piece_bounds, piece_count
 from shoal.storage.serve import ServerBusy
 from shoal.storage.store import BlobCorrupt, BlobStore, UnknownBlob
 from shoal.world import Clock, DeadlineExceeded, Dice, Endpoint, Link, LinkLost, Refused, Unreachable
@@ -208,6 +208,7 @@ class _Download:
         self._resumed_bytes = 0
         self._flights: dict[int, list[_Flight]] = {}
         self._pending: deque[int] = deque()
+        self._got = PieceSet(0)
         self._changed = asyncio.Event()
         self._failure: BaseException | None = None
         self._task: asyncio.Task[FetchReport] | None = None
@@ -510,13 +511,14 @@ class _Download:
 
     async def _swarm(self, partial: Partial) -> None:
         """Fetch all pieces that `partial` lacks."""
-        self._pending = deque(partial.have.missing())
+        self._got = partial.have.copy()  # `have` changes in other threads, before the piece is accounted for here
+        self._pending = deque(self._got.missing())
         self._flights = {}
         self._failure = None
         workers: set[asyncio.Task[None]] = set()
         ticker = asyncio.create_task(self._tick())
         try:
-            while not partial.have.complete:
+            while not self._got.complete:
                 changed = self._changed
                 if self._failure is not None:
                     raise self._failure
@@ -543,7 +545,7 @@ class _Download:
         """Let a holder deliver pieces until none is missing or it is dropped."""
         flying: set[asyncio.Task[None]] = set()
         try:
-            while peer.dropped is None and not partial.have.complete:
+            while peer.dropped is None and not self._got.complete:
                 changed = self._changed
                 resting = peer.strikes > 0 and bool(flying)  # after trouble, one piece at a time until one has come
                 while len(flying) < peer.lanes and not resting:
@@ -594,7 +596,7 @@ class _Download:
             flights.remove(flight)
             if not flights:
                 del self._flights[index]
-                if index not in partial.have:
+                if index not in self._got:
                     self._pending.appendleft(index)
             self._pulse()
 
@@ -606,7 +608,7 @@ class _Download:
         try:
             with self._blame(peer):
                 data = await self._read(peer, index)
-                mine = await asyncio.to_thread(partial.write, index, data)
+                await asyncio.to_thread(partial.write, index, data)
         except _Trouble:
             return
         except ShoalError as error:  # of our own disk: nothing another holder could mend
@@ -615,7 +617,8 @@ class _Download:
         elapsed = self._clock.monotonic() - since
         peer.pace_s = elapsed if peer.pace_s is None else 0.7 * peer.pace_s + 0.3 * elapsed
         peer.strikes = 0
-        if mine:
+        if index not in self._got:
+            self._got.add(index)
             peer.bytes += len(data)
             self._advance(len(data))
         for other in self._flights.get(index, []):

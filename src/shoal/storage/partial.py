@@ -156,8 +156,8 @@ class Partial:
         except FileNotFoundError:
             return b""
 
-    def write(self, index: int, data: bytes | bytearray) -> bool:
-        """Verify and keep a piece; False when it is here already.
+    def write(self, index: int, data: bytes | bytearray) -> None:
+        """Verify and keep a piece. What is here already is not written again.
 
         Raises BadPiece when these are not its bytes, StorageFull, DiskFailed.
         """
@@ -167,13 +167,12 @@ class Partial:
             raise BadPiece(f"wrong bytes for piece {index} of {self.have.count} of blob {self.ref.hash.hex()[:12]}")
         with self._lock:
             if self._closed or index in self.have:
-                return False
+                return
             with disk_faults(self._disk, f"writing a piece of blob {self.ref.hash.hex()[:12]}", length):
                 self._disk.write(self._data, data, offset)
                 self._disk.write(self._state, _NUMBER.pack(index), self._end)
             self._end += _NUMBER.size
             self.have.add(index)
-            return True
 
     def finish(self) -> list[int]:
         """Verify everything once more and make it a blob of the store.

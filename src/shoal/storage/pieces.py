@@ -65,6 +65,12 @@ class PieceSet:
     def __len__(self) -> int:
         return self._size
 
+    def copy(self) -> PieceSet:
+        twin = PieceSet(self.count)
+        twin._bits[:] = self._bits
+        twin._size = self._size
+        return twin
+
     @property
     def complete(self) -> bool:
         return self._size == self.count
