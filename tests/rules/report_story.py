@@ -194,7 +194,9 @@ class Story:
                     ),
                 )
                 if place == self.liar and number == found:
-                    reason = f"A replay of round {number - 2} gave another update: difference 0.214, at most 1e-06 is honest."
+                    reason = (
+                        f"A replay of round {number - 2} gave another update: 0.214 apart, at most 1e-06 is honest."
+                    )
                     excluded.append(Excluded(member=members[place], reason=reason, contribution=contribution))
                     self.excluded[node] = self.excluded.get(node, 0) + 1
                     self.event(
@@ -309,14 +311,14 @@ class Story:
             nodes=tuple(nodes),
             round_choice=RoundChoice(
                 inner_steps=10,
-                reason="10 inner steps: an exchange takes 0.12 s on the measured link and hides behind 1.6 s of computing.",
+                reason="10 inner steps: an exchange takes 0.12 s on the measured link and hides behind 1.6 s of work.",
                 round_trip_ms=0.4,
                 rate_bps=4.1e9,
             ),
             replay_cost=ReplayCost(disk_bytes=182_000_000, opened_bytes=48_000_000),
             completion=Completion(
                 prompt="def read(self, size):\n",
-                text='        """Read the next bytes of the file."""\n        if self.closed:\n            return None\n',
+                text='    """Read the next bytes of the file."""\n    if self.closed:\n        return None\n',
             ),
             goal=Goal(reached=True, sentence="The held-out loss is at most 0.75 of the unigram baseline."),
         )

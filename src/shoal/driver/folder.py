@@ -14,6 +14,7 @@
         figures.json        what the driver knows beside the records; rewritten as it goes
         report.json, report.html
         model/              the trained model, a checkpoint in the form of `transformers`
+        data/               what the job's owner prepared and keeps: token files, the newest state
         local/              what else was started for this job on the same machine (hub, nodes) keeps its state here
 
 Records are the truth; the other files are about it. `append(..., durable=True)` returns after an fsync, and that makes
@@ -131,6 +132,7 @@ class RunFolder:
         """Where the sound part of each file ends that is appended to."""
         self._ragged: set[str] = set()
         """Files with bytes behind that end, which a write that failed left there."""
+        self._elapsed_s: float | None = None
         self._failed = False
 
     # --- opening and closing
@@ -238,6 +240,11 @@ class RunFolder:
         return self.path / "blobs"
 
     @property
+    def data(self) -> Path:
+        """What the job's owner prepared, and keeps beside the blobs."""
+        return self.path / "data"
+
+    @property
     def model(self) -> Path:
         """Where the trained model goes."""
         return self.path / "model"
@@ -293,6 +300,8 @@ class RunFolder:
             raise FolderWriteFailed(f"A line of {len(data)} bytes is too long for {line.FILE}.")
         with self._guard:
             self._extend(line.FILE, data)
+            if self._elapsed_s is not None:
+                self._elapsed_s = max(self._elapsed_s, _moment(line))
 
     def notes(self, kind: type[L]) -> Iterator[L]:
         """The lines of one kind. An unfinished last line is left out. Raises FolderDamaged."""
@@ -315,12 +324,10 @@ class RunFolder:
 
     def elapsed_s(self) -> float:
         """How far the job's time has come: the latest moment that any line names."""
-        moments = (
-            (line.time_s for line in self.notes(RoundMetrics)),
-            (line.time_s for line in self.notes(Event)),
-            (line.stop_s for line in self.notes(LaneSegment)),
-        )
-        return max((max(several, default=0.0) for several in moments), default=0.0)
+        if self._elapsed_s is None:
+            kinds: tuple[type[Line], ...] = (RoundMetrics, Event, LaneSegment)
+            self._elapsed_s = max((_moment(line) for kind in kinds for line in self.notes(kind)), default=0.0)
+        return self._elapsed_s
 
     # --- whole files
 
@@ -488,6 +495,10 @@ def _parse_frame(window: bytes, offset: int, position: int) -> tuple[bool, bytes
     if len(payload) < length or _sum(position, durable, payload) != check:
         return None
     return bool(durable), payload
+
+
+def _moment(line: Line) -> float:
+    return float(line.stop_s if isinstance(line, LaneSegment) else getattr(line, "time_s", 0.0))
 
 
 # --- the file system ------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import TypeAlias
 import msgspec
 
 from shoal.driver.account import ReportImpossible, RunContents
-from shoal.driver.lines import AuditLine, AuditVerdict, EventKind, Lane, LaneSegment, NodeHex
+from shoal.driver.lines import AuditLine, AuditVerdict, Event, EventKind, Lane, LaneSegment, NodeHex
 
 CURVE_POINTS_MAX = 500
 LANES_MAX = 64
@@ -341,7 +341,7 @@ def build_report(contents: RunContents, figures: Figures) -> Report:
                 name=names.get(event.node, ""),
                 sentence=event.sentence,
             )
-            for event in sorted(contents.events, key=lambda event: event.time_s)[:LISTED_MAX]
+            for event in _most_telling_events(contents.events)
         ),
         events_count=len(contents.events),
     )
@@ -463,6 +463,12 @@ def _most_telling(audits: Sequence[AuditLine]) -> list[AuditLine]:
     """All audits by round; when there are too many to list, matches are left out first."""
     chosen = sorted(audits, key=lambda line: line.verdict is AuditVerdict.MATCH)[:LISTED_MAX]
     return sorted(chosen, key=lambda line: (line.round, line.time_s))
+
+
+def _most_telling_events(events: Sequence[Event]) -> list[Event]:
+    """All events by time; when there are too many to list, mere notes are left out first."""
+    chosen = sorted(events, key=lambda event: (event.kind is EventKind.NOTE, event.time_s))[:LISTED_MAX]
+    return sorted(chosen, key=lambda event: event.time_s)
 
 
 def _loss_of(point: CurvePoint) -> float:

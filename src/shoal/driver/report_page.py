@@ -26,6 +26,8 @@ from shoal.quantities import format_bytes, format_count, format_duration_s, form
 BARS_MAX = 32
 ROWS_MAX = 300
 """Rows of a table; the rest is counted, and stands in report.json."""
+OVERLAP = 0.0004
+"""Pieces of a lane reach so much of the width into the next, lest rounding leave hairlines between them."""
 
 _MARKED = (EventKind.JOINED, EventKind.LEFT, EventKind.DIED, EventKind.EXCLUDED)
 _MARKS = {
@@ -332,7 +334,7 @@ def _lane(lane: LaneReport, marks: Sequence[Mark], end: float) -> str:
             height = 1.0 if Lane.GONE in piece.shares and len(piece.shares) == 1 else part
             rects.append(
                 f'<rect class="{state.value}" x="{_at(piece.start_s / end)}" y="{_at(max(0.0, bottom))}" '
-                f'width="{_at((piece.stop_s - piece.start_s) / end)}" height="{_at(height)}" '
+                f'width="{_at((piece.stop_s - piece.start_s) / end + OVERLAP)}" height="{_at(height)}" '
                 f'data-tip="{escape(tip)}"/>'
             )
     drawn = "".join(
@@ -514,7 +516,7 @@ def _rounds(report: Report) -> str:
     link = [
         text
         for text, there in (
-            (f"round trip {choice.round_trip_ms or 0:.0f} ms", choice.round_trip_ms is not None),
+            (f"round trip {choice.round_trip_ms or 0:.3g} ms", choice.round_trip_ms is not None),
             (f"{format_rate_bps(choice.rate_bps or 0)} measured", choice.rate_bps is not None),
             (f"byte budget {format_bytes(choice.byte_budget or 0)}/s", choice.byte_budget is not None),
         )
@@ -561,9 +563,14 @@ def _worth_replaying(report: Report) -> tuple[int, str]:
     """A mismatch where there is one, else the last round of the node that did most."""
     for audit in report.audits:
         if audit.verdict is AuditVerdict.MISMATCH:
-            return audit.round, audit.name
+            return audit.round, _called(report, audit.node, audit.name)
     node = max(report.nodes, key=lambda node: node.tokens, default=None)
-    return max(0, report.rounds - 1), node.name if node is not None else "NODE"
+    return max(0, report.rounds - 1), "NODE" if node is None else _called(report, node.node_id, node.name)
+
+
+def _called(report: Report, node_id: str, name: str) -> str:
+    """A node's name, or its id where another has the same name."""
+    return node_id if sum(node.name == name for node in report.nodes) > 1 else name
 
 
 # --- axes -----------------------------------------------------------------------------------------------------------
