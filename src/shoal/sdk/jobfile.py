@@ -68,10 +68,10 @@ class DataSection(_Section, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     paths: Annotated[tuple[PathText, ...], Meta(min_length=1, max_length=PATHS_MAX)]
     """Files, directories or patterns such as `books/*.txt`; relative ones start at the job file's directory."""
     format: Literal["auto", "text", "jsonl", "parquet"] = "auto"
-    """What the files are; auto goes by their endings."""
+    """What the files are; auto goes by their endings, and takes what it does not know for text."""
     text_field: Annotated[str, Meta(min_length=1, max_length=256)] = "text"
     """The field or column of jsonl and parquet files that holds the text."""
-    held_out: Annotated[float, Meta(ge=0, le=0.5)] = 0.02
+    held_out: Annotated[float, Meta(gt=0, le=0.5)] = 0.02
     """Share of the documents kept back to measure the model on."""
     sequence_tokens: Annotated[int, Meta(ge=2, le=1 << 20)] = 128
     """Tokens in one training sample."""

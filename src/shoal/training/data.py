@@ -69,8 +69,10 @@ def prepare_data(
     held_out_fraction: float = 0.02,
     seed: int = 0,
     text_field: str = "text",
+    file_format: str = "auto",
 ) -> PreparedData:
-    """Read text, `.jsonl` and `.parquet` files, directories and globs; write shards into `directory`.
+    """Read text, `.jsonl` and `.parquet` files, directories and globs; write shards into `directory`. `file_format` is
+    `text`, `jsonl` or `parquet` where the files' endings do not say it (`auto`).
 
     A text file is one document, a line of .jsonl or a row of .parquet is one. Each document (of a long one, each piece
     of PIECE_CHARACTERS) is train or held-out by a seeded hash of its text, so that copies of one stay on one side; when
@@ -83,12 +85,12 @@ def prepare_data(
     directory.mkdir(parents=True, exist_ok=True)
     token_bytes = 1 if words.vocabulary <= 1 << 8 else 2 if words.vocabulary <= 1 << 16 else 4
     files = find_files(paths)
-    forced = _forced_held_out(files, text_field, seed, held_out_fraction)
+    forced = _forced_held_out(files, text_field, file_format, seed, held_out_fraction)
     train = _ShardWriter(directory, "train", sequence_tokens, token_bytes, words.vocabulary)
     held_out = _ShardWriter(directory, "heldout", sequence_tokens, token_bytes, words.vocabulary)
     documents = 0
     for file in files:
-        for text in read_documents(file, text_field):
+        for text in read_documents(file, text_field, file_format):
             documents += 1
             for piece, last in _pieces(text):
                 draw = _draw(seed, piece)
@@ -129,11 +131,13 @@ def _draw(seed: int, text: str) -> float:
     return int.from_bytes(digest[:6], "big") / (1 << 48)
 
 
-def _forced_held_out(files: Sequence[Path], text_field: str, seed: int, fraction: float) -> frozenset[float]:
+def _forced_held_out(
+    files: Sequence[Path], text_field: str, file_format: str, seed: int, fraction: float
+) -> frozenset[float]:
     """With few documents a fraction can miss them all: then the one with the lowest draw is held out (none of one)."""
     draws: Counter[float] = Counter()
     for file in files:
-        for text in read_documents(file, text_field):
+        for text in read_documents(file, text_field, file_format):
             for piece, _ in _pieces(text):
                 draws[_draw(seed, piece)] += 1
                 if len(draws) > ROWS_AT_ONCE:
@@ -223,15 +227,17 @@ def _is_data(file: Path) -> bool:
     return file.suffix.lower() in (*TEXT_SUFFIXES, ".jsonl", ".parquet")
 
 
-def read_documents(file: Path, text_field: str = "text") -> Iterator[str]:
+def read_documents(file: Path, text_field: str = "text", file_format: str = "auto") -> Iterator[str]:
     """The texts in one file. Raises BadData."""
+    if file_format == "auto":
+        file_format = {".parquet": "parquet", ".jsonl": "jsonl"}.get(file.suffix.lower(), "text")
     try:
         size = file.stat().st_size
         if size == 0:
             raise BadData(f"The data file {file} is empty (zero bytes); remove it from the list or fill it.")
-        if file.suffix.lower() == ".parquet":
+        if file_format == "parquet":
             yield from _read_parquet(file, text_field)
-        elif file.suffix.lower() == ".jsonl":
+        elif file_format == "jsonl":
             yield from _read_jsonl(file, text_field)
         elif size > DOCUMENT_MAX_BYTES:
             raise BadData(f"The text file {file} is larger than {DOCUMENT_MAX_BYTES >> 20} MiB; cut it into several.")
