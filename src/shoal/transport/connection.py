@@ -328,7 +328,7 @@ class Connection:
         self._write_started: float | None = None
         self._heard_at = clock.monotonic()
         self._watch_until = float("inf")
-        self._closing = False
+        self._closing: str | None = None
         self._said_close = asyncio.Event()
         self._retired = False
         self._peer_retired = False
@@ -373,8 +373,8 @@ class Connection:
 
     async def close(self, reason: str) -> None:
         """Tell the peer why, as far as it still listens, and end."""
-        if not self.is_down and not self._closing:
-            self._closing = True
+        if not self.is_down and self._closing is None:
+            self._closing = reason
             self._send(frame(FrameType.CLOSE, 0, clip(reason)))
             try:
                 await within(self._clock, _CLOSE_S, self._said_close.wait())
@@ -388,7 +388,7 @@ class Connection:
         """End at once. Everything under way here fails with LinkLost."""
         if self.is_down:
             return
-        self.down_reason = reason
+        self.down_reason = self._closing or reason  # the peer may hang up on hearing that this side closes
         self._stream.close()
         current = asyncio.current_task()
         for task in list(self._tasks):
@@ -455,7 +455,7 @@ class Connection:
         return LinkLost(f"The link to {short_id(self.peer)} went down: {self.down_reason}.")
 
     def _end_if_retired(self) -> None:
-        if self._retired and self._peer_retired and self.idle and not self.is_down and not self._closing:
+        if self._retired and self._peer_retired and self.idle and not self.is_down and self._closing is None:
             self._keep(self.close("another connection to the same node took over"))
 
     # --- asking
@@ -839,7 +839,7 @@ class Connection:
             while True:
                 parts, bulk = self._next_parts()
                 if not parts:
-                    if self._closing and not self._urgent:
+                    if self._closing is not None and not self._urgent:
                         self._said_close.set()
                         return
                     self._wake = loop.create_future()
@@ -874,7 +874,7 @@ class Connection:
         self._urgent_bytes -= size
         parts: list[bytes | memoryview] = []
         room, bulk = self.frame_bytes, False
-        while room > 0 and self._turns and not self._closing:
+        while room > 0 and self._turns and self._closing is None:
             sender = self._turns.popleft()
             taken = self._upload(sender, room) if isinstance(sender, _Call) else self._reply(sender, room)
             if taken is None:
@@ -949,7 +949,7 @@ class Connection:
         fitting = max(FRAME_MIN_BYTES, min(FRAME_MAX_BYTES, int(self._send_rate * FRAME_SECONDS)))
         if fitting == FRAME_MAX_BYTES or abs(fitting - self.frame_bytes) > self.frame_bytes // 4:
             if fitting != self.frame_bytes:
-                self._stream.expect(max(fitting, FRAME_START_BYTES))
+                self._stream.expect(fitting)
             self.frame_bytes = fitting
 
     # --- liveness and deadlines
