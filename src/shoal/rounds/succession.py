@@ -68,8 +68,8 @@ def may_drive(
         return Allowed(True, f"The current driver has been silent for {silent_ms / 1000:.1f} s; {name} is next.")
     return Allowed(
         False,
-        f"Node {name} stands {distance} behind the current driver, which was heard {silent_ms / 1000:.1f} s ago; it may "
-        f"take over after {needed / 1000:.1f} s of silence.",
+        f"Node {name} stands {distance} behind the current driver, which was heard {silent_ms / 1000:.1f} s ago; "
+        f"it may take over after {needed / 1000:.1f} s of silence.",
     )
 
 

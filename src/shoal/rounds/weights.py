@@ -124,7 +124,7 @@ def weigh(work: Sequence[int], gram: Sequence[Sequence[float]], *, weight_cap: f
             [work[at] for at in keep], [[gram[at][other] for other in keep] for at in keep],
             weight_cap=weight_cap, norm_ratio_max=norm_ratio_max,
         )  # fmt: skip
-        members = {at: weight for at, weight in zip(keep, rest.members, strict=True)}
+        members = dict(zip(keep, rest.members, strict=True))
         return Weights(tuple(members.get(at, Weight(0, reason=reasons[at])) for at in range(count)), rest.reason)
 
     if typical > 0 and 2 < len(usable) <= FILTER_MEMBERS_MAX:
@@ -277,8 +277,8 @@ def _filtered(
             f"more, and robustness rests on replay."
         )
     reasons = [
-        f"It and {sum(touched) - 1} others pushed one direction with {ratio:.2g} times the variance of one member's own "
-        f"noise ({NOISE_FACTOR:.2g} allowed); its weight was cut to {new / old:.1%} of what its work gives."
+        f"It and {sum(touched) - 1} others pushed one direction with {ratio:.2g} times the variance of one member's "
+        f"own noise ({NOISE_FACTOR:.2g} allowed); its weight was cut to {new / old:.1%} of what its work gives."
         if hit else ""
         for hit, old, new in zip(touched, start, kept, strict=True)
     ]  # fmt: skip
