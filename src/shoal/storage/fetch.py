@@ -18,7 +18,7 @@ from typing import TypeAlias, TypeVar
 
 from blake3 import blake3
 
-from shoal.errors import LinkError, ShoalError, StorageError
+from shoal.errors import LinkError, StorageError
 from shoal.identity import HASH_BYTES, blake3_hash, short_id
 from shoal.protocol.blobs import BlobChunkList, BlobHolder, BlobRead, BlobRef
 from shoal.protocol.messages import encode
@@ -44,15 +44,18 @@ COPIES_MAX = 2
 ASKED_AT_ONCE = 3
 """Holders asked at a time for a small blob or a chunk list."""
 STRIKES_MAX = 3
-"""Times a holder may stall, be lost or be busy in a row before it is given up for this blob."""
+"""Times a holder may stall, be lost or be out of reach in a row before it is given up for this blob."""
+BUSY_MAX = 40
+"""Times a holder may be busy in a row before it is given up for this blob: three to five minutes."""
 STALL_S = 10.0
 """A holder that sends nothing for so long has stalled."""
 DIAL_S = 10.0
 """Time to reach a holder."""
 HEDGE_S = 2.0
-"""A holder that nothing is known about yet, and that has not delivered after so long, is late."""
-RETRY_S = 0.25
-"""Wait before a holder that failed is asked again; doubled each time."""
+"""A holder that nothing is known about yet, and that has sent nothing after so long, is late."""
+REST_S = 0.25
+"""Wait before a holder that failed or was busy is asked again; doubled each time."""
+REST_MAX_S = 4.0
 TICK_S = 0.25
 """How often idle holders look for late pieces."""
 
@@ -125,7 +128,7 @@ class Fetcher:
         """
         check_reference(ref)
         if owner is not None:
-            self.store.pin(owner, ref.hash)
+            await asyncio.to_thread(self.store.pin, owner, ref.hash)
         while True:
             if self.store.has(ref.hash):
                 with contextlib.suppress(BlobCorrupt, UnknownBlob):  # what was here is lost: fetch it
@@ -165,6 +168,9 @@ class _Peer:
     node: bytes
     addresses: tuple[str, ...]
     strikes: int = 0
+    """Failures in a row."""
+    busy: int = 0
+    """Times in a row that it was busy."""
     rests_until: float = 0.0
     """It is not asked again before this moment of the monotonic clock."""
     was_linked: bool = False
@@ -177,7 +183,10 @@ class _Peer:
 
     @property
     def lanes(self) -> int:
-        """Pieces to ask for at a time: enough that a fast or distant holder does not wait for us between two."""
+        """Pieces to ask for at a time: enough that a fast or distant holder does not wait for us between two; after
+        trouble a single one, until it has come."""
+        if self.strikes or self.busy:
+            return 1
         if self.pace_s is None or self.pace_s > 0.5:
             return 2
         return 4 if self.pace_s > 0.1 else 8
@@ -185,11 +194,22 @@ class _Peer:
 
 @dataclass(eq=False)
 class _Flight:
-    """A piece asked of a holder."""
+    """Bytes asked of a holder."""
 
     peer: _Peer
     since: float
-    task: asyncio.Task[None]
+    received: int = 0
+    length: int = 0
+    task: asyncio.Task[None] | None = None
+
+    def late(self, now: float, rival_pace_s: float | None) -> bool:
+        """Whether somebody else would probably be done before: nothing has come for long, or at the speed so far the
+        rest takes longer than twice a piece from the rival. Where all are slow because our own line is, nobody is."""
+        elapsed = now - self.since
+        if self.received == 0:
+            return elapsed > (HEDGE_S if self.peer.pace_s is None else max(TICK_S, 2 * self.peer.pace_s))
+        left = elapsed * (self.length - self.received) / self.received
+        return left > (STALL_S if rival_pace_s is None else 2 * rival_pace_s + TICK_S)
 
 
 class _Download:
@@ -351,7 +371,7 @@ class _Download:
             raise _Trouble from error
         except Refused as error:
             if error.remote_code == ServerBusy.code:
-                self._strike(peer, f"was busy {STRIKES_MAX} times, and said: {error}")
+                self._wait_for(peer, f"was busy {BUSY_MAX} times, and said: {error}")
             else:
                 self._drop(peer, f"refused: {error}")
             raise _Trouble from error
@@ -372,13 +392,23 @@ class _Download:
     def _strike(self, peer: _Peer, what: str) -> None:
         """Let a holder rest, or give it up when this was its last strike."""
         now = self._clock.monotonic()
-        if now < peer.rests_until:
-            return  # the pieces that one lost link takes along are one strike
-        peer.strikes += 1
+        if now >= peer.rests_until:  # the pieces that one lost link takes along are one strike
+            peer.strikes += 1
+            self._rest(peer, peer.strikes)
         if peer.strikes >= STRIKES_MAX:
             self._drop(peer, what)
-        else:
-            peer.rests_until = now + RETRY_S * 2 ** (peer.strikes - 1) * (1 + self._fetcher.dice.uniform())
+
+    def _wait_for(self, peer: _Peer, what: str) -> None:
+        """Let a busy holder rest: many begin to fetch the same blob at the same time, and it will get to us."""
+        if self._clock.monotonic() >= peer.rests_until:
+            peer.busy += 1
+            self._rest(peer, peer.busy)
+        if peer.busy >= BUSY_MAX:
+            self._drop(peer, what)
+
+    def _rest(self, peer: _Peer, times: int) -> None:
+        rest_s = min(REST_MAX_S, REST_S * 2 ** min(times - 1, 10)) * (1 + self._fetcher.dice.uniform())
+        peer.rests_until = self._clock.monotonic() + rest_s
 
     def _failed(self, what: str) -> FetchFailed:
         if not self._peers:
@@ -405,29 +435,30 @@ class _Download:
         peer.was_linked = True
         return link
 
-    async def _receive(self, peer: _Peer, kind: str, body: bytes, length: int) -> bytearray:
+    async def _receive(self, flight: _Flight, kind: str, body: bytes, length: int) -> bytearray:
         """Exactly `length` bytes of an answer. Raises BadPiece when there are fewer."""
-        link = await self._link(peer)
+        link = await self._link(flight.peer)
+        flight.length = length
         data = bytearray()
         async with link.stream(kind, body, stall_s=STALL_S, max_bytes=length) as parts:
             async for part in parts:
                 data += part
+                flight.received = len(data)
         if len(data) != length:
             raise BadPiece(f"{len(data)} bytes where {length} were asked for")
         return data
 
-    async def _read(self, peer: _Peer, index: int) -> bytearray:
+    async def _read(self, flight: _Flight, index: int) -> bytearray:
         offset, length = piece_bounds(index, self.ref.size)
         body = encode(BlobRead(hash=self.ref.hash, offset=offset, length=length))
-        return await self._receive(peer, BlobRead.KIND, body, length)
+        return await self._receive(flight, BlobRead.KIND, body, length)
 
     # A small answer from whoever gives it first
 
-    async def _ask(self, attempt: Callable[[_Peer], Awaitable[T]]) -> T:
+    async def _ask(self, attempt: Callable[[_Flight], Awaitable[T]]) -> T:
         """The first answer among the holders; the next one is asked when one fails, or is late."""
-        running: dict[asyncio.Task[T], _Peer] = {}
+        running: dict[asyncio.Task[T], _Flight] = {}
         ticker = asyncio.create_task(self._tick())
-        asked_at: float | None = None
         try:
             while True:
                 changed = self._changed
@@ -436,21 +467,19 @@ class _Download:
                 idle = [peer for peer in left if now >= peer.rests_until]
                 if not running and not left:
                     raise self._failed(format_bytes(self.ref.size))
-                if idle and len(running) < ASKED_AT_ONCE and (asked_at is None or now - asked_at >= HEDGE_S):
-                    peer = min(idle, key=lambda peer: peer.strikes)
+                if idle and len(running) < ASKED_AT_ONCE and all(it.late(now, None) for it in running.values()):
+                    peer = min(idle, key=lambda peer: peer.strikes + peer.busy)
                     peer.running = True
-                    running[asyncio.create_task(self._attempt(attempt, peer))] = peer
-                    asked_at = now
+                    flight = _Flight(peer, now)
+                    running[asyncio.create_task(self._attempt(attempt, flight))] = flight
                 await self._wait(running, changed)
                 for task in [task for task in running if task.done()]:
-                    running.pop(task).running = False
-                    try:
+                    running.pop(task).peer.running = False
+                    with contextlib.suppress(_Trouble):
                         return task.result()
-                    except _Trouble:
-                        asked_at = None
         finally:
-            for peer in running.values():
-                peer.running = False
+            for flight in running.values():
+                flight.peer.running = False
             await _cancel([*running, ticker])
 
     @staticmethod
@@ -462,27 +491,27 @@ class _Download:
         finally:
             waiter.cancel()
 
-    async def _attempt(self, attempt: Callable[[_Peer], Awaitable[T]], peer: _Peer) -> T:
-        with self._blame(peer):
-            return await attempt(peer)
+    async def _attempt(self, attempt: Callable[[_Flight], Awaitable[T]], flight: _Flight) -> T:
+        with self._blame(flight.peer):
+            return await attempt(flight)
         raise AssertionError("unreachable")
 
-    async def _small_blob(self, peer: _Peer) -> bytearray:
-        data = await self._read(peer, 0)
+    async def _small_blob(self, flight: _Flight) -> bytearray:
+        data = await self._read(flight, 0)
         if blake3_hash(data) != self.ref.hash:
             raise BadPiece(f"wrong bytes for blob {self._name}")
-        peer.bytes += len(data)
+        flight.peer.bytes += len(data)
         return data
 
     async def _chunk_list(self) -> bytes:
         accused: list[_Peer] = []
 
-        async def attempt(peer: _Peer) -> bytes:
+        async def attempt(flight: _Flight) -> bytes:
             length = piece_count(self.ref.size) * HASH_BYTES
             body = encode(BlobChunkList(hash=self.ref.hash))
-            data = bytes(await self._receive(peer, BlobChunkList.KIND, body, length))
+            data = bytes(await self._receive(flight, BlobChunkList.KIND, body, length))
             if blake3_hash(data) != self.ref.chunks:
-                accused.append(peer)
+                accused.append(flight.peer)
                 raise BadPiece(f"a chunk list of blob {self._name} that is not the one its reference names")
             return data
 
@@ -503,7 +532,7 @@ class _Download:
         with contextlib.suppress(_Trouble, BadPiece):
             for index in range(piece_count(self.ref.size)):
                 with self._blame(peer):
-                    await asyncio.to_thread(whole.update, await self._read(peer, index))
+                    await asyncio.to_thread(whole.update, await self._read(_Flight(peer, 0.0), index))
             if whole.digest() == self.ref.hash:
                 raise contradiction(self.ref, f"{short_id(peer.node)} holds the bytes of `hash`")
 
@@ -547,13 +576,11 @@ class _Download:
         try:
             while peer.dropped is None and not self._got.complete:
                 changed = self._changed
-                resting = peer.strikes > 0 and bool(flying)  # after trouble, one piece at a time until one has come
-                while len(flying) < peer.lanes and not resting:
+                while len(flying) < peer.lanes:
                     index = self._choose(peer)
                     if index is None:
                         break
                     flying.add(self._take_off(peer, index, partial))
-                    resting = peer.strikes > 0
                 await self._wait(flying, changed)
                 flying = {flight for flight in flying if not flight.done()}
         finally:
@@ -571,25 +598,18 @@ class _Download:
         late = [
             (flights[0].since, index)
             for index, flights in self._flights.items()
-            if len(flights) < COPIES_MAX and flights[0].peer is not peer and self._is_late(flights[0], peer, now)
+            if len(flights) < COPIES_MAX and flights[0].peer is not peer and flights[0].late(now, peer.pace_s)
         ]
         return min(late)[1] if late else None
 
-    @staticmethod
-    def _is_late(flight: _Flight, rival: _Peer, now: float) -> bool:
-        """Whether `rival` would probably be done with the piece before who was asked for it."""
-        elapsed = now - flight.since
-        if flight.peer.pace_s is None or rival.pace_s is None:
-            return elapsed > HEDGE_S
-        left = flight.peer.pace_s - elapsed
-        return left > rival.pace_s or elapsed > max(2 * flight.peer.pace_s, rival.pace_s, TICK_S)
-
     def _take_off(self, peer: _Peer, index: int, partial: Partial) -> asyncio.Task[None]:
-        task = asyncio.create_task(self._fly(peer, index, partial))
-        flight = _Flight(peer, self._clock.monotonic(), task)
+        flight = _Flight(peer, self._clock.monotonic())
+        flight.task = task = asyncio.create_task(self._fly(flight, index, partial))
         self._flights.setdefault(index, []).append(flight)
 
-        def land(_: asyncio.Task[None]) -> None:
+        def land(task: asyncio.Task[None]) -> None:
+            if not task.cancelled() and (error := task.exception()) is not None:
+                self._failure = error  # of our own disk, or our own mistake: nothing another holder could mend
             flights = self._flights.get(index)
             if flights is None or flight not in flights:
                 return
@@ -603,27 +623,24 @@ class _Download:
         task.add_done_callback(land)
         return task
 
-    async def _fly(self, peer: _Peer, index: int, partial: Partial) -> None:
-        since = self._clock.monotonic()
+    async def _fly(self, flight: _Flight, index: int, partial: Partial) -> None:
+        peer = flight.peer
         try:
             with self._blame(peer):
-                data = await self._read(peer, index)
+                data = await self._read(flight, index)
                 await asyncio.to_thread(partial.write, index, data)
         except _Trouble:
             return
-        except ShoalError as error:  # of our own disk: nothing another holder could mend
-            self._failure = error
-            return
-        elapsed = self._clock.monotonic() - since
+        elapsed = self._clock.monotonic() - flight.since
         peer.pace_s = elapsed if peer.pace_s is None else 0.7 * peer.pace_s + 0.3 * elapsed
-        peer.strikes = 0
+        peer.strikes = peer.busy = 0
+        for other in self._flights.get(index, []):
+            if other is not flight and other.task is not None:
+                other.task.cancel()
         if index not in self._got:
             self._got.add(index)
             peer.bytes += len(data)
             self._advance(len(data))
-        for other in self._flights.get(index, []):
-            if other.peer is not peer:
-                other.task.cancel()
 
 
 class _Trouble(Exception):

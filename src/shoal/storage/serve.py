@@ -20,7 +20,7 @@ from shoal.world import Body, Endpoint, Request
 
 READ_MAX_BYTES = 16 * CHUNK_BYTES
 """Most bytes that one `blob.read` may ask for."""
-READS_PER_PEER = 16
+READS_PER_PEER = 32
 """Reads under way for one peer; each holds at most one piece in memory."""
 READS_IN_ALL = 128
 """Reads under way for all peers together."""
