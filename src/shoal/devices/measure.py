@@ -193,8 +193,8 @@ def _name_and_memory(device: torch.device, kind: str) -> tuple[str, int]:
         properties = torch.cuda.get_device_properties(device)
         return properties.name, properties.total_memory
     if device.type == "xpu":
-        properties = torch.xpu.get_device_properties(device)
-        return properties.name, properties.total_memory
+        of_xpu = torch.xpu.get_device_properties(device)
+        return of_xpu.name, of_xpu.total_memory
     if device.type == "mps":
         return f"Apple {platform.machine()} GPU", torch.mps.recommended_max_memory()
     return _cpu_name(), _cpu_memory_bytes()

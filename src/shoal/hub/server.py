@@ -61,6 +61,9 @@ class HubSettings:
     name: str = "hub"
     network: str = DEFAULT_NETWORK
     offers_max: int = OFFERS_MAX
+    public: tuple[Address, ...] = ()
+    """Where others can dial it, for its ticket; none: where it listens. To be named when it listens on all interfaces
+    or stands behind a port mapping."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ class HubServer:
         if settings.http is not None:
             url = await self._serve_http(settings.http, make_app(self._index, service.info, self._clock))
         await self._endpoint.listen(settings.listen)
-        return HubPlaces(HubTicket(key.node_id, tuple(self._endpoint.addresses)), url)
+        return HubPlaces(HubTicket(key.node_id, settings.public or tuple(self._endpoint.addresses)), url)
 
     async def stop(self) -> None:
         """Stop answering, then close the database. Stopping twice, or before the start, is harmless."""

@@ -263,8 +263,8 @@ def _create_or_check(connection: sa.Connection) -> None:
         connection.execute(_about.insert().values(version=SCHEMA))
     elif version != SCHEMA:
         raise HubStoreFailed(
-            f"The hub's database has tables of form {version}, this version of Shoal needs {SCHEMA}; start the hub with "
-            "another data directory, or with the version that wrote it."
+            f"The hub's database has tables of form {version}, this version of Shoal needs {SCHEMA}; start the hub "
+            "with another data directory, or with the version that wrote it."
         )
 
 

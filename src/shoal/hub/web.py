@@ -170,7 +170,7 @@ def make_app(index: OfferIndex, info: Callable[[], Awaitable[HubInfo]], clock: C
         kept = await index.get(node)
         if kept is None:
             raise NoSuchOffer(
-                f"This hub holds no live offer of node {short_id(node)}: it is stopped or uses other hubs."
+                f"This hub holds no live offer of node {short_id(node)}: it is stopped, or uses other hubs."
             )
         return _view(kept)
 

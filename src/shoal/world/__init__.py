@@ -1,11 +1,12 @@
 """The door: everything that rules and engines may not reach for themselves comes in through these interfaces.
 
-`Clock` is time, `Dice` is randomness, `Disk` is storage, `Link` and `Endpoint` are the network. Each has a real
-implementation and one for tests; one suite of tests runs on both.
+`Clock` is time, `Dice` is randomness, `Disk` is storage, `Link` and `Endpoint` are the network, `Directory` is where
+nodes are found. Each has a real implementation and one for tests; one suite of tests runs on both.
 """
 
 from shoal.world.clock import Clock, HeldClock, SystemClock
 from shoal.world.dice import Dice, SeededDice, SystemDice
+from shoal.world.directory import Directory, FoundOffer
 from shoal.world.disk import DirectoryDisk, Disk, DiskLock, Fault, FaultyDisk, FileInfo, MemoryDisk
 from shoal.world.network import (
     Address,
@@ -28,6 +29,7 @@ __all__ = [
     "Clock",
     "DeadlineExceeded",
     "Dice",
+    "Directory",
     "DirectoryDisk",
     "Disk",
     "DiskLock",
@@ -35,6 +37,7 @@ __all__ = [
     "Fault",
     "FaultyDisk",
     "FileInfo",
+    "FoundOffer",
     "Handler",
     "HeldClock",
     "Link",

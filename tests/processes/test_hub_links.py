@@ -1,0 +1,374 @@
+"""Nodes and clients at one hub and at several, over links inside the process."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import pytest
+from hub_world import PATIENCE_S, MemoryHub, Watcher, a_client, a_key, an_offer
+
+from shoal.errors import LinkError
+from shoal.hub import HubClient, NoHub, NoIntroduction
+from shoal.hub.client import BACKOFF_LAST_S, backoff_s
+from shoal.hub.index import Arrival
+from shoal.hub.service import FIND_BURST, FOUND_BYTES_MAX, PUBLISH_BURST
+from shoal.identity import KeyPair
+from shoal.protocol.hubs import HubTicket
+from shoal.protocol.messages import decode, encode
+from shoal.protocol.offers import DialMe, OfferFind, OfferKept, OfferPublish, OffersFound
+from shoal.transport import MemoryNetwork
+from shoal.world import Directory, HeldClock, Refused, Request, SeededDice
+
+HERON, STORK, WREN = a_key(1), a_key(2), a_key(3)
+
+
+@dataclass
+class World:
+    """Two hubs and their clock; network and nodes run in real time."""
+
+    network: MemoryNetwork
+    clock: HeldClock
+    hubs: list[MemoryHub]
+    tickets: list[HubTicket]
+
+
+def play(scene: Callable[[World], Awaitable[None]], hubs: int = 1, offers_max: int = 100) -> None:
+    async def on_stage() -> None:
+        network, clock = MemoryNetwork(), HeldClock()
+        made = [MemoryHub(network, a_key(100 + number), clock, offers_max) for number in range(hubs)]
+        world = World(network, clock, made, [await hub.listen() for hub in made])
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                await scene(world)
+        finally:
+            for hub in made:
+                await hub.endpoint.close()
+
+    asyncio.run(on_stage())
+
+
+def test_what_one_node_publishes_another_finds_with_the_proof() -> None:
+    async def scene(world: World) -> None:
+        async with (
+            a_client(world.network.endpoint(HERON), world.tickets) as node,
+            a_client(world.network.endpoint(WREN), world.tickets) as client,
+        ):
+            offer = an_offer(HERON, 1)
+            kept = await node.publish(offer)
+            assert kept == {world.tickets[0].node: OfferKept(sequence=1, lifetime_ms=60_000)}
+            directory: Directory = client
+            (found,) = await directory.find(OfferFind(accepts="train"))
+            assert (found.node, found.envelope) == (HERON.node_id, offer)
+            assert await client.find(OfferFind(accepts="serve")) == []
+
+    play(scene)
+
+
+def test_a_hub_says_who_it_is_and_how_many_it_knows() -> None:
+    async def scene(world: World) -> None:
+        async with a_client(world.network.endpoint(HERON), world.tickets) as node:
+            await node.publish(an_offer(HERON, 1))
+            info = (await node.info())[world.tickets[0].node]
+            assert (info.name, info.offers, info.links, info.addresses) == ("hub", 1, 1, world.tickets[0].addresses)
+
+    play(scene)
+
+
+def test_an_older_offer_is_refused_with_both_numbers_over_the_link() -> None:
+    async def scene(world: World) -> None:
+        async with a_client(world.network.endpoint(HERON), world.tickets) as node:
+            await node.publish(an_offer(HERON, 5))
+            with pytest.raises(Refused, match=r"Offer 3 .*offer 5") as refusal:
+                await node.publish(an_offer(HERON, 3))
+            assert refusal.value.remote_code == "SH-240"
+            (found,) = await node.find(OfferFind())
+            assert found.offer.sequence == 5
+
+    play(scene)
+
+
+def test_an_offer_under_a_forged_name_is_refused() -> None:
+    async def scene(world: World) -> None:
+        link = await world.network.endpoint(WREN).dial(world.tickets[0].node, world.tickets[0].addresses)
+        forged = an_offer(WREN, 1).to_bytes().replace(WREN.node_id, HERON.node_id)
+        with pytest.raises(Refused, match="signature") as refusal:
+            await link.request(OfferPublish.KIND, encode(OfferPublish(offer=forged)))
+        assert refusal.value.remote_code == "SH-202"
+        with pytest.raises(Refused) as refusal:
+            await link.request(OfferPublish.KIND, b"\xff" * 100)
+        assert refusal.value.remote_code == "SH-210"
+        assert await world.hubs[0].index.count() == 0
+
+    play(scene)
+
+
+def test_one_peer_cannot_flood_and_others_are_served_meanwhile() -> None:
+    async def scene(world: World) -> None:
+        async with (
+            a_client(world.network.endpoint(HERON), world.tickets) as node,
+            a_client(world.network.endpoint(WREN), world.tickets) as other,
+        ):
+            for sequence in range(PUBLISH_BURST):
+                await node.publish(an_offer(HERON, sequence))
+            with pytest.raises(Refused, match="too often") as refusal:
+                await node.publish(an_offer(HERON, 1000))
+            assert refusal.value.remote_code == "SH-333"
+            await other.publish(an_offer(WREN, 1))
+            await world.clock.advance(1)
+            await node.publish(an_offer(HERON, 1001))
+            for _ in range(FIND_BURST):
+                await node.find(OfferFind())
+            with pytest.raises(NoHub, match="too often"):
+                await node.find(OfferFind())
+
+    play(scene)
+
+
+def test_a_search_whose_answer_is_large_comes_in_pages() -> None:
+    async def scene(world: World) -> None:
+        padding = tuple("tcp://" + "x" * 120 for _ in range(8))
+        size = len(an_offer(HERON, 1, addresses=padding).to_bytes())
+        count = FOUND_BYTES_MAX // size + 2
+        index = world.hubs[0].index
+        keys = [KeyPair.from_seed(number.to_bytes(32, "big")) for number in range(1, count + 1)]
+        for key in keys:
+            await index.keep(Arrival.open(an_offer(key, 1, addresses=padding).to_bytes(), key.node_id))
+        async with a_client(world.network.endpoint(WREN), world.tickets) as client:
+            seen: list[bytes] = []
+            while page := await client.find(OfferFind(limit=256, after=seen[-1] if seen else None)):
+                seen += [found.node for found in page]
+            assert seen == sorted(key.node_id for key in keys)
+
+    play(scene, offers_max=2000)
+
+
+# ---- introductions ----
+
+
+def test_a_node_that_accepts_no_links_is_reached_through_the_hub() -> None:
+    async def scene(world: World) -> None:
+        hidden, seeker = world.network.endpoint(HERON), world.network.endpoint(WREN)
+        arrived: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        async with a_client(hidden, world.tickets) as node, a_client(seeker, world.tickets) as client:
+            seeker.on_link(lambda link: arrived.set_result(link.peer))
+            node.answer_introductions()
+            address = await seeker.listen("tcp://seeker:0")
+            await client.introduce(HERON.node_id, [address])
+            assert await arrived == HERON.node_id
+
+    play(scene)
+
+
+def test_an_introduction_to_a_node_nobody_holds_is_refused_by_name() -> None:
+    async def scene(world: World) -> None:
+        async with a_client(world.network.endpoint(WREN), world.tickets) as client:
+            with pytest.raises(NoIntroduction, match=f"{STORK.node_id.hex()[:8]}.*no open link"):
+                await client.introduce(STORK.node_id, ["tcp://wren:1"])
+
+    play(scene)
+
+
+def test_a_hub_names_who_asked_and_nobody_else() -> None:
+    async def scene(world: World) -> None:
+        node, seeker = world.network.endpoint(HERON), world.network.endpoint(WREN)
+        asked: list[DialMe] = []
+
+        async def note(request: Request) -> bytes:
+            asked.append(decode(DialMe, request.body))
+            return b"\x80"
+
+        node.handle(DialMe.KIND, note)
+        async with a_client(node, world.tickets), a_client(seeker, world.tickets) as client:
+            await client.introduce(HERON.node_id, ["tcp://wren:1"])
+        assert asked == [DialMe(node=WREN.node_id, addresses=("tcp://wren:1",))]
+
+    play(scene)
+
+
+def test_only_a_hub_of_its_own_can_make_a_node_dial() -> None:
+    async def scene(world: World) -> None:
+        endpoint, stranger = world.network.endpoint(HERON), world.network.endpoint(STORK)
+        async with a_client(endpoint, world.tickets) as node:
+            node.answer_introductions()
+            link = await stranger.dial(HERON.node_id, [await endpoint.listen("tcp://heron:0")])
+            with pytest.raises(Refused, match="not a hub"):
+                await link.request(DialMe.KIND, encode(DialMe(node=WREN.node_id, addresses=("tcp://wren:1",))))
+
+    play(scene)
+
+
+def test_the_second_hub_is_asked_when_the_first_does_not_hold_the_node() -> None:
+    async def scene(world: World) -> None:
+        hidden, seeker = world.network.endpoint(HERON), world.network.endpoint(WREN)
+        arrived = asyncio.Event()
+        async with a_client(hidden, world.tickets[1:]) as node, a_client(seeker, world.tickets) as client:
+            await client.info()
+            seeker.on_link(lambda link: arrived.set())
+            node.answer_introductions()
+            address = await seeker.listen("tcp://seeker:0")
+            watched = {world.tickets[0].node, world.tickets[1].node}
+            while not watched <= set(seeker.links()):
+                await asyncio.sleep(0)
+            while sum(state.up for state in client.states()) < 2:
+                await asyncio.sleep(0)
+            await client.introduce(HERON.node_id, [address])
+            await arrived.wait()
+
+    play(scene, hubs=2)
+
+
+# ---- several hubs ----
+
+
+def test_offers_of_several_hubs_are_merged_and_the_newest_counts() -> None:
+    async def scene(world: World) -> None:
+        both, watcher = world.tickets, Watcher()
+        async with (
+            a_client(world.network.endpoint(HERON), both[:1]) as old,
+            a_client(world.network.endpoint(STORK), both[1:]) as other,
+            a_client(world.network.endpoint(WREN), both, watcher=watcher) as client,
+        ):
+            await watcher.until(2, up=True)
+            await old.publish(an_offer(HERON, 1))
+            await other.publish(an_offer(STORK, 1))
+            link = await world.network.endpoint(a_key(9)).dial(both[1].node, both[1].addresses)
+            newer = an_offer(HERON, 2, busy=True)
+            await link.request(OfferPublish.KIND, encode(OfferPublish(offer=newer.to_bytes())))
+            found = await client.find(OfferFind())
+            assert [(one.node, one.offer.sequence) for one in found] == sorted([(HERON.node_id, 2), (STORK.node_id, 1)])
+            assert len(await client.find(OfferFind(limit=1))) == 1
+
+    play(scene, hubs=2)
+
+
+def test_one_lost_hub_changes_nothing_and_it_is_found_again_with_the_offer() -> None:
+    async def scene(world: World) -> None:
+        clock, watcher = HeldClock(), Watcher()
+        async with a_client(world.network.endpoint(HERON), world.tickets, clock, watcher) as node:
+            await watcher.until(2, up=True)
+            assert len(await node.publish(an_offer(HERON, 1))) == 2
+            first = world.hubs[0].endpoint
+            world.network.cut(first.node_id, HERON.node_id)
+            await watcher.until(1, up=False)
+            assert [state.up for state in node.states()] == [False, True]
+            assert [found.node for found in await node.find(OfferFind())] == [HERON.node_id]
+            assert list(await node.publish(an_offer(HERON, 2))) == [world.tickets[1].node]
+            world.network.heal(first.node_id, HERON.node_id)
+            await clock.advance(BACKOFF_LAST_S)
+            await watcher.until(3, up=True)
+            index = world.hubs[0].index
+            while (kept := await index.get(HERON.node_id)) is None or kept.offer.sequence < 2:
+                await asyncio.sleep(0)
+
+    play(scene, hubs=2)
+
+
+def test_a_hub_that_is_not_there_is_named_and_tried_again_until_it_comes() -> None:
+    async def scene(world: World) -> None:
+        clock, watcher = HeldClock(), Watcher()
+        late = MemoryHub(world.network, a_key(50), world.clock)
+        ticket = HubTicket(late.endpoint.node_id, ("tcp://late:7",))
+        async with a_client(world.network.endpoint(HERON), [ticket], clock, watcher) as node:
+            with pytest.raises(NoHub, match=f"{ticket.node.hex()[:8]} at tcp://late:7"):
+                await node.publish(an_offer(HERON, 1))
+            with pytest.raises(NoHub, match="None of the 1 hubs"):
+                await node.find(OfferFind())
+            with pytest.raises(NoHub):
+                await node.introduce(STORK.node_id, ["tcp://heron:1"])
+            await late.listen("tcp://late:7")
+            await clock.advance(1)
+            await watcher.until(1, up=True)
+            while await late.index.get(HERON.node_id) is None:
+                await asyncio.sleep(0)
+        await late.endpoint.close()
+
+    play(scene, hubs=0)
+
+
+def test_a_client_without_hubs_says_what_to_do() -> None:
+    async def scene(world: World) -> None:
+        async with a_client(world.network.endpoint(HERON), []) as client:
+            with pytest.raises(NoHub, match="shoal hub"):
+                await client.find(OfferFind())
+
+    play(scene, hubs=0)
+
+
+def test_an_offer_is_renewed_while_its_node_lives_and_expires_after() -> None:
+    async def scene(world: World) -> None:
+        node_clock = HeldClock()
+        index = world.hubs[0].index
+        async with a_client(world.network.endpoint(HERON), world.tickets, node_clock) as node:
+            await node.publish(an_offer(HERON, 1, lifetime_ms=60_000))
+            for _ in range(6):
+                before = await index.get(HERON.node_id)
+                await world.clock.advance(20)
+                await node_clock.advance(20)
+                while await index.get(HERON.node_id) == before:
+                    await asyncio.sleep(0)
+            assert await index.count() == 1
+        await world.clock.advance(60)
+        assert await index.count() == 0
+
+    play(scene)
+
+
+def test_a_node_is_told_when_another_one_publishes_with_its_key() -> None:
+    async def scene(world: World) -> None:
+        clock, told = HeldClock(), asyncio.Event()
+        refusals: list[str] = []
+
+        def refused(ticket: HubTicket, error: Refused) -> None:
+            refusals.append(str(error))
+            told.set()
+
+        client = HubClient(
+            world.network.endpoint(HERON), world.tickets, clock=clock, dice=SeededDice(1), on_refused=refused
+        )
+        await client.start()
+        await client.publish(an_offer(HERON, 1, name="heron"))
+        carrier = await world.network.endpoint(WREN).dial(world.tickets[0].node, world.tickets[0].addresses)
+        twin = an_offer(HERON, 2, name="twin").to_bytes()
+        await carrier.request(OfferPublish.KIND, encode(OfferPublish(offer=twin)))
+        await clock.advance(20)
+        await told.wait()
+        assert "Offer 1" in refusals[0]
+        assert "copy of your key file" in refusals[0]
+        await client.close()
+
+    play(scene)
+
+
+def test_what_a_lying_hub_sends_is_left_out() -> None:
+    async def scene(world: World) -> None:
+        liar = world.network.endpoint(a_key(66))
+        good = an_offer(HERON, 1)
+        forged = an_offer(WREN, 1).to_bytes().replace(WREN.node_id, STORK.node_id)
+
+        async def lie(request: Request) -> bytes:
+            busy = an_offer(STORK, 1, busy=True).to_bytes()
+            return encode(OffersFound(offers=(forged, b"no record", busy, good.to_bytes()), more=True))
+
+        liar.handle(OfferFind.KIND, lie)
+        ticket = HubTicket(liar.node_id, (await liar.listen("tcp://liar:0"),))
+        async with a_client(world.network.endpoint(WREN), [ticket]) as client:
+            found = await client.find(OfferFind(idle_only=True, limit=1))
+            assert [one.envelope for one in found] == [good]
+        await liar.close()
+
+    play(scene, hubs=0)
+
+
+def test_waiting_between_dials_grows_to_a_bound_and_differs_between_nodes() -> None:
+    waits = [backoff_s(failures, SeededDice(3)) for failures in range(100)]
+    assert all(0.25 <= wait <= BACKOFF_LAST_S for wait in waits)
+    assert waits[0] < waits[3] < waits[6]
+    assert waits[10] == waits[99]
+    assert backoff_s(8, SeededDice(1)) != backoff_s(8, SeededDice(2))
+
+
+def test_too_many_hubs_are_refused() -> None:
+    endpoint = MemoryNetwork().endpoint(HERON)
+    tickets = [HubTicket(a_key(number).node_id, ("tcp://a:1",)) for number in range(1, 18)]
+    with pytest.raises(LinkError, match="17 hubs"):
+        HubClient(endpoint, tickets, clock=HeldClock(), dice=SeededDice(1))
