@@ -36,8 +36,6 @@ import yaml
 from shoal.errors import BadInput
 from shoal.quantities import (
     BadQuantity,
-    format_bytes,
-    format_duration_s,
     parse_bytes,
     parse_count,
     parse_duration_s,
@@ -111,26 +109,29 @@ class Field:
 # --- fields from structs --------------------------------------------------------------------------------------------
 
 _ENDINGS = {"_ms": "ms", "_s": "s", "_bytes": "bytes"}
+_MS_UNITS = {" d": 86_400_000, " h": 3_600_000, " min": 60_000, " s": 1000, " ms": 1}
+_BYTE_UNITS = {" TiB": 1 << 40, " GiB": 1 << 30, " MiB": 1 << 20, " KiB": 1 << 10, " B": 1}
+_COUNT_UNITS = {"B": 10**9, "M": 10**6, "k": 10**3, "": 1}
 _QUANTITIES: Mapping[str, tuple[Callable[[str], float], Callable[[float], str], str]] = {
-    "ms": (lambda text: parse_duration_s(text) * 1000, lambda value: format_duration_s(value / 1000), "a duration"),
-    "s": (parse_duration_s, format_duration_s, "a duration"),
-    "bytes": (parse_bytes, format_bytes, "an amount of bytes"),
+    "ms": (lambda text: parse_duration_s(text) * 1000, lambda value: _in_units(value, _MS_UNITS), "a duration"),
+    "s": (parse_duration_s, lambda value: _in_units(value * 1000, _MS_UNITS), "a duration"),
+    "bytes": (parse_bytes, lambda value: _in_units(value, _BYTE_UNITS), "an amount of bytes"),
     "bytes_per_s": (
         lambda text: parse_rate_bps(text) / 8 if "/" in text else parse_bytes(text),
-        lambda value: f"{format_bytes(value)}/s",
+        lambda value: f"{_in_units(value, {' B': 1})}/s",
         "bytes per second",
     ),
-    "count": (parse_count, lambda value: _short_count(value), "a count"),
+    "count": (parse_count, lambda value: _in_units(value, _COUNT_UNITS), "a count"),
 }
 """How each kind of quantity is read, printed, and called."""
 _EXAMPLES = {"ms": "80 ms", "s": "2 min", "bytes": "16 GiB", "bytes_per_s": "100 kB/s", "count": "2M"}
 
 
-def _short_count(value: float) -> str:
-    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
-        if value >= size and value % (size / 10) == 0:
-            return f"{value / size:g}{unit}"
-    return f"{value:g}"
+def _in_units(value: float, units: Mapping[str, int]) -> str:
+    """As one would write it: in the largest unit in which it is a whole number, else in the smallest."""
+    unit = next((unit for unit, size in units.items() if value and value % size == 0), None)
+    smallest = list(units)[-1]
+    return f"{value / units[unit]:.0f}{unit}" if unit is not None else f"{value:g}{smallest}"
 
 
 def _extra(kind: Any) -> dict[str, Any]:
