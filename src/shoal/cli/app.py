@@ -34,10 +34,19 @@ def options(
     pass
 
 
+def _load_commands() -> None:
+    """Each of these adds its commands to `app`."""
+    import shoal.cli.looking
+    import shoal.cli.quickstart
+    import shoal.cli.serving
+    import shoal.cli.training  # noqa: F401
+
+
 def main() -> None:
     """Run a command; every error a user can cause ends in one sentence and an exit code, never in a traceback."""
     as_json = "--json" in sys.argv
     output.set_up_logging(to_terminal=sys.stderr.isatty())
+    _load_commands()
     try:
         app()
     except ShoalError as error:

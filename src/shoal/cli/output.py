@@ -5,7 +5,6 @@ Exit codes: 0 it was done; 1 it failed; 2 the input cannot be used; 130 interrup
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import json
 import logging
@@ -88,10 +87,9 @@ def fail(error: ShoalError, *, as_json: bool) -> int:
 
 def run(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
     """Run a command's coroutine on the fast event loop; Ctrl-C cancels it and lets it clean up."""
-    from shoal.transport import install_fast_loop
+    from shoal import transport
 
-    install_fast_loop()
-    return asyncio.run(work())
+    return transport.run(work())
 
 
 def set_up_logging(*, to_terminal: bool) -> None:

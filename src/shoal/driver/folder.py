@@ -97,6 +97,8 @@ _OWN_NAMES = frozenset(
         "report.html",
         "model",
         "local",
+        "data",
+        "owner.json",
     }
     | {line.FILE for line in LINES}
 )

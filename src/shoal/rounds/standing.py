@@ -36,7 +36,7 @@ class Standing:
     fruitful: int
     """How many Commits accepted something: each moved the job on by a nominal round of inner steps."""
     ledger: SampleLedger
-    last_accepted: Mapping[bytes, bytes] = field(default=_NOTHING)
+    last_accepted: Mapping[bytes, bytes] = field(default_factory=lambda: _NOTHING)
     """MemberId -> id of its newest accepted Contribution."""
 
 

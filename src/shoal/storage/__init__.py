@@ -10,8 +10,10 @@ What holds, always:
 - Whoever served wrong bytes is named and dropped for that download; a reference that contradicts itself blames nobody.
 """
 
+from shoal.storage.download import FetchFailed, FetchProgress, FetchReport
 from shoal.storage.faults import DiskFailed, StorageFull
-from shoal.storage.fetch import Fetcher, FetchFailed, FetchProgress, FetchReport
+from shoal.storage.fetch import Fetcher
+from shoal.storage.find import find_blob
 from shoal.storage.partial import BadPiece, BadReference
 from shoal.storage.pieces import hash_pieces
 from shoal.storage.serve import BlobServer, ServerBusy, serve
@@ -45,6 +47,7 @@ __all__ = [
     "StorageFull",
     "StoreInUse",
     "UnknownBlob",
+    "find_blob",
     "hash_pieces",
     "serve",
 ]

@@ -116,7 +116,7 @@ def charge(size: int) -> int:
     return blocks * BLOCK_BYTES
 
 
-def _blob_name(hash: bytes) -> str:
+def blob_name(hash: bytes) -> str:
     return f"blobs/{hash.hex()}"
 
 
@@ -263,7 +263,7 @@ class BlobStore:
         """Where a blob lies, for readers such as mmap. Nothing is verified (see `verify`); never write to it, and pin
         the blob for as long as the path is in use. Raises UnknownBlob, or DiskFailed where a store has no files."""
         self._use(hash)
-        path = self._disk.path(_blob_name(hash))
+        path = self._disk.path(blob_name(hash))
         if path is None:
             raise DiskFailed(f"Blob {hash.hex()[:12]} is kept in {self.place} and has no file; read it instead.")
         return path
@@ -313,7 +313,7 @@ class BlobStore:
                 self._commit(scratch, hash, size, chunk_list)
             finally:
                 self._discard(scratch)
-        if move and source != self._disk.path(_blob_name(hash)):
+        if move and source != self._disk.path(blob_name(hash)):
             with disk_faults(self._disk, f"removing {source}"):
                 source.unlink(missing_ok=True)
         return make_ref(hash, size, chunk_list, media_type)
@@ -367,8 +367,8 @@ class BlobStore:
             with self._mutex:
                 if size > CHUNK_BYTES:
                     self._write_list(hash, chunk_list)
-                self._disk.rename(name, _blob_name(hash))
-                info = self._disk.info(_blob_name(hash))
+                self._disk.rename(name, blob_name(hash))
+                info = self._disk.info(blob_name(hash))
                 if info is None or info.size != size:
                     raise DiskFailed(f"Blob {hash.hex()[:12]} vanished from {self.place} while it was being written.")
                 entry = self._entries.get(hash)
@@ -380,7 +380,7 @@ class BlobStore:
                 entry.chunk_list = chunk_list
                 self._touch(hash)
             if self._sync:
-                self._disk.sync(_blob_name(hash))
+                self._disk.sync(blob_name(hash))
 
     def _write_list(self, hash: bytes, chunk_list: bytes) -> None:
         # The list ends with its own hash, so that a torn or rotten one is noticed, and made anew from the blob.
@@ -444,11 +444,11 @@ class BlobStore:
         stop = min(stop, offset + length)
         with self._readable(hash, entry, index):
             if index in entry.verified:
-                data = self._disk.read(_blob_name(hash), start, stop - start)
+                data = self._disk.read(blob_name(hash), start, stop - start)
                 if len(data) < stop - start:
                     raise self._lose(hash, entry, f"piece {index} is cut off")
                 return data
-            piece = self._disk.read(_blob_name(hash), offset, length)
+            piece = self._disk.read(blob_name(hash), offset, length)
         if blake3_hash(piece) != piece_hash(self._chunk_list(hash, entry), index):
             # The list may be what is wrong: only the whole blob against its name decides.
             self._scan(hash, entry)
@@ -476,7 +476,7 @@ class BlobStore:
     def _scan(self, hash: bytes, entry: _Entry) -> None:
         self._notice_change(hash, entry)
         with self._readable(hash, entry, None):
-            found, chunk_list = hash_pieces(self._file_pieces(_blob_name(hash), entry.size))
+            found, chunk_list = hash_pieces(self._file_pieces(blob_name(hash), entry.size))
         if found != hash:
             raise self._lose(hash, entry, "its bytes have changed")
         with self._mutex:
@@ -490,7 +490,7 @@ class BlobStore:
     def _notice_change(self, hash: bytes, entry: _Entry) -> None:
         """Trust nothing about a file that has been written to since it was verified."""
         with disk_faults(self._disk, f"looking at blob {hash.hex()[:12]}"):
-            info = self._disk.info(_blob_name(hash))
+            info = self._disk.info(blob_name(hash))
         if info is None:
             raise self._lose(hash, entry, "its file is gone")
         if info.size != entry.size:
@@ -572,7 +572,7 @@ class BlobStore:
                 self._drop_partial(hash)
 
     def _remove(self, hash: bytes) -> None:
-        self._disk.delete(_blob_name(hash))
+        self._disk.delete(blob_name(hash))
         self._disk.delete(_list_name(hash))
         self._used_bytes -= self._entries.pop(hash).charge
 
@@ -663,7 +663,7 @@ class BlobStore:
         entry = self._entries.get(hash)
         if entry is None or not entry.verified.complete:
             return False
-        info = self._disk.info(_blob_name(hash))
+        info = self._disk.info(blob_name(hash))
         return info is not None and (info.size, info.modified_ns) == (entry.size, entry.modified_ns)
 
     def _read_uses(self) -> dict[bytes, int]:

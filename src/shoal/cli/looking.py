@@ -1,0 +1,157 @@
+"""Commands that look: `shoal offers`, `shoal report`, `shoal replay`."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from shoal.cli import places
+from shoal.cli.app import app
+from shoal.cli.output import HubFlag, JsonFlag, err, out, print_json, run
+from shoal.errors import BadInput, LinkError
+from shoal.identity import short_id
+from shoal.quantities import format_bytes, parse_bytes
+from shoal.world import SystemClock, SystemDice
+
+
+@app.command("offers")
+def offers(
+    hub: HubFlag = None,
+    device: Annotated[str | None, typer.Option(help="Only this kind of device: cpu, cuda, rocm, mps or xpu.")] = None,
+    memory: Annotated[str | None, typer.Option(help="At least this much device memory, such as 16 GiB.")] = None,
+    idle: Annotated[bool, typer.Option("--idle", help="Only nodes that are free.")] = False,
+    limit: Annotated[int, typer.Option(help="At most so many.")] = 64,
+    json: JsonFlag = False,
+) -> None:
+    """Show what is offered at the hubs: measured, signed, alive."""
+    from shoal.hub import HubClient
+    from shoal.protocol.offers import FOUND_MAX, OfferFind
+    from shoal.transport import TlsEndpoint
+
+    if not 1 <= limit <= FOUND_MAX:
+        raise BadInput(f"--limit {limit} cannot be used: from 1 to {FOUND_MAX}.")
+    wanted = OfferFind(
+        device=device, memory_bytes_min=parse_bytes(memory) if memory else 0, idle_only=idle, limit=limit
+    )
+    tickets = places.find_hubs(hub)
+
+    async def work() -> None:
+        clock, dice = SystemClock(), SystemDice()
+        endpoint = TlsEndpoint(places.user_key(), clock=clock, dice=dice)
+        client = HubClient(endpoint, tickets, clock=clock, dice=dice)
+        try:
+            await client.start()
+            found = await client.find(wanted)
+        finally:
+            await client.close()
+            await endpoint.close()
+        if json:
+            print_json({"offers": [{"node": one.node, "offer": one.offer} for one in found]})
+            return
+        table = Table("node", "name", "device", "memory", "fastest", "limit", "state", box=None, header_style="bold")
+        for one in found:
+            best = one.offer.capability.devices[0]
+            rate = max(best.throughput, key=lambda each: each.flops, default=None)
+            table.add_row(
+                short_id(one.node),
+                one.offer.name,
+                f"{best.kind} {best.name}",
+                format_bytes(best.memory_bytes),
+                f"{rate.flops / 1e12:.2f} TFLOP/s {rate.dtype}" if rate else "?",
+                f"{one.offer.capability.speed_limit:g}",
+                "busy" if one.offer.busy else "idle",
+            )
+        out.print(table if found else "Nothing that fits is offered. Start a node with: shoal node start")
+
+    run(work)
+
+
+@app.command("report")
+def report(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, such as runs/quickstart.")],
+    json: JsonFlag = False,
+) -> None:
+    """Show who did what in a run; the page for looking at is RUN/report.html."""
+    from shoal.cli.tables import print_report
+    from shoal.driver.folder import RunFolder
+    from shoal.driver.report import Figures
+    from shoal.driver.report_page import render_page
+    from shoal.driver.write_report import make_report
+
+    with RunFolder.open(run_folder, read_only=True) as folder:
+        made = make_report(folder, folder.read("figures.json", Figures) or Figures())
+    if not (run_folder / "report.html").exists():
+        (run_folder / "report.html").write_text(render_page(made))
+    if json:
+        print_json(made)
+    else:
+        print_report(made)
+        out.print(f"The page: {run_folder / 'report.html'}", markup=False)
+
+
+@app.command("replay")
+def replay(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, such as runs/quickstart.")],
+    round_number: Annotated[int, typer.Option("--round", "-r", help="Which round.")],
+    node: Annotated[str, typer.Option("--node", "-n", help="Whose work: a node's name, or the beginning of its id.")],
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            help="CPU threads to compute with; other than the node used, the comparison is within thresholds.",
+            show_default="as many as the node used",
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="A torch device to compute on.")] = "cpu",
+    hub: HubFlag = None,
+    json: JsonFlag = False,
+) -> None:
+    """Recompute a node's work of one round, and say whether it is what the node claimed.
+
+    Says *match*, *mismatch* or *not replayable*, with the measured difference beside the threshold. What a node keeps
+    private (optimizer state, residual) is opened by the node, if it can be reached, or found in the run's folder.
+    Exit code 0 on match, 3 on mismatch, 4 when it cannot be replayed.
+    """  # fmt: skip
+    from shoal.sdk.replay import replay_round
+
+    tickets = []
+    with contextlib.suppress(BadInput):
+        tickets = places.find_hubs(hub)
+
+    async def work() -> int:
+        try:
+            result = await replay_round(
+                run_folder,
+                round_number,
+                node,
+                key=places.user_key(),
+                hubs=tickets,
+                threads=threads,
+                device=device,
+                clock=SystemClock(),
+                dice=SystemDice(),
+                say=(lambda text: None) if json else lambda text: err.print(f"[dim]{text}[/]"),
+            )
+        except LinkError as error:
+            raise BadInput(f"The hubs could not be asked: {error}") from error
+        if json:
+            print_json(result)
+        else:
+            colour = {"match": "green", "mismatch": "red"}.get(result.verdict, "yellow")
+            out.print(f"[bold {colour}]{result.verdict}[/]  round {result.round}, {result.name} ({result.node[:8]})")
+            if result.difference is not None:
+                out.print(
+                    f"measured difference {result.difference:.3g}, threshold {result.threshold:.3g} ({result.measure})"
+                )
+            out.print(result.sentence, markup=False)
+            out.print(
+                f"[dim]{result.rounds_computed} round(s) computed, {format_bytes(result.opened_bytes)} of private state opened[/]"
+            )
+        return {"match": 0, "mismatch": 3}.get(result.verdict, 4)
+
+    code = run(work)
+    if code:
+        raise typer.Exit(code)

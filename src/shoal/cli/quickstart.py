@@ -1,0 +1,71 @@
+"""`shoal quickstart`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from shoal.cli import places
+from shoal.cli.app import app
+from shoal.cli.output import JsonFlag, out, print_json, run
+from shoal.cli.tables import RunView, print_report
+from shoal.quantities import parse_count
+from shoal.sdk.quickstart import TOKENS, QuickstartOptions, found_out, quickstart
+from shoal.sdk.train import TrainOptions
+
+
+@app.command("quickstart")
+def quickstart_command(
+    seed: Annotated[int, typer.Option(help="Draws who is killed, who lies and how, and the start weights.")] = 0,
+    honest: Annotated[bool, typer.Option("--honest", help="Let nobody lie.")] = False,
+    tokens: Annotated[str, typer.Option(help="How much to train.")] = str(TOKENS),
+    files: Annotated[int, typer.Option(help="Of how many of Python's own source files.")] = 400,
+    runs: Annotated[Path, typer.Option(help="Where the folder goes: RUNS/quickstart.")] = Path("runs"),
+    json: JsonFlag = False,
+) -> None:
+    """Train a small model on five unequal nodes on this machine, one of which dies, one comes late, and one lies.
+
+    Takes about four minutes on two cores. Everything it leaves is in runs/quickstart: the model, every signed record,
+    report.html, report.json. Exit code 0 only if the model learned what it should.
+    """
+    view = RunView("quickstart")
+
+    def add_view(options: TrainOptions) -> TrainOptions:
+        if not json:
+            options.say, options.progress = view.say, view.progress
+            options.event, options.audited = view.event, view.audited
+        return options
+
+    options = QuickstartOptions(
+        folder=runs / "quickstart",
+        key=places.user_key(),
+        seed=seed,
+        honest=honest,
+        tokens=parse_count(tokens),
+        files_max=files,
+        say=(lambda _: None) if json else view.say,
+        train=add_view,
+    )
+    with view:
+        report, truth = run(lambda: quickstart(options))
+    told = found_out(report, truth)
+    if json:
+        print_json(report)
+    else:
+        if report.completion is not None:
+            out.print("[bold]The model continues:[/]")
+            out.print(report.completion.prompt + report.completion.text, markup=False)
+        out.print()
+        print_report(report)
+        out.print(told, markup=False)
+        out.print(report.goal.sentence if report.goal else "", markup=False)
+        liar = truth.liar or next(node.name for node in report.nodes if node.name != truth.killed)
+        honest_name = next(name for name in (node.name for node in report.nodes) if name not in (liar, truth.killed))
+        folder = options.folder
+        out.print(f"Look at {folder / 'report.html'}, and see for yourself:", markup=False)
+        out.print(f"  shoal replay {folder} --round 2 --node {liar}", markup=False)
+        out.print(f"  shoal replay {folder} --round 2 --node {honest_name}", markup=False)
+    if report.goal is None or not report.goal.reached:
+        raise typer.Exit(1)

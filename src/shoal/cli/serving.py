@@ -1,0 +1,268 @@
+"""Processes that run until they are stopped: `shoal hub`, `shoal node start`, `shoal up`, `shoal down`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from pathlib import Path
+from typing import Annotated, Any
+
+import psutil
+import typer
+
+from shoal.cli import places
+from shoal.cli.app import app
+from shoal.cli.output import HubFlag, JsonFlag, WithParent, out, print_json, run
+from shoal.errors import BadInput
+from shoal.quantities import format_bytes, parse_bytes
+from shoal.sdk.local import LocalShoal, shoal_home
+from shoal.world import SystemClock, SystemDice
+from shoal.world.processes import die_with_parent
+
+NODES_MAX = 64
+"""Nodes that `shoal up` starts on one machine."""
+
+node_app = typer.Typer(no_args_is_help=True, help="Lend this machine to jobs.")
+app.add_typer(node_app, name="node")
+
+
+class BadFlag(BadInput):
+    """A flag has a value that cannot be used."""
+
+    code = "SH-103"
+
+
+async def _until_stopped() -> None:
+    """Wait for SIGINT or SIGTERM."""
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stopped.set)
+    await stopped.wait()
+
+
+@app.command("hub")
+def hub(
+    listen: Annotated[
+        str, typer.Option(help="Where nodes and clients link to it; port 0 takes a free one.")
+    ] = "tcp://127.0.0.1:0",
+    http: Annotated[str, typer.Option(help="HOST:PORT of the HTTP face; empty for none.")] = "127.0.0.1:0",
+    data: Annotated[Path | None, typer.Option(help="Its key and database.", show_default="~/.shoal/hub")] = None,
+    name: Annotated[str, typer.Option(help="What it calls itself.")] = "hub",
+    public: Annotated[
+        list[str] | None,
+        typer.Option(help="tcp://HOST:PORT where others can dial it, when that is not where it listens."),
+    ] = None,
+    json: JsonFlag = False,
+    with_parent: WithParent = 0,
+) -> None:
+    """Run a hub: where nodes and clients of a shoal find each other.
+
+    It prints its ticket; give that to `--hub` or SHOAL_HUB elsewhere. Everything it acknowledged survives a crash.
+    Its HTTP face shows the offers, with an OpenAPI document at /schema.
+    """  # fmt: skip
+    from shoal.hub import HubServer, HubSettings
+    from shoal.transport import TlsEndpoint
+
+    if with_parent:
+        die_with_parent(with_parent)
+    settings = HubSettings(
+        data=data or shoal_home() / "hub", listen=listen, http=http or None, name=name, public=tuple(public or ())
+    )
+
+    async def work() -> None:
+        server = HubServer(settings, lambda key: TlsEndpoint(key), SystemClock())
+        at = await server.start()
+        if json:
+            print_json({"ready": "hub", "ticket": str(at.ticket), "http": at.http, "pid": os.getpid()})
+        else:
+            out.print(f"Hub [bold]{name}[/] is up.  Ticket:", soft_wrap=True)
+            out.print(str(at.ticket), soft_wrap=True, markup=False)
+            if at.http:
+                out.print(f"Offers: {at.http}/v1/offers   API: {at.http}/schema", markup=False)
+            out.print("[dim]Ctrl-C stops it.[/]")
+        try:
+            await _until_stopped()
+        finally:
+            await server.stop()
+
+    run(work)
+
+
+@node_app.command("start")
+def node_start(
+    hub: HubFlag = None,
+    name: Annotated[
+        str | None, typer.Option(help="What it is called in tables.", show_default="the host's name")
+    ] = None,
+    max_speed: Annotated[
+        float,
+        typer.Option(
+            help="The share of time in which it may compute, above 0 up to 1. What it measures and offers is the limited speed."
+        ),
+    ] = 1.0,
+    threads: Annotated[int | None, typer.Option(help="CPU threads to compute with.", show_default="all cores")] = None,
+    device: Annotated[
+        str, typer.Option(help="A torch device such as cpu, cuda, cuda:1 or mps; auto takes the best there is.")
+    ] = "auto",
+    processes: Annotated[int, typer.Option(help="Processes that compute each step together (torch.distributed).")] = 1,
+    listen: Annotated[
+        str, typer.Option(help="Where others link to it; empty for a node that only opens links itself.")
+    ] = "tcp://127.0.0.1:0",
+    storage: Annotated[str, typer.Option(help="How much disk its blobs may take.")] = "20 GiB",
+    data: Annotated[Path | None, typer.Option(help="Its key and blobs.", show_default="~/.shoal/node")] = None,
+    dishonest: Annotated[str, typer.Option(hidden=True, help="Lie in this way, for trying the defences.")] = "",
+    json: JsonFlag = False,
+    with_parent: WithParent = 0,
+) -> None:
+    """Measure this machine, offer it at the hubs, and work for the jobs that invite it.
+
+    The work runs in a child process: whatever happens there, the node goes on. Ctrl-C leaves jobs in order.
+    """  # fmt: skip
+    from shoal.node.start import start_node
+
+    if with_parent:
+        die_with_parent(with_parent)
+    if not 0 < max_speed <= 1:
+        raise BadFlag(f"--max-speed {max_speed} cannot be used: it is a share of full speed, above 0 up to 1.")
+    if threads is not None and threads < 1:
+        raise BadFlag(f"--threads {threads} cannot be used: at least one is needed.")
+    tickets = places.find_hubs(hub)
+    folder = data or shoal_home() / "node"
+
+    async def work() -> None:
+        agent = await start_node(
+            folder,
+            tickets,
+            name=name,
+            max_speed=max_speed,
+            threads=threads or psutil.cpu_count(logical=False) or 1,
+            device=device,
+            processes=processes,
+            listen=listen or None,
+            storage_bytes=parse_bytes(storage),
+            dishonest=dishonest,
+            clock=SystemClock(),
+            dice=SystemDice(),
+        )
+        try:
+            if json:
+                print_json(agent.ready())
+            else:
+                ready = agent.ready()
+                out.print(
+                    f"Node [bold]{ready['name']}[/] ({ready['node'][:8]}) is up and offered at {len(tickets)} hub(s)."
+                )
+                for line in ready["devices"]:
+                    out.print(f"  {line}", markup=False)
+                out.print(f"  blobs: up to {format_bytes(parse_bytes(storage))} in {folder}", markup=False)
+                out.print("[dim]Ctrl-C stops it.[/]")
+            await _until_stopped()
+        finally:
+            await agent.close()
+
+    run(work)
+
+
+def parse_speeds(text: str | None, nodes: int) -> list[float]:
+    """`"1,0.5,0.25"` -> a speed per node; one for each, the last one for the rest. Raises BadFlag."""
+    if text is None:
+        return [1.0] * nodes
+    try:
+        speeds = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise BadFlag(f"--speeds {text!r} cannot be used; write for example --speeds 1,0.5,0.25.") from None
+    if len(speeds) > nodes:
+        raise BadFlag(f"--speeds names {len(speeds)} speeds, --nodes says {nodes}.")
+    if any(not 0 < speed <= 1 for speed in speeds):
+        raise BadFlag(f"--speeds {text!r} cannot be used: each is a share of full speed, above 0 up to 1.")
+    return speeds + [speeds[-1]] * (nodes - len(speeds))
+
+
+@app.command("up")
+def up(
+    nodes: Annotated[int, typer.Option(help="How many nodes.")] = 3,
+    speeds: Annotated[
+        str | None,
+        typer.Option(
+            help="Their speed limits, such as 1,0.5,0.25; the last is for all further ones.", show_default="all 1"
+        ),
+    ] = None,
+    threads: Annotated[int, typer.Option(help="CPU threads of each node.")] = 1,
+    json: JsonFlag = False,
+) -> None:
+    """Run a hub and nodes on this machine, until Ctrl-C or `shoal down`.
+
+    Every other command then finds them without flags.
+    """  # fmt: skip
+    if not 1 <= nodes <= NODES_MAX:
+        raise BadFlag(f"--nodes {nodes} cannot be used: from 1 to {NODES_MAX}.")
+    limits = parse_speeds(speeds, nodes)
+    running = places.find_local()
+    if running is not None:
+        raise BadFlag(f"A shoal runs here already (process {running.pid}); stop it first with: shoal down")
+
+    async def work() -> None:
+        async with LocalShoal(places.local_folder()) as shoal:
+            hub_process = await shoal.start_hub()
+            names = [f"node-{number + 1}" for number in range(nodes)]
+            if not json:
+                out.print(f"Starting a hub and {nodes} nodes; each measures itself for a few seconds.")
+            await asyncio.gather(
+                *(
+                    shoal.start_node(name, max_speed=limit, options=["--threads", str(threads)])
+                    for name, limit in zip(names, limits, strict=True)
+                )
+            )
+            me = psutil.Process()
+            described: list[dict[str, Any]] = [
+                {
+                    "name": name,
+                    "pid": shoal.nodes[name].pid,
+                    "node": shoal.nodes[name].ready["node"],
+                    "max_speed": limit,
+                }
+                for name, limit in zip(names, limits, strict=True)
+            ]
+            state = places.LocalRun(
+                me.pid, me.create_time(), shoal.hub_tickets, hub_process.ready.get("http"), described
+            )
+            places.write_local(state)
+            if json:
+                print_json({"ready": "up", **state.__dict__})
+            else:
+                for one in described:
+                    out.print(
+                        f"  {one['name']:<10} {one['node'][:8]}  speed limit {one['max_speed']:g}  process {one['pid']}"
+                    )
+                out.print(f"Offers: {state.http}/v1/offers", markup=False)
+                out.print(
+                    "Train with [bold]shoal train job.yaml[/] in another terminal. [dim]Ctrl-C stops everything.[/]"
+                )
+            try:
+                await _until_stopped()
+            finally:
+                places.forget_local()
+
+    run(work)
+
+
+@app.command("down")
+def down(json: JsonFlag = False) -> None:
+    """Stop the shoal that `shoal up` runs on this machine."""
+    running = places.find_local()
+    if running is None:
+        if json:
+            print_json({"stopped": False})
+        else:
+            out.print("No shoal runs on this machine.")
+        return
+    running.stop()
+    with contextlib.suppress(psutil.Error):
+        psutil.Process(running.pid).wait(timeout=30)
+    if json:
+        print_json({"stopped": True, "pid": running.pid})
+    else:
+        out.print(f"Stopped the hub and {len(running.nodes)} nodes.")

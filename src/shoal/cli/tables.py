@@ -1,0 +1,135 @@
+"""A run in the terminal: its progress while it goes on, and its account at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+
+from shoal.cli.output import err, out
+from shoal.driver.lines import AuditLine, AuditVerdict, Event, EventKind
+from shoal.driver.report import NodeStatus, Report
+from shoal.driver.training import Progress as JobProgress
+from shoal.quantities import format_bytes, format_count, format_duration_s
+
+_COLOURS = {
+    NodeStatus.FINISHED: "green",
+    NodeStatus.WORKING: "green",
+    NodeStatus.EXCLUDED: "red",
+    NodeStatus.DIED: "red",
+    NodeStatus.LEFT: "yellow",
+    NodeStatus.REFUSED: "yellow",
+}
+
+
+class RunView:
+    """Live progress of a job: a bar with tokens, loss, bytes and the time left, and a line on who is computing.
+
+    Where standard error is no terminal, a plain line is printed now and then instead.
+    """
+
+    EVERY_TOKENS_SHARE = 0.1
+
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._console: Console = err
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[figures]}"),
+            console=err,
+            expand=False,
+        )
+        self._task: TaskID = self._bar.add_task(title, total=1, figures="")
+        self._live = Live(self._bar, console=err, refresh_per_second=4, transient=True)
+        self._said = 0.0
+
+    def __enter__(self) -> RunView:
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        if self._console.is_terminal:
+            self._live.stop()
+
+    def say(self, sentence: str) -> None:
+        self._console.print(sentence, markup=False)
+
+    def progress(self, now: JobProgress) -> None:
+        left = (now.token_budget - now.tokens_total) / now.tokens_per_s if now.tokens_per_s else 0.0
+        loss = f"loss {now.loss:.3f}" if now.loss is not None else "loss ?"
+        figures = (
+            f"{format_count(now.tokens_total)} of {format_count(now.token_budget)} tokens  {loss}  "
+            f"{format_count(now.tokens_per_s)} tokens/s  {format_bytes(now.bytes_sent)} sent  "
+            f"round {now.round}  {format_duration_s(max(0.0, left))} left"
+        )
+        if self._console.is_terminal:
+            doing = "  ".join(f"{escape(name)} [dim]{what}[/]" for name, what in now.members.items())
+            self._bar.update(
+                self._task, completed=min(1.0, now.tokens_total / now.token_budget), figures=f"{figures}\n{doing}"
+            )
+            self._live.update(self._bar)
+        elif now.tokens_total / now.token_budget >= self._said:
+            self._said = now.tokens_total / now.token_budget + self.EVERY_TOKENS_SHARE
+            self._console.print(figures, markup=False)
+
+    def event(self, event: Event) -> None:
+        if event.kind is EventKind.NOTE and event.round is not None:
+            return
+        colour = {EventKind.DIED: "red", EventKind.EXCLUDED: "red", EventKind.JOINED: "green"}.get(event.kind, "yellow")
+        self._console.print(f"[dim]{event.time_s:6.1f} s[/]  [{colour}]{escape(event.sentence)}[/]")
+
+    def audited(self, line: AuditLine) -> None:
+        if line.verdict is AuditVerdict.MISMATCH:
+            self._console.print(f"[red]Replay of round {line.round}: {escape(line.sentence)}[/]")
+
+
+def print_report(report: Report, *, console: Console = out) -> None:
+    """The closing table: per node tokens, bytes, share of the accepted work, what happened to it."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name, justify in (
+        ("node", "left"),
+        ("tokens", "right"),
+        ("share", "right"),
+        ("sent", "right"),
+        ("received", "right"),
+        ("status", "left"),
+        ("what happened", "left"),
+    ):
+        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for node in report.nodes:
+        colour = _COLOURS.get(node.status, "white")
+        table.add_row(
+            escape(node.name),
+            f"{node.tokens:,}",
+            f"{node.accepted_share:.1%}",
+            format_bytes(node.bytes_sent),
+            format_bytes(node.bytes_received),
+            f"[{colour}]{node.status.value}[/]",
+            escape(node.reason),
+        )
+    console.print(table)
+    console.print(
+        f"{report.tokens_accepted:,} tokens in {report.rounds} rounds and {format_duration_s(report.wall_s)}; "
+        f"{report.compute_fraction:.0%} of the members' time was computing."
+    )
+    loss = _loss_line(report)
+    if loss:
+        console.print(loss)
+
+
+def _loss_line(report: Report) -> str:
+    parts: list[str] = []
+    show: Callable[[float | None, str], None] = lambda value, what: (  # noqa: E731
+        parts.append(f"{what} {value:.3f}") if value is not None else None
+    )
+    show(report.held_out_loss, "held-out loss")
+    show(report.untrained_loss, "untrained")
+    show(report.unigram_loss, "unigram baseline")
+    return ", ".join(parts) + " (nats per token)" if parts else ""

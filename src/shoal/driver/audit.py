@@ -1,0 +1,160 @@
+"""Audits while a job runs: the driver replays contributions that nobody could know it would choose."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from shoal.driver.folder import RunFolder
+from shoal.driver.lines import AuditLine, AuditVerdict
+from shoal.driver.replay import Record, Replayer
+from shoal.driver.report import ReplayCost
+from shoal.errors import ShoalError
+from shoal.identity import Envelope
+from shoal.protocol.blobs import BlobHolder
+from shoal.protocol.messages import decode, encode, open_record
+from shoal.protocol.training import (
+    Assignment,
+    Commit,
+    Contribution,
+    Member,
+    OpenPrivate,
+    PrivateOpened,
+)
+from shoal.storage import BlobStore, Fetcher
+from shoal.training.state import SharedState
+from shoal.verification.audits import audited
+from shoal.world import Dice, Endpoint
+
+WAITING_MAX = 16
+"""Contributions waiting to be replayed; when there are more, the newest choice is dropped: replaying must not fall behind
+the job by much, and the choice stays unpredictable."""
+OPEN_DEADLINE_S = 15.0
+
+_log = logging.getLogger("shoal.audit")
+
+
+async def open_from_member(
+    contribution: Contribution, private: bytes, node: bytes, *, job_id: bytes, endpoint: Endpoint, fetcher: Fetcher
+) -> Path:
+    """Have a member open one of its private states; gives its file. Raises ShoalError with the reason."""
+    link = await endpoint.dial(node, ())
+    body = encode(OpenPrivate(job=job_id, private=private), link.version)
+    answer = await link.request(OpenPrivate.KIND, body, deadline_s=OPEN_DEADLINE_S)
+    ref = decode(PrivateOpened, answer, link.version).blob
+    if ref.hash != private:
+        raise ShoalError(f"The member of round {contribution.round} opened another private state than was asked for.")
+    await fetcher.fetch(ref, [BlobHolder(node)])
+    return fetcher.store.path(ref.hash)
+
+
+class Auditor:
+    """Chooses accepted contributions with a secret, replays them one at a time, and tells what it found."""
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        *,
+        endpoint: Endpoint,
+        store: BlobStore,
+        fetcher: Fetcher,
+        dice: Dice,
+        rate: float,
+        on_verdict: Callable[[Contribution, AuditLine], None],
+        threads: int | None = None,
+    ) -> None:
+        self._folder = folder
+        self._endpoint = endpoint
+        self._store = store
+        self._fetcher = fetcher
+        self._rate = rate
+        self._secret = dice.bytes(32)
+        self._on_verdict = on_verdict
+        self._record = Record(folder.train_job(), folder.job.record_id)
+        self._members: dict[bytes, Member] = {}
+        for envelope in folder.records(Assignment, Contribution, Commit, Member):
+            self.recorded(envelope)
+        self._waiting: asyncio.Queue[Contribution] = asyncio.Queue(WAITING_MAX)
+        scratch = folder.path / "data" / "audit"
+        scratch.mkdir(parents=True, exist_ok=True)
+        self._replayer = Replayer(
+            self._record,
+            find_blob=self._find_blob,
+            open_private=self._open,
+            scratch=scratch,
+            threads=threads,
+        )
+        self._opened_bytes = 0
+        self._snapshot_bytes: dict[bytes, int] = {}
+        self._work = asyncio.create_task(self._replay_all())
+
+    async def close(self) -> ReplayCost:
+        """Stop; gives what keeping rounds replayable has cost."""
+        self._work.cancel()
+        await asyncio.gather(self._work, return_exceptions=True)
+        await self._replayer.close()
+        return ReplayCost(disk_bytes=sum(self._snapshot_bytes.values()), opened_bytes=self._opened_bytes)
+
+    def committed(self, commit: Commit, given: Sequence[tuple[bytes, Contribution]], state: SharedState) -> None:
+        """A Commit was published: remember it, and choose among what it accepted."""
+        self._replayer.hold_state(commit.round, state)
+        # moments, residual: three numbers of 4 bytes a parameter
+        for contribution_id, contribution in given:
+            if contribution.snapshot:
+                kept = self._snapshot_bytes.get(contribution.member, 0)
+                self._snapshot_bytes[contribution.member] = kept + 12 * state.layout.size
+            if audited(self._secret, contribution_id, self._rate) and not self._waiting.full():
+                self._waiting.put_nowait(contribution)
+
+    def recorded(self, envelope: Envelope) -> None:
+        """A record was added to the folder."""
+        network = self._folder.job.network
+        if envelope.kind == Assignment.KIND:
+            self._record.assignments[envelope.record_id] = open_record(envelope, Assignment, network)
+        elif envelope.kind == Contribution.KIND:
+            self._record.contributions[envelope.record_id] = open_record(envelope, Contribution, network)
+        elif envelope.kind == Member.KIND:
+            self._members[envelope.record_id] = open_record(envelope, Member, network)
+        elif envelope.kind == Commit.KIND:
+            commit = open_record(envelope, Commit, network)
+            self._record.commits[commit.round] = commit
+
+    async def _replay_all(self) -> None:
+        while True:
+            contribution = await self._waiting.get()
+            try:
+                replayed = await self._replayer.replay(contribution)
+            except ShoalError as error:
+                _log.warning("round %d could not be replayed: %s", contribution.round, error)
+                continue
+            self._opened_bytes += replayed.opened_bytes
+            verdict = replayed.verdict
+            line = AuditLine(
+                time_s=self._folder.elapsed_s(),
+                round=contribution.round,
+                node=self._members[contribution.member].nodes[0].node.hex(),
+                verdict=AuditVerdict(verdict.outcome.value),
+                sentence=verdict.sentence[:1000],
+                difference=verdict.measured,
+                threshold=verdict.threshold,
+            )
+            self._folder.note(line)
+            self._on_verdict(contribution, line)
+
+    async def _find_blob(self, name: bytes) -> Path:
+        if not self._store.has(name):
+            raise ShoalError(f"Blob {name.hex()[:12]} is not in the run folder any more.")
+        return self._store.path(name)
+
+    async def _open(self, contribution: Contribution, private: bytes) -> Path:
+        node = self._members[contribution.member].nodes[0].node
+        return await open_from_member(
+            contribution,
+            private,
+            node,
+            job_id=self._record.job_id,
+            endpoint=self._endpoint,
+            fetcher=self._fetcher,
+        )

@@ -1,0 +1,123 @@
+"""Finding nodes for a job, and linking to them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+from shoal.errors import JobError, LinkError
+from shoal.identity import short_id
+from shoal.protocol.blobs import BlobHolder
+from shoal.protocol.offers import Offer, OfferFind
+from shoal.world import Clock, Endpoint, Link
+from shoal.world.directory import Directory, FoundOffer
+
+LOOK_EVERY_S = 1.0
+DIAL_DEADLINE_S = 8.0
+CALL_BACK_S = 8.0
+"""How long a node that accepts no links is waited for after a hub was asked to have it dial."""
+
+
+class TooFewNodes(JobError):
+    """Not as many nodes as the job needs were there in time."""
+
+    code = "SH-630"
+
+
+@dataclass(frozen=True)
+class LinkedNode:
+    """A node that this driver has a link to, and what it offered."""
+
+    node: bytes
+    offer: Offer
+    link: Link
+
+    @property
+    def name(self) -> str:
+        return self.offer.name
+
+    @property
+    def holder(self) -> BlobHolder:
+        return BlobHolder(self.node, self.offer.addresses)
+
+
+async def link_to(found: FoundOffer, *, endpoint: Endpoint, directory: Directory, clock: Clock) -> LinkedNode:
+    """A link to the node that made an offer: dialled, or, where it cannot be, opened by the node itself after a hub
+    told it to. Raises LinkError."""
+    open_link = endpoint.links().get(found.node)
+    if open_link is not None and not open_link.closed:
+        return LinkedNode(found.node, found.offer, open_link)
+    if found.offer.addresses:
+        try:
+            link = await endpoint.dial(found.node, found.offer.addresses, deadline_s=DIAL_DEADLINE_S)
+            return LinkedNode(found.node, found.offer, link)
+        except LinkError:
+            if not endpoint.addresses:
+                raise
+    if not endpoint.addresses:
+        raise LinkError(f"Node {found.offer.name} accepts no links and this driver does not either; use --listen.")
+    await directory.introduce(found.node, endpoint.addresses)
+    until = clock.monotonic() + CALL_BACK_S
+    while clock.monotonic() < until:
+        open_link = endpoint.links().get(found.node)
+        if open_link is not None and not open_link.closed:
+            return LinkedNode(found.node, found.offer, open_link)
+        await clock.sleep(0.05)
+    raise LinkError(f"Node {found.offer.name} ({short_id(found.node)}) was asked to call back and did not.")
+
+
+async def find_gang(
+    wanted: OfferFind,
+    *,
+    nodes_min: int,
+    nodes_max: int,
+    wait_s: float,
+    endpoint: Endpoint,
+    directory: Directory,
+    clock: Clock,
+    without: Collection[bytes] = (),
+    say: Callable[[str], None] = lambda _: None,
+) -> list[LinkedNode]:
+    """Nodes that fit and answer: at least `nodes_min`, at most `nodes_max`, the fastest first.
+
+    Waits up to `wait_s` for enough of them. Raises TooFewNodes, saying what was there and why it does not do.
+    """
+    until = clock.monotonic() + wait_s
+    linked: dict[bytes, LinkedNode] = {}
+    troubles: dict[bytes, str] = {}
+    told = False
+    while True:
+        found = [one for one in await directory.find(wanted) if one.node not in without]
+        fresh = [one for one in sorted(found, key=_best_flops, reverse=True) if one.node not in linked]
+        fresh = fresh[: max(0, nodes_max - len(linked))]
+        answers = await asyncio.gather(
+            *(link_to(one, endpoint=endpoint, directory=directory, clock=clock) for one in fresh),
+            return_exceptions=True,
+        )
+        for one, answer in zip(fresh, answers, strict=True):
+            if isinstance(answer, LinkedNode):
+                linked[one.node] = answer
+                troubles.pop(one.node, None)
+            elif isinstance(answer, LinkError):
+                troubles[one.node] = f"{one.offer.name}: {answer}"
+            elif isinstance(answer, BaseException):
+                raise answer
+        linked = {node: one for node, one in linked.items() if not one.link.closed}
+        if len(linked) >= nodes_min:
+            return sorted(linked.values(), key=lambda one: one.node)
+        if clock.monotonic() >= until:
+            break
+        if not told:
+            say(f"{len(linked)} of {nodes_min} nodes are there; waiting up to {wait_s:.0f} s for more.")
+            told = True
+        await clock.sleep(LOOK_EVERY_S)
+    seen = f"{len(found)} fitting and idle offers at the hubs, {len(linked)} of them answered"
+    hint = (
+        " ".join(troubles.values()) or "Start more with `shoal node start`, or ask for fewer (requirements.nodes_min)."
+    )
+    raise TooFewNodes(f"The job needs {nodes_min} nodes; {seen} within {wait_s:.0f} s. {hint}")
+
+
+def _best_flops(found: FoundOffer) -> float:
+    return max((rate.flops for device in found.offer.capability.devices for rate in device.throughput), default=0.0)

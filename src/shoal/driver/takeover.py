@@ -1,0 +1,123 @@
+"""Taking over a job from its records: a driver that was killed starts again, or another one that the grant names."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from shoal.driver.chain import Chain, read_record
+from shoal.driver.folder import RunFolder
+from shoal.driver.lines import AuditLine, AuditVerdict
+from shoal.driver.training import JobRecords
+from shoal.errors import BadRecord, JobError, LinkError
+from shoal.identity import Envelope, KeyPair
+from shoal.protocol.messages import decode, encode, open_record, sign
+from shoal.protocol.training import Grant, Head, HeadAsk
+from shoal.rounds.standing import Standing
+from shoal.rounds.succession import choose_head, may_drive, next_term, rebuild
+from shoal.storage import BlobStore
+from shoal.training.outer import OuterStep, WeighedUpdate
+from shoal.training.state import SharedState
+from shoal.training.updates import decode_update
+from shoal.world import Clock, Endpoint
+
+HEAD_DEADLINE_S = 5.0
+ASKED_MAX = 64
+
+
+class CannotTakeOver(JobError):
+    """A job's records do not let this driver go on with it."""
+
+    code = "SH-634"
+
+
+@dataclass(frozen=True)
+class TakenOver:
+    """Where the job stands, and the records of the term that begins now."""
+
+    records: JobRecords
+    standing: Standing
+    state: SharedState
+    retired: Mapping[bytes, str]
+    """NodeId -> why it takes no part any more."""
+
+
+async def take_over(
+    folder: RunFolder, *, key: KeyPair, endpoint: Endpoint, store: BlobStore, clock: Clock
+) -> TakenOver:
+    """Begin the next term on the newest Commit of the folder's chain. Raises CannotTakeOver, StorageError."""
+    chain = await asyncio.to_thread(read_record, folder)
+    if chain.grant is None:
+        raise CannotTakeOver(f"{folder.path} holds no grant; begin the job anew.")
+    grant = open_record(chain.grant, Grant, folder.job.network)
+    allowed = may_drive(grant, key.node_id, None, 0, 0, clock.now_ms())
+    if not allowed.allowed:
+        raise CannotTakeOver(allowed.sentence)
+    heads = await _heads(chain, folder, endpoint)
+    own = chain.commits[-1][1] if chain.commits else None
+    choice = choose_head(folder.job.record_id, grant, [own, *heads], folder.job.network)
+    if choice.round > (chain.commits[-1][0].round if chain.commits else -1):
+        raise CannotTakeOver(
+            f"Members hold the Commit of round {choice.round}, which {folder.path} lacks; "
+            "restore the newest copy of the folder."
+        )
+    standing = rebuild(
+        chain.record.job,
+        folder.job.record_id,
+        [(commit, envelope.record_id, assignment) for commit, envelope, assignment in chain.commits],
+    )
+    state = await asyncio.to_thread(_state_after, chain, store)
+    term_record = next_term(folder.job.record_id, chain.grant.record_id, standing, chain.term_number)
+    term = sign(key, term_record, folder.job.network)
+    folder.append(term, durable=True)
+    retired = {
+        bytes.fromhex(line.node): line.sentence
+        for line in folder.notes(AuditLine)
+        if line.verdict is AuditVerdict.MISMATCH
+    }
+    return TakenOver(JobRecords(folder.job, chain.grant, term, term_record.number), standing, state, retired)
+
+
+async def _heads(chain: Chain, folder: RunFolder, endpoint: Endpoint) -> list[Envelope | None]:
+    """What members that can be reached over open links report as their newest Commit."""
+
+    async def ask(node: bytes) -> Envelope | None:
+        link = endpoint.links().get(node)
+        if link is None or link.closed:
+            return None
+        body = encode(HeadAsk(job=folder.job.record_id), link.version)
+        try:
+            answer = await link.request(HeadAsk.KIND, body, deadline_s=HEAD_DEADLINE_S, reply_max_bytes=Head.MAX_BYTES)
+            packed = decode(Head, answer, link.version).commit
+            return Envelope.from_bytes(packed, Head.MAX_BYTES) if packed else None
+        except (LinkError, BadRecord):
+            return None
+
+    nodes = list(dict.fromkeys(chain.node_of.values()))[-ASKED_MAX:]
+    return list(await asyncio.gather(*(ask(node) for node in nodes)))
+
+
+def _state_after(chain: Chain, store: BlobStore) -> SharedState:
+    """The shared state that the newest Commit names, computed from the start state and the accepted updates."""
+    job = chain.record.job
+    state = SharedState.from_bytes(store.read(job.model.start.hash), "The start state")
+    outer = OuterStep(job.rounds)
+    for commit, _, _ in chain.commits:
+        updates = [
+            WeighedUpdate(
+                decode_update(
+                    store.read(entry.update.hash), job.rounds.codec, state.layout.size, job.rounds.sparse_keep
+                ),
+                entry.weight_ppm,
+                entry.scale_ppm,
+            )
+            for entry in commit.accepted
+        ]
+        state = outer.apply(state, updates)
+        if state.hash != commit.state:
+            raise CannotTakeOver(
+                f"The updates of round {commit.round} do not lead to the state that its Commit names; "
+                "restore the folder from a copy."
+            )
+    return state

@@ -1,0 +1,682 @@
+"""Driving a training job: `rounds.driving` decides; this file carries out what it decides, and tells it what happens.
+
+One task takes events from a bounded queue, one at a time, and carries out the effects in order. What waits for peers or
+computes for long (fetching updates, aggregating, replaying, inviting) runs beside it and comes back as an event.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from shoal.driver.folder import RunFolder
+from shoal.driver.gang import LinkedNode, link_to
+from shoal.driver.lanes import NodeLane
+from shoal.driver.lines import Event, EventKind, Lane, RoundMetrics
+from shoal.driver.members import MemberLine, MemberLines
+from shoal.driver.report import NodeFigures, NodeStatus
+from shoal.errors import BadRecord, LinkError, ShoalError
+from shoal.identity import Envelope, KeyPair, blake3_hash, short_id
+from shoal.protocol.blobs import BlobHolder, BlobRef
+from shoal.protocol.messages import decode, encode, open_record, sign
+from shoal.protocol.offers import Done, OfferFind
+from shoal.protocol.training import (
+    Accepted,
+    Commit,
+    CommitsAsk,
+    CommitsGiven,
+    Contribution,
+    Deliver,
+    Excluded,
+    Member,
+    MemberAnswer,
+    MemberGone,
+    MemberInvite,
+    MemberReady,
+    TrainJob,
+    Turn,
+)
+from shoal.rounds import driving
+from shoal.rounds.standing import Standing
+from shoal.rounds.weights import weigh
+from shoal.storage import BlobStore, Fetcher
+from shoal.training.outer import OuterStep, WeighedUpdate, measure
+from shoal.training.state import SharedState
+from shoal.training.updates import UPDATE_MEDIA_TYPE, Update, decode_update
+from shoal.world import Clock, Endpoint, Request
+from shoal.world.directory import Directory
+
+EVENTS_MAX = 4096
+ATTACH_MAX_BYTES = 512 * 1024
+"""Updates of a Commit travel with it as long as they are not more than this together."""
+LOOK_EVERY_S = 3.0
+"""How often the hubs are asked for nodes that have come since."""
+INVITE_DEADLINE_S = 20.0
+COMMITS_AT_ONCE = 64
+BETWEEN_INVITES_S = 10.0
+"""A node that refused an invitation is not asked again before."""
+
+_log = logging.getLogger("shoal.driver")
+
+
+class NotOfThisJob(BadRecord):
+    """Somebody who is no member of the job wants something of its driver."""
+
+    code = "SH-631"
+
+
+@dataclass(frozen=True)
+class JobRecords:
+    """What the owner signed, and who drives in which term."""
+
+    job: Envelope
+    grant: Envelope
+    term: Envelope
+    term_number: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How a job stands, for whoever watches."""
+
+    elapsed_s: float
+    tokens_total: int
+    token_budget: int
+    round: int
+    loss: float | None
+    tokens_per_s: float
+    bytes_sent: int
+    bytes_received: int
+    members: Mapping[str, str]
+    """Name -> what it is doing."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended."""
+
+    reached: bool
+    sentence: str
+    state: SharedState
+
+
+@dataclass
+class _Given:
+    """A Contribution under consideration."""
+
+    contribution: Contribution
+    update: Update | None = None
+
+
+@dataclass
+class Watchers:
+    """Who is told what, beside the members."""
+
+    progress: Callable[[Progress], None] = lambda _: None
+    committed: Callable[[Commit, Sequence[tuple[bytes, Contribution]], SharedState], None] = lambda *_: None
+    """After each Commit, with the accepted Contributions and the state it names."""
+    event: Callable[[Event], None] = lambda _: None
+    recorded: Callable[[Envelope], None] = lambda _: None
+    """After each record that was written down."""
+
+
+class TrainingDriver:
+    """Drives one job in one term."""
+
+    def __init__(
+        self,
+        records: JobRecords,
+        standing: Standing,
+        state: SharedState,
+        *,
+        key: KeyPair,
+        folder: RunFolder,
+        endpoint: Endpoint,
+        directory: Directory,
+        store: BlobStore,
+        fetcher: Fetcher,
+        clock: Clock,
+        wanted: OfferFind,
+        members_min: int = 1,
+        nodes_max: int = 1024,
+        retired: Mapping[bytes, str] | None = None,
+        watchers: Watchers | None = None,
+    ) -> None:
+        self.records = records
+        self.network = records.job.network
+        self.job = open_record(records.job, TrainJob, self.network)
+        self.job_id = records.job.record_id
+        self.state = state
+        self._key = key
+        self._folder = folder
+        self._endpoint = endpoint
+        self._directory = directory
+        self._store = store
+        self._fetcher = fetcher
+        self._clock = clock
+        self._wanted = wanted
+        self._nodes_max = nodes_max
+        self._watchers = watchers or Watchers()
+        self._driving = driving.drive(
+            self.job,
+            self.job_id,
+            key.node_id,
+            records.term_number,
+            standing,
+            self._now_ms(),
+            network=self.network,
+            members_min=members_min,
+            retired=retired,
+        )
+        self._outer = OuterStep(self.job.rounds)
+        self._next: dict[tuple[int, int], SharedState] = {}
+        self._given: dict[bytes, _Given] = {}
+        self._commits: OrderedDict[int, Envelope] = OrderedDict()
+        self._head: Envelope | None = None
+        self._events: asyncio.Queue[driving.Event] = asyncio.Queue(EVENTS_MAX)
+        self._lines = MemberLines(endpoint, clock, self._lost)
+        self._members: dict[bytes, tuple[Member, Envelope, LinkedNode]] = {}
+        self._side_work: set[asyncio.Task[None]] = set()
+        self._invited: dict[bytes, float] = {}
+        self.nodes: dict[bytes, NodeFigures] = {}
+        self._lanes: dict[bytes, NodeLane] = {}
+        self._start_s = folder.elapsed_s()
+        self._started = clock.monotonic()
+        self._last_commit_s = self._start_s
+        self._counted = (0, 0)
+        self._loss: float | None = None
+        self._rate = 0.0
+
+    # ---- running ----
+
+    async def run(self, gang: Sequence[LinkedNode]) -> Outcome:
+        """Invite the gang and drive until the job is over."""
+        for kind, handler in (
+            (MemberReady.KIND, self._ready),
+            (Deliver.KIND, self._delivered),
+            (MemberGone.KIND, self._gone),
+            (CommitsAsk.KIND, self._commits_asked),
+        ):
+            self._endpoint.handle(kind, handler)
+        for node in gang:
+            self._beside(self._invite(node))
+        looking = asyncio.create_task(self._look_for_more())
+        try:
+            finish = await self._loop()
+        finally:
+            looking.cancel()
+            for task in self._side_work:
+                task.cancel()
+            await asyncio.gather(looking, *self._side_work, return_exceptions=True)
+        await self._say_goodbye(finish.reason)
+        return Outcome(finish.reached, finish.reason, self.state)
+
+    def stop(self, reason: str) -> None:
+        """End the job before its goal."""
+        self._tell(driving.StopAsked(reason))
+
+    def audit_failed(self, member_id: bytes, sentence: str) -> None:
+        """A replay found that a member's work was not what was assigned."""
+        self._tell(driving.AuditFailed(member_id, sentence))
+
+    def elapsed_s(self) -> float:
+        """Seconds since the job's first start."""
+        return self._start_s + self._clock.monotonic() - self._started
+
+    def _tell(self, event: driving.Event) -> None:
+        self._events.put_nowait(event)
+
+    def _now_ms(self) -> int:
+        return round(self._clock.monotonic() * 1000)
+
+    async def _loop(self) -> driving.Finish:
+        event: driving.Event = driving.Tick()
+        while True:
+            self._driving, effects = driving.step(self._driving, event, self._now_ms())
+            await self._carry_out(effects)
+            if self._driving.finished is not None:
+                return self._driving.finished
+            event = await self._next_event()
+
+    async def _next_event(self) -> driving.Event:
+        wake = self._driving.wake_ms
+        timeout = None if wake is None else max(0.0, (wake - self._now_ms()) / 1000)
+        try:
+            async with asyncio.timeout(timeout):
+                return await self._events.get()
+        except TimeoutError:
+            return driving.Tick()
+
+    def _beside(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._side_work.add(task)
+        task.add_done_callback(self._side_work_done)
+
+    def _side_work_done(self, task: asyncio.Task[None]) -> None:
+        self._side_work.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            _log.error("the driver failed", exc_info=task.exception())
+            self._tell(driving.StopAsked(f"The driver failed: {task.exception()}"))
+
+    # ---- effects ----
+
+    async def _carry_out(self, effects: Sequence[driving.Effect]) -> None:
+        commit: Envelope | None = None
+        attached: dict[bytes, bytes] = {}
+        for effect in effects:
+            match effect:
+                case driving.PublishCommit():
+                    if commit is not None:
+                        self._broadcast(commit, None, attached)
+                    commit, attached = await self._publish(effect)
+                case driving.Assign():
+                    assignment = sign(self._key, effect.assignment, self.network)
+                    self._record(assignment)
+                    _log.info("round %d: %s", effect.assignment.round, effect.reason)
+                    self._broadcast(commit, assignment, attached)
+                    commit, attached = None, {}
+                case driving.FetchUpdate():
+                    self._given[effect.contribution_id] = _Given(effect.contribution)
+                    self._beside(self._fetch_update(effect.contribution_id, effect.contribution))
+                case driving.Aggregate():
+                    self._beside(self._aggregate(effect))
+                case driving.Refuse():
+                    self._given.pop(effect.contribution_id, None)
+                    _log.info("%s: %s", self._name(effect.member_id), effect.sentence)
+                case driving.CatchUp():
+                    self._catch_up(effect)
+                case driving.TurnAway():
+                    self._beside(self._dismiss(effect.member_id, effect.sentence, NodeStatus.REFUSED))
+                case driving.Retire():
+                    self._beside(self._dismiss(effect.member_id, effect.sentence, NodeStatus.EXCLUDED))
+                case driving.WakeAt():
+                    pass  # read from the state
+                case driving.Finish():
+                    pass
+        if commit is not None:
+            self._broadcast(commit, None, attached)
+
+    def _broadcast(self, commit: Envelope | None, assignment: Envelope | None, attached: Mapping[bytes, bytes]) -> None:
+        holders = self._holders()
+        for line in self._lines.by_member.values():
+            if line.ready:
+                line.send(
+                    Turn(
+                        job=self.job_id,
+                        commit=commit.to_bytes() if commit else None,
+                        assignment=assignment.to_bytes() if assignment else None,
+                        holders=holders,
+                        attached=tuple(data for member, data in attached.items() if member != line.member_id),
+                    )
+                )
+
+    async def _publish(self, effect: driving.PublishCommit) -> tuple[Envelope, dict[bytes, bytes]]:
+        """Sign a Commit and write it down before anyone hears of it; gives what travels with it."""
+        commit = effect.commit
+        envelope = sign(self._key, commit, self.network)
+        await asyncio.to_thread(self._folder.append, envelope, durable=True)
+        self._watchers.recorded(envelope)
+        self._head = envelope
+        self._commits[commit.round] = envelope
+        while len(self._commits) > COMMITS_AT_ONCE * 4:
+            self._commits.popitem(last=False)
+        if commit.accepted:
+            self.state = next(state for (number, _), state in self._next.items() if number == commit.round
+                              and state.hash == commit.state)  # fmt: skip
+        self._next = {key: state for key, state in self._next.items() if key[0] > commit.round}
+        attached = {}
+        if sum(entry.update.size for entry in commit.accepted) <= ATTACH_MAX_BYTES:
+            attached = {entry.member: self._store.read(entry.update.hash) for entry in commit.accepted}
+        self._note_commit(commit)
+        given = [(entry.contribution, self._given.pop(entry.contribution).contribution) for entry in commit.accepted]
+        for excluded in commit.excluded:
+            self._given.pop(excluded.contribution or b"", None)
+        self._watchers.committed(commit, given, self.state)
+        return envelope, attached
+
+    async def _fetch_update(self, contribution_id: bytes, contribution: Contribution) -> None:
+        problem = None
+        try:
+            if not self._store.has(contribution.update.hash):
+                await self._fetcher.fetch(contribution.update, self._holders())
+            data = self._store.read(contribution.update.hash)
+            given = self._given.get(contribution_id)
+            if given is not None:
+                given.update = await asyncio.to_thread(
+                    decode_update, data, self.job.rounds.codec, self.state.layout.size, self.job.rounds.sparse_keep
+                )
+        except ShoalError as error:
+            problem = error.sentence
+        self._tell(driving.UpdateChecked(contribution_id, problem))
+
+    async def _aggregate(self, effect: driving.Aggregate) -> None:
+        updates = []
+        for candidate in effect.candidates:
+            update = self._given[candidate.contribution_id].update
+            assert update is not None, "candidates were checked"
+            updates.append(update)
+        base = self.state
+        accepted, excluded, state = await asyncio.to_thread(self._weigh_and_step, base, effect.candidates, updates)
+        self._next[effect.round, effect.attempt] = state
+        self._tell(driving.Aggregated(effect.round, effect.attempt, accepted, excluded, state.hash))
+
+    def _weigh_and_step(
+        self, base: SharedState, candidates: Sequence[driving.Candidate], updates: Sequence[Update]
+    ) -> tuple[tuple[Accepted, ...], tuple[Excluded, ...], SharedState]:
+        rounds = self.job.rounds
+        weights = weigh(
+            [candidate.contribution.tokens for candidate in candidates],
+            measure(updates).gram,
+            weight_cap=rounds.weight_cap,
+            norm_ratio_max=rounds.norm_ratio_max,
+        )
+        accepted, excluded, weighed = [], [], []
+        for candidate, update, weight in zip(candidates, updates, weights.members, strict=True):
+            if weight.weight_ppm == 0:
+                excluded.append(
+                    Excluded(member=candidate.member_id, reason=weight.reason, contribution=candidate.contribution_id)
+                )
+                continue
+            accepted.append(
+                Accepted(
+                    member=candidate.member_id,
+                    contribution=candidate.contribution_id,
+                    update=candidate.contribution.update,
+                    weight_ppm=weight.weight_ppm,
+                    scale_ppm=weight.scale_ppm,
+                    samples=candidate.contribution.samples,
+                    tokens=candidate.contribution.tokens,
+                    reason=weight.reason,
+                )
+            )
+            weighed.append(WeighedUpdate(update, weight.weight_ppm, weight.scale_ppm))
+        return tuple(accepted), tuple(excluded), self._outer.apply(base, weighed)
+
+    def _catch_up(self, effect: driving.CatchUp) -> None:
+        line = self._lines.by_member.get(effect.member_id)
+        if line is None:
+            return
+        holders = self._holders()
+        for number in range(effect.first_round, effect.last_round + 1):
+            if number in self._commits:
+                line.send(Turn(job=self.job_id, commit=self._commits[number].to_bytes(), holders=holders))
+
+    async def _dismiss(self, member_id: bytes, sentence: str, status: NodeStatus) -> None:
+        line = self._lines.remove(member_id)
+        if line is None:
+            return
+        self._close_line(line, status, sentence)
+        await self._lines.tell_end(self.job_id, line, sentence)
+
+    # ---- members ----
+
+    async def _invite(self, node: LinkedNode) -> None:
+        self._invited[node.node] = self._clock.monotonic()
+        state = self.state
+        ref = await asyncio.to_thread(self._store.put, state.to_bytes(), SharedState.MEDIA_TYPE)
+        invite = MemberInvite(
+            job=self.records.job.to_bytes(),
+            grant=self.records.grant.to_bytes(),
+            term=self.records.term.to_bytes(),
+            head=self._head.to_bytes() if self._head else None,
+            state=ref,
+            holders=self._holders(),
+        )
+        try:
+            body = encode(invite, node.link.version)
+            answer = await node.link.request(
+                MemberInvite.KIND, body, deadline_s=INVITE_DEADLINE_S, reply_max_bytes=MemberAnswer.MAX_BYTES
+            )
+            packed = decode(MemberAnswer, answer, node.link.version).member
+            envelope = Envelope.from_bytes(packed, Member.MAX_BYTES)
+            member = open_record(envelope, Member, self.network)
+            if envelope.signer != node.node or member.job != self.job_id or member.nodes[0].node != node.node:
+                raise BadRecord(f"Node {node.name} answered with a member record that is not its own for this job.")
+        except (LinkError, BadRecord) as error:
+            self._note(EventKind.NOTE, node.node, f"{node.name} did not join: {error}")
+            return
+        self._record(envelope)
+        lane = self._lanes.setdefault(node.node, NodeLane(node.node, self.elapsed_s()))
+        line = MemberLine(node, envelope.record_id, member, envelope, lane)
+        old = self._lines.of_node(node.node)
+        if old is not None:
+            self._lines.remove(old.member_id)
+            self._tell(driving.MemberLeft(old.member_id, "Its node joined anew."))
+        self._lines.add(line)
+        known = self.nodes.get(node.node)
+        self.nodes[node.node] = NodeFigures(
+            node_id=node.node.hex(),
+            name=member.name,
+            bytes_sent=known.bytes_sent if known else 0,
+            bytes_received=known.bytes_received if known else 0,
+        )
+
+    async def _ready(self, request: Request) -> bytes:
+        message = decode(MemberReady, request.body, request.version)
+        line = self._line(message.member, request.peer)
+        line.ready = True
+        line.samples_per_s = message.samples_per_s
+        self._note_lanes(line.lane.ready(self.elapsed_s()))
+        self._set(line.node.node, status=NodeStatus.WORKING, reason="", speed=message.samples_per_s)
+        self._note(
+            EventKind.JOINED,
+            line.node.node,
+            f"{line.name} joined with {message.samples_per_s:.1f} samples/s, holding the state of round {message.round}.",
+        )
+        self._tell(driving.MemberJoined(line.member_id, line.record, message.samples_per_s, message.round))
+        return encode(Done(), request.version)
+
+    async def _delivered(self, request: Request) -> bytes:
+        message = decode(Deliver, request.body, request.version)
+        envelope = Envelope.from_bytes(message.contribution, Contribution.MAX_BYTES)
+        contribution = open_record(envelope, Contribution, self.network)
+        line = self._line(contribution.member, request.peer)
+        if envelope.signer != line.node.node:
+            raise NotOfThisJob(
+                f"The contribution of {line.name} is signed by {short_id(envelope.signer)}, not by the member's node."
+            )
+        if message.attached is not None and _is(contribution.update, message.attached):
+            self._store.put(message.attached, UPDATE_MEDIA_TYPE)
+        self._note_delivery(line, contribution, message)
+        self._record(envelope)
+        self._tell(driving.Delivered(contribution, envelope.record_id, envelope.signer))
+        return encode(Done(), request.version)
+
+    async def _gone(self, request: Request) -> bytes:
+        message = decode(MemberGone, request.body, request.version)
+        line = self._line(message.member, request.peer)
+        self._left(line, NodeStatus.LEFT, message.reason)
+        return encode(Done(), request.version)
+
+    async def _commits_asked(self, request: Request) -> bytes:
+        message = decode(CommitsAsk, request.body, request.version)
+        if message.job != self.job_id:
+            raise NotOfThisJob("This driver drives another job.")
+        last = min(message.last_round, message.first_round + COMMITS_AT_ONCE - 1)
+        commits = [
+            self._commits[number].to_bytes()
+            for number in range(message.first_round, last + 1)
+            if number in self._commits
+        ]
+        given = CommitsGiven(commits=tuple(commits), holders=self._holders())
+        return encode(given, request.version)
+
+    def _line(self, member_id: bytes, peer: bytes) -> MemberLine:
+        line = self._lines.by_member.get(member_id)
+        if line is None or line.node.node != peer:
+            raise NotOfThisJob(f"Node {short_id(peer)} is no member of job {self.job.name!r}, or not any more.")
+        return line
+
+    def _lost(self, line: MemberLine, sentence: str) -> None:
+        self._left(line, NodeStatus.DIED, sentence)
+
+    def _left(self, line: MemberLine, status: NodeStatus, reason: str) -> None:
+        if self._lines.remove(line.member_id) is None:
+            return
+        self._close_line(line, status, reason)
+        self._tell(driving.MemberLeft(line.member_id, reason))
+
+    def _close_line(self, line: MemberLine, status: NodeStatus, reason: str) -> None:
+        kind = {NodeStatus.DIED: EventKind.DIED, NodeStatus.LEFT: EventKind.LEFT}.get(status, EventKind.EXCLUDED)
+        self._note_lanes(line.lane.ended(self.elapsed_s(), Lane.GONE))
+        self._set(line.node.node, status=status, reason=reason)
+        self._note(kind, line.node.node, f"{line.name}: {reason}")
+
+    async def _look_for_more(self) -> None:
+        """Invite nodes that come to the hubs while the job runs."""
+        while True:
+            await self._clock.sleep(LOOK_EVERY_S)
+            if len(self._lines.by_member) >= self._nodes_max:
+                continue
+            try:
+                found = await self._directory.find(self._wanted)
+            except LinkError as error:
+                _log.info("no hub answers; the job goes on without new nodes: %s", error)
+                continue
+            for one in found:
+                recently = self._clock.monotonic() - self._invited.get(one.node, float("-inf")) < BETWEEN_INVITES_S
+                if recently or self._lines.of_node(one.node) or one.node in self._driving.retired:
+                    continue
+                self._invited[one.node] = self._clock.monotonic()
+                try:
+                    node = await link_to(one, endpoint=self._endpoint, directory=self._directory, clock=self._clock)
+                except LinkError as error:
+                    _log.info("%s could not be reached: %s", one.offer.name, error)
+                    continue
+                await self._invite(node)
+
+    async def _say_goodbye(self, reason: str) -> None:
+        now = self.elapsed_s()
+        lines = list(self._lines.by_member.values())
+        for line in lines:
+            self._note_lanes(line.lane.closed(now, Lane.WAITING))
+            self._set(line.node.node, status=NodeStatus.FINISHED)
+        for node, figures in self.nodes.items():
+            if figures.status in (NodeStatus.DIED, NodeStatus.LEFT, NodeStatus.EXCLUDED) and node in self._lanes:
+                gone = Lane.EXCLUDED if figures.status is NodeStatus.EXCLUDED else Lane.GONE
+                self._note_lanes(self._lanes[node].closed(now, gone))
+        await asyncio.gather(*(self._lines.tell_end(self.job_id, line, reason) for line in lines))
+        await self._lines.close()
+
+    def _holders(self) -> tuple[BlobHolder, ...]:
+        own = BlobHolder(self._key.node_id, tuple(self._endpoint.addresses))
+        return (own, *(line.node.holder for line in list(self._lines.by_member.values())[:63]))
+
+    # ---- the account ----
+
+    def _record(self, envelope: Envelope) -> None:
+        self._folder.append(envelope)
+        self._watchers.recorded(envelope)
+
+    def _name(self, member_id: bytes) -> str:
+        line = self._lines.by_member.get(member_id)
+        return line.name if line else f"member {short_id(member_id)}"
+
+    def _set(self, node: bytes, **changes: Any) -> None:
+        self.nodes[node] = msgspec.structs.replace(self.nodes[node], **changes)
+
+    def _note(self, kind: EventKind, node: bytes | None, sentence: str, round_: int | None = None) -> None:
+        event = Event(
+            time_s=self.elapsed_s(),
+            sentence=sentence[:1000],
+            kind=kind,
+            node=node.hex() if node else "",
+            round=round_,
+        )
+        self._folder.note(event)
+        self._watchers.event(event)
+
+    def _note_lanes(self, segments: Any) -> None:
+        for segment in segments:
+            self._folder.note(segment)
+
+    def _note_delivery(self, line: MemberLine, contribution: Contribution, message: Deliver) -> None:
+        round_trip = line.node.link.stats().round_trip_ms or 0.0
+        compute_s = sum(part.compute_ms for part in contribution.work) / 1000 / len(contribution.work)
+        self._note_lanes(line.lane.delivered(self.elapsed_s(), compute_s, message.waited_ms / 1000, round_trip / 2000))
+        sent, received = message.bytes_sent - line.bytes_sent, message.bytes_received - line.bytes_received
+        line.bytes_sent, line.bytes_received = message.bytes_sent, message.bytes_received
+        figures = self.nodes[line.node.node]
+        self._set(
+            line.node.node,
+            bytes_sent=figures.bytes_sent + max(0, sent),
+            bytes_received=figures.bytes_received + max(0, received),
+        )
+
+    def _note_commit(self, commit: Commit) -> None:
+        now = self.elapsed_s()
+        given = [self._given[entry.contribution].contribution for entry in commit.accepted]
+        tokens = sum(one.tokens for one in given)
+        loss = None
+        if tokens:
+            loss = sum(one.tokens * (one.loss_first + one.loss_last) / 2 for one in given) / tokens
+            self._loss = loss if self._loss is None else 0.8 * self._loss + 0.2 * loss
+        passed = max(1e-9, now - self._last_commit_s)
+        rate = tokens / passed
+        self._rate = rate if self._rate == 0 else 0.8 * self._rate + 0.2 * rate
+        self._last_commit_s = now
+        sent = sum(figures.bytes_sent for figures in self.nodes.values())
+        received = sum(figures.bytes_received for figures in self.nodes.values())
+        self._folder.note(
+            RoundMetrics(
+                round=commit.round,
+                time_s=now,
+                tokens_total=commit.tokens_total,
+                loss=loss,
+                tokens_per_s=rate,
+                members=len(commit.accepted),
+                bytes_sent=max(0, sent - self._counted[0]),
+                bytes_received=max(0, received - self._counted[1]),
+                inner_steps=self.job.rounds.inner_steps,
+                state=commit.state.hex(),
+            )
+        )
+        self._counted = (sent, received)
+        for excluded in commit.excluded:
+            line = self._lines.by_member.get(excluded.member)
+            node = line.node.node if line else None
+            self._note(
+                EventKind.NOTE,
+                node,
+                f"Round {commit.round}: {self._name(excluded.member)} does not count: {excluded.reason}",
+                commit.round,
+            )
+        self._watchers.progress(self.progress())
+
+    def progress(self) -> Progress:
+        """How the job stands now."""
+        working = {
+            member
+            for one in self._driving.rounds
+            for member, share in one.shares.items()
+            if share.phase is driving.Phase.AWAITED
+        }
+        members = {
+            line.name: "fetching" if not line.ready else "computing" if line.member_id in working else "waiting"
+            for line in self._lines.by_member.values()
+        }
+        for figures in self.nodes.values():
+            if figures.name not in members:
+                members[figures.name] = figures.status.value
+        standing = self._driving.standing
+        return Progress(
+            self.elapsed_s(),
+            standing.tokens_total,
+            self.job.token_budget,
+            standing.round,
+            self._loss,
+            self._rate,
+            sum(figures.bytes_sent for figures in self.nodes.values()),
+            sum(figures.bytes_received for figures in self.nodes.values()),
+            members,
+        )
+
+
+def _is(ref: BlobRef, data: bytes) -> bool:
+    return len(data) == ref.size and blake3_hash(data) == ref.hash

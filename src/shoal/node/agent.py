@@ -1,0 +1,248 @@
+"""The node agent: holds links, serves blobs, offers what it measured, and runs members for the jobs that invite it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from shoal.devices import measure_in_child
+from shoal.errors import JobError, LinkError, StorageError
+from shoal.hub import HubClient
+from shoal.identity import KeyPair
+from shoal.node.member import PRIVATE_MEDIA_TYPE, EngineSettings, Invitation, MemberRun, NotAMember
+from shoal.protocol.messages import DEFAULT_NETWORK, decode, encode, sign
+from shoal.protocol.offers import Capability, Done, Offer
+from shoal.protocol.training import (
+    Head,
+    HeadAsk,
+    JobEnd,
+    MemberAnswer,
+    MemberInvite,
+    OpenPrivate,
+    PrivateOpened,
+    Turn,
+)
+from shoal.storage import BlobStore, Fetcher, serve
+from shoal.world import Clock, Dice, Endpoint, Request
+
+MEMBERS_MAX = 4
+"""Jobs a node works for at the same time."""
+ENDED_MAX = 64
+"""Ended jobs whose private states are still opened for replays."""
+OFFER_LIFETIME_MS = 60_000
+HEAD_DEADLINE_S = 8.0
+
+_log = logging.getLogger("shoal.node")
+T = TypeVar("T")
+
+
+class NotOpened(StorageError):
+    """A private state was asked for that this node does not keep, or not any more."""
+
+    code = "SH-430"
+
+
+class NodeBusy(JobError):
+    """A node works for as many jobs as it can."""
+
+    code = "SH-604"
+
+
+@dataclass(frozen=True)
+class NodeSettings:
+    """What the owner of a node decided."""
+
+    name: str
+    folder: Path
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    listen: str | None = "tcp://127.0.0.1:0"
+    """Where to accept links; none for a node that only opens links of its own."""
+    members_max: int = 1
+    network: str = DEFAULT_NETWORK
+
+
+class NodeAgent:
+    """One node. `run` goes on until it is cancelled."""
+
+    def __init__(
+        self,
+        settings: NodeSettings,
+        *,
+        key: KeyPair,
+        endpoint: Endpoint,
+        hubs: HubClient,
+        store: BlobStore,
+        clock: Clock,
+        dice: Dice,
+        make_member: Callable[..., MemberRun] = MemberRun,
+    ) -> None:
+        self.settings = settings
+        self.capability: Capability | None = None
+        self._key = key
+        self._endpoint = endpoint
+        self._hubs = hubs
+        self._store = store
+        self._fetcher = Fetcher(endpoint, store, clock, dice)
+        self._clock = clock
+        self._dice = dice
+        self._make_member = make_member
+        self._members: dict[bytes, MemberRun] = {}
+        self._tasks: dict[bytes, asyncio.Task[None]] = {}
+        self._ended: dict[bytes, MemberRun] = {}
+        self._publishing = asyncio.Lock()
+        self._sequence = 0
+
+    # ---- life ----
+
+    async def start(self) -> None:
+        """Measure, accept links, and publish the offer."""
+        self.capability = await measure_in_child(
+            speed_limit=self.settings.engine.speed_limit,
+            threads=self.settings.engine.threads,
+            folder=self.settings.folder,
+        )
+        serve(self._endpoint, self._store)
+        for kind, handler in (
+            (MemberInvite, self._invited),
+            (Turn, self._turn),
+            (HeadAsk, self._head),
+            (OpenPrivate, self._open_private),
+            (JobEnd, self._job_end),
+        ):
+            self._endpoint.handle(kind.KIND, handler)
+        self._hubs.answer_introductions()
+        if self.settings.listen is not None:
+            await self._endpoint.listen(self.settings.listen)
+        await self._hubs.start()
+        await self._measure_hub_link()
+        await self._publish()
+
+    async def close(self) -> None:
+        """Leave all jobs, saying so, and stop."""
+        for member in list(self._members.values()):
+            member.end("The node is stopping.", tell=True)
+        if self._tasks:
+            await asyncio.wait(self._tasks.values(), timeout=10)
+        await self._hubs.close()
+        await self._endpoint.close()
+        self._store.close()
+
+    async def _measure_hub_link(self) -> None:
+        assert self.capability is not None
+        measured = (link.stats().round_trip_ms for link in self._endpoint.links().values())
+        trips = [trip for trip in measured if trip is not None]
+        if trips:
+            self.capability = msgspec.structs.replace(self.capability, hub_round_trip_ms=min(trips))
+
+    async def _publish(self) -> None:
+        """Say what this node is and whether it is free. Hubs that are away get it when they are back."""
+        assert self.capability is not None
+        async with self._publishing:
+            now = self._clock.now_ms()
+            self._sequence = max(self._sequence + 1, now)
+            offer = Offer(
+                name=self.settings.name,
+                sequence=self._sequence,
+                issued_ms=now,
+                lifetime_ms=OFFER_LIFETIME_MS,
+                addresses=tuple(self._endpoint.addresses),
+                capability=self.capability,
+                busy=len(self._members) >= self.settings.members_max,
+            )
+            try:
+                await self._hubs.publish(sign(self._key, offer, self.settings.network))
+            except LinkError as error:
+                _log.warning("%s: the offer was not taken: %s", self.settings.name, error)
+
+    # ---- what drivers ask ----
+
+    async def _invited(self, request: Request) -> bytes:
+        message = decode(MemberInvite, request.body, request.version)
+        invitation = Invitation.open(message, request.peer, self.settings.network)
+        known = self._members.get(invitation.job_id)
+        if known is not None:
+            known.end("It was invited anew.", tell=False)
+            await asyncio.wait({self._tasks[invitation.job_id]})
+        if len(self._members) >= self.settings.members_max:
+            names = ", ".join(repr(member.job.name) for member in self._members.values())
+            raise NodeBusy(f"Node {self.settings.name} is busy with {names}; try again when that has ended.")
+        scratch = self.settings.folder / "work" / invitation.job_id.hex()[:16]
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        member = self._make_member(
+            invitation,
+            key=self._key,
+            name=self.settings.name,
+            endpoint=self._endpoint,
+            store=self._store,
+            fetcher=self._fetcher,
+            clock=self._clock,
+            dice=self._dice,
+            scratch=scratch,
+            settings=self.settings.engine,
+            network=self.settings.network,
+        )
+        self._members[invitation.job_id] = member
+        self._tasks[invitation.job_id] = asyncio.create_task(self._run_member(member))
+        return encode(MemberAnswer(member=member.record.to_bytes()), request.version)
+
+    async def _run_member(self, member: MemberRun) -> None:
+        try:
+            await self._publish()
+            reason = await member.run()
+            _log.warning("%s: job %r ended here: %s", self.settings.name, member.job.name, reason)
+        finally:
+            del self._members[member.job_id], self._tasks[member.job_id]
+            self._ended.pop(member.job_id, None)
+            self._ended[member.job_id] = member
+            while len(self._ended) > ENDED_MAX:
+                self._ended.pop(next(iter(self._ended))).forget()
+        await self._publish()
+
+    async def _turn(self, request: Request) -> bytes:
+        message = decode(Turn, request.body, request.version)
+        self._member(message.job).turn(message, request.peer)
+        return encode(Done(), request.version)
+
+    async def _head(self, request: Request) -> bytes:
+        message = decode(HeadAsk, request.body, request.version)
+        commit = await _in_time(self._member(message.job).newest_commit(request.peer), HEAD_DEADLINE_S)
+        return encode(Head(commit=commit.to_bytes() if commit else None), request.version)
+
+    async def _open_private(self, request: Request) -> bytes:
+        """A private state is a blob under the hash that its Contribution committed to, so this outlives a restart."""
+        message = decode(OpenPrivate, request.body, request.version)
+        try:
+            ref = self._store.ref(message.private, PRIVATE_MEDIA_TYPE)
+        except StorageError as error:
+            raise NotOpened(
+                f"Node {self.settings.name} does not keep the private state {message.private.hex()[:12]}: members keep "
+                "one after some of their contributions, for a number of rounds, as the job says."
+            ) from error
+        return encode(PrivateOpened(blob=ref), request.version)
+
+    async def _job_end(self, request: Request) -> bytes:
+        message = decode(JobEnd, request.body, request.version)
+        member = self._member(message.job)
+        if request.peer != member.driver:
+            raise NotAMember(f"Only the driver of job {member.job.name!r} may end it.")
+        member.end(message.reason, tell=False)
+        return encode(Done(), request.version)
+
+    def _member(self, job: bytes) -> MemberRun:
+        member = self._members.get(job)
+        if member is None:
+            raise NotAMember(f"Node {self.settings.name} is no member of job {job.hex()[:12]}; invite it first.")
+        return member
+
+
+async def _in_time(work: Awaitable[T], seconds: float) -> T:
+    async with asyncio.timeout(seconds):
+        return await work

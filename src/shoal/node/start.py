@@ -1,0 +1,101 @@
+"""A node from its settings: key, blobs, links, hubs and agent, put together and started."""
+
+from __future__ import annotations
+
+import re
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shoal.hub import HubClient
+from shoal.identity import load_or_create_key
+from shoal.node.agent import NodeAgent, NodeSettings
+from shoal.node.dishonest import dishonest_member
+from shoal.node.member import EngineSettings, MemberRun
+from shoal.protocol.hubs import HubTicket
+from shoal.quantities import format_bytes
+from shoal.storage import BlobStore
+from shoal.transport import TlsEndpoint
+from shoal.world import Clock, Dice
+
+
+@dataclass
+class RunningNode:
+    """A started agent."""
+
+    agent: NodeAgent
+    endpoint: TlsEndpoint
+
+    async def close(self) -> None:
+        await self.agent.close()
+
+    def ready(self) -> dict[str, Any]:
+        """What a node says when it is up."""
+        capability = self.agent.capability
+        assert capability is not None
+        devices = []
+        for device in capability.devices:
+            rates = ", ".join(f"{rate.dtype} {rate.flops / 1e9:.1f} GFLOP/s" for rate in device.throughput)
+            devices.append(f"{device.kind}: {device.name}, {format_bytes(device.memory_bytes)}, {rates}")
+        return {
+            "ready": "node",
+            "name": self.agent.settings.name,
+            "node": self.endpoint.node_id.hex(),
+            "addresses": list(self.endpoint.addresses),
+            "devices": devices,
+            "speed_limit": capability.speed_limit,
+        }
+
+
+async def start_node(
+    folder: Path,
+    hubs: Sequence[HubTicket],
+    *,
+    name: str | None,
+    max_speed: float,
+    threads: int,
+    device: str,
+    processes: int,
+    listen: str | None,
+    storage_bytes: int,
+    dishonest: str,
+    clock: Clock,
+    dice: Dice,
+) -> RunningNode:
+    """Start a node on `folder`. Raises ShoalError for what cannot work: a bad key file, a folder in use, an address
+    that is taken. That no hub is up is no error: the node is offered as soon as one is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    key = load_or_create_key(folder / "node.key")
+    store = BlobStore(folder / "blobs", storage_bytes, clock)
+    endpoint = TlsEndpoint(key, clock=clock, dice=dice)
+    client = HubClient(endpoint, hubs, clock=clock, dice=dice)
+    settings = NodeSettings(
+        name=_name(name or socket.gethostname()),
+        folder=folder,
+        engine=EngineSettings(device=device, threads=threads, processes=processes, speed_limit=max_speed),
+        listen=listen,
+    )
+    agent = NodeAgent(
+        settings,
+        key=key,
+        endpoint=endpoint,
+        hubs=client,
+        store=store,
+        clock=clock,
+        dice=dice,
+        make_member=dishonest_member(dishonest) if dishonest else MemberRun,
+    )
+    running = RunningNode(agent, endpoint)
+    try:
+        await agent.start()
+    except BaseException:
+        await agent.close()
+        raise
+    return running
+
+
+def _name(text: str) -> str:
+    """A host's name as a node's name: other characters become dashes."""
+    return re.sub(r"[^A-Za-z0-9._-]", "-", text).lstrip("._-")[:48] or "node"

@@ -1,0 +1,121 @@
+"""From a job file to artifacts: token shards, a start state and a config, all as blobs, before anyone is asked to help."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from shoal.errors import BadInput
+from shoal.protocol.training import DataRef, DataShard, ModelRef, Outer, RoundSettings
+from shoal.sdk.jobfile import JobFile
+from shoal.storage import BlobStore
+from shoal.training.commands import ShardFile
+from shoal.training.data import PreparedData, prepare_data
+from shoal.training.state import Layout, SharedState
+
+SHARD_MEDIA_TYPE = "application/x-shoal-tokens"
+
+
+class SequenceTooLong(BadInput):
+    """Samples are longer than the model's context."""
+
+    code = "SH-125"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a TrainJob names, and what only its owner needs."""
+
+    model: ModelRef
+    data: DataRef
+    state: SharedState
+    tokenizer: str
+    """`bytes`, or the path of a tokenizer file or directory."""
+    held_out: tuple[ShardFile, ...]
+    held_out_tokens: int
+    unigram_loss: float
+
+
+def prepare(job: JobFile, rounds: RoundSettings, store: BlobStore, folder: Path, pin: str) -> Prepared:
+    """Read data and model, write shards and the start state into `store` (pinned as `pin`). Blocks, for as long as
+    reading and tokenizing takes. Raises BadData, BadModel, BadTokenizer, SequenceTooLong, StorageFull."""
+    from shoal.models import configs  # torch is loaded only when a job is prepared
+    from shoal.models.architectures import build_model, parameters_of
+    from shoal.models.checkpoints import read_checkpoint
+    from shoal.models.tokenizers import load_tokenizer
+
+    tokenizer = tokenizer_of(job)
+    words = load_tokenizer(tokenizer)
+    checkpoint = None
+    if job.model.checkpoint is not None:
+        checkpoint = read_checkpoint(Path(job.model.checkpoint))
+        config = checkpoint.config
+    elif job.model.config is not None:
+        config = configs.read_config(Path(job.model.config))
+    else:
+        config = configs.preset_config(job.model.preset or "tiny", words.vocabulary, words.end)
+    if configs.vocabulary_of(config) < words.vocabulary:
+        raise SequenceTooLong(
+            f"The tokenizer has {words.vocabulary} ids, the model knows {configs.vocabulary_of(config)}; "
+            "choose a tokenizer that belongs to the model."
+        )
+    positions = configs.positions_of(config)
+    if positions is not None and job.data.sequence_tokens > positions:
+        raise SequenceTooLong(
+            f"data.sequence_tokens is {job.data.sequence_tokens}, the model reads at most {positions}; make it smaller."
+        )
+    data = prepare_data(
+        job.data.paths,
+        folder,
+        tokenizer=tokenizer,
+        sequence_tokens=job.data.sequence_tokens,
+        held_out_fraction=job.data.held_out,
+        seed=job.seed,
+        text_field=job.data.text_field,
+        file_format=job.data.format,
+    )
+    if checkpoint is not None:
+        tensors = checkpoint.tensors
+    else:
+        named = parameters_of(build_model(config, seed=job.seed))
+        tensors = {name: parameter.detach().numpy() for name, parameter in named.items()}
+    layout = Layout.of({name: tensor.shape for name, tensor in tensors.items()})
+    flat = np.concatenate([tensors[tensor.name].ravel() for tensor in layout.tensors]).astype(np.float32)
+    state = SharedState.start(layout, flat, momentum=rounds.outer is Outer.NESTEROV)
+    start = store.put(state.to_bytes(), SharedState.MEDIA_TYPE)
+    store.pin(pin, start.hash)
+    return Prepared(
+        model=ModelRef(config=config, start=start, parameters=layout.size),
+        data=_data_ref(data, store, pin),
+        state=state,
+        tokenizer=tokenizer,
+        held_out=data.held_out,
+        held_out_tokens=data.held_out_tokens,
+        unigram_loss=data.unigram_loss,
+    )
+
+
+def tokenizer_of(job: JobFile) -> str:
+    """What `model.tokenizer: auto` means: the checkpoint's own tokenizer where it has one, else bytes."""
+    if job.model.tokenizer != "auto":
+        return job.model.tokenizer
+    if job.model.checkpoint is not None and (Path(job.model.checkpoint) / "tokenizer.json").exists():
+        return job.model.checkpoint
+    return "bytes"
+
+
+def _data_ref(data: PreparedData, store: BlobStore, pin: str) -> DataRef:
+    shards = []
+    for shard in data.train:
+        ref = store.adopt(Path(shard.path), SHARD_MEDIA_TYPE)
+        store.pin(pin, ref.hash)
+        shards.append(DataShard(ref, shard.sequences))
+    return DataRef(
+        samples=data.samples,
+        sequence_tokens=data.sequence_tokens,
+        token_bytes=data.token_bytes,
+        shards=tuple(shards),
+        vocabulary=data.vocabulary,
+    )

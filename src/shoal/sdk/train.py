@@ -1,0 +1,466 @@
+"""Training a job from its file to its report: prepare, find nodes, drive, audit, measure, export.
+
+`train` begins a job in a new folder, `resume` goes on with one that stopped. Both end with the folder holding the model,
+the records and the report.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from shoal.driver.audit import Auditor
+from shoal.driver.folder import RunFolder
+from shoal.driver.gang import LinkedNode, find_gang
+from shoal.driver.lines import AuditLine, AuditVerdict, Evaluation, Event
+from shoal.driver.report import (
+    Completion,
+    Figures,
+    Goal,
+    ReplayCost,
+    Report,
+    RoundChoice,
+)
+from shoal.driver.takeover import take_over
+from shoal.driver.training import JobRecords, Outcome, Progress, TrainingDriver, Watchers
+from shoal.driver.write_report import write_report
+from shoal.errors import BadInput
+from shoal.hub import HubClient
+from shoal.identity import Envelope, KeyPair
+from shoal.protocol.hubs import HubTicket
+from shoal.protocol.messages import sign
+from shoal.protocol.offers import OfferFind
+from shoal.protocol.training import Commit, Contribution, Grant, Term, TrainJob
+from shoal.rounds.length import RoundLength, choose_round_length
+from shoal.rounds.standing import Standing, standing_at_start
+from shoal.sdk.jobfile import JobFile
+from shoal.sdk.preparation import Prepared, prepare
+from shoal.storage import BlobStore, Fetcher, serve
+from shoal.training.commands import Evaluate, ExportCheckpoint, Generate, Prepare, ShardFile
+from shoal.training.process import EngineProcess
+from shoal.training.state import SharedState
+from shoal.training.updates import update_bytes
+from shoal.transport import TlsEndpoint
+from shoal.world import Clock, Dice, SystemClock, SystemDice
+
+GRANT_MS = 30 * 24 * 3600 * 1000
+STORE_BYTES = 64 << 30
+HELD_OUT_SAMPLES = 512
+"""Held-out samples of an evaluation, spread evenly."""
+EVALUATIONS = 5
+"""Evaluations between the first and the last."""
+COMPLETION_TOKENS = 120
+CPU_EFFICIENCY = 0.4
+"""Share of a device's measured matmul rate that training reaches, about: only for choosing the round length."""
+STEP_LEAST_S = 0.004
+"""No inner step is quicker: launching its kernels takes that long."""
+
+
+class NothingToResume(BadInput):
+    """A run that has reached its goal, or never began."""
+
+    code = "SH-126"
+
+
+@dataclass
+class TrainOptions:
+    """How a job is driven, beside what its file says."""
+
+    folder: Path
+    hubs: Sequence[HubTicket]
+    key: KeyPair
+    listen: str | None = "tcp://127.0.0.1:0"
+    replace: bool = False
+    prompt: str | None = None
+    """What the trained model continues in the report; none: nothing."""
+    goal: Callable[[Report], Goal] | None = None
+    audits: bool = True
+    closing_audit: bool = False
+    """Replay one contribution of every member before the members are let go."""
+    say: Callable[[str], None] = lambda _: None
+    progress: Callable[[Progress], None] = lambda _: None
+    event: Callable[[Event], None] = lambda _: None
+    audited: Callable[[AuditLine], None] = lambda _: None
+    clock: Clock = field(default_factory=SystemClock)
+    dice: Dice = field(default_factory=SystemDice)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a job would do, before it does it."""
+
+    nodes: tuple[tuple[str, str, float], ...]
+    """(name, device, FLOP/s) of the nodes it would take."""
+    length: RoundLength
+    parameters: int
+    samples: int
+    held_out_tokens: int
+    unigram_loss: float
+    rounds: int
+    update_bytes: int
+    round_trip_ms: float | None
+
+
+async def train(job_file: JobFile, yaml: bytes, options: TrainOptions, folder: RunFolder | None = None) -> Report:
+    """Run a job in a new folder, or in one that was just created. Raises ShoalError when it cannot start."""
+    with folder or RunFolder.create(options.folder, replace=options.replace) as folder:
+        async with _Session(folder, options) as session:
+            prepared, gang, length = await session.plan(job_file)
+            job = session.sign_job(job_file, prepared, length, len(gang))
+            folder.begin(job, yaml)
+            session.keep_for_later(prepared, length)
+            records = session.first_term(job)
+            standing = standing_at_start(session.job, job.record_id)
+            return await session.drive(records, standing, prepared.state, gang, {}, job_file)
+
+
+async def plan(job_file: JobFile, options: TrainOptions, scratch: Path) -> Plan:
+    """What `train` would do: reads the data and asks the hubs, starts nothing. `scratch` is an empty directory."""
+    with RunFolder.create(scratch) as folder:
+        async with _Session(folder, options) as session:
+            prepared, gang, length = await session.plan(job_file)
+            rounds = job_file.rounds.resolved(length.inner_steps)
+            per_round = length.inner_steps * job_file.batch_samples * prepared.data.sequence_tokens * max(1, len(gang))
+            trips = [trip for trip in (one.link.stats().round_trip_ms for one in gang) if trip is not None]
+            return Plan(
+                nodes=tuple((one.name, one.offer.capability.devices[0].name, _best_flops(one)) for one in gang),
+                length=length,
+                parameters=prepared.model.parameters,
+                samples=prepared.data.samples,
+                held_out_tokens=prepared.held_out_tokens,
+                unigram_loss=prepared.unigram_loss,
+                rounds=math.ceil(job_file.tokens / per_round),
+                update_bytes=update_bytes(rounds.codec, prepared.model.parameters, rounds.sparse_keep),
+                round_trip_ms=max(trips, default=None),
+            )
+
+
+async def resume(job_file: JobFile, options: TrainOptions) -> Report:
+    """Go on with the job in a folder, in a new term, from its newest Commit."""
+    with RunFolder.open(options.folder) as folder:
+        async with _Session(folder, options) as session:
+            session.job_envelope = folder.job
+            taken = await take_over(
+                folder, key=options.key, endpoint=session.endpoint, store=session.store, clock=options.clock
+            )
+            if taken.standing.tokens_total >= session.job.token_budget:
+                raise NothingToResume(f"The job in {options.folder} has reached its token budget already.")
+            wanted = session.wanted(job_file)
+            gang = await session.gang(job_file, without=taken.retired.keys())
+            session.private = folder.read("owner.json", _OwnerNotes) or _OwnerNotes()
+            return await session.drive(
+                taken.records, taken.standing, taken.state, gang, taken.retired, job_file, wanted=wanted
+            )
+
+
+class _OwnerNotes(msgspec.Struct, frozen=True, kw_only=True):
+    """`owner.json`: what the owner needs to go on and no record holds."""
+
+    tokenizer: str = "bytes"
+    held_out: tuple[ShardFile, ...] = ()
+    unigram_loss: float | None = None
+    round_reason: str = ""
+    round_trip_ms: float | None = None
+    rate_bps: float | None = None
+
+
+class _Session:
+    """The pieces that a driving process holds open: endpoint, hubs, blobs, engine."""
+
+    def __init__(self, folder: RunFolder, options: TrainOptions) -> None:
+        self.folder = folder
+        self.options = options
+        self.clock, self.dice = options.clock, options.dice
+        self.job_envelope: Envelope | None = None
+        self.private = _OwnerNotes()
+        self.engine: EngineProcess | None = None
+        self.driver: TrainingDriver | None = None
+        self._measuring = asyncio.Lock()
+
+    async def __aenter__(self) -> _Session:
+        options = self.options
+        self.endpoint = TlsEndpoint(options.key, clock=self.clock, dice=self.dice)
+        self.store = BlobStore(self.folder.blobs, STORE_BYTES, self.clock)
+        self.fetcher = Fetcher(self.endpoint, self.store, self.clock, self.dice)
+        self.hubs = HubClient(self.endpoint, options.hubs, clock=self.clock, dice=self.dice)
+        try:
+            if options.listen is not None:
+                await self.endpoint.listen(options.listen)
+            serve(self.endpoint, self.store)
+            await self.hubs.start()
+        except BaseException:
+            await self.__aexit__()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self.engine is not None:
+            await self.engine.stop()
+        await self.hubs.close()
+        await self.endpoint.close()
+        self.store.close()
+
+    @property
+    def job(self) -> TrainJob:
+        return self.folder.train_job()
+
+    @property
+    def pin(self) -> str:
+        return "run"
+
+    # ---- before ----
+
+    async def plan(self, job_file: JobFile) -> tuple[Prepared, list[LinkedNode], RoundLength]:
+        """Prepare data and model while nodes are looked for; choose the round length from what was measured."""
+        self.options.say("Reading data and model.")
+        preparing = asyncio.create_task(
+            asyncio.to_thread(
+                prepare, job_file, job_file.rounds.settings, self.store, self.folder.path / "data", self.pin
+            )
+        )
+        try:
+            gang = await self.gang(job_file)
+        except BaseException:
+            preparing.cancel()
+            raise
+        prepared = await preparing
+        return prepared, gang, self._length(job_file, prepared, gang)
+
+    def wanted(self, job_file: JobFile) -> OfferFind:
+        needs = job_file.requirements
+        return OfferFind(
+            accepts="train",
+            device=None if needs.device == "any" else needs.device,
+            memory_bytes_min=needs.memory_min_bytes,
+            idle_only=True,
+        )
+
+    async def gang(self, job_file: JobFile, without: Collection[bytes] = ()) -> list[LinkedNode]:
+        needs = job_file.requirements
+        return await find_gang(
+            self.wanted(job_file),
+            nodes_min=needs.nodes_min,
+            nodes_max=needs.nodes_max,
+            wait_s=needs.wait_s,
+            endpoint=self.endpoint,
+            directory=self.hubs,
+            clock=self.clock,
+            without=without,
+            say=self.options.say,
+        )
+
+    def _length(self, job_file: JobFile, prepared: Prepared, gang: Sequence[LinkedNode]) -> RoundLength:
+        rounds = job_file.rounds
+        if rounds.inner_steps != "auto":
+            return RoundLength(rounds.inner_steps, f"{rounds.inner_steps} inner steps a round, as the job file says.")
+        stats = [one.link.stats() for one in gang]
+        trips = [one.round_trip_ms for one in stats if one.round_trip_ms is not None]
+        rates = [one.rate_bps for one in stats if one.rate_bps is not None]
+        flops = max((_best_flops(one) for one in gang), default=0.0)
+        work = 6 * prepared.model.parameters * job_file.batch_samples * prepared.data.sequence_tokens
+        step_s = max(STEP_LEAST_S, work / (CPU_EFFICIENCY * flops) if flops else 1.0)
+        return choose_round_length(
+            step_s=step_s,
+            update_bytes=update_bytes(rounds.settings.codec, prepared.model.parameters, rounds.settings.sparse_keep),
+            members=len(gang),
+            round_trip_s=max(trips, default=0.0) / 1000,
+            rate_bps=min(rates, default=None),
+            bytes_per_s_budget=rounds.byte_budget,
+            lag=rounds.settings.lag,
+        )
+
+    def sign_job(self, job_file: JobFile, prepared: Prepared, length: RoundLength, members: int) -> Envelope:
+        dtype = job_file.dtype
+        job = TrainJob(
+            name=job_file.name,
+            created_ms=self.clock.now_ms(),
+            seed=job_file.seed,
+            model=prepared.model,
+            data=prepared.data,
+            token_budget=job_file.tokens,
+            batch_samples=job_file.batch_samples,
+            optimizer=job_file.optimizer,
+            rounds=job_file.rounds.resolved(length.inner_steps),
+            replay=job_file.replay,
+            dtype="float32" if dtype == "auto" else dtype,
+        )
+        self.job_envelope = sign(self.options.key, job)
+        self.options.say(length.reason)
+        return self.job_envelope
+
+    def keep_for_later(self, prepared: Prepared, length: RoundLength) -> None:
+        """What `resume` and later evaluations need."""
+        self.private = _OwnerNotes(
+            tokenizer=prepared.tokenizer,
+            held_out=prepared.held_out,
+            unigram_loss=prepared.unigram_loss,
+            round_reason=length.reason,
+        )
+        self.folder.write("owner.json", msgspec.json.encode(self.private))
+
+    def first_term(self, job: Envelope) -> JobRecords:
+        key = self.options.key
+        grant = sign(key, Grant(job=job.record_id, drivers=(key.node_id,), not_after_ms=self.clock.now_ms() + GRANT_MS))
+        term = sign(key, Term(job=job.record_id, number=1, grant=grant.record_id, head=job.record_id, head_round=-1))
+        self.folder.append(grant)
+        self.folder.append(term, durable=True)
+        return JobRecords(job, grant, term, 1)
+
+    # ---- driving ----
+
+    async def drive(
+        self,
+        records: JobRecords,
+        standing: Standing,
+        state: SharedState,
+        gang: Sequence[LinkedNode],
+        retired: Mapping[bytes, str],
+        job_file: JobFile,
+        wanted: OfferFind | None = None,
+    ) -> Report:
+        options, folder = self.options, self.folder
+        auditor = Auditor(
+            folder,
+            endpoint=self.endpoint,
+            store=self.store,
+            fetcher=self.fetcher,
+            dice=self.dice,
+            rate=self.job.replay.audit_rate if options.audits else 0.0,
+            on_verdict=self._audited,
+        )
+        self.driver = TrainingDriver(
+            records,
+            standing,
+            state,
+            key=options.key,
+            folder=folder,
+            endpoint=self.endpoint,
+            directory=self.hubs,
+            store=self.store,
+            fetcher=self.fetcher,
+            clock=self.clock,
+            wanted=wanted or self.wanted(job_file),
+            members_min=min(len(gang), job_file.requirements.nodes_min),
+            nodes_max=job_file.requirements.nodes_max,
+            retired=retired,
+            watchers=Watchers(
+                progress=options.progress,
+                committed=lambda commit, given, after: self._committed(auditor, commit, given, after),
+                event=options.event,
+                recorded=auditor.recorded,
+            ),
+        )
+        self._next_evaluation = standing.tokens_total + self.job.token_budget / (EVALUATIONS + 1)
+        self._evaluations: set[asyncio.Task[float | None]] = set()
+        await self._start_engine(state)
+        if standing.round < 0:
+            await self._evaluate(-1, 0, state)
+        try:
+            outcome = await self.driver.run(gang)
+        finally:
+            cost = await auditor.close()
+            for task in self._evaluations:
+                task.cancel()
+        return await self._finish(outcome, cost)
+
+    async def _start_engine(self, state: SharedState) -> None:
+        """An engine of the owner's own, for held-out losses, the completion and the checkpoint."""
+        self.engine = await EngineProcess.start("the driver")
+        path = self.folder.path / "data" / "state.now"
+        await asyncio.to_thread(state.write, path)
+        shards = tuple(
+            ShardFile(str(self.store.path(shard.blob.hash)), shard.sequences) for shard in self.job.data.shards
+        )
+        await self.engine.prepare(Prepare(job=self.job, state=str(path), shards=shards, dtype="float32", measure=False))
+
+    def _committed(
+        self,
+        auditor: Auditor,
+        commit: Commit,
+        given: Sequence[tuple[bytes, Contribution]],
+        state: SharedState,
+    ) -> None:
+        auditor.committed(commit, given, state)
+        if commit.tokens_total >= self._next_evaluation and commit.tokens_total < self.job.token_budget:
+            self._next_evaluation += self.job.token_budget / (EVALUATIONS + 1)
+            task = asyncio.create_task(self._evaluate(commit.round, commit.tokens_total, state))
+            self._evaluations.add(task)
+            task.add_done_callback(self._evaluations.discard)
+
+    async def _evaluate(self, round_number: int, tokens: int, state: SharedState) -> float | None:
+        if not self.private.held_out or self.engine is None or self.driver is None:
+            return None
+        async with self._measuring:
+            path = self.folder.path / "data" / "state.now"
+            await asyncio.to_thread(state.write, path)
+            held = await self.engine.load_state(path)
+            done = await self.engine.evaluate(
+                Evaluate(state=held.state, shards=self.private.held_out, samples_max=HELD_OUT_SAMPLES)
+            )
+        loss = done.loss if math.isfinite(done.loss) else None
+        self.folder.note(Evaluation(round=round_number, time_s=self.driver.elapsed_s(), tokens_total=tokens, loss=loss))
+        return loss
+
+    def _audited(self, contribution: Contribution, line: AuditLine) -> None:
+        self.options.audited(line)
+        if line.verdict is AuditVerdict.MISMATCH and self.driver is not None:
+            self.driver.audit_failed(contribution.member, f"Found by replay of round {line.round}: {line.sentence}")
+
+    # ---- afterwards ----
+
+    async def _finish(self, outcome: Outcome, cost: ReplayCost) -> Report:
+        assert self.driver is not None and self.engine is not None
+        self.options.say("Measuring the model and writing the report.")
+        wall_s = self.driver.elapsed_s()
+        standing_round, tokens = self.driver.progress().round, self.driver.progress().tokens_total
+        loss = await self._evaluate(standing_round, tokens, outcome.state)
+        path = self.folder.path / "data" / "state.now"
+        await asyncio.to_thread(outcome.state.write, path)
+        held = await self.engine.load_state(path)
+        completion = None
+        tokenizer = self.private.tokenizer
+        if self.options.prompt is not None:
+            text = await self.engine.generate(
+                Generate(
+                    state=held.state,
+                    tokenizer=tokenizer,
+                    prompt=self.options.prompt,
+                    tokens=COMPLETION_TOKENS,
+                    temperature=0.6,
+                    seed=self.job.seed,
+                )
+            )
+            completion = Completion(prompt=self.options.prompt, text=text.text)
+        self.folder.model.mkdir(exist_ok=True)
+        await self.engine.export_checkpoint(
+            ExportCheckpoint(state=held.state, directory=str(self.folder.model), tokenizer=tokenizer)
+        )
+        figures = Figures(
+            wall_s=wall_s,
+            held_out_loss=loss,
+            unigram_loss=self.private.unigram_loss,
+            nodes=tuple(self.driver.nodes.values()),
+            round_choice=RoundChoice(
+                inner_steps=self.job.rounds.inner_steps,
+                reason=self.private.round_reason,
+                round_trip_ms=self.private.round_trip_ms,
+                rate_bps=self.private.rate_bps,
+            ),
+            replay_cost=cost,
+            completion=completion,
+            goal=Goal(reached=outcome.reached, sentence=outcome.sentence),
+        )
+        report = write_report(self.folder, figures)
+        if self.options.goal is not None:
+            goal = self.options.goal(report)
+            report = write_report(self.folder, msgspec.structs.replace(figures, goal=goal))
+        return report
+
+
+def _best_flops(node: LinkedNode) -> float:
+    return max((rate.flops for device in node.offer.capability.devices for rate in device.throughput), default=0.0)
