@@ -224,7 +224,10 @@ def find_files(paths: Sequence[str | Path]) -> list[Path]:
 
 
 def _is_data(file: Path) -> bool:
-    return file.suffix.lower() in (*TEXT_SUFFIXES, ".jsonl", ".parquet")
+    """Whether a file in a named directory is meant. Trees of text are full of empty files that mean nothing; an empty
+    table is a broken one."""
+    kind = file.suffix.lower()
+    return kind in (".jsonl", ".parquet") or (kind in TEXT_SUFFIXES and file.stat().st_size > 0)
 
 
 def read_documents(file: Path, text_field: str = "text", file_format: str = "auto") -> Iterator[str]:

@@ -69,7 +69,7 @@ class NotALanguageModel(BadInput):
     code = "SH-535"
 
 
-class Engine:
+class LanguageEngine:
     """Everything between two commands. Not thread-safe; `run_round` gives way to other commands between its steps."""
 
     def __init__(self, command: Prepare, clock: Clock, monotonic: Callable[[], float] = time.monotonic) -> None:

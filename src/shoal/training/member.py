@@ -201,11 +201,12 @@ class Member:
 
 
 class Sketcher:
-    """Eight numbers that follow the parameters' movement since a round began.
+    """Eight numbers that follow how the parameters move.
 
-    The flat buffer is cut into SKETCH_WIDTH equal runs; in each, the movement is summed with signs drawn from the job
-    (a count sketch, Charikar, Chen and Farach-Colton, 2002): any change of a step changes them, and their size is that
-    of the movement. float32, on the device.
+    The flat buffer is cut into SKETCH_WIDTH equal runs; in each, the movement since the last sketch is summed with
+    signs drawn from the job (a count sketch, Charikar, Chen and Farach-Colton, 2002): any change of a step changes
+    them, and their size is that of the step. Not the movement since the round began: that would hide a small change of
+    a late step behind all the steps before it. float32, on the device.
     """
 
     def __init__(self, size: int, seed: bytes, device: torch.device) -> None:
@@ -213,14 +214,15 @@ class Sketcher:
         bits = np.frombuffer(blake3(seed, derive_key_context="shoal sketch signs").digest(-(-padded // 8)), np.uint8)
         signs = 1.0 - 2.0 * np.unpackbits(bits, bitorder="little")[:padded].astype(np.float32)
         self._signs = torch.from_numpy(signs).to(device).view(SKETCH_WIDTH, -1, 1)
-        self._start = torch.zeros(size, dtype=torch.float32, device=device)
+        self._last = torch.zeros(size, dtype=torch.float32, device=device)
         self._moved = torch.zeros(padded, dtype=torch.float32, device=device)
         self._size = size
 
     def begin(self, flat: torch.Tensor) -> None:
-        self._start.copy_(flat.detach())
+        self._last.copy_(flat.detach())
 
     def sketch(self, flat: torch.Tensor) -> torch.Tensor:
         """float32 [SKETCH_WIDTH]."""
-        torch.sub(flat.detach(), self._start, out=self._moved[: self._size])
+        torch.sub(flat.detach(), self._last, out=self._moved[: self._size])
+        self._last.copy_(flat.detach())
         return torch.bmm(self._moved.view(SKETCH_WIDTH, 1, -1), self._signs).view(SKETCH_WIDTH)

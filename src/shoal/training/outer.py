@@ -70,7 +70,7 @@ class OuterStep:
         for item in accepted:
             where = slice(None) if item.update.indices is None else item.update.indices
             self._sum[where] += item.factor * item.update.values.astype(np.float64)
-        gradient = self._sum[places]
+        gradient = np.array(self._sum[places])  # a copy: the scratch buffer is cleared
         self._sum[places] = 0.0
         if self._outer is Outer.PLAIN:
             parameters = state.parameters.copy()

@@ -31,6 +31,8 @@ CHUNK = 4096
 CHUNK_BITS = 12
 KEEP_BITS_MIN, KEEP_BITS_MAX = 3, 10
 """sparse2 keeps 2**3 to 2**10 values of a chunk."""
+SCALE_MAX = np.nextafter(np.finfo(np.float32).max / np.float32(127), np.float32(0))
+"""127 times this is still finite."""
 HEADER = struct.Struct("<4sBBHQ")
 MAGIC = b"SHU1"
 CODEC_NUMBERS = {Codec.NONE: 0, Codec.INT8: 1, Codec.SPARSE2: 2}
@@ -143,7 +145,7 @@ def _encode_int8(flat: NDArray[np.float32]) -> list[bytes]:
     padded = np.zeros(chunks * CHUNK, dtype=np.float32)
     padded[: flat.size] = flat
     rows = padded.reshape(chunks, CHUNK)
-    scales = np.abs(rows).max(axis=1) / np.float32(127)
+    scales = np.minimum(np.abs(rows).max(axis=1) / np.float32(127), SCALE_MAX)
     levels = np.rint(rows / np.where(scales > 0, scales, np.float32(1))[:, None])
     levels = np.clip(levels, -127, 127)  # a subnormal scale is coarse: its quotients can exceed the range
     return [scales.astype("<f4").tobytes(), levels.astype(np.int8).ravel()[: flat.size].tobytes()]

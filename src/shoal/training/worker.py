@@ -40,7 +40,7 @@ from shoal.training.commands import (
     WritePrivate,
     WriteState,
 )
-from shoal.training.engine import Engine
+from shoal.training.engine import LanguageEngine
 from shoal.training.lifetime import die_with_parent
 from shoal.training.member import OutOfTurn
 from shoal.training.ranks import RankLost
@@ -54,7 +54,7 @@ _encoder = msgspec.msgpack.Encoder()
 class Worker:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, clock: Clock) -> None:
         self._reader, self._writer, self._clock = reader, writer, clock
-        self._engine: Engine | None = None
+        self._engine: LanguageEngine | None = None
         self._round: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
@@ -110,7 +110,7 @@ class Worker:
             await asyncio.wait([self._round])
             self._round = None
 
-    def _prepared_engine(self) -> Engine:
+    def _prepared_engine(self) -> LanguageEngine:
         if self._engine is None:
             raise OutOfTurn("The engine was asked to work before it was prepared.")
         return self._engine
@@ -129,7 +129,7 @@ class Worker:
             case Prepare():
                 if self._engine is not None:
                     raise OutOfTurn("The engine is prepared already; another job needs another engine.")
-                self._engine = Engine(command, self._clock)
+                self._engine = LanguageEngine(command, self._clock)
                 return await self._engine.prepared(command.measure)
             case Stop():
                 return Done()
