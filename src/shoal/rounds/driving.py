@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from types import MappingProxyType
 from typing import ClassVar, TypeAlias, TypeVar
@@ -323,9 +323,9 @@ class Driving:
     members: Mapping[bytes, Participant]
     rounds: tuple[OpenRound, ...] = ()
     """Open rounds, oldest first; at most lag + 1."""
-    former: Mapping[bytes, Member] = MappingProxyType({})
+    former: Mapping[bytes, Member] = field(default_factory=dict)
     """Members that left."""
-    retired: Mapping[bytes, str] = MappingProxyType({})
+    retired: Mapping[bytes, str] = field(default_factory=dict)
     """NodeId -> why it may not take part any more."""
     waiting_since_ms: int | None = None
     """Since when no round has been open."""

@@ -18,7 +18,7 @@ every share that was assigned before that was known, for the next work has to bu
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import ClassVar, TypeAlias
 
@@ -265,7 +265,7 @@ class Following:
     heard_ms: int
     """When the current driver was heard last."""
     applying: Early | None = None
-    early: Mapping[int, tuple[Early, ...]] = MappingProxyType({})
+    early: Mapping[int, tuple[Early, ...]] = field(default_factory=dict)
     """Commits beyond the one being applied, by round."""
     waiting: tuple[Waiting, ...] = ()
     own: tuple[OwnWork, ...] = ()
@@ -588,8 +588,8 @@ class _Turn:
         if event.state != commit.state:
             return self.stop(
                 f"After the Commit of round {event.round} this member arrived at state {event.state.hex()[:16]}, but "
-                f"the Commit names {commit.state.hex()[:16]}. Its state or its software differs from the driver's; it has "
-                f"to join again with a fresh state, and if that happens again, use the same version everywhere."
+                f"the Commit names {commit.state.hex()[:16]}. Its state or its software differs from the driver's; it "
+                f"has to join again with a fresh state, and if that happens again, use the same version everywhere."
             )
         link = Link(
             commit.round, applying.envelope.record_id, commit.state, commit.tokens_total, commit.term, applying.envelope

@@ -11,7 +11,7 @@ from shoal.errors import BadRecord
 from shoal.protocol.training import Assignment, Commit, TrainJob
 from shoal.rounds.samples import SampleLedger
 
-_NOTHING: Mapping[bytes, bytes] = MappingProxyType({})
+_NOTHING: Mapping[bytes, bytes] = field(default_factory=dict)
 
 
 class BrokenChain(BadRecord):
