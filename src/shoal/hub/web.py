@@ -128,7 +128,7 @@ def make_app(index: OfferIndex, info: Callable[[], Awaitable[HubInfo]], clock: C
     """The ASGI application over an index and what the hub says about itself."""
     reading = RateLimit(clock, READ_PER_S, READ_BURST)
 
-    async def limit(request: Request[Any, Any, Any]) -> None:
+    async def meter(request: Request[Any, Any, Any]) -> None:
         reading.spend((request.client.host if request.client else "").encode(), "Requests")
 
     @get("/v1/offers", summary="Live offers that fit", tags=["offers"])
@@ -141,7 +141,7 @@ def make_app(index: OfferIndex, info: Callable[[], Awaitable[HubInfo]], clock: C
         memory_bytes_min: Annotated[int, Parameter(description="Memory on one device, bytes.")] = 0,
         flops_min: Annotated[float, Parameter(description="FLOP/s of one device's best dtype, measured.")] = 0.0,
         idle_only: Annotated[bool, Parameter(description="Leave out nodes that are busy.")] = False,
-        page_size: Annotated[int, Parameter(query="limit", description=f"At most so many, 1 to {FOUND_MAX}.")] = 64,
+        limit: Annotated[int, Parameter(description=f"At most so many, 1 to {FOUND_MAX}.")] = 64,
         after: Annotated[str | None, Parameter(description="Go on after this node: `next` of the last page.")] = None,
     ) -> OffersPage:
         known = {"accepts", "device", "name", "node", "memory_bytes_min", "flops_min", "idle_only", "limit", "after"}
@@ -157,7 +157,7 @@ def make_app(index: OfferIndex, info: Callable[[], Awaitable[HubInfo]], clock: C
                 "memory_bytes_min": memory_bytes_min,
                 "flops_min": flops_min,
                 "idle_only": idle_only,
-                "limit": page_size,
+                "limit": limit,
                 "after": after,
             }
         )
@@ -196,7 +196,7 @@ def make_app(index: OfferIndex, info: Callable[[], Awaitable[HubInfo]], clock: C
 
     return Litestar(
         [offers, offer, hub, health],
-        before_request=limit,
+        before_request=meter,
         exception_handlers={ShoalError: _refusal, HTTPException: _http_error},
         openapi_config=OpenAPIConfig(
             title="Shoal hub",
