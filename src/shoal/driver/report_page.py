@@ -579,9 +579,10 @@ def _called(report: Report, node_id: str, name: str) -> str:
 def nice_ticks(low: float, high: float, count: int) -> list[float]:
     """About `count` round numbers, 1, 2 or 5 times a power of ten apart, the first at most `low` and the last at least
     `high`."""
+    size = max(1.0, abs(low), abs(high))
     span = high - low
-    if not span > 0:
-        low, span = low - 0.5, 1.0
+    if span < 1e-9 * size:
+        low, span = low - size / 2, size
     step = 10.0 ** math.floor(math.log10(span / count))
     step *= next(factor for factor in (1, 2, 5, 10) if span / (step * factor) <= count)
     first = math.floor(low / step)
