@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from types import MappingProxyType
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from shoal.errors import BadRecord
 from shoal.protocol.training import Assignment, Commit, TrainJob
 from shoal.rounds.samples import SampleLedger
-
-_NOTHING: Mapping[bytes, bytes] = field(default_factory=dict)
 
 
 class BrokenChain(BadRecord):
@@ -36,8 +32,6 @@ class Standing:
     fruitful: int
     """How many Commits accepted something: each moved the job on by a nominal round of inner steps."""
     ledger: SampleLedger
-    last_accepted: Mapping[bytes, bytes] = field(default_factory=lambda: _NOTHING)
-    """MemberId -> id of its newest accepted Contribution."""
 
 
 def standing_at_start(job: TrainJob, job_id: bytes) -> Standing:
@@ -70,7 +64,6 @@ def advance(standing: Standing, assignment: Assignment, commit: Commit, commit_i
             if accepted[member].samples != share.samples:
                 raise BrokenChain(f"The Commit of round {commit.round} counts other samples than were assigned.")
             ledger = ledger.accept(share.ranges)
-    last = {**standing.last_accepted, **{entry.member: entry.contribution for entry in commit.accepted}}
     return replace(
         standing,
         round=commit.round,
@@ -80,5 +73,4 @@ def advance(standing: Standing, assignment: Assignment, commit: Commit, commit_i
         empty_in_a_row=0 if accepted else standing.empty_in_a_row + 1,
         fruitful=standing.fruitful + (1 if accepted else 0),
         ledger=ledger,
-        last_accepted=MappingProxyType(last),
     )
