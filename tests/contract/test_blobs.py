@@ -28,6 +28,7 @@ from shoal.storage import (
     StorageFull,
     StoreInUse,
     UnknownBlob,
+    find_blob,
     hash_pieces,
 )
 from shoal.storage.pieces import cut
@@ -685,3 +686,27 @@ def test_any_range_reads_as_the_bytes_do(cuts: list[tuple[int, int]]) -> None:
     for start, stop in cuts:
         start, stop = min(start, stop), max(start, stop)
         assert store.read(blake3_hash(data), start, stop - start) == data[start:stop]
+
+
+def test_a_blob_is_found_in_a_store_that_another_process_has_open(tmp_path: Path) -> None:
+    store, data = open_store(DirectoryDisk(tmp_path / "root")), noise(BIG)
+    hash = store.put(data).hash
+    path = find_blob(tmp_path / "root", hash)
+    assert path is not None and path.read_bytes() == data
+    assert find_blob(tmp_path / "root", blake3_hash(b"other")) is None
+    assert find_blob(tmp_path / "nowhere", hash) is None and not (tmp_path / "nowhere").exists()
+    rot(DirectoryDisk(tmp_path / "root"), f"blobs/{hash.hex()}", 5)
+    assert find_blob(tmp_path / "root", hash) is None
+
+
+def test_a_store_that_syncs_does_all_the_same(tmp_path: Path) -> None:
+    disk = DirectoryDisk(tmp_path / "root")
+    store = BlobStore(disk, 64 << 20, HeldClock(), sync=True)
+    data = noise(BIG)
+    partial = open_partial_with_list(store, data)
+    for index in range(3):
+        partial.write(index, piece(data, index))
+    assert partial.finish() == []
+    partial.close()
+    store.pin("job", ref_of(data).hash)
+    assert store.read(store.put(noise(5000)).hash) == noise(5000) and store.read(ref_of(data).hash) == data

@@ -13,7 +13,7 @@ from shoal.identity import short_id
 from shoal.protocol.blobs import CHUNK_BYTES, BlobChunkList, BlobHolder, BlobRead, BlobRef
 from shoal.protocol.messages import encode
 from shoal.storage import BadReference, FetchFailed, FetchProgress, ServerBusy, StorageFull, UnknownBlob
-from shoal.storage.fetch import COPIES_MAX, HEDGE_S, PIECES_IN_FLIGHT
+from shoal.storage.download import COPIES_MAX, HEDGE_S, PIECES_IN_FLIGHT, _Flight, _Peer
 from shoal.storage.serve import READ_MAX_BYTES
 from shoal.world import Body, FaultyDisk, HeldClock, MemoryDisk, Refused, Request
 
@@ -271,29 +271,36 @@ def test_a_late_small_blob_is_asked_of_the_next_holder_too() -> None:
     play(scene())
 
 
-def test_a_busy_holder_is_asked_again_after_a_rest() -> None:
+def test_a_busy_holder_is_waited_for() -> None:
     async def scene() -> None:
         clock = HeldClock()
         async with World(clock=clock) as world:
             data = noise(5000)
             (holder,) = await world.holders(1, data)
-            refused = asyncio.Event()
 
-            async def busy_once(asked: Asked, request: Request) -> None:
-                if not refused.is_set():
-                    refused.set()
+            async def busy_six_times(asked: Asked, request: Request) -> None:
+                if len(holder.asked) <= 6:
                     raise ServerBusy("Ask again.")
 
-            holder.instead = busy_once
+            holder.instead = busy_six_times
             me = await world.node(listens=False)
             fetch = asyncio.create_task(me.fetcher.fetch(ref_of(data), [holder.holder]))
-            await refused.wait()
-            while not fetch.done():  # the refusal may still be under way
-                await clock.advance(1)
+            while len(holder.asked) < 7:
+                await clock.advance(0.25)
             assert (await fetch).bytes_by_peer == {holder.id: 5000}
-            assert len(holder.asked) == 2
 
     play(scene())
+
+
+def test_who_is_late_is_judged_by_what_has_come() -> None:
+    peer, mib = _Peer(b"n" * 32, ()), CHUNK_BYTES
+    silent = _Flight(peer, since=0.0, length=mib)
+    assert not silent.late(HEDGE_S, None) and silent.late(HEDGE_S + 0.1, None)
+    steady = _Flight(peer, since=0.0, length=mib, received=mib // 4)
+    assert not steady.late(3.0, None), "9 s to go on a slow line: another holder would share the same line"
+    assert not steady.late(3.0, 5.0) and steady.late(3.0, 0.1)
+    peer.pace_s = 0.5
+    assert silent.late(1.1, None) and not silent.late(0.9, None)
 
 
 def test_a_link_that_comes_up_meanwhile_is_used() -> None:
