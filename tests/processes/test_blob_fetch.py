@@ -286,6 +286,7 @@ def test_a_busy_holder_is_waited_for() -> None:
             me = await world.node(listens=False)
             fetch = asyncio.create_task(me.fetcher.fetch(ref_of(data), [holder.holder]))
             while len(holder.asked) < 7:
+                await asyncio.sleep(0)
                 await clock.advance(0.25)
             assert (await fetch).bytes_by_peer == {holder.id: 5000}
 
