@@ -1,8 +1,9 @@
 """Nodes and clients at one hub and at several, over links inside the process."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import pytest
 from hub_world import PATIENCE_S, MemoryHub, Watcher, a_client, a_key, an_offer
@@ -16,9 +17,10 @@ from shoal.identity import KeyPair
 from shoal.protocol.hubs import HubTicket
 from shoal.protocol.messages import decode, encode
 from shoal.protocol.offers import DialMe, OfferFind, OfferKept, OfferPublish, OffersFound
-from shoal.transport import MemoryNetwork
+from shoal.transport import MemoryNetwork, Path
 from shoal.world import Directory, HeldClock, Refused, Request, SeededDice
 
+T = TypeVar("T")
 HERON, STORK, WREN = a_key(1), a_key(2), a_key(3)
 
 
@@ -72,6 +74,32 @@ def test_a_hub_says_who_it_is_and_how_many_it_knows() -> None:
             assert (info.name, info.offers, info.links, info.addresses) == ("hub", 1, 1, world.tickets[0].addresses)
 
     play(scene)
+
+
+def test_a_link_to_a_hub_is_measured_from_the_time_its_probes_take() -> None:
+    """On a path of 40 ms each way and 8 Mbit/s, in a time that only the network and the node share."""
+
+    async def scene() -> None:
+        clock = HeldClock()
+        network = MemoryNetwork(clock, path=Path(delay_s=0.04, rate_bps=8e6))
+        hub = MemoryHub(network, a_key(100), clock)
+        client = HubClient(network.endpoint(HERON), [await hub.listen()], clock=clock, dice=SeededDice(1))
+
+        async def moving(work: Coroutine[Any, Any, T]) -> T:
+            task = asyncio.create_task(work)
+            while not task.done():
+                await asyncio.sleep(0)
+                await clock.advance(0.002)
+            return await task
+
+        await moving(client.start())
+        measured = (await moving(client.measure_links()))[hub.endpoint.node_id]
+        assert 80 <= measured.round_trip_ms <= 90
+        assert 6e6 <= measured.rate_bps <= 8.2e6
+        await moving(client.close())
+        await moving(hub.endpoint.close())
+
+    asyncio.run(scene())
 
 
 def test_an_older_offer_is_refused_with_both_numbers_over_the_link() -> None:

@@ -11,7 +11,7 @@ import pytest
 from hub_world import PATIENCE_S, HubProcess, Watcher, a_client, a_key, an_offer
 
 from shoal.errors import ShoalError
-from shoal.hub import HubPlaces, HubServer, HubSettings, HubStoreFailed
+from shoal.hub import HubPlaces, HubServer, HubSettings, HubStoreFailed, NoHub
 from shoal.hub.server import BadHttpPlace, DataInUse, HttpFailed
 from shoal.hub.web import READ_BURST
 from shoal.identity import BadKeyFile, Envelope, KeyPair
@@ -244,6 +244,22 @@ def test_a_public_address_stands_in_the_ticket(tmp_path: Path) -> None:
         await hub.stop()
 
     asyncio.run(scene())
+
+
+def test_a_second_node_with_the_same_key_is_told_and_the_first_goes_on(tmp_path: Path) -> None:
+    async def scene(places: HubPlaces, web: httpx.AsyncClient) -> None:
+        first, second = endpoint_of(HERON), endpoint_of(HERON)
+        async with a_client(first, [places.ticket]) as node, a_client(second, [places.ticket]) as twin:
+            await node.publish(an_offer(HERON, 1))
+            with pytest.raises(NoHub, match="key"):
+                await twin.publish(an_offer(HERON, 2, name="twin"))
+            await node.publish(an_offer(HERON, 3))
+            (found,) = await node.find(OfferFind())
+            assert (found.offer.name, found.offer.sequence) == ("heron", 3)
+        await first.close()
+        await second.close()
+
+    with_hub(tmp_path, scene)
 
 
 # ---- kill -9 ----

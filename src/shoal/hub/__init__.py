@@ -2,7 +2,7 @@
 
 - `OfferIndex` keeps the newest signed offer of each node while it lives; `SqlOfferIndex` in a file, `MemoryOfferIndex`
   for tests.
-- `HubService` answers on links: `offer.publish`, `offer.find`, `introduce`, `hub.info`.
+- `HubService` answers on links: `offer.publish`, `offer.find`, `introduce`, `hub.info`, `hub.probe`.
 - `web.make_app` is the HTTP face: reading only, with an OpenAPI document.
 - `HubServer` puts these together on a data directory; `HubClient` is the other side, for several hubs at once.
 
@@ -11,7 +11,7 @@ sequence of a node is never replaced by a lower one; lifetimes are counted on th
 node's clock matters; nobody but its maker can make a known offer live on; whoever reads from a hub verifies.
 """
 
-from shoal.hub.client import HubClient, HubState, NoHub, NoIntroduction
+from shoal.hub.client import HubClient, HubState, MeasuredLink, NoHub, NoIntroduction
 from shoal.hub.index import HubFull, KeptOffer, MemoryOfferIndex, OfferIndex
 from shoal.hub.server import HubPlaces, HubServer, HubSettings
 from shoal.hub.service import HubService, NotLinked
@@ -27,6 +27,7 @@ __all__ = [
     "HubState",
     "HubStoreFailed",
     "KeptOffer",
+    "MeasuredLink",
     "MemoryOfferIndex",
     "NoHub",
     "NoIntroduction",

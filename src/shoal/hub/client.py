@@ -6,16 +6,16 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
-from shoal.errors import BadRecord, LinkError
+from shoal.errors import BadRecord, LinkError, ShoalError
 from shoal.hub.rates import TooManyRequests
 from shoal.identity import Envelope, short_id
 from shoal.market import fits
-from shoal.protocol.hubs import AskHub, HubInfo, HubTicket
-from shoal.protocol.messages import DEFAULT_NETWORK, decode, encode, open_record
+from shoal.protocol.hubs import PROBE_BYTES_MAX, AskHub, HubInfo, HubTicket, ProbeHub
+from shoal.protocol.messages import DEFAULT_NETWORK, Message, decode, encode, open_record
 from shoal.protocol.offers import (
     FOUND_MAX,
     DialMe,
@@ -40,10 +40,15 @@ BACKOFF_FIRST_S = 0.5
 BACKOFF_LAST_S = 30.0
 RENEWALS_PER_LIFETIME = 3
 """An offer is sent again this often while it lives, so that two lost messages do not delist a node."""
+PROBE_ROUND_TRIPS = 5
+PROBE_SIZES = (PROBE_BYTES_MAX // 16, PROBE_BYTES_MAX // 4, PROBE_BYTES_MAX, PROBE_BYTES_MAX)
+PROBE_LONG_ENOUGH_S = 1.0
+"""A probe that took this long tells enough; larger ones would only hold up a poor link."""
 DIALS_AT_ONCE = 8
 """Introductions a node follows at the same time."""
 
 _log = logging.getLogger("shoal.hub")
+R = TypeVar("R", bound=Message)
 
 
 class NoHub(LinkError):
@@ -68,6 +73,17 @@ class HubState:
     """Why it is not up, or what it last refused; empty when all is well."""
     attempts: int = 0
     """Dials that failed since it was last up."""
+
+
+@dataclass(frozen=True)
+class MeasuredLink:
+    """A link as its probes found it."""
+
+    round_trip_ms: float
+    """The shortest of several round trips."""
+    rate_bps: float
+    """Bits per second from here to the hub, the best of several probes: what a node can send is what limits it. A
+    link that is faster than a quarter of a megabyte can show is faster than this says."""
 
 
 @dataclass
@@ -166,7 +182,7 @@ class HubClient:
         while True:
             try:
                 hub.link = await self._endpoint.dial(ticket.node, ticket.addresses, deadline_s=DIAL_DEADLINE_S)
-            except LinkError as error:
+            except ShoalError as error:  # whatever it is, the hub may be put right later
                 hub.state.trouble = str(error)
                 hub.state.attempts += 1
             else:
@@ -225,10 +241,8 @@ class HubClient:
             self._on_refused(hub.state.ticket, answer)
 
     async def _give(self, hub: _Hub, link: Link, offer: Envelope) -> OfferKept | LinkError | BadRecord:
-        body = encode(OfferPublish(offer=offer.to_bytes()), link.version)
         try:
-            answer = await link.request(OfferPublish.KIND, body, deadline_s=REQUEST_DEADLINE_S)
-            kept = decode(OfferKept, answer, link.version)
+            kept = await _ask(link, OfferPublish(offer=offer.to_bytes()), OfferKept)
         except (LinkError, BadRecord) as error:
             hub.state.trouble = str(error)
             _log.warning("hub %s did not keep this node's offer: %s", hub.name, error)
@@ -254,12 +268,8 @@ class HubClient:
         """What one hub has, page by page; None when it did not answer. What it must not have sent is left out."""
         found: list[FoundOffer] = []
         for _ in range(FOUND_MAX):  # each page but the last names one offer at least
-            body = encode(wanted, link.version)
             try:
-                answer = await link.request(
-                    OfferFind.KIND, body, deadline_s=REQUEST_DEADLINE_S, reply_max_bytes=OffersFound.MAX_BYTES
-                )
-                page = decode(OffersFound, answer, link.version)
+                page = await _ask(link, wanted, OffersFound)
             except (LinkError, BadRecord) as error:
                 hub.state.trouble = str(error)
                 _log.warning("hub %s did not answer a search: %s", hub.name, error)
@@ -292,9 +302,8 @@ class HubClient:
         if not open_hubs:
             raise self._no_hub()
         for hub, link in open_hubs:
-            body = encode(message, link.version)
             try:
-                decode(Done, await link.request(Introduce.KIND, body, deadline_s=INTRODUCE_DEADLINE_S), link.version)
+                await _ask(link, message, Done, INTRODUCE_DEADLINE_S)
             except (LinkError, BadRecord) as error:
                 troubles.append(f"{short_id(hub.state.ticket.node)} says: {error}")
             else:
@@ -306,13 +315,44 @@ class HubClient:
         answers: dict[bytes, HubInfo] = {}
         for hub, link in self._open_hubs():
             try:
-                answer = await link.request(AskHub.KIND, encode(AskHub(), link.version), deadline_s=REQUEST_DEADLINE_S)
-                answers[link.peer] = decode(HubInfo, answer, link.version)
+                answers[link.peer] = await _ask(link, AskHub(), HubInfo)
             except (LinkError, BadRecord) as error:
                 hub.state.trouble = str(error)
         if not answers:
             raise self._no_hub()
         return answers
+
+    async def measure_links(self) -> dict[bytes, MeasuredLink]:
+        """Round trip and rate to each hub that is up, by its NodeId, one after the other. Raises NoHub."""
+        measured: dict[bytes, MeasuredLink] = {}
+        for hub, link in self._open_hubs():
+            try:
+                measured[link.peer] = await self._measure_link(link)
+            except (LinkError, BadRecord) as error:
+                hub.state.trouble = str(error)
+        if not measured:
+            raise self._no_hub()
+        return measured
+
+    async def _measure_link(self, link: Link) -> MeasuredLink:
+        round_trip_s = min([await self._probe(link, 0) for _ in range(PROBE_ROUND_TRIPS)])
+        best_bps = 0.0
+        for size in PROBE_SIZES:
+            taken_s = await self._probe(link, size)
+            # The last byte's way there and the answer's way back take a round trip; where that is most of the time
+            # it cannot be told from the sending, and the rate is only bounded from below.
+            sending_s = taken_s - round_trip_s if taken_s >= 2 * round_trip_s else taken_s
+            if sending_s > 0:
+                best_bps = max(best_bps, 8 * size / sending_s)
+            if taken_s > PROBE_LONG_ENOUGH_S:
+                break
+        return MeasuredLink(round_trip_s * 1000, best_bps)
+
+    async def _probe(self, link: Link, size: int) -> float:
+        probe = ProbeHub(padding=self._dice.bytes(size))
+        begun = self._clock.monotonic()
+        await _ask(link, probe, Done)
+        return self._clock.monotonic() - begun
 
     # ---- being asked ----
 
@@ -330,7 +370,7 @@ class HubClient:
     async def _dial(self, message: DialMe) -> None:
         try:
             await self._endpoint.dial(message.node, message.addresses, deadline_s=DIAL_DEADLINE_S)
-        except LinkError as error:
+        except ShoalError as error:
             _log.info("node %s asked to be dialled, in vain: %s", short_id(message.node), error)
 
     # ---- small things ----
@@ -357,3 +397,17 @@ class HubClient:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+async def _ask(
+    link: Link,
+    question: OfferPublish | OfferFind | Introduce | AskHub | ProbeHub,
+    answer: type[R],
+    deadline_s: float = REQUEST_DEADLINE_S,
+) -> R:
+    """Raises LinkError, and BadRecord when the answer is not one."""
+    version = link.version
+    body = await link.request(
+        question.KIND, encode(question, version), deadline_s=deadline_s, reply_max_bytes=answer.MAX_BYTES
+    )
+    return decode(answer, body, version)

@@ -33,6 +33,7 @@ HTTP_HEADER_BYTES_MAX = 16 * 1024
 HTTP_HEADER_MS_MAX = 10_000
 HTTP_READY_TRIES_MAX = 500
 HTTP_READY_EVERY_S = 0.01
+HTTP_STOP_S = 10.0
 
 _log = logging.getLogger("shoal.hub")
 
@@ -137,7 +138,8 @@ class HubServer:
             self._web = None
             if not serving.done():
                 server.stop()  # type: ignore[no-untyped-call]
-            await asyncio.wait([serving])
+            await asyncio.wait([serving], timeout=HTTP_STOP_S)
+            serving.cancel()
         if self._index is not None:
             await self._index.close()
         if self._lock is not None:

@@ -8,7 +8,7 @@ from shoal.errors import LinkError
 from shoal.hub.index import OFFERS_MAX, Arrival, OfferIndex
 from shoal.hub.rates import RateLimit
 from shoal.identity import short_id
-from shoal.protocol.hubs import TICKET_ADDRESSES_MAX, AskHub, HubInfo
+from shoal.protocol.hubs import TICKET_ADDRESSES_MAX, AskHub, HubInfo, ProbeHub
 from shoal.protocol.messages import DEFAULT_NETWORK, OLDEST_VERSION, PROTOCOL_VERSION, decode, encode
 from shoal.protocol.offers import DialMe, Done, Introduce, OfferFind, OfferKept, OfferPublish, OffersFound
 from shoal.world import Clock, Endpoint, Request
@@ -16,6 +16,7 @@ from shoal.world import Clock, Endpoint, Request
 PUBLISH_PER_S, PUBLISH_BURST = 2.0, 20
 FIND_PER_S, FIND_BURST = 10.0, 100
 INTRODUCE_PER_S, INTRODUCE_BURST = 2.0, 40
+PROBE_PER_S, PROBE_BURST = 0.1, 40
 """What one peer may ask for."""
 FOUND_BYTES_MAX = 1 << 20
 """An answer ends here even when more offers would be allowed in it; `more` says so."""
@@ -30,7 +31,7 @@ class NotLinked(LinkError):
 
 
 class HubService:
-    """Answers `offer.publish`, `offer.find`, `introduce` and `hub.info` on an endpoint."""
+    """Answers `offer.publish`, `offer.find`, `introduce`, `hub.info` and `hub.probe` on an endpoint."""
 
     def __init__(
         self,
@@ -50,10 +51,12 @@ class HubService:
         self._publishing = RateLimit(clock, PUBLISH_PER_S, PUBLISH_BURST)
         self._finding = RateLimit(clock, FIND_PER_S, FIND_BURST)
         self._introducing = RateLimit(clock, INTRODUCE_PER_S, INTRODUCE_BURST)
+        self._probing = RateLimit(clock, PROBE_PER_S, PROBE_BURST)
         endpoint.handle(OfferPublish.KIND, self._publish)
         endpoint.handle(OfferFind.KIND, self._find)
         endpoint.handle(Introduce.KIND, self._introduce)
         endpoint.handle(AskHub.KIND, self._tell_about_itself)
+        endpoint.handle(ProbeHub.KIND, self._take_probe)
 
     async def info(self) -> HubInfo:
         return HubInfo(
@@ -109,3 +112,8 @@ class HubService:
         self._finding.spend(request.peer, "A question")
         decode(AskHub, request.body, request.version)
         return encode(await self.info(), request.version)
+
+    async def _take_probe(self, request: Request) -> bytes:
+        self._probing.spend(request.peer, "A probe of the link")
+        decode(ProbeHub, request.body, request.version)
+        return encode(Done(), request.version)

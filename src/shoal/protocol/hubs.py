@@ -78,6 +78,18 @@ class AskHub(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, omi
     MAX_BYTES: ClassVar[int] = 64
 
 
+PROBE_BYTES_MAX = 256 * 1024
+
+
+class ProbeHub(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Request `hub.probe`: take these bytes and say Done, so that I can measure the way to you."""
+
+    KIND: ClassVar[str] = "hub.probe"
+    MAX_BYTES: ClassVar[int] = PROBE_BYTES_MAX + 64
+
+    padding: Annotated[bytes, Meta(max_length=PROBE_BYTES_MAX)] = b""
+
+
 class HubInfo(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """A hub about itself. Nothing here is signed; it is for people and for logs."""
 
