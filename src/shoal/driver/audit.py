@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import logging
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -32,8 +32,7 @@ WAITING_MAX = 16
 """Contributions waiting to be replayed; when there are more, the newest choice is dropped: replaying must not fall behind
 the job by much, and the choice stays unpredictable."""
 OPEN_DEADLINE_S = 15.0
-
-_log = logging.getLogger("shoal.audit")
+OPENED_PIN = "opened"
 
 
 async def open_from_member(
@@ -46,7 +45,7 @@ async def open_from_member(
     ref = decode(PrivateOpened, answer, link.version).blob
     if ref.hash != private:
         raise ShoalError(f"The member of round {contribution.round} opened another private state than was asked for.")
-    await fetcher.fetch(ref, [BlobHolder(node)])
+    await fetcher.fetch(ref, [BlobHolder(node)], owner=OPENED_PIN)
     return fetcher.store.path(ref.hash)
 
 
@@ -70,7 +69,11 @@ class Auditor:
         self._store = store
         self._fetcher = fetcher
         self._rate = rate
+        self._dice = dice
         self._secret = dice.bytes(32)
+        self._replayed: set[bytes] = set()
+        """Members of whom something was replayed."""
+        self._one_at_a_time = asyncio.Lock()
         self._on_verdict = on_verdict
         self._record = Record(folder.train_job(), folder.job.record_id)
         self._members: dict[bytes, Member] = {}
@@ -121,27 +124,39 @@ class Auditor:
             commit = open_record(envelope, Commit, network)
             self._record.commits[commit.round] = commit
 
+    async def audit_each(self) -> None:
+        """Replay one accepted contribution of every member, before the members are let go: of those that none of was
+        replayed while the job ran."""
+        by_member: dict[bytes, list[Contribution]] = {}
+        for commit in self._record.commits.values():
+            for entry in commit.accepted:
+                by_member.setdefault(entry.member, []).append(self._record.contributions[entry.contribution])
+        for member, contributions in sorted(by_member.items()):
+            if member not in self._replayed:
+                at = int(self._dice.uniform() * len(contributions))
+                await self._replay(contributions[at])
+
     async def _replay_all(self) -> None:
         while True:
-            contribution = await self._waiting.get()
-            try:
-                replayed = await self._replayer.replay(contribution)
-            except ShoalError as error:
-                _log.warning("round %d could not be replayed: %s", contribution.round, error)
-                continue
-            self._opened_bytes += replayed.opened_bytes
-            verdict = replayed.verdict
-            line = AuditLine(
-                time_s=self._folder.elapsed_s(),
-                round=contribution.round,
-                node=self._members[contribution.member].nodes[0].node.hex(),
-                verdict=AuditVerdict(verdict.outcome.value),
-                sentence=verdict.sentence[:1000],
-                difference=verdict.measured,
-                threshold=verdict.threshold,
-            )
-            self._folder.note(line)
-            self._on_verdict(contribution, line)
+            await self._replay(await self._waiting.get())
+
+    async def _replay(self, contribution: Contribution) -> None:
+        async with self._one_at_a_time:
+            replayed = await self._replayer.replay(contribution)
+        self._replayed.add(contribution.member)
+        self._opened_bytes += replayed.opened_bytes
+        verdict = replayed.verdict
+        line = AuditLine(
+            time_s=self._folder.elapsed_s(),
+            round=contribution.round,
+            node=self._members[contribution.member].nodes[0].node.hex(),
+            verdict=AuditVerdict(verdict.outcome.value),
+            sentence=verdict.sentence[:1000],
+            difference=_finite(verdict.measured),
+            threshold=verdict.threshold,
+        )
+        self._folder.note(line)
+        self._on_verdict(contribution, line)
 
     async def _find_blob(self, name: bytes) -> Path:
         if not self._store.has(name):
@@ -158,3 +173,7 @@ class Auditor:
             endpoint=self._endpoint,
             fetcher=self._fetcher,
         )
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

@@ -89,7 +89,11 @@ async def find_gang(
     told = False
     while True:
         found = [one for one in await directory.find(wanted) if one.node not in without]
-        fresh = [one for one in sorted(found, key=_best_flops, reverse=True) if one.node not in linked]
+        fresh = [
+            one
+            for one in sorted(found, key=lambda one: fastest_float32(one.offer), reverse=True)
+            if one.node not in linked
+        ]
         fresh = fresh[: max(0, nodes_max - len(linked))]
         answers = await asyncio.gather(
             *(link_to(one, endpoint=endpoint, directory=directory, clock=clock) for one in fresh),
@@ -119,5 +123,9 @@ async def find_gang(
     raise TooFewNodes(f"The job needs {nodes_min} nodes; {seen} within {wait_s:.0f} s. {hint}")
 
 
-def _best_flops(found: FoundOffer) -> float:
-    return max((rate.flops for device in found.offer.capability.devices for rate in device.throughput), default=0.0)
+def fastest_float32(offer: Offer) -> float:
+    """FLOP/s of an offer's fastest device in float32, the arithmetic that every job can use."""
+    return max(
+        (rate.flops for device in offer.capability.devices for rate in device.throughput if rate.dtype == "float32"),
+        default=0.0,
+    )

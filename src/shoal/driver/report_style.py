@@ -138,6 +138,14 @@ footer { color: var(--soft); font-size: 0.85rem; margin-top: 1.5rem; }
   .lanes > .strip, .lanes > .times { grid-column: 1 / -1; margin-bottom: 0.45rem; }
   .bars { grid-template-columns: 1fr; gap: 0.2rem; } .bars .head { display: none; }
   .bars .name { margin-top: 0.6rem; max-width: none; }
+}
+@media (max-width: 54rem) {
+  .many, .many tbody, .many tr, .many td { display: block; } .many thead { display: none; }
+  .many tr { border-bottom: 1px solid var(--rule); padding: 0.6rem 0; } .many tr:last-child { border-bottom: 0; }
+  .many td, .many td.number { border: 0; padding: 0.05rem 0; text-align: left; white-space: normal; }
+  .many td[data-label]::before { content: attr(data-label) ": "; color: var(--soft); }
+}
+@media (max-width: 40rem) {
   table, tbody, tr, td { display: block; } thead { display: none; }
   tr { border-bottom: 1px solid var(--rule); padding: 0.6rem 0; } tr:last-child { border-bottom: 0; }
   td, td.number { border: 0; padding: 0.05rem 0; text-align: left; white-space: normal; }

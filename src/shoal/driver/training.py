@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +60,8 @@ LOOK_EVERY_S = 3.0
 INVITE_DEADLINE_S = 20.0
 COMMITS_AT_ONCE = 64
 BETWEEN_INVITES_S = 10.0
-"""A node that refused an invitation is not asked again before."""
+"""A node that refused an invitation, or left, is not asked again before; each further time it is twice as long."""
+INVITES_MAX = 8
 
 _log = logging.getLogger("shoal.driver")
 
@@ -114,6 +115,10 @@ class _Given:
     update: Update | None = None
 
 
+async def _nothing() -> None:
+    pass
+
+
 @dataclass
 class Watchers:
     """Who is told what, beside the members."""
@@ -124,6 +129,8 @@ class Watchers:
     event: Callable[[Event], None] = lambda _: None
     recorded: Callable[[Envelope], None] = lambda _: None
     """After each record that was written down."""
+    closing: Callable[[], Awaitable[None]] = _nothing
+    """When all rounds are done and the members are still there."""
 
 
 class TrainingDriver:
@@ -183,7 +190,8 @@ class TrainingDriver:
         self._lines = MemberLines(endpoint, clock, self._lost)
         self._members: dict[bytes, tuple[Member, Envelope, LinkedNode]] = {}
         self._side_work: set[asyncio.Task[None]] = set()
-        self._invited: dict[bytes, float] = {}
+        self._invited: dict[bytes, tuple[int, float]] = {}
+        """NodeId -> how often it was invited, and before when it is not again."""
         self.nodes: dict[bytes, NodeFigures] = {}
         self._lanes: dict[bytes, NodeLane] = {}
         self._start_s = folder.elapsed_s()
@@ -209,6 +217,7 @@ class TrainingDriver:
         looking = asyncio.create_task(self._look_for_more())
         try:
             finish = await self._loop()
+            await self._watchers.closing()
         finally:
             looking.cancel()
             for task in self._side_work:
@@ -223,7 +232,10 @@ class TrainingDriver:
 
     def audit_failed(self, member_id: bytes, sentence: str) -> None:
         """A replay found that a member's work was not what was assigned."""
-        self._tell(driving.AuditFailed(member_id, sentence))
+        if self._driving.finished is None:
+            self._tell(driving.AuditFailed(member_id, sentence))
+            return
+        self._beside(self._dismiss(member_id, sentence, NodeStatus.EXCLUDED))
 
     def elapsed_s(self) -> float:
         """Seconds since the job's first start."""
@@ -417,7 +429,8 @@ class TrainingDriver:
     # ---- members ----
 
     async def _invite(self, node: LinkedNode) -> None:
-        self._invited[node.node] = self._clock.monotonic()
+        times, _ = self._invited.get(node.node, (0, 0.0))
+        self._invited[node.node] = (times + 1, self._clock.monotonic() + BETWEEN_INVITES_S * 2**times)
         state = self.state
         ref = await asyncio.to_thread(self._store.put, state.to_bytes(), SharedState.MEDIA_TYPE)
         invite = MemberInvite(
@@ -540,10 +553,10 @@ class TrainingDriver:
                 _log.info("no hub answers; the job goes on without new nodes: %s", error)
                 continue
             for one in found:
-                recently = self._clock.monotonic() - self._invited.get(one.node, float("-inf")) < BETWEEN_INVITES_S
-                if recently or self._lines.of_node(one.node) or one.node in self._driving.retired:
+                times, not_before = self._invited.get(one.node, (0, 0.0))
+                too_soon = times >= INVITES_MAX or self._clock.monotonic() < not_before
+                if too_soon or self._lines.of_node(one.node) or one.node in self._driving.retired:
                     continue
-                self._invited[one.node] = self._clock.monotonic()
                 try:
                     node = await link_to(one, endpoint=self._endpoint, directory=self._directory, clock=self._clock)
                 except LinkError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import shutil
 from collections.abc import Awaitable, Callable
@@ -18,7 +19,7 @@ from shoal.hub import HubClient
 from shoal.identity import KeyPair
 from shoal.node.member import PRIVATE_MEDIA_TYPE, EngineSettings, Invitation, MemberRun, NotAMember
 from shoal.protocol.messages import DEFAULT_NETWORK, decode, encode, sign
-from shoal.protocol.offers import Capability, Done, Offer
+from shoal.protocol.offers import Capability, Device, Done, Offer
 from shoal.protocol.training import (
     Head,
     HeadAsk,
@@ -68,6 +69,18 @@ class NodeSettings:
     network: str = DEFAULT_NETWORK
 
 
+def best_device(capability: Capability) -> str:
+    """The torch device of the fastest in float32, the arithmetic that every job can use."""
+
+    def rate(device: Device) -> float:
+        return max((each.flops for each in device.throughput if each.dtype == "float32"), default=0.0)
+
+    kinds = [device.kind for device in capability.devices]
+    at = max(range(len(kinds)), key=lambda index: rate(capability.devices[index]))
+    torch_kind = "cuda" if kinds[at] == "rocm" else kinds[at]  # torch speaks of ROCm devices as cuda
+    return torch_kind if torch_kind in ("cpu", "mps") else f"{torch_kind}:{kinds[:at].count(kinds[at])}"
+
+
 class NodeAgent:
     """One node. `run` goes on until it is cancelled."""
 
@@ -108,6 +121,9 @@ class NodeAgent:
             threads=self.settings.engine.threads,
             folder=self.settings.folder,
         )
+        if self.settings.engine.device == "auto":
+            engine = dataclasses.replace(self.settings.engine, device=best_device(self.capability))
+            self.settings = dataclasses.replace(self.settings, engine=engine)
         serve(self._endpoint, self._store)
         for kind, handler in (
             (MemberInvite, self._invited),

@@ -16,7 +16,7 @@ import msgspec
 
 from shoal.driver.audit import Auditor
 from shoal.driver.folder import RunFolder
-from shoal.driver.gang import LinkedNode, find_gang
+from shoal.driver.gang import LinkedNode, fastest_float32, find_gang
 from shoal.driver.lines import AuditLine, AuditVerdict, Evaluation, Event
 from shoal.driver.report import (
     Completion,
@@ -128,7 +128,9 @@ async def plan(job_file: JobFile, options: TrainOptions, scratch: Path) -> Plan:
             per_round = length.inner_steps * job_file.batch_samples * prepared.data.sequence_tokens * max(1, len(gang))
             trips = [trip for trip in (one.link.stats().round_trip_ms for one in gang) if trip is not None]
             return Plan(
-                nodes=tuple((one.name, one.offer.capability.devices[0].name, _best_flops(one)) for one in gang),
+                nodes=tuple(
+                    (one.name, one.offer.capability.devices[0].name, fastest_float32(one.offer)) for one in gang
+                ),
                 length=length,
                 parameters=prepared.model.parameters,
                 samples=prepared.data.samples,
@@ -261,7 +263,7 @@ class _Session:
         stats = [one.link.stats() for one in gang]
         trips = [one.round_trip_ms for one in stats if one.round_trip_ms is not None]
         rates = [one.rate_bps for one in stats if one.rate_bps is not None]
-        flops = max((_best_flops(one) for one in gang), default=0.0)
+        flops = max((fastest_float32(one.offer) for one in gang), default=0.0)
         work = 6 * prepared.model.parameters * job_file.batch_samples * prepared.data.sequence_tokens
         step_s = max(STEP_LEAST_S, work / (CPU_EFFICIENCY * flops) if flops else 1.0)
         return choose_round_length(
@@ -353,6 +355,7 @@ class _Session:
                 committed=lambda commit, given, after: self._committed(auditor, commit, given, after),
                 event=options.event,
                 recorded=auditor.recorded,
+                closing=lambda: self._close_out(auditor),
             ),
         )
         self._next_evaluation = standing.tokens_total + self.job.token_budget / (EVALUATIONS + 1)
@@ -391,6 +394,11 @@ class _Session:
             task = asyncio.create_task(self._evaluate(commit.round, commit.tokens_total, state))
             self._evaluations.add(task)
             task.add_done_callback(self._evaluations.discard)
+
+    async def _close_out(self, auditor: Auditor) -> None:
+        if self.options.closing_audit:
+            self.options.say("Replaying a round of every member whose work was not looked at yet.")
+            await auditor.audit_each()
 
     async def _evaluate(self, round_number: int, tokens: int, state: SharedState) -> float | None:
         if not self.private.held_out or self.engine is None or self.driver is None:
@@ -460,7 +468,3 @@ class _Session:
             goal = self.options.goal(report)
             report = write_report(self.folder, msgspec.structs.replace(figures, goal=goal))
         return report
-
-
-def _best_flops(node: LinkedNode) -> float:
-    return max((rate.flops for device in node.offer.capability.devices for rate in device.throughput), default=0.0)
