@@ -12,7 +12,7 @@ from hub_world import PATIENCE_S, HubProcess, Watcher, a_client, a_key, an_offer
 
 from shoal.errors import ShoalError
 from shoal.hub import HubPlaces, HubServer, HubSettings, HubStoreFailed, NoHub
-from shoal.hub.server import BadHttpPlace, DataInUse, HttpFailed
+from shoal.hub.server import BadHubSetting, DataInUse, HttpFailed
 from shoal.hub.web import READ_BURST
 from shoal.identity import BadKeyFile, Envelope, KeyPair
 from shoal.protocol.hubs import BadTicket, HubTicket
@@ -190,8 +190,9 @@ def test_a_second_hub_on_the_same_directory_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
-        ({"http": "127.0.0.1"}, BadHttpPlace, "host:port"),
-        ({"http": "127.0.0.1:99999"}, BadHttpPlace, "host:port"),
+        ({"name": "my hub"}, BadHubSetting, "'my hub' cannot name a hub"),
+        ({"http": "127.0.0.1"}, BadHubSetting, "host:port"),
+        ({"http": "127.0.0.1:99999"}, BadHubSetting, "host:port"),
         ({"http": "no.such.host.invalid:0"}, HttpFailed, "no.such.host.invalid"),
         ({"listen": "http://127.0.0.1:0"}, ShoalError, "tcp://host:port"),
     ],

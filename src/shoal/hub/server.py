@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+import msgspec
 from granian.constants import Interfaces
 from granian.http import HTTP1Settings
 from granian.server.embed import Server
@@ -24,6 +25,7 @@ from shoal.hub.web import make_app
 from shoal.identity import KeyPair, load_or_create_key
 from shoal.protocol.hubs import HubTicket
 from shoal.protocol.messages import DEFAULT_NETWORK
+from shoal.protocol.offers import Name
 from shoal.world import Address, Clock, Endpoint
 
 PURGE_EVERY_S = 60.0
@@ -36,6 +38,12 @@ HTTP_READY_EVERY_S = 0.01
 HTTP_STOP_S = 10.0
 
 _log = logging.getLogger("shoal.hub")
+
+
+class BadHubSetting(BadInput):
+    """A hub's name or the address of its HTTP face is not of the form it must have."""
+
+    code = "SH-114"
 
 
 class HttpFailed(LinkError):
@@ -92,7 +100,7 @@ class HubServer:
     async def start(self) -> HubPlaces:
         """Open everything and give the real addresses. What was opened is closed again when something fails.
 
-        Raises BadKeyFile, HubStoreFailed, DataInUse, HttpFailed, and what the endpoint raises.
+        Raises BadHubSetting, BadKeyFile, HubStoreFailed, DataInUse, HttpFailed, and what the endpoint raises.
         """
         try:
             return await self._start()
@@ -102,6 +110,7 @@ class HubServer:
 
     async def _start(self) -> HubPlaces:
         settings = self._settings
+        _refuse_bad_name(settings.name)
         try:
             settings.data.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(settings.data / "hub.lock")
@@ -194,10 +203,20 @@ def _first_line(cause: BaseException | None) -> str:
     return str(cause).splitlines()[0] if cause is not None and str(cause) else "the server gave no reason"
 
 
+def _refuse_bad_name(name: str) -> None:
+    try:
+        msgspec.convert(name, Name)
+    except msgspec.ValidationError as error:
+        raise BadHubSetting(
+            f"{name!r} cannot name a hub: up to 48 letters, digits, dots, dashes and underscores can, beginning with a "
+            "letter or digit."
+        ) from error
+
+
 def _split(place: str) -> tuple[str, int]:
     host, colon, port = place.rpartition(":")
     if not colon or not host or not port.isdigit() or int(port) > 65535:
-        raise BadHttpPlace(f"{place!r} is not host:port for the HTTP face; write for example 127.0.0.1:7780.")
+        raise BadHubSetting(f"{place!r} is not host:port for the HTTP face; write for example 127.0.0.1:7780.")
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 
@@ -212,12 +231,6 @@ def _free_port(host: str, port: int) -> tuple[str, int]:
         raise HttpFailed(
             f"The hub cannot serve HTTP at {host}:{port}: {error.strerror}. Name another address with --http."
         ) from error
-
-
-class BadHttpPlace(BadInput):
-    """The address of the HTTP face is not host:port."""
-
-    code = "SH-114"
 
 
 def _lock(path: Path) -> IO[bytes]:
