@@ -22,7 +22,8 @@ VOCABULARY = 257
 HELD_OUT_SHARE = 0.04
 LEFT_OUT = ("test", "tests", "idle_test", "site-packages", "__pycache__")
 """Directories that are not read: tests are half of the library and hold malformed files on purpose."""
-TRAIN_BYTES_MAX = 16 << 20
+TRAIN_BYTES_MAX = 3 << 20
+"""Enough for two passes of the longest run; a pool that a slow link carries to the nodes before the first round."""
 
 
 @dataclass(frozen=True)
@@ -67,16 +68,14 @@ def build(folder: Path) -> Corpus:
     sides: dict[bool, list[NDArray[np.uint16]]] = {True: [], False: []}
     documents = size = 0
     with (folder / "train.jsonl").open("w", encoding="utf-8") as texts:
-        for path in sorted(root.rglob("*.py")):
-            name = path.relative_to(root)
-            if set(name.parts) & set(LEFT_OUT):
+        for draw, path in sorted((_draw(path.relative_to(root)), path) for path in root.rglob("*.py")):
+            if set(path.relative_to(root).parts) & set(LEFT_OUT):
                 continue
             content = path.read_bytes()
             try:
                 text = content.decode()
             except UnicodeDecodeError:
                 continue
-            draw = int.from_bytes(blake3(name.as_posix().encode()).digest()[:6], "big") / (1 << 48)
             held_out = draw < HELD_OUT_SHARE
             if not content or (not held_out and size + len(content) > TRAIN_BYTES_MAX):
                 continue
@@ -100,6 +99,11 @@ def build(folder: Path) -> Corpus:
     )
     corpus.save()
     return corpus
+
+
+def _draw(name: Path) -> float:
+    """A number in [0, 1) that follows from a document's path in the library."""
+    return int.from_bytes(blake3(name.as_posix().encode()).digest()[:6], "big") / (1 << 48)
 
 
 class Sequences:

@@ -65,10 +65,20 @@ class Process:
         except queue.Empty:
             raise CannotMeasure(f"{self.name} has said nothing for {timeout_s:g} s; its log is {self._log}.") from None
         if line is None:
-            status = self._popen.wait()
-            tail = " | ".join(self._log.read_text(errors="replace").strip().splitlines()[-3:])
-            raise CannotMeasure(f"{self.name} ended early with status {status}: {tail or 'it gave no reason'}")
+            raise CannotMeasure(self.why_ended())
         return line
+
+    def ended(self) -> int | None:
+        """Its exit status, or None while it runs."""
+        return self._popen.poll()
+
+    def why_ended(self) -> str:
+        """A sentence about a process that ended before it should."""
+        status = self._popen.wait()
+        said = [line for line in list(self._lines.queue)[-4:] if line is not None]
+        said += self._log.read_text(errors="replace").splitlines()[-3:]
+        tail = " | ".join(line.strip() for line in said)
+        return f"{self.name} ended early with status {status}: {tail or 'it gave no reason'}"
 
     def say(self, line: str) -> None:
         assert self._popen.stdin is not None

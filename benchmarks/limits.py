@@ -8,6 +8,7 @@ long. `python benchmarks/limits.py` shows by measurement that the limit holds.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
@@ -23,6 +24,7 @@ PERIOD_US = 20_000
 ENDING_S = 20.0
 """How long killed processes may take to be gone."""
 PREFIX = "shoal-benchmark-"
+_numbers = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class CpuGroup:
     """
 
     def __init__(self, name: str, cores: float | None) -> None:
-        self._name = f"{PREFIX}{os.getpid()}-{name}"
+        self._name = f"{PREFIX}{os.getpid()}-{next(_numbers)}-{name}"
         self._cores = cores
         self._folders: list[Path] = []
 

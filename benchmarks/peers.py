@@ -61,6 +61,8 @@ class Run:
     tokens: int
     seconds: float
     tokens_per_s: float
+    sent_by_host: tuple[int, ...]
+    """Bytes: the workers, then the hub's host."""
     sent_bytes: int
     """At the interfaces of all hosts, each packet once, where it was sent; repeated and lost packets included."""
     startup_bytes: int
@@ -96,6 +98,7 @@ def measured(
     cores = tuple((b - a) / seconds for a, b in zip(before.used_s, after.used_s, strict=True))
     return Run(
         peer=peer, tokens=tokens, seconds=seconds, tokens_per_s=more.pop("tokens_per_s", tokens / seconds),
+        sent_by_host=tuple(b - a for a, b in zip(before.sent, after.sent, strict=True)),
         sent_bytes=sum(after.sent) - sum(before.sent), startup_bytes=sum(before.sent),
         cores=cores[:-1], hub_cores=cores[-1], congestion_controls=frozenset(congestion), **more,
     )  # fmt: skip

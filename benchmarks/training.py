@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import math
 import shutil
 import statistics
@@ -30,6 +31,7 @@ from ground import Ground, orderly_end
 from links import LINKS, CannotMeasure, Link
 from peers import DDP, DILOCO, Alone, Job, Peer, Run, held_out_loss, make_start, stopwatch
 from results_form import figure, report
+from shoal_peer import Shoal
 
 CORES = 0.8
 """Share of a core every worker is held to."""
@@ -63,6 +65,9 @@ def extent(peer: str, link: str, quick: bool) -> Extent:
     if peer == "diloco":
         rounds, each = {"home": (2 if quick else 4, 8.0), "poor": (1 if quick else 3, 28.0)}[link]
         return Extent(rounds=rounds + 1, warmup=1, estimate_s=(rounds + 1) * each)
+    if peer == "shoal":
+        seconds = 12.0 if quick else {"home": 40.0, "poor": 60.0}[link]
+        return Extent(seconds=seconds, warmup=3, estimate_s=seconds + {"home": 25.0, "poor": 80.0}[link])
     seconds = 8.0 if quick else 20.0
     return Extent(seconds=seconds, warmup=10, estimate_s=seconds + 2)
 
@@ -142,7 +147,9 @@ def speed(bench: Bench, link: Link) -> list[dict[str, object]]:
                 f"{link.name} {repetition + 1}/{bench.repetitions} {peer.name:8} {run.tokens_per_s:9.1f} tokens/s "
                 f"{run.bytes_per_token:10.3f} bytes/token, {run.tokens} tokens in {run.seconds:.1f} s, cores "
                 + " ".join(f"{share:.3f}" for share in run.cores)
-                + f" + hub {run.hub_cores:.3f}"
+                + f" + hub {run.hub_cores:.3f}; kB sent by host "
+                + " ".join(f"{sent / 1000:.0f}" for sent in run.sent_by_host)
+                + "".join(f", {name} {value}" for name, value in run.notes.items())
             )
     lone = [run.tokens_per_s for run in runs["alone"]]
     figures = [
@@ -206,8 +213,9 @@ def loss(bench: Bench) -> list[dict[str, object]]:
         bench.say(f"loss {peer.name:8} seed {seed}, learning rate {learning_rate:g}: {found:.4f}  ({taken():.0f} s)")
         return found
 
+    begin = bench.start(0)
     with Ground(None, [], bench.folder / "logs") as ground:
-        untrained = held_out_loss(ground, bench.corpus, 128, [bench.start(0)])[0]
+        untrained = held_out_loss(ground, bench.corpus, 128, [begin])[0]
     figures = [
         figure("loss/untrained", round(untrained, 4), "nats/byte"),
         figure("loss/unigram", round(bench.corpus.unigram_loss, 4), "nats/byte"),
@@ -310,7 +318,8 @@ def table(figures: Sequence[dict[str, object]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    known = {peer.name: peer for peer in (DDP, DILOCO)}
+    shoal = Shoal()
+    known: dict[str, Peer] = {peer.name: peer for peer in (DDP, DILOCO, shoal)}
     parser.add_argument("--quick", action="store_true", help="short form of everything, a few minutes")
     parser.add_argument("--only", default="speed,loss,mixed", help="parts, separated by commas (%(default)s)")
     parser.add_argument("--links", default=None, help="links, separated by commas (home,poor; --quick: home)")
@@ -318,6 +327,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=None, help="interleaved repetitions (5; --quick: 1)")
     parser.add_argument("--tokens", type=int, default=None, help="tokens of a loss run (1048576; --quick: 204800)")
     parser.add_argument("--seeds", type=int, default=None, help="seeds of a loss (3; --quick: 1)")
+    parser.add_argument("--rounds", default="{}", help="fields of shoal's rounds section to try, as JSON (%(default)s)")
     parser.add_argument("--save", action="store_true", help="keep the result in benchmarks/results/training.json")
     parser.add_argument("--keep", type=Path, default=None, help="work in this folder and leave it")
     given = parser.parse_args()
@@ -340,13 +350,20 @@ def main() -> None:
             links.require_root()
             limits.sweep()
             chosen = [known[name] for name in given.peers.split(",")]
-            shoal = next((peer for peer in chosen if peer.name == "shoal"), None)
+            shoal.rounds.update(json.loads(given.rounds))
             bench = Bench(
-                folder=folder, corpus=corpora.build(folder / "corpus"), alone=Alone(), peers=chosen, quick=quick,
-                repetitions=given.repetitions or (1 if quick else 5), seeds=given.seeds or (1 if quick else 3),
-                tokens=given.tokens or (204_800 if quick else 1_048_576), grid=GRID[1:2] if quick else GRID, say=say,
-            )  # fmt: skip
-            if shoal is None and "mixed" in parts:
+                folder=folder,
+                corpus=corpora.build(folder / "corpus"),
+                alone=Alone(beside=shoal.beside if shoal in chosen else None),
+                peers=chosen,
+                quick=quick,
+                repetitions=given.repetitions or (1 if quick else 5),
+                seeds=given.seeds or (1 if quick else 3),
+                tokens=given.tokens or (204_800 if quick else 1_048_576),
+                grid=GRID[1:2] if quick else GRID,
+                say=say,
+            )
+            if shoal not in chosen and "mixed" in parts:
                 parts.remove("mixed")
                 say("mixed speeds are left out: they need the peer shoal")
             plan(bench, parts, [LINKS[name] for name in names])
@@ -360,7 +377,7 @@ def main() -> None:
                 figures += speed(bench, LINKS[name])
             if "loss" in parts:
                 figures += loss(bench)
-            if "mixed" in parts and shoal is not None:
+            if "mixed" in parts:
                 figures += mixed(bench, shoal)
             figures.append(figure("parameters", bench.parameters, "parameters"))
     except CannotMeasure as error:
