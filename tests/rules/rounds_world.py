@@ -420,14 +420,18 @@ class World:
             while self.fetching:
                 self.finish_fetch()
             self.finish_aggregation()
-            for member in self.members:
+            for member in [member for member in self.members if not member.gone]:
                 busy = busy or member.applying is not None or member.computing is not None
                 member.finish_apply()
                 member.finish_work()
-            if self.driving.finished is not None and not busy and not self.queue:
-                return
-            if not busy:
+            if not busy and not self.queue:
+                # A member that heard the old driver not long ago refuses its heir at first; the heir asks again.
+                refused = [member for member in self.members
+                           if not member.gone and member.following.term.number < self.driving.term]  # fmt: skip
+                if self.driving.finished is not None and not refused:
+                    return
                 self.wait(self.job.rounds.deadline_ms)
+                self.queue.extend((member, self.term) for member in refused)
         raise AssertionError("The job did not come to an end.")
 
     # --- what must be true of what happened -------------------------------------------------------------------------

@@ -27,32 +27,33 @@ class Tape:
 
 def one_whim(world: World, choose: Tape, calm: bool) -> None:
     """One thing happens, whatever it may be."""
-    what = choose(20)
+    what = choose(32)
     members = [member for member in world.members if not member.gone]
-    if what < 8 and world.queue:
-        near = min(len(world.queue), 6 if calm else 64)
-        world.deliver(choose(near), again=choose(8) == 7)
-    elif what < 10 and members:
+    if what < 10:
+        for _ in range(1 + choose(6)):
+            if world.queue:
+                world.deliver(choose(min(len(world.queue), 6 if calm else 64)), again=choose(8) == 7)
+    elif what < 14 and members:
         members[choose(len(members))].finish_work()
-    elif what < 12 and members:
+    elif what < 18 and members:
         members[choose(len(members))].finish_apply()
-    elif what == 12:
+    elif what < 21:
         world.finish_fetch(faulty=not calm and choose(8) == 7)
-    elif what == 13:
+    elif what < 23:
         world.finish_aggregation(exclude=0 if not calm and choose(6) == 5 else None)
-    elif what == 14 and members:
+    elif what < 25 and members:
         world.report_ready(members[choose(len(members))])
-    elif what == 15:
+    elif what < 27:
         world.wait((10, 400, 1_100, 5_000, 21_000)[choose(3 if calm else 5)])
-    elif what == 16 and len(members) < 6:
+    elif what == 27 and len(members) < 6:
         world.join()
     elif calm:
         return
-    elif what == 17 and members:
+    elif what == 28 and members and choose(2):
         world.leave(members[choose(len(members))])
-    elif what == 18:
-        world.crash(DRIVERS[choose(8) == 7] if choose(3) == 2 else None)
-    elif what == 19 and members and choose(4) == 3:
+    elif what == 29 and choose(3) == 2:
+        world.crash(DRIVERS[choose(4) == 3] if choose(3) == 2 else None)
+    elif what == 30 and members and choose(4) == 3:
         world.drive(driving.AuditFailed(members[choose(len(members))].member_id, "step 3 was altered"))
 
 

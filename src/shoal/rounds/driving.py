@@ -273,6 +273,8 @@ class OpenShare:
     """From when the member could begin with it until it was delivered."""
     reason: str = ""
     """Why it is void."""
+    told: bool = False
+    """Void, and its member knows by a Commit that it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -775,7 +777,7 @@ class _Turn:
         )
         commit_id = record_id_of(commit, state.driver, state.network)
         standing = advance(state.standing, opened.assignment, commit, commit_id)
-        rounds = state.rounds[1:]
+        rounds = tuple(_told(later, opened) for later in state.rounds[1:])
         if rounds:
             rounds = (replace(rounds[0], front_ms=self.now_ms), *rounds[1:])
         self.state = replace(state, standing=standing, rounds=rounds, waiting_since_ms=None if rounds else self.now_ms)
@@ -797,14 +799,14 @@ class _Turn:
         """Assign the next round if there is room, somebody to do it, and something left to do."""
         state, settings = self.state, self.state.job.rounds
         wanted = 1 if state.started else max(1, state.members_min)
-        if len(state.rounds) > settings.lag or len(state.members) < wanted:
+        order = self._assignable()
+        if len(state.rounds) > settings.lag or len(state.members) < wanted or not order:
             return False
         per_sample = state.job.data.sequence_tokens
         in_flight = sum(opened.samples(Phase.AWAITED, Phase.FETCHING, Phase.READY) for opened in state.rounds)
         left = -((state.standing.tokens_total - state.job.token_budget) // per_sample) - in_flight
         if left <= 0:
             return False
-        order = sorted(state.members)
         speeds = credible([state.members[member_id].speed for member_id in order])
         full = full_round(speeds, settings.inner_steps, state.job.batch_samples, settings.deadline_ms)
         # The last two rounds are of one size, so that none is so small that it is mostly noise.
@@ -844,6 +846,17 @@ class _Turn:
         self.effects.append(Assign(assignment, opened.assignment_id, f"Round {number}: {division.reason}"))
         return True
 
+    def _assignable(self) -> list[bytes]:
+        """Members in canonical order, without those that do not know yet that a share of theirs is void: they would
+        build on it."""
+        unaware = {
+            member_id
+            for opened in self.state.rounds
+            for member_id, share in opened.shares.items()
+            if share.phase is Phase.VOID and not share.told
+        }
+        return sorted(member_id for member_id in self.state.members if member_id not in unaware)
+
     def _fresh(self, share: Share) -> OpenShare:
         """A new share, knowing what its member has delivered in open rounds already."""
         for opened in reversed(self.state.rounds):
@@ -880,6 +893,19 @@ class _Turn:
         standing = replace(standing, ledger=standing.ledger.give_back_all())
         self.state = replace(self.state, finished=ended, standing=standing, rounds=(), wake_ms=None)
         self.effects.append(ended)
+
+
+def _told(later: OpenRound, committed: OpenRound) -> OpenRound:
+    """Who was excluded in a committed round knows that its shares in later open rounds are void."""
+    shares = {
+        member_id: replace(share, told=True)
+        if share.phase is Phase.VOID
+        and member_id in committed.shares
+        and committed.shares[member_id].phase is Phase.VOID
+        else share
+        for member_id, share in later.shares.items()
+    }
+    return replace(later, shares=MappingProxyType(shares))
 
 
 def _remember(known: Mapping[bytes, _V], key: bytes, value: _V) -> Mapping[bytes, _V]:

@@ -4,21 +4,24 @@ It takes records as they arrive, in any order and any number of times, verifies 
 and the chain so far, and says what the engine shall do.
 
     Commits:  early ── its predecessor is applied, its term fits ──> Apply ── Applied, same hash ──> head
-    shares:   waiting ── base is the head, engine is free ──> BeginWork ── Computed ──> Send ──> Counted | RollBack
+    shares:   waiting ── base is the head, engine is free ──> computing (BeginWork) ── Computed ──> sent ──> Counted
+                                                              any of them ── its round's Commit without it ──> lost
 
 What is followed is the newest term of a driver that the grant allows. Commits of an older term count up to the round
 from which the newer term goes on. Whoever asks for the head in order to begin a term is promised that no Commit of an
 older term beyond it will be taken. After a fork (two Commits of one driver for one round and term) nothing more is
 taken from that driver in that term, and its successor may begin at once.
 
-A share that cannot count any more (not accepted in its round's Commit, or of a term that ended) is void, and with it
-every share that was assigned before that was known, for the next work has to build on nothing that does not count.
+When a Commit does not accept this member's share, every share of it that was assigned before that Commit is lost as
+well, for the next work has to build on nothing that does not count: the driver keeps the same rule. What is in flight
+when a newer term begins is void.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from types import MappingProxyType
 from typing import ClassVar, TypeAlias
 
@@ -34,8 +37,8 @@ RIVALS_MAX = 4
 """Different Commits of one round that are kept until it is known which one counts."""
 CHAIN_KEPT = 16
 """Commits behind the head that are kept, to recognise forks and to answer with."""
-ASSIGNMENTS_MAX = 8
-"""Assignments with a share of this member that wait for their base or their term."""
+OWN_SHARES_MAX = 8
+"""Shares of this member whose rounds are not committed: lag + 1, and some of a term that is still to be known."""
 TERMS_KEPT = 16
 
 
@@ -211,24 +214,30 @@ class TermSeen:
     head_round: int
 
 
+class Stage(StrEnum):
+    WAITING = "waiting"
+    COMPUTING = "computing"
+    SENT = "sent"
+    DECLINED = "declined"
+    """It will not be done (it came too late, or failed); the driver learns it when the round closes."""
+    LOST = "lost"
+    """Void, and the driver knows: work of a round before it was not accepted."""
+
+
 @dataclass(frozen=True, slots=True)
-class Waiting:
-    """An Assignment with a share of this member that has not been begun."""
+class OwnShare:
+    """A share of this member whose round is not committed yet."""
 
     assignment: Assignment
     assignment_id: bytes
     signer: bytes
     share: Share
-
-
-@dataclass(frozen=True, slots=True)
-class OwnWork:
-    """A share that was begun and is not yet decided."""
-
-    round: int
-    term: int
+    stage: Stage = Stage.WAITING
     contribution_id: bytes | None = None
-    """None while it is computed."""
+
+    @property
+    def round(self) -> int:
+        return self.assignment.round
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,13 +276,10 @@ class Following:
     applying: Early | None = None
     early: Mapping[int, tuple[Early, ...]] = field(default_factory=dict)
     """Commits beyond the one being applied, by round."""
-    waiting: tuple[Waiting, ...] = ()
-    own: tuple[OwnWork, ...] = ()
-    """Undecided own work, oldest first; only the last can be under way."""
-    begun_round: int = -1
-    """The newest round that was begun: none is begun twice, or after a later one."""
-    barred_round: int = -1
-    """The newest round in which own work was lost: what was assigned on an older base is void."""
+    own: tuple[OwnShare, ...] = ()
+    """By term and round."""
+    lost_round: int = -1
+    """The newest committed round in which a share of this member was not accepted."""
     last_counted: bytes | None = None
     promised: Promise | None = None
     forked: bool = False
@@ -291,7 +297,7 @@ class Following:
 
     @property
     def working(self) -> bool:
-        return bool(self.own) and self.own[-1].contribution_id is None
+        return any(own.stage is Stage.COMPUTING for own in self.own)
 
 
 def follow(
@@ -442,26 +448,11 @@ class _Turn:
         seen = TermSeen(term.number, envelope.record_id, envelope.signer, term.head, term.head_round)
         terms = (*(old for old in state.terms if old.number < seen.number), seen)[-TERMS_KEPT:]
         self.state = replace(state, terms=terms, heard_ms=self.now_ms, forked=False)
-        self._lose(
-            lambda own: own.round > seen.head_round,
-            f"Term {seen.number} began after round {seen.head_round}: later rounds of older terms are void.",
-        )
-        waiting = tuple(
-            entry
-            for entry in self.state.waiting
-            if entry.assignment.term >= seen.number or entry.assignment.round <= seen.head_round
-        )
-        # Work of later rounds may be begun again under the new term.
-        begun = min(self.state.begun_round, seen.head_round)
-        barred = min(self.state.barred_round, seen.head_round)
-        self.state = replace(
-            self.state, waiting=waiting, barred_round=barred, begun_round=max(begun, self._newest_own_round())
-        )
+        # Of rounds beyond the term's start only what this term itself assigned (it may have come before) has a place.
+        stays = [own for own in self.state.own if own.assignment.term >= seen.number or own.round <= seen.head_round]
+        self._keep(tuple(stays), f"Term {seen.number} began after round {seen.head_round}: later rounds are void.")
         self._ask_missing(seen.head_round)
         return None
-
-    def _newest_own_round(self) -> int:
-        return max((own.round for own in self.state.own), default=-1)
 
     def _promised(self) -> Promise | None:
         """The promise that is in force."""
@@ -562,20 +553,19 @@ class _Turn:
         share = next((entry for entry in assignment.shares if entry.member == state.member_id), None)
         if share is None:
             return None
-        if assignment.round <= state.begun_round and assignment.term == current.number:
-            return self.ignore(f"Round {assignment.round} was begun already, or a later one was.")
-        if any(
-            (entry.assignment.term, entry.assignment.round) == (assignment.term, assignment.round)
-            for entry in state.waiting
-        ):
-            return self.ignore(f"An Assignment of round {assignment.round} is waiting already; the first one stands.")
+        if any((own.assignment.term, own.round) == (assignment.term, assignment.round) for own in state.own):
+            return self.ignore(f"An Assignment of round {assignment.round} is known already; the first one stands.")
+        if assignment.round <= state.head.round:
+            return self.ignore(f"The Assignment of round {assignment.round} came after that round's Commit.")
         if any(not 0 <= piece.start < piece.stop <= state.job.data.samples for piece in share.ranges):
             return self.ignore(f"The Assignment of round {assignment.round} names samples that the job does not have.")
-        if len(state.waiting) >= ASSIGNMENTS_MAX:
-            return self.ignore(f"The Assignment of round {assignment.round} is one too many: {ASSIGNMENTS_MAX} wait.")
-        entry = Waiting(assignment, envelope.record_id, envelope.signer, share)
-        waiting = sorted((*state.waiting, entry), key=lambda other: (other.assignment.term, other.assignment.round))
-        self.state = replace(state, waiting=tuple(waiting))
+        if len(state.own) >= OWN_SHARES_MAX:
+            return self.ignore(
+                f"The Assignment of round {assignment.round} is one too many: {OWN_SHARES_MAX} are open."
+            )
+        entry = OwnShare(assignment, envelope.record_id, envelope.signer, share)
+        own = sorted((*state.own, entry), key=lambda other: (other.assignment.term, other.round))
+        self.state = replace(state, own=tuple(own))
         return None
 
     # --- the engine's answers ---------------------------------------------------------------------------------------
@@ -598,20 +588,53 @@ class _Turn:
         return None
 
     def computed(self, event: Computed) -> None:
-        own = self.state.own
-        if not own or own[-1].round != event.round or own[-1].contribution_id is not None:
+        if self._computing(event.round) is None:
             return self.ignore(f"The work of round {event.round} became void before it was done; it is not sent.")
-        done = replace(own[-1], contribution_id=event.contribution_id)
-        self.state = replace(self.state, own=(*own[:-1], done))
+        self._mark(
+            lambda own: own.stage is Stage.COMPUTING,
+            lambda own: replace(own, stage=Stage.SENT, contribution_id=event.contribution_id),
+        )
         self.effects.append(Send(event.round, event.contribution_id))
         return None
 
     def failed(self, event: WorkFailed) -> None:
-        own = self.state.own
-        if not own or own[-1].round != event.round or own[-1].contribution_id is not None:
+        failed = self._computing(event.round)
+        if failed is None:
             return self.ignore(f"The work of round {event.round} was void already.")
-        self._lose(lambda work: work.round == event.round, f"The work of round {event.round} failed: {event.reason}")
+        self._decline(failed)
+        self.effects.append(
+            RollBack(self._newest_standing(), f"The work of round {event.round} failed: {event.reason}")
+        )
         return None
+
+    def _computing(self, number: int) -> OwnShare | None:
+        return next((own for own in self.state.own if own.stage is Stage.COMPUTING and own.round == number), None)
+
+    def _decline(self, declined: OwnShare) -> None:
+        """This share will not be done. What was assigned before the driver knows will be void with it."""
+        self._mark(
+            lambda own: own is declined or (own.stage is Stage.WAITING and own.round > declined.round
+                                            and own.assignment.term == declined.assignment.term
+                                            and self._base_round(own) < declined.round),
+            lambda own: replace(own, stage=Stage.DECLINED),
+        )  # fmt: skip
+
+    def _mark(self, which: Callable[[OwnShare], bool], change: Callable[[OwnShare], OwnShare]) -> None:
+        own = tuple(change(entry) if which(entry) else entry for entry in self.state.own)
+        self.state = replace(self.state, own=own)
+
+    def _base_round(self, own: OwnShare) -> int:
+        """Of the Commit it starts from. One that is not known (yet) is as old as it may be."""
+        rounds = {link.commit_id: link.round for link in self.state.chain}
+        applying = self.state.applying
+        if applying is not None:
+            rounds[applying.envelope.record_id] = applying.commit.round
+        return rounds.get(own.assignment.previous, own.round - 1 - self.state.job.rounds.lag)
+
+    def _newest_standing(self) -> bytes | None:
+        """The newest own Contribution that is accepted, or may be."""
+        sent = [own.contribution_id for own in self.state.own if own.stage is Stage.SENT]
+        return sent[-1] if sent else self.state.last_counted
 
     def head_asked(self, event: HeadAsked) -> None:
         state = self.state
@@ -641,49 +664,41 @@ class _Turn:
         """Begin the oldest share whose base is the head, if the engine is free; before the head moves on."""
         state = self.state
         if state.working or state.forked:
-            return
-        keep: list[Waiting] = []
-        chosen: Waiting | None = None
-        known = {link.commit_id for link in state.chain}
-        for entry in state.waiting:
-            assignment = entry.assignment
-            if assignment.term < state.term.number:
+            return None
+        for own in state.own:
+            if own.stage is not Stage.WAITING or own.assignment.term != state.term.number:
                 continue
-            if assignment.term == state.term.number:
-                refused = self._no_longer(entry, known)
-                if refused:
-                    self.ignore(refused)
-                    continue
-                if chosen is None and assignment.previous == state.head.commit_id:
-                    chosen = entry
-                    continue
-            keep.append(entry)
-        self.state = replace(state, waiting=tuple(keep))
-        if chosen is None:
-            return
-        builds_on = next((own.contribution_id for own in reversed(state.own) if own.round > state.head.round), None)
-        work = OwnWork(chosen.assignment.round, chosen.assignment.term)
-        self.state = replace(self.state, own=(*state.own, work), begun_round=work.round)
-        self.effects.append(BeginWork(chosen.assignment, chosen.assignment_id, chosen.share, builds_on))
+            refused = self._no_longer(own)
+            if refused:
+                self.ignore(refused)
+                self._decline(own)
+                return self._begin()
+            if own.assignment.previous == state.head.commit_id:
+                builds_on = [other.contribution_id for other in state.own
+                             if other.stage is Stage.SENT and other.round < own.round]  # fmt: skip
+                self._mark(lambda entry, own=own: entry is own, lambda entry: replace(entry, stage=Stage.COMPUTING))  # type: ignore[misc]
+                newest = builds_on[-1] if builds_on else None
+                self.effects.append(BeginWork(own.assignment, own.assignment_id, own.share, newest))
+                return None
+        return None
 
-    def _no_longer(self, entry: Waiting, known: set[bytes]) -> str:
+    def _no_longer(self, own: OwnShare) -> str:
         """Why a waiting share of the current term can never be begun; empty when it can."""
-        state, assignment = self.state, entry.assignment
-        number = assignment.round
-        if entry.signer != state.term.driver:
-            return f"The Assignment of round {number} is signed by {short_id(entry.signer)}, which does not drive."
-        if number <= state.begun_round:
-            return f"Round {number} comes too late: round {state.begun_round} was begun."
+        state, assignment, number = self.state, own.assignment, own.round
+        if own.signer != state.term.driver:
+            return f"The Assignment of round {number} is signed by {short_id(own.signer)}, which does not drive."
+        later = [other.round for other in state.own
+                 if other.round > number and other.stage in (Stage.COMPUTING, Stage.SENT)]  # fmt: skip
+        if later:
+            return f"The Assignment of round {number} came too late: round {later[0]} was begun."
         if assignment.previous != state.head.commit_id:
-            if assignment.previous in known or number <= state.head.round:
+            if any(link.commit_id == assignment.previous for link in state.chain) or number <= state.head.round + 1:
                 return f"The Assignment of round {number} starts from a Commit behind the head; it came too late."
             return ""
         if not state.head.round < number <= state.head.round + 1 + state.job.rounds.lag:
             return f"The Assignment of round {number} does not fit its base, the Commit of round {state.head.round}."
         if assignment.base_state != state.head.state:
             return f"The Assignment of round {number} names another base state than its base Commit."
-        if state.head.round < state.barred_round:
-            return f"The share of round {number} is void: work of round {state.barred_round} was lost."
         return ""
 
     def _apply_next(self) -> None:
@@ -780,36 +795,39 @@ class _Turn:
         return ""
 
     def _decide_own(self, commit: Commit) -> None:
-        """What a Commit means for this member's own work."""
-        state = self.state
+        """What a Commit means for this member's own shares."""
+        state, number = self.state, commit.round
         mine = next((entry for entry in commit.accepted if entry.member == state.member_id), None)
-        own = next((work for work in state.own if work.round == commit.round), None)
+        own = next(
+            (entry for entry in state.own if entry.round == number and entry.assignment.term == commit.term), None
+        )
+        rest = tuple(entry for entry in state.own if entry.round > number)
         if mine is not None:
-            if own is None or own.contribution_id != mine.contribution:
-                self.stop(
-                    f"The Commit of round {commit.round} accepts a Contribution ({short_id(mine.contribution)}) in "
-                    f"this member's name that it does not know."
+            if own is None or own.stage is not Stage.SENT or own.contribution_id != mine.contribution:
+                return self.stop(
+                    f"The Commit of round {number} accepts a Contribution ({short_id(mine.contribution)}) in this "
+                    f"member's name that it does not know."
                 )
-                return
-            rest = tuple(work for work in state.own if work.round > commit.round)
             self.state = replace(state, own=rest, last_counted=mine.contribution)
-            self.effects.append(Counted(mine.contribution, commit.round))
-            return
+            self.effects.append(Counted(mine.contribution, number))
+            return None
         excluded = next((entry for entry in commit.excluded if entry.member == state.member_id), None)
         if own is None and excluded is None:
-            return
+            return self._keep(rest, "")
+        # A share that never came here was void with an earlier one, if one was lost in the round before.
+        known = own.stage is Stage.LOST if own is not None else state.lost_round == number - 1
+        self.state = replace(self.state, lost_round=number)
+        if known:
+            return self._keep(rest, "")
         reason = excluded.reason if excluded is not None else "it is not among the accepted ones"
-        self.state = replace(self.state, barred_round=max(self.state.barred_round, commit.round))
-        self._lose(lambda work: work.round >= commit.round, f"Round {commit.round} does not count: {reason}")
+        lost = tuple(replace(entry, stage=Stage.LOST) if self._base_round(entry) < number else entry for entry in rest)
+        return self._keep(lost, f"Round {number} does not count: {reason}")
 
-    def _lose(self, lost: Callable[[OwnWork], bool], sentence: str) -> None:
-        """Own work that does not count, and whatever was built on it."""
-        state = self.state
-        first = next((at for at, work in enumerate(state.own) if lost(work)), None)
-        if first is None:
-            return
-        kept, gone = state.own[:first], state.own[first:]
-        barred = max(state.barred_round, gone[0].round) if gone[0].term == state.term.number else state.barred_round
-        self.state = replace(state, own=kept, barred_round=barred)
-        to = next((work.contribution_id for work in reversed(kept) if work.contribution_id), state.last_counted)
-        self.effects.append(RollBack(to, sentence))
+    def _keep(self, own: tuple[OwnShare, ...], sentence: str) -> None:
+        """Only these own shares stand from now on. What was begun and is not among them leaves no trace."""
+        active = (Stage.COMPUTING, Stage.SENT)
+        before = {entry.assignment_id for entry in self.state.own if entry.stage in active}
+        after = {entry.assignment_id for entry in own if entry.stage in active}
+        self.state = replace(self.state, own=own)
+        if before - after:
+            self.effects.append(RollBack(self._newest_standing(), sentence))
