@@ -95,7 +95,9 @@ class _Chain:
     terms: list[tuple[bytes, Term]] = field(default_factory=list)
     commits: dict[bytes, _CommittedRound] = field(default_factory=dict)
     waiting: dict[bytes, Envelope] = field(default_factory=dict)
-    """Contributions that no Commit has named yet."""
+    """Contributions that no Commit has accepted yet."""
+    verified: dict[bytes, tuple[bytes, Mapping[bytes, int]]] = field(default_factory=dict)
+    """Those that one has: an heir may accept again what an older term's driver accepted alone."""
 
     def take(self, envelope: Envelope) -> None:
         network = self.job.network
@@ -112,27 +114,38 @@ class _Chain:
 
     def _work(self, commit: Commit) -> Iterable[WorkDone]:
         for accepted in commit.accepted:
-            envelope = self.waiting.pop(accepted.contribution, None)
-            if envelope is None:
+            member, tokens = self._looked_into(accepted.contribution, accepted.member, commit.round)
+            if member != accepted.member:
                 raise ReportImpossible(
-                    f"Round {commit.round} accepted a contribution of {self._name(accepted.member)} that the folder "
-                    "does not hold; restore the folder from a copy."
+                    f"Round {commit.round} counts for {self._name(accepted.member)} what {self._name(member)} did; do "
+                    "not trust the driver of this job."
                 )
-            contribution = open_record(envelope, Contribution, self.job.network)
-            member = self.members.get(accepted.member)
-            if member is None or contribution.member != accepted.member or envelope.signer != member.nodes[0].node:
-                raise ReportImpossible(
-                    f"Round {commit.round} counts a contribution for {self._name(accepted.member)} that this member "
-                    "did not sign; do not trust the driver of this job."
-                )
-            tokens: dict[bytes, int] = {}
-            for part in contribution.work:
-                tokens[part.node] = tokens.get(part.node, 0) + part.tokens
             yield WorkDone(commit.round, accepted.member, True, accepted.reason, tokens)
         for excluded in commit.excluded:
-            if excluded.contribution is not None:
-                self.waiting.pop(excluded.contribution, None)
             yield WorkDone(commit.round, excluded.member, False, excluded.reason, {})
+
+    def _looked_into(self, name: bytes, member_id: bytes, number: int) -> tuple[bytes, Mapping[bytes, int]]:
+        """Who made a Contribution, and the tokens of each of its nodes."""
+        if name in self.verified:
+            return self.verified[name]
+        envelope = self.waiting.pop(name, None)
+        if envelope is None:
+            raise ReportImpossible(
+                f"Round {number} accepted a contribution of {self._name(member_id)} that the folder does not hold; "
+                "restore the folder from a copy."
+            )
+        contribution = open_record(envelope, Contribution, self.job.network)
+        member = self.members.get(contribution.member)
+        if member is None or envelope.signer != member.nodes[0].node:
+            raise ReportImpossible(
+                f"Round {number} counts a contribution for {self._name(member_id)} that this member did not sign; do "
+                "not trust the driver of this job."
+            )
+        tokens: dict[bytes, int] = {}
+        for part in contribution.work:
+            tokens[part.node] = tokens.get(part.node, 0) + part.tokens
+        self.verified[name] = contribution.member, tokens
+        return self.verified[name]
 
     def _name(self, member: bytes) -> str:
         return self.members[member].name if member in self.members else f"member {member.hex()[:8]}"
@@ -152,4 +165,7 @@ class _Chain:
                     "folder from a copy, or fetch it from a member."
                 )
             order.append(before)
+        named = [accepted.contribution for one in order for accepted in one.commit.accepted]
+        if len(named) != len(set(named)):
+            raise ReportImpossible("A contribution is counted in two rounds; do not trust the driver of this job.")
         return order[::-1]

@@ -412,7 +412,8 @@ def _nodes(report: Report) -> str:
         "Nodes",
         f"""<table class="many"><thead><tr><th>node</th><th>status</th><th class="number">tokens</th>
 <th class="number">share</th><th class="number">rounds in / out</th><th class="number">samples/s</th>
-<th class="number">computing</th><th>what happened</th></tr></thead><tbody>{"".join(rows)}</tbody></table>{_more(len(report.nodes), ROWS_MAX)}""",
+<th class="number">computing</th><th>what happened</th></tr></thead>
+<tbody>{"".join(rows)}</tbody></table>{_more(len(report.nodes), ROWS_MAX)}""",
         "Tokens are of accepted work only. Rounds in / out: contributions that were accepted and excluded.",
     )
 
