@@ -193,6 +193,16 @@ def test_a_contribution_that_its_member_did_not_sign_is_not_believed(tmp_path: P
         contents_of(story, tmp_path)
 
 
+def test_work_that_is_counted_twice_is_not_believed(tmp_path: Path) -> None:
+    story = Story(rounds=3, killed=None, late=None, liar=None)
+    first = next(open_record(one, Commit) for one, _ in story.records if one.kind == Commit.KIND)
+    last, _ = story.records.pop()
+    again = msgspec.structs.replace(open_record(last, Commit), accepted=first.accepted)
+    story.put(story.owner, again, durable=True)
+    with pytest.raises(ReportImpossible, match="counted in two rounds"):
+        contents_of(story, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("kind", "said"), [(Contribution.KIND, "does not hold"), (Commit.KIND, "is not in the folder")]
 )
