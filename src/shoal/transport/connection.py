@@ -6,7 +6,8 @@ small request waits behind one frame of bulk at most. After `URGENT_BATCH_BYTES`
 
 **Back-pressure.** A reply may be sent only on credit that its reader gave. Credit is given back as the reader consumes,
 so a reader that stops stops the handler at the other end, and what is buffered for it is never more than its window.
-A window grows while the reader empties it faster than about two round trips (as in Chromium's QUIC flow control).
+A window grows to what arrives in `WINDOW_ROUND_TRIPS` of the shortest round trip seen; the shortest, because a larger
+window must not justify itself by the queue that it makes.
 
 **Limits.** What a peer may make this side hold is bounded by `Limits`. A peer that goes beyond, breaks the framing,
 falls silent or takes no bytes loses this connection and nothing else happens.
@@ -60,7 +61,10 @@ _SEND_GAP_S = 0.005
 _BURST_GAP_S = 0.5
 _TINY_BYTES = 4 * 1024
 _CLOSE_S = 1.0
-_WINDOW_ROUND_TRIPS = 2.0
+WINDOW_ROUND_TRIPS = 2.0
+_GRANTS_PER_WINDOW = 4
+_FULL_WINDOWS = 4
+"""So many streams begin with a whole window, further ones with a part, so that many do not queue much more than one."""
 _PING_WITH_REQUEST_S = 1.0
 """A request takes a ping along when the round trip was not measured for so long."""
 
@@ -195,7 +199,7 @@ class _Call:
     """A request of this side: what came back so far, and who waits for it."""
 
     __slots__ = (
-        "bulk", "chunks", "consumed", "credit", "deadline", "deadline_s", "ended", "error", "granted_at", "id", "kind",
+        "bulk", "chunks", "consumed", "credit", "deadline", "deadline_s", "ended", "error", "id", "kind",
         "large", "left", "reply_left", "upload", "waiter", "window",
     )  # fmt: skip
 
@@ -212,7 +216,6 @@ class _Call:
         self.credit = window
         self.window = window
         self.consumed = 0
-        self.granted_at = 0.0
         self.ended = False
         self.left = False
         self.error: ShoalError | None = None
@@ -239,8 +242,8 @@ class _Answer:
     """A request of the other side: its body as it arrives, and the reply as it leaves."""
 
     __slots__ = (
-        "blocked_since", "body", "cancelled", "credit", "ended", "id", "in_turn", "opening", "pending", "pending_bytes",
-        "reply_left", "room", "task",
+        "blocked_since", "body", "cancelled", "credit", "ended", "id", "in_turn", "large", "opening", "pending",
+        "pending_bytes", "reply_left", "room", "task",
     )  # fmt: skip
 
     def __init__(self, identity: int, opening: Opening, start: bytes) -> None:
@@ -253,6 +256,8 @@ class _Answer:
         self.reply_left = opening.reply_max_bytes
         self.pending: deque[memoryview] = deque()
         self.pending_bytes = 0
+        self.large = False
+        """Whether it counts as a large body, here and in the endpoint's budget."""
         self.ended = False
         self.cancelled = False
         self.in_turn = False
@@ -323,6 +328,7 @@ class Connection:
         self._pong: bytes | None = None
         self._ping: tuple[bytes, float] | None = None
         self._pinged_at = float("-inf")
+        self._shortest_round_trip_s = 0.0
         self._pong_waiters: list[asyncio.Future[None]] = []
         self._wake: asyncio.Future[None] | None = None
         self._write_started: float | None = None
@@ -500,10 +506,10 @@ class Connection:
         else:
             for place in places:
                 await place.acquire()  # free: returns at once
-        window = min(reply_max_bytes, self._limits.window_bytes if bulk else 0xFFFFFFFF)
+        window = min(reply_max_bytes, self._first_window() if bulk else 0xFFFFFFFF)
         call = _Call(self._next_id, kind, reply_max_bytes, window, deadline_s)
         call.bulk, call.large = bulk, large
-        call.granted_at = now = self._clock.monotonic()
+        now = self._clock.monotonic()
         self._next_id += 2
         self._calls[call.id] = call
         if bulk:
@@ -527,6 +533,11 @@ class Connection:
             call.deadline = self._clock.monotonic() + stall_s
             self._watch_before(call.deadline)
             await call.wait()
+
+    def _first_window(self) -> int:
+        limits = self._limits
+        left = limits.window_bytes * _FULL_WINDOWS - self._windows_bytes
+        return max(min(left, limits.window_bytes), limits.window_bytes // _FULL_WINDOWS)
 
     def leave(self, call: _Call) -> None:
         """The caller is done with a call. Its place is free once the peer has ended the stream, too."""
@@ -561,20 +572,18 @@ class Connection:
     def consumed(self, call: _Call, size: int) -> None:
         """A reader took bytes: give the peer credit for as many, in portions, and perhaps for a larger window."""
         call.consumed += size
-        if call.ended or call.consumed < call.window // 4:
+        if call.ended or call.consumed < call.window // _GRANTS_PER_WINDOW:
             return
-        grant, now = call.consumed, self._clock.monotonic()
-        limits = self._limits
-        quick = _WINDOW_ROUND_TRIPS * (self.round_trip_s or 0.0)
+        grant, limits = call.consumed, self._limits
+        fitting = (self.rate_bps or 0.0) / 8 * self._shortest_round_trip_s * WINDOW_ROUND_TRIPS
         if (
-            now - call.granted_at < quick
+            fitting > call.window
             and call.window * 2 <= limits.window_max_bytes
             and self._windows_bytes + call.window <= limits.windows_max_bytes
         ):
             grant += call.window
             self._windows_bytes += call.window
             call.window *= 2
-        call.granted_at = now
         call.consumed = 0
         call.credit += grant
         self._credits[call.id] = self._credits.get(call.id, 0) + grant
@@ -595,16 +604,17 @@ class Connection:
         if opening.body_bytes > limits.body_max_bytes:
             raise BrokenFraming(f"announced a request body of {opening.body_bytes} bytes")
         answer = _Answer(stream, opening, start)
-        self._answers[stream] = answer
         if answer.body is None:
+            self._answers[stream] = answer
             self._begin(answer, start)
             return
-        self._large_answers += 1
-        if self._large_answers > limits.large_bodies:
+        if self._large_answers >= limits.large_bodies:
             raise BrokenFraming(f"opened more than {limits.large_bodies} requests with large bodies at once")
-        if not self._budget.take(opening.body_bytes):
-            self._large_answers -= 1
-            answer.opening = Opening(opening.kind, 0, 0, 0)  # nothing to give back
+        self._answers[stream] = answer
+        if self._budget.take(opening.body_bytes):
+            answer.large = True
+            self._large_answers += 1
+        else:
             self._refuse(answer, LinkError.code, "This node holds too many large requests; try again later.")
 
     def _body_came(self, stream: int, payload: bytes) -> None:
@@ -706,7 +716,7 @@ class Connection:
         answer.credit = 0
         answer.ended = False
         answer.give_room()
-        if answer.opening.body_bytes > SMALL_BYTES:
+        if answer.large:
             self._budget.give_back(answer.opening.body_bytes)
             self._large_answers -= 1
         self._end_if_retired()
@@ -966,6 +976,7 @@ class Connection:
         sample = self._clock.monotonic() - self._ping[1]
         # RFC 6298, section 2
         self.round_trip_s = sample if self.round_trip_s is None else self.round_trip_s * 7 / 8 + sample / 8
+        self._shortest_round_trip_s = min(sample, self._shortest_round_trip_s or sample)
         self._ping = None
         for waiter in self._pong_waiters:
             if not waiter.done():
@@ -1003,6 +1014,8 @@ class Connection:
         if now >= ping_at:
             self._send_ping()
         soonest = silent_at if now >= ping_at else ping_at
+        if self._write_started is not None:
+            soonest = min(soonest, self._write_started + limits.silence_s)
         for call in list(self._calls.values()):
             if call.deadline is None:
                 continue

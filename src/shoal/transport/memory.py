@@ -17,6 +17,9 @@ from shoal.transport.handshake import Agreed, NotAccepted, Versions, WrongNode
 from shoal.transport.streams import PipeStream, pipe
 from shoal.world import Address, Clock, Dice, SeededDice, SystemClock
 
+_UNREAD_BYTES = 1024 * 1024
+"""What a pipe holds that its reader has not taken, beside what is under way."""
+
 
 @dataclass(frozen=True)
 class Path:
@@ -97,7 +100,13 @@ class MemoryNetwork:
 
     def connect(self, one: bytes, other: bytes) -> tuple[PipeStream, PipeStream]:
         path = self.path(one, other)
-        ends = pipe(self.clock, delay_s=path.delay_s, rate_bps=path.rate_bps)
+        under_way_bytes = int((path.rate_bps or 0.0) * path.delay_s / 8)
+        ends = pipe(
+            self.clock,
+            delay_s=path.delay_s,
+            rate_bps=path.rate_bps,
+            capacity_bytes=_UNREAD_BYTES + under_way_bytes,
+        )
         known = self._pipes.setdefault(frozenset((one, other)), [])
         known[:] = [end for end in known if not end.closed]
         known.extend(ends)
