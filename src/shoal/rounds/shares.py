@@ -95,13 +95,12 @@ def divide_samples(speeds: Sequence[float], total: int) -> Division:
     by_remainder = sorted(chosen, key=lambda at: (counts[at] - exact[at], -speeds[at], at))
     for at in by_remainder[: total - sum(counts.values())]:
         counts[at] += 1
-    # Everyone chosen gets at least one, taken from whoever has most.
+    # Everyone chosen gets at least one, taken from whoever is furthest above its exact share.
     for at in chosen:
-        if counts[at] == 0:
-            richest = max(chosen, key=lambda other: (counts[other], -other))
-            if counts[richest] > 1:
-                counts[richest] -= 1
-                counts[at] = 1
+        able = [other for other in chosen if counts[other] > 1]
+        if counts[at] == 0 and able:
+            counts[max(able, key=lambda other: (counts[other] - exact[other], -speeds[other], other))] -= 1
+            counts[at] = 1
     samples = tuple(counts.get(at, 0) for at in range(len(speeds)))
     working = sum(1 for count in samples if count)
     reason = f"{total} samples over {working} members at {sum(speeds):.4g} samples/s together"

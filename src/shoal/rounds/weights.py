@@ -24,8 +24,8 @@ coordinate is trimmed, and distances between pairs, which are all alike here, de
 **What follows.** If the members that are dishonest hold the part e of the final weights, and no direction carries more
 than V, then the mean is off the honest members' weighted mean by at most sqrt(e / (1 - e) * V): along the line between
 the two groups' means, D apart, the variance is at least e (1 - e) D^2, and the shift is e D. Identical updates of k
-colluders end with about the weight of one member. Where the honest updates agree (little noise, early training), V is
-SIGNAL_PART of the squared norm of the mean, so that likeness is no offence there: with e < 1/3 the shift is then less
+colluders end with the weight of one to a few members. Where the honest updates agree (little noise, early training), V
+is SIGNAL_PART of the squared norm of the mean, so that likeness is no offence there: with e < 1/3 the shift is then less
 than 36 % of the mean's own norm. Where members' work is very unequal, V may be up to SIGNAL_PART_MAX of it, because
 honest updates then differ along the common signal: the shift is then less than 71 %, and the mean still points down.
 
@@ -61,11 +61,15 @@ that work alone explains is allowed, up to SIGNAL_PART_MAX."""
 STANDS_OUT = 2.0
 """Who has more than this many times the median squared projection on a direction stands out in it. The honest members'
 is at most e^2, the colluders' at least (1 - e)^2 of the same: four times as much for e = 1/3."""
+LEADERS = 0.4
+"""Of those who stand out, only who has more than this part of the most is cut in a step: the others' turn comes, if it
+does, when the leaders have been cut. This spares honest members whose noise happens to lean that way."""
 FILTER_STEPS_MAX = 96
 FILTER_RATE = 0.25
 """The member that stands out most loses this part of its weight in a step."""
-TOUCHED = 0.98
-"""Members that keep more than this part of their weight were grazed, not cut."""
+TOUCHED = 0.999
+GRAZED = 0.8
+"""Members that keep this part of their weight or more lean towards a direction, but do not make it."""
 REMOVED_MAX = 0.5
 """Filtering away a third of dishonest weight takes at most half as much honest weight along. When more than this would
 go, the assumption does not hold, and nothing is filtered."""
@@ -253,8 +257,8 @@ def _filtered(
             variance * part * part / weight if weight > 0 else 0.0
             for part, weight in zip(direction, weights, strict=True)
         ]
-        line = STANDS_OUT * _weighted_median(squares, weights)
         most = max(squares)
+        line = max(STANDS_OUT * _weighted_median(squares, weights), LEADERS * most)
         if most <= line:
             break
         kept = [
@@ -276,13 +280,22 @@ def _filtered(
             f"{variance / allowed:.2g} times what is allowed: dishonest members may hold a third of the weight or "
             f"more, and robustness rests on replay."
         )
+    leading = sum(new < GRAZED * old for new, old in zip(kept, start, strict=True))
     reasons = [
-        f"It and {sum(touched) - 1} others pushed one direction with {ratio:.2g} times the variance of one member's "
-        f"own noise ({NOISE_FACTOR:.2g} allowed); its weight was cut to {new / old:.1%} of what its work gives."
-        if hit else ""
+        _cut_reason(new / old, leading, ratio) if hit else ""
         for hit, old, new in zip(touched, start, kept, strict=True)
-    ]  # fmt: skip
+    ]
     return weights, reasons, remark
+
+
+def _cut_reason(kept: float, leading: int, ratio: float) -> str:
+    cut = f"its weight was cut to {kept:.1%} of what its work gives."
+    variance = f"{ratio:.2g} times the variance of one member's own noise ({NOISE_FACTOR:.2g} allowed)"
+    if kept >= GRAZED:
+        return f"It leans towards a direction that {leading} others pushed with {variance}; {cut}"
+    if leading == 1:
+        return f"It alone stands out in a direction with {variance}; {cut}"
+    return f"It and {leading - 1} others pushed one direction with {variance}; {cut}"
 
 
 def _signal_part(work: Sequence[int], weights: Sequence[float]) -> float:
