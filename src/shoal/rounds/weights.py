@@ -25,9 +25,10 @@ coordinate is trimmed, and distances between pairs, which are all alike here, de
 than V, then the mean is off the honest members' weighted mean by at most sqrt(e / (1 - e) * V): along the line between
 the two groups' means, D apart, the variance is at least e (1 - e) D^2, and the shift is e D. Identical updates of k
 colluders end with the weight of one to a few members. Where the honest updates agree (little noise, early training), V
-is SIGNAL_PART of the squared norm of the mean, so that likeness is no offence there: with e < 1/3 the shift is then less
-than 36 % of the mean's own norm. Where members' work is very unequal, V may be up to SIGNAL_PART_MAX of it, because
-honest updates then differ along the common signal: the shift is then less than 71 %, and the mean still points down.
+is SIGNAL_PART of the squared norm of the mean, so that likeness is no offence there: with e < 1/3 the shift is then
+less than 36 % of the mean's own norm. Where members' work is very unequal, V may be up to SIGNAL_PART_MAX of it,
+because honest updates then differ along the common signal: the shift is then less than 71 %, and the mean still points
+down.
 
 **Below the smallest safe membership.** A single member stays below a third only among at least 4 of equal weight, and
 two colluders only among at least 7. With fewer, or when the cap cannot hold (n < 1 / weight_cap, where it is relaxed to
