@@ -152,10 +152,15 @@ class NodeAgent:
 
     async def _measure_hub_link(self) -> None:
         assert self.capability is not None
-        measured = (link.stats().round_trip_ms for link in self._endpoint.links().values())
-        trips = [trip for trip in measured if trip is not None]
-        if trips:
-            self.capability = msgspec.structs.replace(self.capability, hub_round_trip_ms=min(trips))
+        try:
+            measured = (await self._hubs.measure_links()).values()
+        except LinkError as error:
+            _log.warning("%s: no hub's link could be measured: %s", self.settings.name, error)
+            return
+        nearest = min(measured, key=lambda link: link.round_trip_ms)
+        self.capability = msgspec.structs.replace(
+            self.capability, hub_round_trip_ms=nearest.round_trip_ms, hub_rate_bps=nearest.rate_bps
+        )
 
     async def _publish(self) -> None:
         """Say what this node is and whether it is free. Hubs that are away get it when they are back."""

@@ -96,12 +96,12 @@ class RoundSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     own_ahead: Annotated[float, Meta(ge=0, le=2)] = 1.0
     """With lag 1: how much of its own last update, which the base does not contain yet, a member's start state goes
     ahead of the base. 0: it starts from the base alone."""
-    residual_ahead: Fraction = 0.0
+    residual_ahead: Fraction = 0.2
     """How much of its residual, which it has not sent yet, a member's start state goes ahead of the base."""
     outer: Outer = Outer.PLAIN
     """How the weighted mean of a round's updates moves the shared state."""
-    outer_learning_rate: Annotated[float, Meta(gt=0, le=10)] = 1.0
-    """Times the mean update."""
+    outer_learning_rate: Annotated[float, Meta(gt=0, le=10)] = 1.4
+    """Times the mean update. Above 1 as members' steps are noisier, so smaller, than those of one large batch."""
     outer_momentum: Fraction = 0.0
     """How much of the mean of earlier rounds' updates goes on; for `nesterov`."""
     quorum: Annotated[float, Meta(gt=0, le=1)] = 0.5

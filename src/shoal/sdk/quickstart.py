@@ -48,8 +48,10 @@ data:
   sequence_tokens: 128
 tokens: {tokens}
 batch_samples: 8
+optimizer:
+  learning_rate: 0.004
 rounds:
-  grace_s: 4
+  grace: 4 s
 replay:
   snapshot_every: 4
   audit_rate: 0.05

@@ -262,7 +262,7 @@ class _Session:
             return RoundLength(rounds.inner_steps, f"{rounds.inner_steps} inner steps a round, as the job file says.")
         stats = [one.link.stats() for one in gang]
         trips = [one.round_trip_ms for one in stats if one.round_trip_ms is not None]
-        rates = [one.rate_bps for one in stats if one.rate_bps is not None]
+        rates = [one.offer.capability.hub_rate_bps for one in gang if one.offer.capability.hub_rate_bps > 0]
         flops = max((fastest_float32(one.offer) for one in gang), default=0.0)
         work = 6 * prepared.model.parameters * job_file.batch_samples * prepared.data.sequence_tokens
         step_s = max(STEP_LEAST_S, work / (CPU_EFFICIENCY * flops) if flops else 1.0)
@@ -360,15 +360,14 @@ class _Session:
         )
         self._next_evaluation = standing.tokens_total + self.job.token_budget / (EVALUATIONS + 1)
         self._evaluations: set[asyncio.Task[float | None]] = set()
-        await self._start_engine(state)
+        self._starting_engine = asyncio.create_task(self._start_engine(state))
         if standing.round < 0:
-            await self._evaluate(-1, 0, state)
+            self._evaluate_beside(-1, 0, state)
         try:
             outcome = await self.driver.run(gang)
         finally:
             cost = await auditor.close()
-            for task in self._evaluations:
-                task.cancel()
+            await asyncio.gather(*self._evaluations, self._starting_engine, return_exceptions=True)
         return await self._finish(outcome, cost)
 
     async def _start_engine(self, state: SharedState) -> None:
@@ -391,9 +390,12 @@ class _Session:
         auditor.committed(commit, given, state)
         if commit.tokens_total >= self._next_evaluation and commit.tokens_total < self.job.token_budget:
             self._next_evaluation += self.job.token_budget / (EVALUATIONS + 1)
-            task = asyncio.create_task(self._evaluate(commit.round, commit.tokens_total, state))
-            self._evaluations.add(task)
-            task.add_done_callback(self._evaluations.discard)
+            self._evaluate_beside(commit.round, commit.tokens_total, state)
+
+    def _evaluate_beside(self, round_number: int, tokens: int, state: SharedState) -> None:
+        task = asyncio.create_task(self._evaluate(round_number, tokens, state))
+        self._evaluations.add(task)
+        task.add_done_callback(self._evaluations.discard)
 
     async def _close_out(self, auditor: Auditor) -> None:
         if self.options.closing_audit:
@@ -401,9 +403,11 @@ class _Session:
             await auditor.audit_each()
 
     async def _evaluate(self, round_number: int, tokens: int, state: SharedState) -> float | None:
-        if not self.private.held_out or self.engine is None or self.driver is None:
+        if not self.private.held_out or self.driver is None:
             return None
         async with self._measuring:
+            await self._starting_engine
+            assert self.engine is not None
             path = self.folder.path / "data" / "state.now"
             await asyncio.to_thread(state.write, path)
             held = await self.engine.load_state(path)
@@ -422,7 +426,9 @@ class _Session:
     # ---- afterwards ----
 
     async def _finish(self, outcome: Outcome, cost: ReplayCost) -> Report:
-        assert self.driver is not None and self.engine is not None
+        assert self.driver is not None
+        await self._starting_engine
+        assert self.engine is not None
         self.options.say("Measuring the model and writing the report.")
         wall_s = self.driver.elapsed_s()
         standing_round, tokens = self.driver.progress().round, self.driver.progress().tokens_total
