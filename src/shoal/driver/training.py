@@ -197,6 +197,8 @@ class TrainingDriver:
         self._start_s = folder.elapsed_s()
         self._started = clock.monotonic()
         self._last_commit_s = self._start_s
+        self.finished_s = self._start_s
+        """When the last round was done."""
         self._counted = (0, 0)
         self._loss: float | None = None
         self._rate = 0.0
@@ -217,6 +219,7 @@ class TrainingDriver:
         looking = asyncio.create_task(self._look_for_more())
         try:
             finish = await self._loop()
+            self.finished_s = self.elapsed_s()
             await self._watchers.closing()
         finally:
             looking.cancel()
@@ -565,7 +568,7 @@ class TrainingDriver:
                 await self._invite(node)
 
     async def _say_goodbye(self, reason: str) -> None:
-        now = self.elapsed_s()
+        now = self.finished_s
         lines = list(self._lines.by_member.values())
         for line in lines:
             self._note_lanes(line.lane.closed(now, Lane.WAITING))

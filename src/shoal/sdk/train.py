@@ -430,7 +430,7 @@ class _Session:
         await self._starting_engine
         assert self.engine is not None
         self.options.say("Measuring the model and writing the report.")
-        wall_s = self.driver.elapsed_s()
+        wall_s = self.driver.finished_s
         standing_round, tokens = self.driver.progress().round, self.driver.progress().tokens_total
         loss = await self._evaluate(standing_round, tokens, outcome.state)
         path = self.folder.path / "data" / "state.now"
