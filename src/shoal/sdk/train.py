@@ -34,7 +34,7 @@ from shoal.hub import HubClient
 from shoal.identity import Envelope, KeyPair
 from shoal.protocol.hubs import HubTicket
 from shoal.protocol.messages import sign
-from shoal.protocol.offers import OfferFind
+from shoal.protocol.offers import Offer, OfferFind
 from shoal.protocol.training import Commit, Contribution, Grant, Term, TrainJob
 from shoal.rounds.length import RoundLength, choose_round_length
 from shoal.rounds.standing import Standing, standing_at_start
@@ -57,6 +57,8 @@ EVALUATIONS = 5
 COMPLETION_TOKENS = 120
 CPU_EFFICIENCY = 0.4
 """Share of a device's measured matmul rate that training reaches, about: only for choosing the round length."""
+BFLOAT16_AHEAD = 1.5
+"""How much faster than float32 it has to have measured to be worth its rounding."""
 STEP_LEAST_S = 0.004
 """No inner step is quicker: launching its kernels takes that long."""
 
@@ -111,7 +113,7 @@ async def train(job_file: JobFile, yaml: bytes, options: TrainOptions, folder: R
     with folder or RunFolder.create(options.folder, replace=options.replace) as folder:
         async with _Session(folder, options) as session:
             prepared, gang, length = await session.plan(job_file)
-            job = session.sign_job(job_file, prepared, length, len(gang))
+            job = session.sign_job(job_file, prepared, length, gang)
             folder.begin(job, yaml)
             session.keep_for_later(prepared, length)
             records = session.first_term(job)
@@ -158,6 +160,22 @@ async def resume(job_file: JobFile, options: TrainOptions) -> Report:
             return await session.drive(
                 taken.records, taken.standing, taken.state, gang, taken.retired, job_file, wanted=wanted
             )
+
+
+def choose_dtype(offers: Sequence[Offer]) -> str:
+    """bfloat16 where every node's fastest device is an accelerator that measured it well ahead of float32, as all
+    members of a job compute alike; else float32."""
+
+    def fast(offer: Offer) -> bool:
+        rates = [
+            {rate.dtype: rate.flops for rate in device.throughput}
+            for device in offer.capability.devices
+            if device.kind != "cpu"
+        ]
+        best = max(rates, key=lambda each: each.get("float32", 0.0), default={})
+        return best.get("bfloat16", 0.0) > BFLOAT16_AHEAD * best.get("float32", float("inf"))
+
+    return "bfloat16" if offers and all(fast(offer) for offer in offers) else "float32"
 
 
 class _OwnerNotes(msgspec.Struct, frozen=True, kw_only=True):
@@ -276,8 +294,9 @@ class _Session:
             lag=rounds.settings.lag,
         )
 
-    def sign_job(self, job_file: JobFile, prepared: Prepared, length: RoundLength, members: int) -> Envelope:
-        dtype = job_file.dtype
+    def sign_job(
+        self, job_file: JobFile, prepared: Prepared, length: RoundLength, gang: Sequence[LinkedNode]
+    ) -> Envelope:
         job = TrainJob(
             name=job_file.name,
             created_ms=self.clock.now_ms(),
@@ -289,7 +308,7 @@ class _Session:
             optimizer=job_file.optimizer,
             rounds=job_file.rounds.resolved(length.inner_steps),
             replay=job_file.replay,
-            dtype="float32" if dtype == "auto" else dtype,
+            dtype=choose_dtype([one.offer for one in gang]) if job_file.dtype == "auto" else job_file.dtype,
         )
         self.job_envelope = sign(self.options.key, job)
         self.options.say(length.reason)
