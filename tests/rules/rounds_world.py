@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+import msgspec
+
 from shoal.identity import Envelope, KeyPair, blake3_hash, hash_of_parts
 from shoal.protocol.blobs import BlobRef
 from shoal.protocol.messages import sign
@@ -30,11 +32,9 @@ from shoal.protocol.training import (
     OptimizerSettings,
     ReplaySettings,
     RoundSettings,
-    Term,
     TrainJob,
 )
 from shoal.rounds import driving, following, succession
-from shoal.rounds.standing import standing_at_start
 
 START_MS = 1_700_000_000_000
 ENGINE = Engine("toy", "none", 1, 1)
@@ -50,18 +50,18 @@ DRIVERS = (key_of("driver 0"), key_of("driver 1"))
 
 
 def make_job(**changes: object) -> tuple[TrainJob, bytes]:
-    values = dict(
-        name="toy",
-        created_ms=START_MS,
-        seed=1,
-        model=ModelRef(start=BlobRef(blake3_hash(b"start"), 5), parameters=10),
-        data=DataRef(samples=23, sequence_tokens=TOKENS_PER_SAMPLE),
-        token_budget=400,
-        batch_samples=2,
-        optimizer=OptimizerSettings(),
-        rounds=RoundSettings(inner_steps=3, grace_ms=1_000, deadline_ms=20_000),
-        replay=ReplaySettings(),
-    )
+    values: dict[str, object] = {
+        "name": "toy",
+        "created_ms": START_MS,
+        "seed": 1,
+        "model": ModelRef(start=BlobRef(blake3_hash(b"start"), 5), parameters=10),
+        "data": DataRef(samples=23, sequence_tokens=TOKENS_PER_SAMPLE),
+        "token_budget": 400,
+        "batch_samples": 2,
+        "optimizer": OptimizerSettings(),
+        "rounds": RoundSettings(inner_steps=3, grace_ms=1_000, deadline_ms=20_000),
+        "replay": ReplaySettings(),
+    }
     job = TrainJob(**{**values, **changes})
     return job, sign(OWNER, job).record_id
 
@@ -352,7 +352,7 @@ class World:
             )
         for at, entry in enumerate(accepted):
             extra = PARTS_PER_MILLION % len(accepted) if at == 0 else 0
-            accepted[at] = replace_struct(entry, weight_ppm=PARTS_PER_MILLION // len(accepted) + extra)
+            accepted[at] = msgspec.structs.replace(entry, weight_ppm=PARTS_PER_MILLION // len(accepted) + extra)
         state = state_after(asked.state_before, tuple(accepted))
         self.drive(driving.Aggregated(asked.round, asked.attempt, tuple(accepted), tuple(excluded), state))
 
@@ -488,12 +488,6 @@ class World:
                 assert member.shared == self.driving.standing.state
 
 
-def replace_struct(struct: Accepted, **changes: object) -> Accepted:
-    import msgspec
-
-    return msgspec.structs.replace(struct, **changes)
-
-
 def start(
     choose: Callable[[int], int] | None = None, names: tuple[str, ...] = ("a", "b", "c"), **changes: object
 ) -> World:
@@ -505,9 +499,3 @@ def start(
     for member in world.members:
         world.report_ready(member)
     return world
-
-
-def term_number(envelope: Envelope) -> int:
-    from shoal.protocol.messages import open_record
-
-    return open_record(envelope, Term).number

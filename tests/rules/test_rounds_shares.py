@@ -80,6 +80,12 @@ def test_a_lasting_change_is_followed(before, after):
     assert thought.samples_per_s == pytest.approx(after, rel=0.01, abs=abs(before - after) * 0.01)
 
 
+def test_a_late_member_is_thought_slower_at_once():
+    assert Speed(10.0, (10.0,)).late(100, 5.0).samples_per_s == pytest.approx(7.0)
+    assert Speed(10.0, (10.0,)).late(10, 5.0).samples_per_s == pytest.approx(2.0)
+    assert Speed(10.0).late(10, 0.0).samples_per_s == pytest.approx(7.0)
+
+
 @pytest.mark.parametrize("nonsense", [0.0, -1.0, float("nan"), float("inf")])
 def test_nonsense_is_no_measurement(nonsense):
     assert Speed(2.0).measured(nonsense) == Speed(2.0)

@@ -47,8 +47,6 @@ EMPTY_ROUNDS_MAX = 8
 """After so many Commits in a row that accepted nothing, the job stops."""
 LATE_ROUNDS_MAX = 6
 """A member that was late so many rounds in a row has to join anew."""
-LATE_FACTOR = 0.7
-"""A late member is taken to be at most this much of what it was thought to be."""
 WAITING_DEADLINES_MAX = 10
 """The job stops when for so many round deadlines there was nobody to assign to."""
 CATCH_UP_ROUNDS_MAX = 64
@@ -709,8 +707,7 @@ class _Turn:
         participant = self.state.members.get(member_id)
         if participant is None:
             return
-        thought = participant.speed.samples_per_s * LATE_FACTOR
-        speed = participant.speed.measured(min(thought, samples / waited_s) if waited_s > 0 else thought)
+        speed = participant.speed.late(samples, waited_s)
         late = participant.late_in_a_row + 1
         if late >= LATE_ROUNDS_MAX:
             sentence = (

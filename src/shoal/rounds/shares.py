@@ -13,6 +13,8 @@ LEAST_SHARE = 0.5
 """A member whose proportional share is smaller than this part of one sample is left out: the one sample it would get
 at least would take it more than twice as long as the round takes everybody else."""
 
+LATE_FACTOR = 0.7
+"""A member that was late is taken to be at most this much of what it was thought to be."""
 DEADLINE_PART = 0.5
 """Part of a round's deadline that is planned for computing; the rest is for sending and for being wrong."""
 
@@ -40,6 +42,13 @@ class Speed:
         padded = sorted((*recent, *(self.samples_per_s,) * (HISTORY - len(recent))))
         median = padded[HISTORY // 2]
         return Speed(self.samples_per_s + NEW_SHARE * (median - self.samples_per_s), recent)
+
+    def late(self, samples: int, waited_s: float) -> Speed:
+        """It did not finish `samples` in `waited_s` seconds: at once it is thought slower, by LATE_FACTOR at least."""
+        slower = self.samples_per_s * LATE_FACTOR
+        if waited_s > 0:
+            slower = min(slower, samples / waited_s)
+        return Speed(slower, (*self.recent, slower)[-HISTORY:])
 
 
 def credible(speeds: Sequence[Speed]) -> list[float]:
