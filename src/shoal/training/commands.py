@@ -98,6 +98,9 @@ class RunRound(_Message, frozen=True, kw_only=True):
     ranges: Annotated[tuple[SampleRange, ...], Meta(min_length=1, max_length=RANGES_MAX)]
     update: FilePath
     """Where to write the encoded update."""
+    sent: FilePath | None = None
+    """In a replay: the update that the member published for this round. The residual then goes on from what was really
+    sent, so that rounding on another engine, which can tip which values are sent, is not carried into later rounds."""
     snapshot: FilePath | None = None
     """Where to write the private state after the round, when it is to be kept."""
 

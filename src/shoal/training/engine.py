@@ -162,13 +162,14 @@ class LanguageEngine:
             steps=len(sizes),
         )
         in_flight = None if command.in_flight is None else self._read_update(command.in_flight)
+        sent = None if command.sent is None else self._read_update(command.sent)
         start = member.start_state(self._state(command.base_state), in_flight)
         seed = hash_of_parts(
             "round seed", [job.seed.to_bytes(8, "big"), command.round.to_bytes(8, "big"), command.member]
         )
         begin = self._monotonic()
         await self._compute(start, samples, sizes, rates, int.from_bytes(seed[:7], "big"))
-        result = member.finish()
+        result = member.finish(sent)
         elapsed = self._monotonic() - begin
         Path(command.update).write_bytes(result.update)
         if command.snapshot is not None:

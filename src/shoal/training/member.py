@@ -134,8 +134,11 @@ class Member:
         if (len(self._losses) - 1) % self._every == 0:
             self._sketches.append(self._sketcher.sketch(self._parameters.flat))
 
-    def finish(self) -> RoundResult:
-        """End of the round. Raises OutOfTurn, and NotFinite (the round is then abandoned) when training diverged."""
+    def finish(self, sent: Update | None = None) -> RoundResult:
+        """End of the round. `sent` is what was published for it, where that is known already (in a replay).
+
+        Raises OutOfTurn, and NotFinite (the round is then abandoned) when training diverged.
+        """
         if self._start is None:
             raise OutOfTurn("A round was finished, but none is running.")
         before, settings = self.private, self._settings
@@ -146,7 +149,7 @@ class Member:
         except EngineError:
             self.abandon()
             raise
-        sent = decode_update(update, settings.codec, accumulated.size, settings.sparse_keep)
+        sent = sent or decode_update(update, settings.codec, accumulated.size, settings.sparse_keep)
         if sent.indices is None:
             accumulated -= sent.values
         else:

@@ -189,9 +189,8 @@ def main() -> None:
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING)
     try:
         asyncio.run(serve(replies))
-    except* RankLost as lost:
-        print(lost.exceptions[0], file=sys.stderr)
-        sys.exit(1)
+    except ExceptionGroup as group:
+        raise group.exceptions[0] from None  # so that the last line on stderr, which the parent reports, says it
 
 
 if __name__ == "__main__":
