@@ -180,10 +180,20 @@ class Ground:
     """Worker seats of the given limits, each on its own host behind `link`, and one unlimited seat for hub and driver.
 
     `link` None seats everybody on one host without a link, for runs in which only the result counts.
-    The hub's host has an access link like the workers'.
+    The hub's host has an access link like the workers'; with `hub_beside_worker` hub and driver sit on the first
+    worker's host, outside that worker's limit, and share its access link.
     """
 
-    def __init__(self, link: Link | None, cores: Sequence[float | None], logs: Path, *, seed: int = 0) -> None:
+    def __init__(
+        self,
+        link: Link | None,
+        cores: Sequence[float | None],
+        logs: Path,
+        *,
+        seed: int = 0,
+        hub_beside_worker: bool = False,
+    ) -> None:
+        self._hub_beside_worker = hub_beside_worker
         self._link, self._cores, self._logs, self._seed = link, list(cores), logs, seed
         self.workers: list[Seat] = []
 
@@ -192,17 +202,18 @@ class Ground:
         with contextlib.ExitStack() as stack:
             access = self._link.access() if self._link else Access()
             names = [f"worker{number}" for number in range(len(self._cores))]
-            hosts = [*names, "hub"] if self._link else ["all"]
+            hosts = names if self._hub_beside_worker else [*names, "hub"]
+            hosts = hosts if self._link else ["all"]
             self.network = stack.enter_context(Network(dict.fromkeys(hosts, access), seed=self._seed))
             for name, cores in zip(names, self._cores, strict=True):
-                self.workers.append(self._seat(stack, name, cores))
-            self.hub = self._seat(stack, "hub", None)
+                self.workers.append(self._seat(stack, name, name, cores))
+            self.hub = self._seat(stack, "hub", hosts[0] if self._hub_beside_worker else "hub", None)
             self.meter = stack.enter_context(Meter(list(self.network.hosts.values()), [*self.workers, self.hub]))
             self._stack = stack.pop_all()
         return self
 
-    def _seat(self, stack: contextlib.ExitStack, name: str, cores: float | None) -> Seat:
-        host = self.network.hosts[name if self._link else "all"]
+    def _seat(self, stack: contextlib.ExitStack, name: str, at: str, cores: float | None) -> Seat:
+        host = self.network.hosts[at if self._link else "all"]
         group = stack.enter_context(CpuGroup(name, cores))
         seat = Seat(name, host, group, cores, self._logs)
         stack.callback(seat.reap)

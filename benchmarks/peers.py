@@ -131,6 +131,7 @@ class PlainTorch:
                 "start": str(job.start),
                 "rounds": job.rounds,
                 "seconds": job.seconds,
+                "warmup_rounds": job.warmup_rounds,
                 "inner_steps": self._inner_steps,
                 "rendezvous": f"{ground.workers[0].host.address}:29400",
                 "interface": INTERFACE,

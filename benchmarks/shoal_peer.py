@@ -1,7 +1,7 @@
 """Shoal as a peer: its own commands, `shoal hub`, `shoal node start` and `shoal train`, in the seats of the ground.
 
-A node with all its processes is held to its seat's share of a core. Hub and driver share the seat at the hub's host,
-behind an access link like the workers'. Settings are Shoal's own defaults where the comparison does not fix them.
+A node with all its processes is held to its seat's share of a core. Hub and driver share a seat of their own. Settings
+are Shoal's own defaults where the comparison does not fix them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ground import Ground, Process
 from links import CannotMeasure
 from peers import ROUND_S, STARTING_S, Job, Run, measured
 
-PORT = 7700
+HUB_PORT, DRIVER_PORT, NODE_PORT = 7700, 7701, 7702
 WATCH_S = 0.05
 FIRST_ROUND_S = 400.0
 """How long data and start state may take to reach the nodes; the poor link carries them in minutes."""
@@ -41,7 +41,7 @@ class Shoal:
         nodes = [
             seat.start(
                 _shoal("node", "start", "--hub", ticket, "--name", seat.name, "--threads", "1", "--device", "cpu",
-                       "--listen", f"tcp://{seat.host.address}:{PORT}", "--data", str(job.folder / seat.name),
+                       "--listen", f"tcp://{seat.host.address}:{NODE_PORT}", "--data", str(job.folder / seat.name),
                        "--json"),
                 environment={"SHOAL_HOME": str(job.folder / "home")},
             )
@@ -108,7 +108,7 @@ class Shoal:
 
     def _start_hub(self, ground: Ground, job: Job) -> str:
         hub = ground.hub.start(
-            _shoal("hub", "--listen", f"tcp://{ground.hub.host.address}:{PORT}", "--http", "", "--data",
+            _shoal("hub", "--listen", f"tcp://{ground.hub.host.address}:{HUB_PORT}", "--http", "", "--data",
                    str(job.folder / "hub"), "--json"),
             environment={"SHOAL_HOME": str(job.folder / "home")},
         )  # fmt: skip
@@ -141,7 +141,7 @@ class Shoal:
         path.write_text(yaml.safe_dump({key: value for key, value in content.items() if value != {}}))
         return ground.hub.start(
             _shoal("train", str(path), "--hub", ticket, "--runs", str(job.folder / "runs"), "--listen",
-                   f"tcp://{ground.hub.host.address}:{PORT + 1}", "--json"),
+                   f"tcp://{ground.hub.host.address}:{DRIVER_PORT}", "--json"),
             environment={"SHOAL_HOME": str(job.folder / "home")},
         )  # fmt: skip
 

@@ -87,6 +87,7 @@ class Bench:
     tokens: int
     grid: tuple[float, ...]
     say: Callable[[str], None]
+    hub_beside_worker: bool = False
 
     def __post_init__(self) -> None:
         self._begun = 0
@@ -107,7 +108,8 @@ class Bench:
         self._begun += 1
         folder = self.folder / f"{self._begun:03d}-{peer.name}"
         folder.mkdir()
-        with Ground(link, cores, folder / "logs", seed=self._begun) as ground:
+        beside = self.hub_beside_worker
+        with Ground(link, cores, folder / "logs", seed=self._begun, hub_beside_worker=beside) as ground:
             yield ground, folder
 
     def job(self, folder: Path, seed: int, learning_rate: float, how: Extent) -> Job:
@@ -327,6 +329,12 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=None, help="interleaved repetitions (5; --quick: 1)")
     parser.add_argument("--tokens", type=int, default=None, help="tokens of a loss run (1048576; --quick: 204800)")
     parser.add_argument("--seeds", type=int, default=None, help="seeds of a loss (3; --quick: 1)")
+    parser.add_argument(
+        "--driver",
+        choices=("apart", "worker"),
+        default="apart",
+        help="hub and driver on a host of their own, or on the first worker's host (%(default)s)",
+    )
     parser.add_argument("--rounds", default="{}", help="fields of shoal's rounds section to try, as JSON (%(default)s)")
     parser.add_argument("--save", action="store_true", help="keep the result in benchmarks/results/training.json")
     parser.add_argument("--keep", type=Path, default=None, help="work in this folder and leave it")
@@ -362,6 +370,7 @@ def main() -> None:
                 tokens=given.tokens or (204_800 if quick else 1_048_576),
                 grid=GRID[1:2] if quick else GRID,
                 say=say,
+                hub_beside_worker=given.driver == "worker",
             )
             if shoal not in chosen and "mixed" in parts:
                 parts.remove("mixed")

@@ -76,7 +76,8 @@ class Task:
     rounds: int | None
     """How many rounds to do; a round is one step, or `inner_steps` of diloco. None: the whole budget."""
     seconds: float | None = None
-    """Stop at the first round that ends this long after the ready worker was told to go."""
+    """Stop at the first round that ends this long after the last round of the warm-up."""
+    warmup_rounds: int = 0
     inner_steps: int = 50
     rendezvous: str = "127.0.0.1:29400"
     interface: str = "lo"
@@ -184,7 +185,9 @@ def train(task: Task) -> None:
             outer.exchange(task.world)
         now = time.monotonic()
         say({"round": number, "at": now, "tokens": trainer.step_number * trainer.tokens_a_step, "loss": loss})
-        if task.seconds is not None and now - begin >= task.seconds:
+        if number + 1 == task.warmup_rounds:
+            begin = now
+        if task.seconds is not None and number >= task.warmup_rounds and now - begin >= task.seconds:
             break
     if task.final and task.rank == 0:
         trainer.model.save_pretrained(task.final)
