@@ -115,7 +115,7 @@ async def train(job_file: JobFile, yaml: bytes, options: TrainOptions, folder: R
             prepared, gang, length = await session.plan(job_file)
             job = session.sign_job(job_file, prepared, length, gang)
             folder.begin(job, yaml)
-            session.keep_for_later(prepared, length)
+            session.keep_for_later(prepared, length, gang)
             records = session.first_term(job)
             standing = standing_at_start(session.job, job.record_id)
             return await session.drive(records, standing, prepared.state, gang, {}, job_file)
@@ -128,7 +128,6 @@ async def plan(job_file: JobFile, options: TrainOptions, scratch: Path) -> Plan:
             prepared, gang, length = await session.plan(job_file)
             rounds = job_file.rounds.resolved(length.inner_steps)
             per_round = length.inner_steps * job_file.batch_samples * prepared.data.sequence_tokens * max(1, len(gang))
-            trips = [trip for trip in (one.link.stats().round_trip_ms for one in gang) if trip is not None]
             return Plan(
                 nodes=tuple(
                     (one.name, one.offer.capability.devices[0].name, fastest_float32(one.offer)) for one in gang
@@ -140,7 +139,7 @@ async def plan(job_file: JobFile, options: TrainOptions, scratch: Path) -> Plan:
                 unigram_loss=prepared.unigram_loss,
                 rounds=math.ceil(job_file.tokens / per_round),
                 update_bytes=update_bytes(rounds.codec, prepared.model.parameters, rounds.sparse_keep),
-                round_trip_ms=max(trips, default=None),
+                round_trip_ms=slowest_round_trip_ms(gang),
             )
 
 
@@ -160,6 +159,18 @@ async def resume(job_file: JobFile, options: TrainOptions) -> Report:
             return await session.drive(
                 taken.records, taken.standing, taken.state, gang, taken.retired, job_file, wanted=wanted
             )
+
+
+def slowest_round_trip_ms(gang: Sequence[LinkedNode]) -> float | None:
+    """The longest round trip between this driver and a node, as far as measured."""
+    trips = (one.link.stats().round_trip_ms for one in gang)
+    return max((trip for trip in trips if trip is not None), default=None)
+
+
+def slowest_rate_bps(gang: Sequence[LinkedNode]) -> float | None:
+    """What the slowest node measured that it can send."""
+    rates = (one.offer.capability.hub_rate_bps for one in gang)
+    return min((rate for rate in rates if rate > 0), default=None)
 
 
 def choose_dtype(offers: Sequence[Offer]) -> str:
@@ -278,9 +289,6 @@ class _Session:
         rounds = job_file.rounds
         if rounds.inner_steps != "auto":
             return RoundLength(rounds.inner_steps, f"{rounds.inner_steps} inner steps a round, as the job file says.")
-        stats = [one.link.stats() for one in gang]
-        trips = [one.round_trip_ms for one in stats if one.round_trip_ms is not None]
-        rates = [one.offer.capability.hub_rate_bps for one in gang if one.offer.capability.hub_rate_bps > 0]
         flops = max((fastest_float32(one.offer) for one in gang), default=0.0)
         work = 6 * prepared.model.parameters * job_file.batch_samples * prepared.data.sequence_tokens
         step_s = max(STEP_LEAST_S, work / (CPU_EFFICIENCY * flops) if flops else 1.0)
@@ -288,8 +296,8 @@ class _Session:
             step_s=step_s,
             update_bytes=update_bytes(rounds.settings.codec, prepared.model.parameters, rounds.settings.sparse_keep),
             members=len(gang),
-            round_trip_s=max(trips, default=0.0) / 1000,
-            rate_bps=min(rates, default=None),
+            round_trip_s=(slowest_round_trip_ms(gang) or 0.0) / 1000,
+            rate_bps=slowest_rate_bps(gang),
             bytes_per_s_budget=rounds.byte_budget,
             lag=rounds.settings.lag,
         )
@@ -314,13 +322,15 @@ class _Session:
         self.options.say(length.reason)
         return self.job_envelope
 
-    def keep_for_later(self, prepared: Prepared, length: RoundLength) -> None:
+    def keep_for_later(self, prepared: Prepared, length: RoundLength, gang: Sequence[LinkedNode]) -> None:
         """What `resume` and later evaluations need."""
         self.private = _OwnerNotes(
             tokenizer=prepared.tokenizer,
             held_out=prepared.held_out,
             unigram_loss=prepared.unigram_loss,
             round_reason=length.reason,
+            round_trip_ms=slowest_round_trip_ms(gang),
+            rate_bps=slowest_rate_bps(gang),
         )
         self.folder.write("owner.json", msgspec.json.encode(self.private))
 
