@@ -16,8 +16,9 @@ from sklearn.datasets import load_digits
 from shoal.errors import ShoalError
 from shoal.protocol.training import SKETCH_WIDTH, Codec, OptimizerSettings, Outer, RoundSettings, Schedule
 from shoal.training.commands import ApplyCommit, CommittedUpdate, Evaluate, RoundDone, RunRound
-from shoal.training.engine import LanguageEngine, WrongState
+from shoal.training.engine import LanguageEngine
 from shoal.training.member import FlatParameters, Member, OutOfTurn, Sketcher
+from shoal.training.member_engine import WrongState
 from shoal.training.optimizer import BadOptimizer, FlatAdamW, TorchOptimizer
 from shoal.training.outer import OuterStep, WeighedUpdate
 from shoal.training.private import PrivateState
@@ -116,9 +117,9 @@ def test_the_update_and_the_residual_add_up_to_what_was_learned(setting: Setting
     engine = open_engine(setting)
     command = setting.run_round(0, setting.start.hash)
     one_round(engine, command)
-    end = engine._parameters.numbers().copy()
+    end = engine.parameters.numbers().copy()
     sent = decode_update(Path(command.update).read_bytes(), Codec.SPARSE2, setting.start.layout.size).dense()
-    assert np.allclose(engine._member.private.residual + sent, setting.start.parameters - end, atol=1e-7)
+    assert np.allclose(engine.member.private.residual + sent, setting.start.parameters - end, atol=1e-7)
 
 
 # --- undoing -------------------------------------------------------------------------------------------------------
@@ -147,14 +148,14 @@ def test_a_cancelled_round_leaves_no_trace(setting: Setting) -> None:
 
     async def cancel_after_two_steps() -> None:
         task = asyncio.create_task(disturbed.run_round(setting.run_round(0, setting.start.hash)))
-        while len(disturbed._member._losses) < 2:
+        while len(disturbed.member._losses) < 2:
             await asyncio.sleep(0)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
 
     asyncio.run(cancel_after_two_steps())
-    assert not disturbed._member.computing
+    assert not disturbed.member.computing
     command = setting.run_round(1, setting.start.hash)
     assert _same(one_round(disturbed, command), one_round(calm, command))
 
@@ -173,7 +174,7 @@ def test_a_commit_applied_between_steps_does_not_touch_the_running_round(setting
         return await task
 
     assert _same(asyncio.run(with_commits_between()), one_round(calm, following))
-    assert busy._state(state).hash == state
+    assert busy.state(state).hash == state
 
 
 def test_measuring_leaves_no_trace(setting: Setting) -> None:
@@ -206,7 +207,7 @@ def test_what_is_out_of_turn_or_unknown_is_refused_in_a_sentence(setting: Settin
     with pytest.raises(WrongState, match="does not have the tensors"):
         engine.load_state(str(other.folder / "start"))
     private = setting.folder / "broken"
-    private.write_bytes(engine._member.private._parts()[0])
+    private.write_bytes(engine.member.private._parts()[0])
     with pytest.raises(BadState, match="holds 0 bytes of tensors"):
         engine.load_private(str(private))
 
@@ -217,13 +218,13 @@ def test_diverged_training_is_a_sentence_and_the_member_is_as_before(setting: Se
         optimizer=OptimizerSettings(learning_rate=10.0, warmup_steps=0, gradient_clip=0.0, beta1=0.0, beta2=0.0),
     )
     engine = open_engine(setting, job=job)
-    before = engine._member.private.hash
-    engine._parameters.flat.data.fill_(float("nan"))
+    before = engine.member.private.hash
+    engine.parameters.flat.data.fill_(float("nan"))
     start = np.full(setting.start.layout.size, np.nan, dtype=np.float32)
     with pytest.raises(ShoalError, match="diverged; lower the learning rate"):
         engine._states[setting.start.hash] = SharedState(setting.start.layout, start)
         one_round(engine, setting.run_round(0, setting.start.hash))
-    assert engine._member.private.hash == before and not engine._member.computing
+    assert engine.member.private.hash == before and not engine.member.computing
 
 
 def _same(left: RoundDone, right: RoundDone) -> bool:
@@ -260,7 +261,7 @@ def test_one_altered_step_or_sample_stands_far_out_from_honest_rounding(setting:
             nonlocal count
             count += 1
             if count - 1 == step and alter == "skip":
-                engine._member.stepped(engine._shared(batch, batch_size))
+                engine.member.stepped(engine._shared(batch, batch_size))
                 return
             if count - 1 == step and alter == "rate":
                 rate *= 0.9
