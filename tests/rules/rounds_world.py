@@ -223,6 +223,7 @@ class World:
     members: list[SimMember] = field(default_factory=list)
     chain: list[tuple[Commit, bytes, Assignment]] = field(default_factory=list)
     envelopes: dict[int, Envelope] = field(default_factory=dict)
+    assignment_envelopes: list[Envelope] = field(default_factory=list)
     queue: list[tuple[SimMember | None, Envelope]] = field(default_factory=list)
     """What is under way: to a member, or to the driver (None)."""
     fetching: list[driving.FetchUpdate] = field(default_factory=list)
@@ -233,6 +234,8 @@ class World:
     effects: list[driving.Effect] = field(default_factory=list)
     stopped: list[tuple[SimMember, str]] = field(default_factory=list)
     heads: list[Envelope | None] = field(default_factory=list)
+    members_min: int = 1
+    """Of the first term."""
     works: int = 0
     sessions: int = 0
     faulty_updates: bool = True
@@ -258,8 +261,9 @@ class World:
         self.driver_key = key
         self.term = sign(key, term)
         self.driving = driving.drive(
-            self.job, self.job_id, key.node_id, term.number, standing, self.now_ms, retired=retired
-        )
+            self.job, self.job_id, key.node_id, term.number, standing, self.now_ms,
+            members_min=1 if last_term else self.members_min, retired=retired,
+        )  # fmt: skip
         self.fetching, self.aggregating = [], None
         for member in self.members:
             member.ready = False
@@ -275,6 +279,7 @@ class World:
                     envelope = sign(self.driver_key, effect.assignment)
                     assert envelope.record_id == effect.assignment_id
                     self.assignments[effect.assignment_id] = effect.assignment
+                    self.assignment_envelopes.append(envelope)
                     self.send_all(envelope)
                 case driving.PublishCommit():
                     envelope = sign(self.driver_key, effect.commit)
@@ -493,7 +498,7 @@ def start(
 ) -> World:
     """A world in which these members are ready."""
     job, job_id = make_job(**changes)
-    world = World(choose or (lambda n: 0), job, job_id)
+    world = World(choose or (lambda n: 0), job, job_id, members_min=len(names))
     for name in names:
         world.join(name)
     for member in world.members:

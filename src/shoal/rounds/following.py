@@ -248,9 +248,10 @@ class Early:
 
 @dataclass(frozen=True, slots=True)
 class Promise:
-    """To whom asked for the head: no Commit of a term before `term` beyond `round` is taken, until `until_ms`. Should
-    that term never begin, the current driver may go on then."""
+    """To `asker`, who asked for the head: no Commit of a term before `term` beyond `round` is taken, until `until_ms`.
+    Should that term never begin, the current driver may go on then."""
 
+    asker: bytes
     term: int
     round: int
     until_ms: int
@@ -436,7 +437,9 @@ class _Turn:
             return self.ignore(
                 f"Term {term.number} is not newer than term {current.number}, or than what was promised."
             )
-        if not self._allowed(envelope.signer, f"Term {term.number}"):
+        # Who was promised the head has shown the silence of the driver before it, whose last words may still arrive.
+        awaited = promised is not None and (promised.asker, promised.term) == (envelope.signer, term.number)
+        if not awaited and not self._allowed(envelope.signer, f"Term {term.number}"):
             return None
         reached = state.applying.commit.round if state.applying else state.head.round
         reached_id = state.applying.envelope.record_id if state.applying else state.head.commit_id
@@ -479,19 +482,19 @@ class _Turn:
             return self.ignore(
                 f"A Commit signed by {short_id(envelope.signer)}, which the owner has not granted to drive."
             )
-        if self._fork(commit, envelope):
-            return None
+        rivals = state.early.get(commit.round, ())
+        if any(rival.envelope.record_id == envelope.record_id for rival in rivals):
+            return self.ignore(f"The Commit of round {commit.round} is known.")
+        self._note_fork(commit, envelope)
         if envelope.signer == state.term.driver:
-            self.state = state = replace(state, heard_ms=self.now_ms)
+            self.state = replace(self.state, heard_ms=self.now_ms)
+        state = self.state
         reached = state.applying.commit.round if state.applying else state.head.round
         if commit.round <= reached:
             return self.ignore(f"The Commit of round {commit.round} is behind the head, which is of round {reached}.")
         if commit.round > reached + COMMITS_AHEAD_MAX:
             self.effects.append(AskCommits(reached + 1, reached + COMMITS_AHEAD_MAX))
             return self.ignore(f"The Commit of round {commit.round} is too far ahead of round {reached} to be kept.")
-        rivals = state.early.get(commit.round, ())
-        if any(rival.envelope.record_id == envelope.record_id for rival in rivals):
-            return self.ignore(f"The Commit of round {commit.round} is known.")
         if len(rivals) >= RIVALS_MAX:
             return self.ignore(f"More than {RIVALS_MAX} different Commits claim round {commit.round}.")
         early = {**state.early, commit.round: (*rivals, Early(commit, envelope))}
@@ -508,8 +511,9 @@ class _Turn:
         if missing:
             self.effects.append(AskCommits(missing[0], missing[-1]))
 
-    def _fork(self, commit: Commit, envelope: Envelope) -> bool:
-        """Whether this Commit and a known one are evidence against their driver."""
+    def _note_fork(self, commit: Commit, envelope: Envelope) -> None:
+        """When this Commit and a known one are evidence against their driver, say so. Which of the two others applied
+        is open: in this term neither is taken any more, unless its successor goes on from it."""
         state = self.state
         known = [link.envelope for link in state.chain if link.round == commit.round and link.term == commit.term]
         known += [early.envelope for early in self._held(commit.round) if early.commit.term == commit.term]
@@ -522,14 +526,8 @@ class _Turn:
             )
             self.effects.append(ReportFork(other, envelope, sentence))
             if commit.term == state.term.number:
-                # Which of the two others applied is open: neither is taken unless its successor goes on from it.
                 self.state = replace(state, forked=True)
-                rivals = state.early.get(commit.round, ())
-                if len(rivals) < RIVALS_MAX and commit.round > state.head.round:
-                    early = {**state.early, commit.round: (*rivals, Early(commit, envelope))}
-                    self.state = replace(self.state, early=MappingProxyType(early))
-            return True
-        return False
+            return
 
     def _held(self, number: int) -> tuple[Early, ...]:
         applying = self.state.applying
@@ -649,7 +647,7 @@ class _Turn:
             if not self._allowed(event.asker, f"Term {event.term}"):
                 return None
             until_ms = self.now_ms + state.job.rounds.deadline_ms
-            self.state = replace(state, promised=Promise(event.term, reached, until_ms))
+            self.state = replace(state, promised=Promise(event.asker, event.term, reached, until_ms))
         self.effects.append(AnswerHead(event.asker, newest))
         return None
 
