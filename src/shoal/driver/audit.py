@@ -29,8 +29,8 @@ from shoal.verification.audits import audited
 from shoal.world import Dice, Endpoint
 
 WAITING_MAX = 16
-"""Contributions waiting to be replayed; when there are more, the newest choice is dropped: replaying must not fall behind
-the job by much, and the choice stays unpredictable."""
+"""Contributions waiting to be replayed; when there are more, the newest choice is dropped: replaying must not fall
+behind the job by much, and the choice stays unpredictable."""
 OPEN_DEADLINE_S = 15.0
 OPENED_PIN = "opened"
 

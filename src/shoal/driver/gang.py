@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+
+import msgspec
 
 from shoal.errors import JobError, LinkError
 from shoal.identity import short_id
@@ -15,6 +18,8 @@ from shoal.world.directory import Directory, FoundOffer
 
 LOOK_EVERY_S = 1.0
 DIAL_DEADLINE_S = 8.0
+FORMER_MAX = 16
+"""Former nodes that the hubs are asked about at a time."""
 CALL_BACK_S = 8.0
 """How long a node that accepts no links is waited for after a hub was asked to have it dial."""
 
@@ -42,29 +47,29 @@ class LinkedNode:
         return BlobHolder(self.node, self.offer.addresses)
 
 
-async def link_to(found: FoundOffer, *, endpoint: Endpoint, directory: Directory, clock: Clock) -> LinkedNode:
+async def link_to(node: bytes, offer: Offer, *, endpoint: Endpoint, directory: Directory, clock: Clock) -> LinkedNode:
     """A link to the node that made an offer: dialled, or, where it cannot be, opened by the node itself after a hub
     told it to. Raises LinkError."""
-    open_link = endpoint.links().get(found.node)
+    open_link = endpoint.links().get(node)
     if open_link is not None and not open_link.closed:
-        return LinkedNode(found.node, found.offer, open_link)
-    if found.offer.addresses:
+        return LinkedNode(node, offer, open_link)
+    if offer.addresses:
         try:
-            link = await endpoint.dial(found.node, found.offer.addresses, deadline_s=DIAL_DEADLINE_S)
-            return LinkedNode(found.node, found.offer, link)
+            link = await endpoint.dial(node, offer.addresses, deadline_s=DIAL_DEADLINE_S)
+            return LinkedNode(node, offer, link)
         except LinkError:
             if not endpoint.addresses:
                 raise
     if not endpoint.addresses:
-        raise LinkError(f"Node {found.offer.name} accepts no links and this driver does not either; use --listen.")
-    await directory.introduce(found.node, endpoint.addresses)
+        raise LinkError(f"Node {offer.name} accepts no links and this driver does not either; use --listen.")
+    await directory.introduce(node, endpoint.addresses)
     until = clock.monotonic() + CALL_BACK_S
     while clock.monotonic() < until:
-        open_link = endpoint.links().get(found.node)
+        open_link = endpoint.links().get(node)
         if open_link is not None and not open_link.closed:
-            return LinkedNode(found.node, found.offer, open_link)
+            return LinkedNode(node, offer, open_link)
         await clock.sleep(0.05)
-    raise LinkError(f"Node {found.offer.name} ({short_id(found.node)}) was asked to call back and did not.")
+    raise LinkError(f"Node {offer.name} ({short_id(node)}) was asked to call back and did not.")
 
 
 async def find_gang(
@@ -77,18 +82,21 @@ async def find_gang(
     directory: Directory,
     clock: Clock,
     without: Collection[bytes] = (),
+    former: Collection[bytes] = (),
     say: Callable[[str], None] = lambda _: None,
 ) -> list[LinkedNode]:
     """Nodes that fit and answer: at least `nodes_min`, at most `nodes_max`, the fastest first.
 
-    Waits up to `wait_s` for enough of them. Raises TooFewNodes, saying what was there and why it does not do.
+    `former` are nodes that worked for this job under a driver that is gone: they may seem busy with it, and are asked
+    for all the same. Waits up to `wait_s` for enough of them. Raises TooFewNodes, saying what was there and why it
+    does not do.
     """
     until = clock.monotonic() + wait_s
     linked: dict[bytes, LinkedNode] = {}
     troubles: dict[bytes, str] = {}
     told = False
     while True:
-        found = [one for one in await directory.find(wanted) if one.node not in without]
+        found = [one for one in await find_fitting(directory, wanted, former) if one.node not in without]
         fresh = [
             one
             for one in sorted(found, key=lambda one: fastest_float32(one.offer), reverse=True)
@@ -96,7 +104,7 @@ async def find_gang(
         ]
         fresh = fresh[: max(0, nodes_max - len(linked))]
         answers = await asyncio.gather(
-            *(link_to(one, endpoint=endpoint, directory=directory, clock=clock) for one in fresh),
+            *(link_to(one.node, one.offer, endpoint=endpoint, directory=directory, clock=clock) for one in fresh),
             return_exceptions=True,
         )
         for one, answer in zip(fresh, answers, strict=True):
@@ -121,6 +129,16 @@ async def find_gang(
         " ".join(troubles.values()) or "Start more with `shoal node start`, or ask for fewer (requirements.nodes_min)."
     )
     raise TooFewNodes(f"The job needs {nodes_min} nodes; {seen} within {wait_s:.0f} s. {hint}")
+
+
+async def find_fitting(directory: Directory, wanted: OfferFind, former: Collection[bytes] = ()) -> list[FoundOffer]:
+    """Offers that fit, and those of `former` nodes that are busy and fit otherwise. Raises LinkError."""
+    found = {one.node: one for one in await directory.find(wanted)}
+    for node in [node for node in former if node not in found][:FORMER_MAX]:
+        with contextlib.suppress(LinkError):  # the hub has heard enough questions for now
+            for one in await directory.find(msgspec.structs.replace(wanted, node=node, idle_only=False)):
+                found[one.node] = one
+    return list(found.values())
 
 
 def fastest_float32(offer: Offer) -> float:

@@ -7,20 +7,28 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from shoal.driver.gang import LinkedNode
+from shoal.driver.gang import LinkedNode, link_to
 from shoal.driver.lanes import NodeLane
 from shoal.errors import BadRecord, LinkError
 from shoal.identity import Envelope
 from shoal.protocol.messages import Message, encode
 from shoal.protocol.training import JobEnd, Member, Turn
 from shoal.world import Clock, Endpoint, Link, Refused
+from shoal.world.directory import Directory
 
 TURNS_MAX = 64
-"""Turns that may wait for a slow member; when there are more the oldest goes, and the member asks for what it misses."""
+"""Turns that may wait for a slow member; when there are more the oldest goes, and the member asks for what it
+misses."""
 TURN_DEADLINE_S = 30.0
 LOST_AFTER_S = 3.0
 """A member whose link cannot be taken up again within this time has left."""
 RETRY_S = 0.3
+
+
+class NotOfThisJob(BadRecord):
+    """Somebody who is no member of the job, or not any more, wants something of its driver."""
+
+    code = "SH-631"
 
 
 @dataclass
@@ -36,6 +44,8 @@ class MemberLine:
     bytes_sent: int = 0
     bytes_received: int = 0
     samples_per_s: float = 0.0
+    unanswered: int = 0
+    """Its Contributions that the driver has not looked at yet."""
     turns: asyncio.Queue[Turn] = field(default_factory=lambda: asyncio.Queue(TURNS_MAX))
     sender: asyncio.Task[None] | None = None
 
@@ -53,8 +63,11 @@ class MemberLine:
 class MemberLines:
     """All lines, and the tasks that carry them."""
 
-    def __init__(self, endpoint: Endpoint, clock: Clock, on_lost: Callable[[MemberLine, str], None]) -> None:
+    def __init__(
+        self, endpoint: Endpoint, directory: Directory, clock: Clock, on_lost: Callable[[MemberLine, str], None]
+    ) -> None:
         self._endpoint = endpoint
+        self._directory = directory
         self._clock = clock
         self._on_lost = on_lost
         self.by_member: dict[bytes, MemberLine] = {}
@@ -82,10 +95,15 @@ class MemberLines:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self.by_member.clear()
 
     async def link(self, line: MemberLine) -> Link:
-        """The open link to a member's node, or a new one. Raises LinkError."""
-        return await self._endpoint.dial(line.node.node, line.node.offer.addresses, deadline_s=LOST_AFTER_S)
+        """The open link to a member's node, or a new one: dialled, or opened by the node when a hub tells it to.
+        Raises LinkError."""
+        node = line.node
+        return (
+            await link_to(node.node, node.offer, endpoint=self._endpoint, directory=self._directory, clock=self._clock)
+        ).link
 
     async def _request(self, line: MemberLine, kind: str, message: Message, deadline_s: float) -> bytes:
         link = await self.link(line)

@@ -76,7 +76,15 @@ async def take_over(
         for line in folder.notes(AuditLine)
         if line.verdict is AuditVerdict.MISMATCH
     }
-    return TakenOver(JobRecords(folder.job, chain.grant, term, term_record.number), standing, state, retired)
+    records = JobRecords(
+        folder.job,
+        chain.grant,
+        term,
+        term_record.number,
+        commits=tuple(envelope for _, envelope, _ in chain.commits),
+        former=tuple(dict.fromkeys(chain.node_of.values())),
+    )
+    return TakenOver(records, standing, state, retired)
 
 
 async def _heads(chain: Chain, folder: RunFolder, endpoint: Endpoint) -> list[Envelope | None]:

@@ -16,10 +16,10 @@ from typing import Any
 import msgspec
 
 from shoal.driver.folder import RunFolder
-from shoal.driver.gang import LinkedNode, link_to
+from shoal.driver.gang import LinkedNode, find_fitting, link_to
 from shoal.driver.lanes import NodeLane
 from shoal.driver.lines import Event, EventKind, Lane, RoundMetrics
-from shoal.driver.members import MemberLine, MemberLines
+from shoal.driver.members import MemberLine, MemberLines, NotOfThisJob
 from shoal.driver.report import NodeFigures, NodeStatus
 from shoal.errors import BadRecord, LinkError, ShoalError
 from shoal.identity import Envelope, KeyPair, blake3_hash, short_id
@@ -45,31 +45,40 @@ from shoal.protocol.training import (
 from shoal.rounds import driving
 from shoal.rounds.standing import Standing
 from shoal.rounds.weights import weigh
-from shoal.storage import BlobStore, Fetcher
+from shoal.storage import BlobStore, DiskFailed, Fetcher, StorageFull
 from shoal.training.outer import OuterStep, WeighedUpdate, measure
 from shoal.training.state import SharedState
 from shoal.training.updates import UPDATE_MEDIA_TYPE, Update, decode_update
 from shoal.world import Clock, Endpoint, Request
-from shoal.world.directory import Directory
+from shoal.world.directory import Directory, FoundOffer
 
-EVENTS_MAX = 4096
+EVENTS_MAX = 16 * 1024
 ATTACH_MAX_BYTES = 512 * 1024
 """Updates of a Commit travel with it as long as they are not more than this together."""
 LOOK_EVERY_S = 3.0
 """How often the hubs are asked for nodes that have come since."""
 INVITE_DEADLINE_S = 20.0
 COMMITS_AT_ONCE = 64
+GIVEN_EXTRA_BYTES = 128 * 1024
+"""Room in CommitsGiven for the holders and for what packs the Commits."""
+COMMITS_KEPT = 4 * COMMITS_AT_ONCE
 BETWEEN_INVITES_S = 10.0
 """A node that refused an invitation, or left, is not asked again before; each further time it is twice as long."""
 INVITES_MAX = 8
+"""Times in a row that a node is invited without any of its work being accepted."""
+INVITED_REMEMBERED_MAX = 4096
+UNANSWERED_MAX = 4
+"""Contributions of one member that may wait for the driver at a time: lag + 1, and some sent twice."""
+PIN = "run"
+"""Who pins, in the driver's store, what going on with the job needs."""
 
 _log = logging.getLogger("shoal.driver")
 
 
-class NotOfThisJob(BadRecord):
-    """Somebody who is no member of the job wants something of its driver."""
+class NotCounted(BadRecord):
+    """A Contribution does not count; the sentence is the one of the rules."""
 
-    code = "SH-631"
+    code = "SH-635"
 
 
 @dataclass(frozen=True)
@@ -80,6 +89,10 @@ class JobRecords:
     grant: Envelope
     term: Envelope
     term_number: int
+    commits: tuple[Envelope, ...] = ()
+    """The newest of the chain that the term goes on from, the newest last; none before the first Commit."""
+    former: tuple[bytes, ...] = ()
+    """NodeIds of those that worked in earlier terms."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +126,16 @@ class _Given:
 
     contribution: Contribution
     update: Update | None = None
+
+
+@dataclass
+class _Arrived:
+    """A Contribution that the rules have not seen yet, and who waits for what they say."""
+
+    line: MemberLine
+    envelope: Envelope
+    attached: bytes | None
+    refused: asyncio.Future[str | None]
 
 
 async def _nothing() -> None:
@@ -185,9 +208,13 @@ class TrainingDriver:
         self._next: dict[tuple[int, int], SharedState] = {}
         self._given: dict[bytes, _Given] = {}
         self._commits: OrderedDict[int, Envelope] = OrderedDict()
-        self._head: Envelope | None = None
+        for envelope in records.commits[-COMMITS_KEPT:]:
+            self._commits[open_record(envelope, Commit, self.network).round] = envelope
+        self._head: Envelope | None = records.commits[-1] if records.commits else None
+        self._arrived: dict[bytes, _Arrived] = {}
+        self._failure: BaseException | None = None
         self._events: asyncio.Queue[driving.Event] = asyncio.Queue(EVENTS_MAX)
-        self._lines = MemberLines(endpoint, clock, self._lost)
+        self._lines = MemberLines(endpoint, directory, clock, self._lost)
         self._members: dict[bytes, tuple[Member, Envelope, LinkedNode]] = {}
         self._side_work: set[asyncio.Task[None]] = set()
         self._invited: dict[bytes, tuple[int, float]] = {}
@@ -216,17 +243,24 @@ class TrainingDriver:
             self._endpoint.handle(kind, handler)
         for node in gang:
             self._beside(self._invite(node))
-        looking = asyncio.create_task(self._look_for_more())
+        self._beside(self._look_for_more())
+        reason = "The driver was stopped; it may go on with the job later."
         try:
             finish = await self._loop()
             self.finished_s = self.elapsed_s()
             await self._watchers.closing()
+            if self._failure is not None:
+                raise self._failure
+            reason = finish.reason
+            self._close_lanes()
+        except ShoalError as error:
+            reason = f"The driver cannot go on: {error}"
+            raise
         finally:
-            looking.cancel()
-            for task in self._side_work:
+            for task in list(self._side_work):
                 task.cancel()
-            await asyncio.gather(looking, *self._side_work, return_exceptions=True)
-        await self._say_goodbye(finish.reason)
+            await asyncio.gather(*self._side_work, return_exceptions=True)
+            await self._say_goodbye(reason)
         return Outcome(finish.reached, finish.reason, self.state)
 
     def stop(self, reason: str) -> None:
@@ -255,6 +289,8 @@ class TrainingDriver:
         while True:
             self._driving, effects = driving.step(self._driving, event, self._now_ms())
             await self._carry_out(effects)
+            if isinstance(event, driving.Delivered):
+                self._answered(event.contribution_id)
             if self._driving.finished is not None:
                 return self._driving.finished
             event = await self._next_event()
@@ -275,9 +311,9 @@ class TrainingDriver:
 
     def _side_work_done(self, task: asyncio.Task[None]) -> None:
         self._side_work.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            _log.error("the driver failed", exc_info=task.exception())
-            self._tell(driving.StopAsked(f"The driver failed: {task.exception()}"))
+        if not task.cancelled() and task.exception() is not None and self._failure is None:
+            self._failure = task.exception()
+            self._tell(driving.StopAsked(f"The driver failed: {self._failure}"))
 
     # ---- effects ----
 
@@ -297,12 +333,14 @@ class TrainingDriver:
                     self._broadcast(commit, assignment, attached)
                     commit, attached = None, {}
                 case driving.FetchUpdate():
-                    self._given[effect.contribution_id] = _Given(effect.contribution)
+                    self._take_in(effect)
                     self._beside(self._fetch_update(effect.contribution_id, effect.contribution))
                 case driving.Aggregate():
-                    self._beside(self._aggregate(effect))
+                    updates = [self._given[one.contribution_id].update for one in effect.candidates]
+                    self._beside(self._aggregate(effect, self.state, updates))
                 case driving.Refuse():
-                    self._given.pop(effect.contribution_id, None)
+                    if effect.contribution_id in self._arrived:
+                        self._answer(effect.contribution_id, effect.sentence)
                     _log.info("%s: %s", self._name(effect.member_id), effect.sentence)
                 case driving.CatchUp():
                     self._catch_up(effect)
@@ -339,8 +377,10 @@ class TrainingDriver:
         self._watchers.recorded(envelope)
         self._head = envelope
         self._commits[commit.round] = envelope
-        while len(self._commits) > COMMITS_AT_ONCE * 4:
+        while len(self._commits) > COMMITS_KEPT:
             self._commits.popitem(last=False)
+        for entry in commit.accepted:
+            self._store.pin(PIN, entry.update.hash)  # a driver that takes over computes the state from them
         if commit.accepted:
             self.state = next(state for (number, _), state in self._next.items() if number == commit.round
                               and state.hash == commit.state)  # fmt: skip
@@ -349,11 +389,19 @@ class TrainingDriver:
         if sum(entry.update.size for entry in commit.accepted) <= ATTACH_MAX_BYTES:
             attached = {entry.member: self._store.read(entry.update.hash) for entry in commit.accepted}
         self._note_commit(commit)
-        given = [(entry.contribution, self._given.pop(entry.contribution).contribution) for entry in commit.accepted]
-        for excluded in commit.excluded:
-            self._given.pop(excluded.contribution or b"", None)
+        given = [(entry.contribution, self._given[entry.contribution].contribution) for entry in commit.accepted]
+        self._given = {key: one for key, one in self._given.items() if one.contribution.round > commit.round}
         self._watchers.committed(commit, given, self.state)
         return envelope, attached
+
+    def _take_in(self, effect: driving.FetchUpdate) -> None:
+        """Keep a Contribution that has its place: on disk, with the update that came along."""
+        self._given[effect.contribution_id] = _Given(effect.contribution)
+        arrived = self._arrived[effect.contribution_id]
+        self._record(arrived.envelope)
+        if arrived.attached is not None and _is(effect.contribution.update, arrived.attached):
+            self._store.put(arrived.attached, UPDATE_MEDIA_TYPE)
+        self._answer(effect.contribution_id, None)
 
     async def _fetch_update(self, contribution_id: bytes, contribution: Contribution) -> None:
         problem = None
@@ -366,17 +414,15 @@ class TrainingDriver:
                 given.update = await asyncio.to_thread(
                     decode_update, data, self.job.rounds.codec, self.state.layout.size, self.job.rounds.sparse_keep
                 )
+        except (StorageFull, DiskFailed):
+            raise  # this is no fault of the member's
         except ShoalError as error:
             problem = error.sentence
         self._tell(driving.UpdateChecked(contribution_id, problem))
 
-    async def _aggregate(self, effect: driving.Aggregate) -> None:
-        updates = []
-        for candidate in effect.candidates:
-            update = self._given[candidate.contribution_id].update
-            assert update is not None, "candidates were checked"
-            updates.append(update)
-        base = self.state
+    async def _aggregate(self, effect: driving.Aggregate, base: SharedState, checked: Sequence[Update | None]) -> None:
+        updates = [update for update in checked if update is not None]
+        assert len(updates) == len(effect.candidates), "candidates were checked"
         accepted, excluded, state = await asyncio.to_thread(self._weigh_and_step, base, effect.candidates, updates)
         self._next[effect.round, effect.attempt] = state
         self._tell(driving.Aggregated(effect.round, effect.attempt, accepted, excluded, state.hash))
@@ -432,15 +478,17 @@ class TrainingDriver:
     # ---- members ----
 
     async def _invite(self, node: LinkedNode) -> None:
-        times, _ = self._invited.get(node.node, (0, 0.0))
+        times, _ = self._invited.pop(node.node, (0, 0.0))
         self._invited[node.node] = (times + 1, self._clock.monotonic() + BETWEEN_INVITES_S * 2**times)
-        state = self.state
+        while len(self._invited) > INVITED_REMEMBERED_MAX:
+            del self._invited[next(iter(self._invited))]
+        state, head = self.state, self._head
         ref = await asyncio.to_thread(self._store.put, state.to_bytes(), SharedState.MEDIA_TYPE)
         invite = MemberInvite(
             job=self.records.job.to_bytes(),
             grant=self.records.grant.to_bytes(),
             term=self.records.term.to_bytes(),
-            head=self._head.to_bytes() if self._head else None,
+            head=head.to_bytes() if head else None,
             state=ref,
             holders=self._holders(),
         )
@@ -458,12 +506,14 @@ class TrainingDriver:
             self._note(EventKind.NOTE, node.node, f"{node.name} did not join: {error}")
             return
         self._record(envelope)
-        lane = self._lanes.setdefault(node.node, NodeLane(node.node, self.elapsed_s()))
-        line = MemberLine(node, envelope.record_id, member, envelope, lane)
         old = self._lines.of_node(node.node)
         if old is not None:
-            self._lines.remove(old.member_id)
-            self._tell(driving.MemberLeft(old.member_id, "Its node joined anew."))
+            self._left(old, NodeStatus.LEFT, "its node joined anew.")
+        lane = self._lanes.get(node.node)
+        if lane is None:
+            lane = self._lanes[node.node] = NodeLane(node.node, self.elapsed_s())
+        self._note_lanes(lane.closed(self.elapsed_s(), Lane.GONE))
+        line = MemberLine(node, envelope.record_id, member, envelope, lane)
         self._lines.add(line)
         known = self.nodes.get(node.node)
         self.nodes[node.node] = NodeFigures(
@@ -476,6 +526,8 @@ class TrainingDriver:
     async def _ready(self, request: Request) -> bytes:
         message = decode(MemberReady, request.body, request.version)
         line = self._line(message.member, request.peer)
+        if line.ready:
+            return encode(Done(), request.version)
         line.ready = True
         line.samples_per_s = message.samples_per_s
         self._note_lanes(line.lane.ready(self.elapsed_s()))
@@ -483,7 +535,8 @@ class TrainingDriver:
         self._note(
             EventKind.JOINED,
             line.node.node,
-            f"{line.name} joined with {message.samples_per_s:.1f} samples/s, holding the state of round {message.round}.",
+            f"{line.name} joined with {message.samples_per_s:.1f} samples/s, "
+            f"holding the state of round {message.round}.",
         )
         self._tell(driving.MemberJoined(line.member_id, line.record, message.samples_per_s, message.round))
         return encode(Done(), request.version)
@@ -497,12 +550,40 @@ class TrainingDriver:
             raise NotOfThisJob(
                 f"The contribution of {line.name} is signed by {short_id(envelope.signer)}, not by the member's node."
             )
-        if message.attached is not None and _is(contribution.update, message.attached):
-            self._store.put(message.attached, UPDATE_MEDIA_TYPE)
+        if self._driving.finished is not None:
+            raise NotCounted(f"The job is over: {self._driving.finished.reason}")
+        refused = await self._judged(line, contribution, envelope, message.attached)
+        if refused is not None:
+            raise NotCounted(refused)
         self._note_delivery(line, contribution, message)
-        self._record(envelope)
-        self._tell(driving.Delivered(contribution, envelope.record_id, envelope.signer))
         return encode(Done(), request.version)
+
+    async def _judged(
+        self, line: MemberLine, contribution: Contribution, envelope: Envelope, attached: bytes | None
+    ) -> str | None:
+        """Ask the rules about a Contribution; gives why it does not count."""
+        arrived = self._arrived.get(envelope.record_id)
+        if arrived is None:
+            if line.unanswered >= UNANSWERED_MAX:
+                raise NotCounted(
+                    f"{line.name} has {UNANSWERED_MAX} contributions waiting for an answer; send one after another."
+                )
+            line.unanswered += 1
+            arrived = _Arrived(line, envelope, attached, asyncio.get_running_loop().create_future())
+            self._arrived[envelope.record_id] = arrived
+            self._tell(driving.Delivered(contribution, envelope.record_id, envelope.signer))
+        return await asyncio.shield(arrived.refused)
+
+    def _answer(self, contribution_id: bytes, refused: str | None) -> None:
+        """The rules have spoken about a Contribution."""
+        arrived = self._arrived[contribution_id]
+        if not arrived.refused.done():
+            arrived.refused.set_result(refused)
+
+    def _answered(self, contribution_id: bytes) -> None:
+        """The event of a Contribution was handled: what was said about it by then is all."""
+        self._answer(contribution_id, None)
+        self._arrived.pop(contribution_id).line.unanswered -= 1
 
     async def _gone(self, request: Request) -> bytes:
         message = decode(MemberGone, request.body, request.version)
@@ -514,12 +595,18 @@ class TrainingDriver:
         message = decode(CommitsAsk, request.body, request.version)
         if message.job != self.job_id:
             raise NotOfThisJob("This driver drives another job.")
+        if self._lines.of_node(request.peer) is None:
+            raise NotOfThisJob(f"Node {short_id(request.peer)} is no member of job {self.job.name!r}, or not any more.")
         last = min(message.last_round, message.first_round + COMMITS_AT_ONCE - 1)
-        commits = [
-            self._commits[number].to_bytes()
-            for number in range(message.first_round, last + 1)
-            if number in self._commits
-        ]
+        commits: list[bytes] = []
+        room = CommitsGiven.MAX_BYTES - GIVEN_EXTRA_BYTES
+        for number in range(message.first_round, last + 1):
+            packed = self._commits[number].to_bytes() if number in self._commits else b""
+            room -= len(packed)
+            if room < 0:
+                break
+            if packed:
+                commits.append(packed)
         given = CommitsGiven(commits=tuple(commits), holders=self._holders())
         return encode(given, request.version)
 
@@ -550,35 +637,49 @@ class TrainingDriver:
             await self._clock.sleep(LOOK_EVERY_S)
             if len(self._lines.by_member) >= self._nodes_max:
                 continue
+            former = [node for node in {**dict.fromkeys(self.records.former), **self.nodes} if self._may_invite(node)]
             try:
-                found = await self._directory.find(self._wanted)
+                found = await find_fitting(self._directory, self._wanted, former)
             except LinkError as error:
                 _log.info("no hub answers; the job goes on without new nodes: %s", error)
                 continue
             for one in found:
-                times, not_before = self._invited.get(one.node, (0, 0.0))
-                too_soon = times >= INVITES_MAX or self._clock.monotonic() < not_before
-                if too_soon or self._lines.of_node(one.node) or one.node in self._driving.retired:
-                    continue
-                try:
-                    node = await link_to(one, endpoint=self._endpoint, directory=self._directory, clock=self._clock)
-                except LinkError as error:
-                    _log.info("%s could not be reached: %s", one.offer.name, error)
-                    continue
-                await self._invite(node)
+                if self._may_invite(one.node) and len(self._lines.by_member) < self._nodes_max:
+                    await self._link_and_invite(one)
 
-    async def _say_goodbye(self, reason: str) -> None:
+    async def _link_and_invite(self, one: FoundOffer) -> None:
+        try:
+            node = await link_to(
+                one.node, one.offer, endpoint=self._endpoint, directory=self._directory, clock=self._clock
+            )
+        except LinkError as error:
+            _log.info("%s could not be reached: %s", one.offer.name, error)
+            return
+        await self._invite(node)
+
+    def _may_invite(self, node: bytes) -> bool:
+        times, not_before = self._invited.get(node, (0, 0.0))
+        too_soon = times >= INVITES_MAX or self._clock.monotonic() < not_before
+        return not too_soon and self._lines.of_node(node) is None and node not in self._driving.retired
+
+    def _close_lanes(self) -> None:
+        """The job is over: what its nodes did until then."""
         now = self.finished_s
-        lines = list(self._lines.by_member.values())
-        for line in lines:
+        for line in self._lines.by_member.values():
             self._note_lanes(line.lane.closed(now, Lane.WAITING))
             self._set(line.node.node, status=NodeStatus.FINISHED)
         for node, figures in self.nodes.items():
             if figures.status in (NodeStatus.DIED, NodeStatus.LEFT, NodeStatus.EXCLUDED) and node in self._lanes:
                 gone = Lane.EXCLUDED if figures.status is NodeStatus.EXCLUDED else Lane.GONE
                 self._note_lanes(self._lanes[node].closed(now, gone))
-        await asyncio.gather(*(self._lines.tell_end(self.job_id, line, reason) for line in lines))
+
+    async def _say_goodbye(self, reason: str) -> None:
+        """Let the members go, however the driving ended."""
+        for contribution_id in list(self._arrived):
+            self._answer(contribution_id, "The job is over.")
+        lines = list(self._lines.by_member.values())
         await self._lines.close()
+        await asyncio.gather(*(self._lines.tell_end(self.job_id, line, reason) for line in lines))
 
     def _holders(self) -> tuple[BlobHolder, ...]:
         own = BlobHolder(self._key.node_id, tuple(self._endpoint.addresses))
@@ -628,6 +729,10 @@ class TrainingDriver:
     def _note_commit(self, commit: Commit) -> None:
         now = self.elapsed_s()
         given = [self._given[entry.contribution].contribution for entry in commit.accepted]
+        for entry in commit.accepted:
+            line = self._lines.by_member.get(entry.member)
+            if line is not None and line.node.node in self._invited:
+                self._invited[line.node.node] = (0, 0.0)
         tokens = sum(one.tokens for one in given)
         loss = None
         if tokens:

@@ -154,7 +154,7 @@ async def resume(job_file: JobFile, options: TrainOptions) -> Report:
             if taken.standing.tokens_total >= session.job.token_budget:
                 raise NothingToResume(f"The job in {options.folder} has reached its token budget already.")
             wanted = session.wanted(job_file)
-            gang = await session.gang(job_file, without=taken.retired.keys())
+            gang = await session.gang(job_file, without=taken.retired.keys(), former=taken.records.former)
             session.private = folder.read("owner.json", _OwnerNotes) or _OwnerNotes()
             return await session.drive(
                 taken.records, taken.standing, taken.state, gang, taken.retired, job_file, wanted=wanted
@@ -271,7 +271,9 @@ class _Session:
             idle_only=True,
         )
 
-    async def gang(self, job_file: JobFile, without: Collection[bytes] = ()) -> list[LinkedNode]:
+    async def gang(
+        self, job_file: JobFile, without: Collection[bytes] = (), former: Collection[bytes] = ()
+    ) -> list[LinkedNode]:
         needs = job_file.requirements
         return await find_gang(
             self.wanted(job_file),
@@ -282,6 +284,7 @@ class _Session:
             directory=self.hubs,
             clock=self.clock,
             without=without,
+            former=former,
             say=self.options.say,
         )
 
