@@ -1,23 +1,43 @@
-"""The list of commands."""
+"""The list of commands, and the one way out of each of them."""
 
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
 from shoal import __version__
 from shoal.cli import output
 from shoal.errors import ShoalError
 
+ORDER = ("quickstart", "up", "down", "train", "report", "replay", "hub", "node", "offers")
+"""As a newcomer meets them."""
+HERE, JOBS, MACHINES = "On this machine", "Jobs", "Several machines"
+"""Headings of the list."""
+
+UsageError: Any = typer.BadParameter.__base__
+"""What typer raises for a command, flag or value that it does not take. It has no public name there."""
+
+
+class InOrder(TyperGroup):
+    """Lists commands in ORDER, whatever the order of imports."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted(super().list_commands(ctx), key=ORDER.index)
+
+
 app = typer.Typer(
     name="shoal",
-    no_args_is_help=True,
+    cls=InOrder,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     help="One computer out of many mixed, distant, mortal GPUs.\n\n"
     "Start with `shoal quickstart`: it runs a hub and five unequal nodes on this machine and trains a small model "
-    "across them. For your own: `shoal up` in one terminal, `shoal train job.yaml` in another.",
+    "across them. For your own: `shoal up` in one terminal, `shoal train job.yaml` in another. Every command has "
+    "`--help`; those that print figures have `--json`. Keys and nodes are kept in ~/.shoal, or where SHOAL_HOME says; "
+    "SHOAL_LOG=info tells more.",
 )
 
 
@@ -34,7 +54,7 @@ def options(
     pass
 
 
-def _load_commands() -> None:
+def load_commands() -> None:
     """Each of these adds its commands to `app`."""
     import shoal.cli.looking
     import shoal.cli.quickstart
@@ -44,14 +64,25 @@ def _load_commands() -> None:
 
 def main() -> None:
     """Run a command; every error a user can cause ends in one sentence and an exit code, never in a traceback."""
-    as_json = "--json" in sys.argv
+    arguments = sys.argv[1:] or ["--help"]
+    as_json = "--json" in arguments
     output.set_up_logging(to_terminal=sys.stderr.isatty())
-    _load_commands()
+    load_commands()
     try:
-        app()
+        code = app(arguments, prog_name="shoal", standalone_mode=False)
+        if code == output.INTERRUPTED:
+            raise KeyboardInterrupt
+        sys.exit(code if isinstance(code, int) else 0)
+    except UsageError as error:
+        where = error.ctx.command_path if error.ctx is not None else "shoal"
+        problem = error.format_message().rstrip(".")
+        sys.exit(output.fail(output.BadFlag(f"{problem}. See: {where} --help"), as_json=as_json))
     except ShoalError as error:
         sys.exit(output.fail(error, as_json=as_json))
-    except (KeyboardInterrupt, EOFError):
+    except (KeyboardInterrupt, EOFError, typer.Abort):
         sys.exit(output.fail(output.Interrupted("Stopped."), as_json=as_json))
     except BrokenPipeError:
+        output.forget_output()
         sys.exit(0)
+    except OSError as error:
+        sys.exit(output.fail(output.refused_by_system(error), as_json=as_json))

@@ -7,33 +7,40 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from shoal.cli import places
-from shoal.cli.app import app
-from shoal.cli.output import HubFlag, JsonFlag, err, out, print_json, run
+from shoal.cli.app import JOBS, MACHINES, app
+from shoal.cli.output import BadFlag, HubFlag, JsonFlag, err, out, print_json, run, shown
 from shoal.errors import BadInput, LinkError
 from shoal.identity import short_id
 from shoal.quantities import format_bytes, parse_bytes
 from shoal.world import SystemClock, SystemDice
 
 
-@app.command("offers")
+@app.command("offers", rich_help_panel=MACHINES)
 def offers(
     hub: HubFlag = None,
     device: Annotated[str | None, typer.Option(help="Only this kind of device: cpu, cuda, rocm, mps or xpu.")] = None,
-    memory: Annotated[str | None, typer.Option(help="At least this much device memory, such as 16 GiB.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(metavar="BYTES", help="At least this much device memory, such as '16 GiB'.")
+    ] = None,
     idle: Annotated[bool, typer.Option("--idle", help="Only nodes that are free.")] = False,
     limit: Annotated[int, typer.Option(help="At most so many.")] = 64,
     json: JsonFlag = False,
 ) -> None:
-    """Show what is offered at the hubs: measured, signed, alive."""
+    """Show what is offered at the hubs: measured, signed, alive.
+
+    One line a node: its fastest device with the memory and the matrix product rate that it measured, its owner's speed
+    limit, and whether a job has it. `--json` prints the offers whole.
+    """  # fmt: skip
     from shoal.hub import HubClient
     from shoal.protocol.offers import FOUND_MAX, OfferFind
     from shoal.transport import TlsEndpoint
 
     if not 1 <= limit <= FOUND_MAX:
-        raise BadInput(f"--limit {limit} cannot be used: from 1 to {FOUND_MAX}.")
+        raise BadFlag(f"--limit {limit} cannot be used: from 1 to {FOUND_MAX}.")
     wanted = OfferFind(
         device=device, memory_bytes_min=parse_bytes(memory) if memory else 0, idle_only=idle, limit=limit
     )
@@ -54,14 +61,14 @@ def offers(
             return
         table = Table("node", "name", "device", "memory", "fastest", "limit", "state", box=None, header_style="bold")
         for one in found:
-            best = one.offer.capability.devices[0]
-            rate = max(best.throughput, key=lambda each: each.flops, default=None)
+            rates = [(rate, device) for device in one.offer.capability.devices for rate in device.throughput]
+            rate, best = max(rates, key=lambda each: each[0].flops, default=(None, one.offer.capability.devices[0]))
             table.add_row(
                 short_id(one.node),
                 one.offer.name,
-                f"{best.kind} {best.name}",
+                escape(shown(f"{best.kind} {best.name}")),
                 format_bytes(best.memory_bytes),
-                f"{rate.flops / 1e12:.2f} TFLOP/s {rate.dtype}" if rate else "?",
+                escape(shown(f"{rate.flops / 1e9:,.1f} GFLOP/s {rate.dtype}")) if rate else "?",
                 f"{one.offer.capability.speed_limit:g}",
                 "busy" if one.offer.busy else "idle",
             )
@@ -70,19 +77,23 @@ def offers(
     run(work)
 
 
-@app.command("report")
+@app.command("report", rich_help_panel=JOBS)
 def report(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, such as runs/quickstart.")],
     json: JsonFlag = False,
 ) -> None:
-    """Show who did what in a run; the page for looking at is RUN/report.html."""
+    """Show who did what in a run; the page for looking at is RUN/report.html.
+
+    Counted from the signed records in the folder, also while the run goes on or after its driver was killed. `--json`
+    prints what report.json holds.
+    """  # fmt: skip
     from shoal.cli.tables import print_report
     from shoal.driver.folder import RunFolder
     from shoal.driver.report import Figures
     from shoal.driver.report_page import render_page
     from shoal.driver.write_report import make_report
 
-    with RunFolder.open(run_folder, read_only=True) as folder:
+    with RunFolder.open(places.find_run(run_folder), read_only=True) as folder:
         made = make_report(folder, folder.read("figures.json", Figures) or Figures())
     if not (run_folder / "report.html").exists():
         (run_folder / "report.html").write_text(render_page(made))
@@ -93,7 +104,7 @@ def report(
         out.print(f"The page: {run_folder / 'report.html'}", markup=False)
 
 
-@app.command("replay")
+@app.command("replay", rich_help_panel=JOBS)
 def replay(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, such as runs/quickstart.")],
     round_number: Annotated[int, typer.Option("--round", "-r", help="Which round.")],
@@ -113,10 +124,15 @@ def replay(
 
     Says *match*, *mismatch* or *not replayable*, with the measured difference beside the threshold. What a node keeps
     private (optimizer state, residual) is opened by the node, if it can be reached, or found in the run's folder.
-    Exit code 0 on match, 3 on mismatch, 4 when it cannot be replayed.
+    After the quickstart, for example: `shoal replay runs/quickstart --round 2 --node amber`.
+
+    Exit code 0 on match, 3 on mismatch, 4 when it cannot be replayed; 1 and 2 are errors, as everywhere.
     """  # fmt: skip
     from shoal.sdk.replay import replay_round
 
+    if threads is not None and threads < 1:
+        raise BadFlag(f"--threads {threads} cannot be used: at least one is needed.")
+    places.find_run(run_folder)
     tickets = []
     with contextlib.suppress(BadInput):
         tickets = places.find_hubs(hub)
@@ -141,12 +157,14 @@ def replay(
             print_json(result)
         else:
             colour = {"match": "green", "mismatch": "red"}.get(result.verdict, "yellow")
-            out.print(f"[bold {colour}]{result.verdict}[/]  round {result.round}, {result.name} ({result.node[:8]})")
+            out.print(
+                f"[bold {colour}]{result.verdict}[/]  round {result.round}, {escape(result.name)} ({result.node[:8]})"
+            )
             if result.difference is not None:
                 out.print(
                     f"measured difference {result.difference:.3g}, threshold {result.threshold:.3g} ({result.measure})"
                 )
-            out.print(result.sentence, markup=False)
+            out.print(shown(result.sentence), markup=False)
             out.print(
                 f"[dim]{result.rounds_computed} round(s) computed, {format_bytes(result.opened_bytes)} of private state opened[/]"
             )

@@ -1,6 +1,7 @@
 """How every command prints: tables and sentences for people, one JSON document for machines.
 
-Exit codes: 0 it was done; 1 it failed; 2 the input cannot be used; 130 interrupted.
+Exit codes: 0 it was done; 1 it failed; 2 the input cannot be used; 130 interrupted. `shoal replay` has two more.
+With --json an error is a document too: {"error": {"code": ..., "sentence": ...}}.
 """
 
 from __future__ import annotations
@@ -18,23 +19,33 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from shoal.errors import BadInput, JobError, ShoalError
+from shoal.errors import BadInput, JobError, ShoalError, StorageError
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 T = TypeVar("T")
+INTERRUPTED = 130
+"""The exit code of a command that was stopped with Ctrl-C: 128 and the number of SIGINT."""
+_log = logging.getLogger("shoal.cli")
 
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text; errors too.")]
 HubFlag = Annotated[
     list[str] | None,
     typer.Option(
         "--hub",
-        help="A hub's ticket, shoal://NODEID@HOST:PORT; may be given several times. "
-        "Without it: SHOAL_HUB, else the shoal that `shoal up` runs on this machine.",
+        metavar="TICKET",
+        help="A hub's ticket, shoal://NODEID@HOST:PORT, as it prints it; may be given several times. "
+        "Without it: SHOAL_HUB, else the hub of `shoal up` on this machine.",
         show_default=False,
     ),
 ]
 WithParent = Annotated[int, typer.Option("--with-parent", hidden=True, help="Stop when this process is gone.")]
+
+
+class BadFlag(BadInput):
+    """A command or flag does not exist, or one has a value that cannot be used."""
+
+    code = "SH-103"
 
 
 class NoHub(BadInput):
@@ -47,6 +58,12 @@ class Interrupted(JobError):
     """The user asked to stop."""
 
     code = "SH-601"
+
+
+class FileRefused(StorageError):
+    """The operating system refused a file or directory that a command needs."""
+
+    code = "SH-420"
 
 
 def to_plain(value: object) -> Any:
@@ -69,10 +86,28 @@ def to_plain(value: object) -> Any:
     return msgspec.to_builtins(walk(value), enc_hook=other)
 
 
+def shown(text: str) -> str:
+    """Text for a terminal: names, sentences and models' words come from strangers, and a terminal obeys what it is sent."""
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else "\ufffd" for letter in text)
+
+
 def print_json(value: object) -> None:
     """One JSON document on standard output, on one line so that it can be read while the process goes on."""
     sys.stdout.write(json.dumps(to_plain(value), allow_nan=False) + "\n")
     sys.stdout.flush()
+
+
+def refused_by_system(error: OSError) -> FileRefused:
+    """What the operating system refused, as a sentence."""
+    _log.debug("refused by the operating system", exc_info=error)
+    if error.filename is None:
+        return FileRefused(f"The operating system refused: {error.strerror or error}. SHOAL_LOG=debug shows where.")
+    return FileRefused(f"{error.filename}: {error.strerror}. Check the path, its owner and the room on the disk.")
+
+
+def forget_output() -> None:
+    """Whoever read our output is gone: let nothing more be written, or the interpreter complains as it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def fail(error: ShoalError, *, as_json: bool) -> int:
@@ -81,8 +116,8 @@ def fail(error: ShoalError, *, as_json: bool) -> int:
         print_json({"error": {"code": error.code, "sentence": error.sentence}})
     else:
         err.print(f"[bold red]error[/] [dim]{error.code}[/]  ", end="")
-        err.print(error.sentence, markup=False, soft_wrap=True)
-    return 130 if isinstance(error, Interrupted) else 2 if isinstance(error, BadInput) else 1
+        err.print(shown(error.sentence), markup=False, soft_wrap=True)
+    return INTERRUPTED if isinstance(error, Interrupted) else 2 if isinstance(error, BadInput) else 1
 
 
 def run(work: Callable[[], Coroutine[Any, Any, T]]) -> T:

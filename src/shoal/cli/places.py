@@ -12,9 +12,35 @@ from typing import Any
 import psutil
 
 from shoal.cli.output import NoHub
+from shoal.errors import BadInput
 from shoal.identity import KeyPair, load_or_create_key
 from shoal.protocol.hubs import HubTicket
 from shoal.sdk.local import shoal_home
+
+RUNS_NAMED_MAX = 8
+"""Runs that are named to someone who named none of them."""
+
+
+class NoRun(BadInput):
+    """A folder that was named holds no run."""
+
+    code = "SH-105"
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a run was begun in a folder."""
+    return (folder / "job.record").is_file()
+
+
+def find_run(folder: Path) -> Path:
+    """A folder that a run was begun in. Raises NoRun, naming those that there are nearby."""
+    if holds_run(folder):
+        return folder
+    what = "holds no run: it has no job.record" if folder.is_dir() else "is not there"
+    near = sorted(path.parent for path in [*folder.glob("*/job.record"), *Path("runs").glob("*/job.record")])
+    named = ", ".join(str(path) for path in dict.fromkeys(near[:RUNS_NAMED_MAX]))
+    hint = f"There is {named}." if named else "A run's folder is where `shoal train` put it: runs/<name>."
+    raise NoRun(f"{folder} {what}. {hint}")
 
 
 def user_key() -> KeyPair:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from shoal.cli import places
-from shoal.cli.app import app
+from shoal.cli.app import HERE, app
 from shoal.cli.output import JsonFlag, out, print_json, run
 from shoal.cli.tables import RunView, print_report
 from shoal.quantities import parse_count
@@ -16,7 +16,7 @@ from shoal.sdk.quickstart import TOKENS, QuickstartOptions, found_out, quickstar
 from shoal.sdk.train import TrainOptions
 
 
-@app.command("quickstart")
+@app.command("quickstart", rich_help_panel=HERE)
 def quickstart_command(
     seed: Annotated[int, typer.Option(help="Draws who is killed, who lies and how, and the start weights.")] = 0,
     honest: Annotated[bool, typer.Option("--honest", help="Let nobody lie.")] = False,

@@ -13,25 +13,20 @@ import psutil
 import typer
 
 from shoal.cli import places
-from shoal.cli.app import app
-from shoal.cli.output import HubFlag, JsonFlag, WithParent, out, print_json, run
-from shoal.errors import BadInput
+from shoal.cli.app import HERE, MACHINES, app
+from shoal.cli.output import BadFlag, HubFlag, JsonFlag, WithParent, out, print_json, run
 from shoal.quantities import format_bytes, parse_bytes
-from shoal.sdk.local import LocalShoal, shoal_home
+from shoal.sdk.local import LocalProcessFailed, LocalShoal, shoal_home
 from shoal.world import SystemClock, SystemDice
 from shoal.world.processes import die_with_parent
 
 NODES_MAX = 64
 """Nodes that `shoal up` starts on one machine."""
+STOP_S = 30
+"""`shoal up` gives each of its processes a third of that before it insists."""
 
-node_app = typer.Typer(no_args_is_help=True, help="Lend this machine to jobs.")
-app.add_typer(node_app, name="node")
-
-
-class BadFlag(BadInput):
-    """A flag has a value that cannot be used."""
-
-    code = "SH-103"
+node_app = typer.Typer(help="Lend this machine to jobs: `shoal node start`.")
+app.add_typer(node_app, name="node", rich_help_panel=MACHINES)
 
 
 async def _until_stopped() -> None:
@@ -43,17 +38,29 @@ async def _until_stopped() -> None:
     await stopped.wait()
 
 
-@app.command("hub")
+@app.command("hub", rich_help_panel=MACHINES)
 def hub(
     listen: Annotated[
-        str, typer.Option(help="Where nodes and clients link to it; port 0 takes a free one.")
+        str,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Where nodes and clients link to it: tcp://HOST:PORT with an address of this machine that they can "
+            "reach. Port 0 takes a free one; a fixed one keeps the ticket the same after a restart.",
+        ),
     ] = "tcp://127.0.0.1:0",
-    http: Annotated[str, typer.Option(help="HOST:PORT of the HTTP face; empty for none.")] = "127.0.0.1:0",
+    http: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="Where the HTTP face is; empty for none.")
+    ] = "127.0.0.1:0",
     data: Annotated[Path | None, typer.Option(help="Its key and database.", show_default="~/.shoal/hub")] = None,
     name: Annotated[str, typer.Option(help="What it calls itself.")] = "hub",
     public: Annotated[
         list[str] | None,
-        typer.Option(help="tcp://HOST:PORT where others can dial it, when that is not where it listens."),
+        typer.Option(
+            metavar="ADDRESS",
+            help="tcp://HOST:PORT where others dial it, when that is not where it listens: behind a port mapping, or "
+            "when it listens on 0.0.0.0. May be given several times.",
+            show_default=False,
+        ),
     ] = None,
     json: JsonFlag = False,
     with_parent: WithParent = 0,
@@ -62,12 +69,17 @@ def hub(
 
     It prints its ticket; give that to `--hub` or SHOAL_HUB elsewhere. Everything it acknowledged survives a crash.
     Its HTTP face shows the offers, with an OpenAPI document at /schema.
+
+    For a lab: `shoal hub --listen tcp://192.168.1.10:7700`. The ticket names the hub's key, so nobody else can answer
+    in its place; keep the data directory, and the key with it.
     """  # fmt: skip
     from shoal.hub import HubServer, HubSettings
     from shoal.transport import TlsEndpoint
 
     if with_parent:
         die_with_parent(with_parent)
+    if not public:
+        refuse_wildcard(listen, "name with --public where others dial it, or listen on an address of this machine")
     settings = HubSettings(
         data=data or shoal_home() / "hub", listen=listen, http=http or None, name=name, public=tuple(public or ())
     )
@@ -91,6 +103,12 @@ def hub(
     run(work)
 
 
+def refuse_wildcard(listen: str, instead: str) -> None:
+    """Raises BadFlag for an address that means every interface: whoever is told it would dial itself."""
+    if listen.removeprefix("tcp://").rpartition(":")[0] in ("0.0.0.0", "[::]"):
+        raise BadFlag(f"--listen {listen} names no machine that others could dial; {instead}.")
+
+
 @node_app.command("start")
 def node_start(
     hub: HubFlag = None,
@@ -100,7 +118,8 @@ def node_start(
     max_speed: Annotated[
         float,
         typer.Option(
-            help="The share of time in which it may compute, above 0 up to 1. What it measures and offers is the limited speed."
+            metavar="SHARE",
+            help="The share of time in which it may compute, above 0 up to 1. What it measures and offers is the limited speed.",
         ),
     ] = 1.0,
     threads: Annotated[int | None, typer.Option(help="CPU threads to compute with.", show_default="all cores")] = None,
@@ -109,9 +128,14 @@ def node_start(
     ] = "auto",
     processes: Annotated[int, typer.Option(help="Processes that compute each step together (torch.distributed).")] = 1,
     listen: Annotated[
-        str, typer.Option(help="Where others link to it; empty for a node that only opens links itself.")
+        str,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Where others link to it: tcp://HOST:PORT with an address of this machine that they can reach. Empty "
+            "for a node that only opens links itself, as behind NAT.",
+        ),
     ] = "tcp://127.0.0.1:0",
-    storage: Annotated[str, typer.Option(help="How much disk its blobs may take.")] = "20 GiB",
+    storage: Annotated[str, typer.Option(metavar="BYTES", help="How much disk its blobs may take.")] = "20 GiB",
     data: Annotated[Path | None, typer.Option(help="Its key and blobs.", show_default="~/.shoal/node")] = None,
     dishonest: Annotated[str, typer.Option(hidden=True, help="Lie in this way, for trying the defences.")] = "",
     json: JsonFlag = False,
@@ -119,7 +143,11 @@ def node_start(
 ) -> None:
     """Measure this machine, offer it at the hubs, and work for the jobs that invite it.
 
-    The work runs in a child process: whatever happens there, the node goes on. Ctrl-C leaves jobs in order.
+    The work runs in a child process: whatever happens there, the node goes on. Ctrl-C leaves jobs in order, and their
+    samples go to others. When a hub or the network is gone, the node comes back to it by itself.
+
+    From another machine: `shoal node start --hub TICKET --listen tcp://192.168.1.20:7701`. A second node on one machine
+    needs a `--data` of its own: a node is its key.
     """  # fmt: skip
     from shoal.node.start import start_node
 
@@ -129,6 +157,10 @@ def node_start(
         raise BadFlag(f"--max-speed {max_speed} cannot be used: it is a share of full speed, above 0 up to 1.")
     if threads is not None and threads < 1:
         raise BadFlag(f"--threads {threads} cannot be used: at least one is needed.")
+    if processes < 1:
+        raise BadFlag(f"--processes {processes} cannot be used: at least one is needed.")
+    refuse_wildcard(listen, "use an address of this machine, or --listen '' to open links only")
+    storage_bytes = parse_bytes(storage)
     tickets = places.find_hubs(hub)
     folder = data or shoal_home() / "node"
 
@@ -142,7 +174,7 @@ def node_start(
             device=device,
             processes=processes,
             listen=listen or None,
-            storage_bytes=parse_bytes(storage),
+            storage_bytes=storage_bytes,
             dishonest=dishonest,
             clock=SystemClock(),
             dice=SystemDice(),
@@ -157,7 +189,7 @@ def node_start(
                 )
                 for line in ready["devices"]:
                     out.print(f"  {line}", markup=False)
-                out.print(f"  blobs: up to {format_bytes(parse_bytes(storage))} in {folder}", markup=False)
+                out.print(f"  blobs: up to {format_bytes(storage_bytes)} in {folder}", markup=False)
                 out.print("[dim]Ctrl-C stops it.[/]")
             await _until_stopped()
         finally:
@@ -181,7 +213,7 @@ def parse_speeds(text: str | None, nodes: int) -> list[float]:
     return speeds + [speeds[-1]] * (nodes - len(speeds))
 
 
-@app.command("up")
+@app.command("up", rich_help_panel=HERE)
 def up(
     nodes: Annotated[int, typer.Option(help="How many nodes.")] = 3,
     speeds: Annotated[
@@ -195,10 +227,13 @@ def up(
 ) -> None:
     """Run a hub and nodes on this machine, until Ctrl-C or `shoal down`.
 
-    Every other command then finds them without flags.
+    Every other command then finds them without flags: try `shoal offers`, and `shoal train job.yaml`. Mixed speeds can
+    be tried with `--speeds 1,0.5,0.25`.
     """  # fmt: skip
     if not 1 <= nodes <= NODES_MAX:
         raise BadFlag(f"--nodes {nodes} cannot be used: from 1 to {NODES_MAX}.")
+    if threads < 1:
+        raise BadFlag(f"--threads {threads} cannot be used: at least one is needed.")
     limits = parse_speeds(speeds, nodes)
     running = places.find_local()
     if running is not None:
@@ -249,9 +284,12 @@ def up(
     run(work)
 
 
-@app.command("down")
+@app.command("down", rich_help_panel=HERE)
 def down(json: JsonFlag = False) -> None:
-    """Stop the shoal that `shoal up` runs on this machine."""
+    """Stop the shoal that `shoal up` runs on this machine.
+
+    When none runs, says so and is content.
+    """  # fmt: skip
     running = places.find_local()
     if running is None:
         if json:
@@ -261,7 +299,12 @@ def down(json: JsonFlag = False) -> None:
         return
     running.stop()
     with contextlib.suppress(psutil.Error):
-        psutil.Process(running.pid).wait(timeout=30)
+        psutil.Process(running.pid).wait(timeout=STOP_S)
+    if running.alive:
+        raise LocalProcessFailed(
+            f"`shoal up` (process {running.pid}) was asked to stop and still runs after {STOP_S} s; end it with: "
+            f"kill -9 {running.pid}"
+        )
     if json:
         print_json({"stopped": True, "pid": running.pid})
     else:

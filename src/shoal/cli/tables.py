@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from types import TracebackType
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 from rich.table import Table
+from rich.text import Text
 
-from shoal.cli.output import err, out
+from shoal.cli.output import err, out, shown
 from shoal.driver.lines import AuditLine, AuditVerdict, Event, EventKind
 from shoal.driver.report import NodeStatus, Report
 from shoal.driver.training import Progress as JobProgress
@@ -28,7 +29,7 @@ _COLOURS = {
 
 
 class RunView:
-    """Live progress of a job: a bar with tokens, loss, bytes and the time left, and a line on who is computing.
+    """Live progress of a job: a bar; tokens, loss, bytes and the time left; who is computing.
 
     Where standard error is no terminal, a plain line is printed now and then instead.
     """
@@ -39,13 +40,9 @@ class RunView:
         self._title = title
         self._console: Console = err
         self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[figures]}"),
-            console=err,
-            expand=False,
+            TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), console=err
         )
-        self._task: TaskID = self._bar.add_task(title, total=1, figures="")
+        self._task: TaskID = self._bar.add_task(title, total=1)
         self._live = Live(self._bar, console=err, refresh_per_second=4, transient=True)
         self._said = 0.0
 
@@ -59,7 +56,7 @@ class RunView:
             self._live.stop()
 
     def say(self, sentence: str) -> None:
-        self._console.print(sentence, markup=False)
+        self._console.print(shown(sentence), markup=False)
 
     def progress(self, now: JobProgress) -> None:
         left = (now.token_budget - now.tokens_total) / now.tokens_per_s if now.tokens_per_s else 0.0
@@ -70,11 +67,9 @@ class RunView:
             f"round {now.round}  {format_duration_s(max(0.0, left))} left"
         )
         if self._console.is_terminal:
-            doing = "  ".join(f"{escape(name)} [dim]{what}[/]" for name, what in now.members.items())
-            self._bar.update(
-                self._task, completed=min(1.0, now.tokens_total / now.token_budget), figures=f"{figures}\n{doing}"
-            )
-            self._live.update(self._bar)
+            doing = Text("  ").join(Text.assemble(name, " ", (what, "dim")) for name, what in now.members.items())
+            self._bar.update(self._task, completed=min(1.0, now.tokens_total / now.token_budget))
+            self._live.update(Group(self._bar, figures, doing))
         elif now.tokens_total / now.token_budget >= self._said:
             self._said = now.tokens_total / now.token_budget + self.EVERY_TOKENS_SHARE
             self._console.print(figures, markup=False)
@@ -83,15 +78,15 @@ class RunView:
         if event.kind is EventKind.NOTE and event.round is not None:
             return
         colour = {EventKind.DIED: "red", EventKind.EXCLUDED: "red", EventKind.JOINED: "green"}.get(event.kind, "yellow")
-        self._console.print(f"[dim]{event.time_s:6.1f} s[/]  [{colour}]{escape(event.sentence)}[/]")
+        self._console.print(f"[dim]{event.time_s:6.1f} s[/]  [{colour}]{escape(shown(event.sentence))}[/]")
 
     def audited(self, line: AuditLine) -> None:
         if line.verdict is AuditVerdict.MISMATCH:
-            self._console.print(f"[red]Replay of round {line.round}: {escape(line.sentence)}[/]")
+            self._console.print(f"[red]Replay of round {line.round}: {escape(shown(line.sentence))}[/]")
 
 
 def print_report(report: Report, *, console: Console = out) -> None:
-    """The closing table: per node tokens, bytes, share of the accepted work, what happened to it."""
+    """The closing table: per node tokens, bytes, share of the accepted work, what became of it; why, underneath."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name, justify in (
         ("node", "left"),
@@ -99,10 +94,12 @@ def print_report(report: Report, *, console: Console = out) -> None:
         ("share", "right"),
         ("sent", "right"),
         ("received", "right"),
-        ("status", "left"),
-        ("what happened", "left"),
+        ("what became of it", "left"),
     ):
         table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    reasons = Table(box=None, show_header=False, pad_edge=False)
+    reasons.add_column(no_wrap=True)
+    reasons.add_column(ratio=1)
     for node in report.nodes:
         colour = _COLOURS.get(node.status, "white")
         table.add_row(
@@ -112,9 +109,13 @@ def print_report(report: Report, *, console: Console = out) -> None:
             format_bytes(node.bytes_sent),
             format_bytes(node.bytes_received),
             f"[{colour}]{node.status.value}[/]",
-            escape(node.reason),
         )
+        if node.reason:
+            sentence = escape(shown(node.reason[0].upper() + node.reason[1:]))
+            reasons.add_row(f"[{colour}]{escape(node.name)}[/]", sentence)
     console.print(table)
+    if reasons.row_count:
+        console.print(reasons)
     console.print(
         f"{report.tokens_accepted:,} tokens in {report.rounds} rounds and {format_duration_s(report.wall_s)}; "
         f"{report.compute_fraction:.0%} of the members' time was computing."

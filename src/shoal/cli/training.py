@@ -3,55 +3,76 @@
 from __future__ import annotations
 
 import asyncio
+import shlex
 import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
+from rich.padding import Padding
 
 from shoal.cli import places
-from shoal.cli.app import app
-from shoal.cli.output import HubFlag, Interrupted, JsonFlag, out, print_json, run
+from shoal.cli.app import JOBS, app
+from shoal.cli.output import BadFlag, HubFlag, Interrupted, JsonFlag, out, print_json, run
+from shoal.cli.serving import refuse_wildcard
 from shoal.cli.tables import RunView, print_report
 from shoal.driver.report import Report
-from shoal.errors import BadInput
 from shoal.quantities import format_bytes, format_count
-from shoal.sdk.jobfile import explain, parse_job, read_job_bytes
+from shoal.sdk.documents import describe, show_default
+from shoal.sdk.jobfile import explain, parse_job, read_job_bytes, schema
 from shoal.sdk.train import Plan, TrainOptions, plan, resume, train
 
 
-def _explain(wanted: bool) -> None:
-    if wanted:
-        for field in explain():
-            out.print(f"[bold]{field.name}[/]  [dim]{field.default}[/]")
-            out.print(f"    {field.meaning}", markup=False)
-        raise typer.Exit
+def print_fields() -> None:
+    """Every field of a job file: what it takes, its default, what it means."""
+    for field in explain():
+        if field.section:
+            out.print(f"\n[bold]{field.path}:[/]  {escape(field.meaning)}")
+            continue
+        indent = 2 * field.path.count(".")
+        out.print(
+            Padding(
+                f"[bold]{field.path}[/]  [dim]{escape(describe(field))}; default: {show_default(field)}[/]",
+                (0, 0, 0, indent),
+            )
+        )
+        out.print(Padding(escape(field.meaning), (0, 0, 0, indent + 4)))
 
 
-@app.command("train")
+@app.command("train", rich_help_panel=JOBS)
 def train_command(
     job: Annotated[
         Path | None,
-        typer.Argument(metavar="JOB.YAML", help="The job file; with --resume a run's folder.", show_default=False),
+        typer.Argument(
+            metavar="JOB.YAML", help="The job file; with --resume it may be the run's folder.", show_default=False
+        ),
     ] = None,
     hub: HubFlag = None,
-    runs: Annotated[Path, typer.Option(help="Where run folders go; this one's is RUNS/<name>.")] = Path("runs"),
+    runs: Annotated[
+        Path, typer.Option(help="Where run folders go; this one is put under the job's name there.")
+    ] = Path("runs"),
     resume_run: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run of this job from its newest Commit.")
+        bool, typer.Option("--resume", help="Go on with the run of this job, from its newest Commit.")
     ] = False,
     replace: Annotated[bool, typer.Option("--replace", help="Throw an earlier run of this name away.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done; start nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Read the data, ask the hubs, print what would be done; start nothing.")
+    ] = False,
     prompt: Annotated[str | None, typer.Option(help="Have the trained model continue this text.")] = None,
     listen: Annotated[
-        str, typer.Option(help="Where nodes that cannot be dialled may link to this driver.")
+        str,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Where nodes that cannot be dialled link to this driver: tcp://HOST:PORT with an address of this machine "
+            "that they can reach. Empty for none.",
+        ),
     ] = "tcp://127.0.0.1:0",
     fields: Annotated[
         bool,
         typer.Option(
             "--fields",
-            help="List every field of a job file with its default, and exit.",
-            callback=_explain,
-            is_eager=True,
+            help="List every field of a job file with its default; with --json as a JSON Schema, for editors.",
         ),
     ] = False,
     json: JsonFlag = False,
@@ -67,14 +88,24 @@ def train_command(
     checkpoint (model/), metrics.jsonl, every signed record, report.html and report.json. This command drives the job:
     if it is stopped or killed, --resume goes on from the newest Commit.
     """  # fmt: skip
+    if fields:
+        if json:
+            print_json(schema())
+        else:
+            print_fields()
+        return
     if job is None:
-        raise BadInput("Name a job file: shoal train job.yaml (shoal train --fields lists what may stand in it).")
+        raise BadFlag("Name a job file: shoal train job.yaml (shoal train --fields lists what may stand in it).")
     folder: Path | None = None
     if resume_run and job.is_dir():
-        folder, job = job, job / "job.yaml"
+        folder = places.find_run(job)
+        job = folder / "job.yaml"
     text = read_job_bytes(job)
     job_file = parse_job(text, job)
     folder = folder or runs / job_file.name
+    if resume_run:
+        places.find_run(folder)
+    refuse_wildcard(listen, "use an address of this machine, or --listen '' where every node can be dialled")
     tickets = places.find_hubs(hub)
     view = RunView(job_file.name)
     options = TrainOptions(
@@ -105,8 +136,10 @@ def train_command(
         try:
             return await (resume(job_file, options) if resume_run else train(job_file, text, options))
         except asyncio.CancelledError:
+            if not places.holds_run(folder):
+                raise Interrupted("Stopped before the job began; nothing was kept.") from None
             raise Interrupted(
-                f"Stopped. What was committed is kept; go on with: shoal train {folder} --resume"
+                f"Stopped. What was committed is kept; go on with: shoal train {shlex.quote(str(folder))} --resume"
             ) from None
 
     with view:

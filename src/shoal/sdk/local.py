@@ -148,10 +148,13 @@ class LocalShoal:
         try:
             ready = json.loads(line)
         except json.JSONDecodeError:
+            ready = {}
+        if "ready" not in ready:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             await process.wait()
-            raise LocalProcessFailed(f"The {role} {name!r} did not start: {_last_words(log)}") from None
+            why = ready["error"]["sentence"] if "error" in ready else _last_words(log)
+            raise LocalProcessFailed(f"The {role} {name!r} did not start: {why}")
         return LocalProcess(role, name, process, log, ready, asyncio.create_task(_discard(process.stdout)))
 
     async def stop(self, say: Callable[[str], None] = lambda _: None) -> None:
