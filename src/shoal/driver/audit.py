@@ -9,7 +9,7 @@ from pathlib import Path
 
 from shoal.driver.folder import RunFolder
 from shoal.driver.lines import AuditLine, AuditVerdict
-from shoal.driver.replay import Record, Replayer
+from shoal.driver.replay import Record, Replayer, StartEngine
 from shoal.driver.report import ReplayCost
 from shoal.errors import ShoalError
 from shoal.identity import Envelope
@@ -24,6 +24,7 @@ from shoal.protocol.training import (
     PrivateOpened,
 )
 from shoal.storage import BlobStore, Fetcher
+from shoal.training.process import EngineProcess
 from shoal.training.state import SharedState
 from shoal.verification.audits import audited
 from shoal.world import Dice, Endpoint
@@ -63,6 +64,7 @@ class Auditor:
         rate: float,
         on_verdict: Callable[[Contribution, AuditLine], None],
         threads: int | None = None,
+        start_engine: StartEngine = EngineProcess.start,
     ) -> None:
         self._folder = folder
         self._endpoint = endpoint
@@ -88,6 +90,7 @@ class Auditor:
             open_private=self._open,
             scratch=scratch,
             threads=threads,
+            start_engine=start_engine,
         )
         self._opened_bytes = 0
         self._snapshot_bytes: dict[bytes, int] = {}

@@ -33,6 +33,8 @@ FindBlob = Callable[[bytes], Awaitable[Path]]
 """The file of the blob with this hash. Raises ShoalError when nobody has it."""
 OpenPrivate = Callable[[Contribution, bytes], Awaitable[Path]]
 """The file of the private state with this hash, opened by the member of a Contribution. Raises ShoalError."""
+StartEngine = Callable[..., Awaitable[EngineProcess]]
+"""Starts what computes: `EngineProcess.start`, or for a user's own loop one that runs the user's code."""
 
 
 class NoSuchRound(BadInput):
@@ -88,6 +90,7 @@ class Replayer:
         device: str = "cpu",
         threads: int | None = None,
         thresholds: Thresholds | None = None,
+        start_engine: StartEngine = EngineProcess.start,
     ) -> None:
         """`threads` other than the member's own gives a comparison within thresholds instead of bit for bit."""
         self._record = record
@@ -97,6 +100,7 @@ class Replayer:
         self._device = device
         self._threads = threads
         self._thresholds = thresholds
+        self._start_engine = start_engine
         self._engine: EngineProcess | None = None
         self._engine_key: tuple[int, int] | None = None
         self._fresh_private = b""
@@ -145,7 +149,7 @@ class Replayer:
             return self._engine
         await self.close()
         job = self._record.job
-        self._engine = await EngineProcess.start("the replay", threads=threads)
+        self._engine = await self._start_engine("the replay", threads=threads)
         shards = [ShardFile(str(await self._find_blob(shard.blob.hash)), shard.sequences) for shard in job.data.shards]
         prepared = await self._engine.prepare(
             Prepare(

@@ -39,6 +39,8 @@ ENDED_MAX = 64
 """Ended jobs whose private states are still opened for replays."""
 OFFER_LIFETIME_MS = 60_000
 HEAD_DEADLINE_S = 8.0
+INVITED_ANEW = "It was invited anew."
+"""The reason with which a membership ends that another one of the same job follows at once."""
 
 _log = logging.getLogger("shoal.node")
 T = TypeVar("T")
@@ -66,6 +68,8 @@ class NodeSettings:
     listen: str | None = "tcp://127.0.0.1:0"
     """Where to accept links; none for a node that only opens links of its own."""
     members_max: int = 1
+    accepts: tuple[str, ...] = ("train",)
+    """The kinds of jobs it takes, as its offer says."""
     network: str = DEFAULT_NETWORK
 
 
@@ -95,6 +99,7 @@ class NodeAgent:
         clock: Clock,
         dice: Dice,
         make_member: Callable[..., MemberRun] = MemberRun,
+        measure: Callable[..., Awaitable[Capability]] = measure_in_child,
     ) -> None:
         self.settings = settings
         self.capability: Capability | None = None
@@ -106,6 +111,7 @@ class NodeAgent:
         self._clock = clock
         self._dice = dice
         self._make_member = make_member
+        self._measure = measure
         self._members: dict[bytes, MemberRun] = {}
         self._tasks: dict[bytes, asyncio.Task[None]] = {}
         self._ended: dict[bytes, MemberRun] = {}
@@ -116,7 +122,7 @@ class NodeAgent:
 
     async def start(self) -> None:
         """Measure, accept links, and publish the offer."""
-        self.capability = await measure_in_child(
+        self.capability = await self._measure(
             speed_limit=self.settings.engine.speed_limit,
             threads=self.settings.engine.threads,
             folder=self.settings.folder,
@@ -175,6 +181,7 @@ class NodeAgent:
                 lifetime_ms=OFFER_LIFETIME_MS,
                 addresses=tuple(self._endpoint.addresses),
                 capability=self.capability,
+                accepts=self.settings.accepts,
                 busy=len(self._members) >= self.settings.members_max,
             )
             try:
@@ -189,7 +196,7 @@ class NodeAgent:
         invitation = Invitation.open(message, request.peer, self.settings.network)
         known = self._members.get(invitation.job_id)
         if known is not None:
-            known.end("It was invited anew.", tell=False)
+            known.end(INVITED_ANEW, tell=False)
             await asyncio.wait({self._tasks[invitation.job_id]})
         if len(self._members) >= self.settings.members_max:
             names = ", ".join(repr(member.job.name) for member in self._members.values())

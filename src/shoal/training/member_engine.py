@@ -7,13 +7,14 @@ from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from shoal.errors import EngineError
+from shoal.errors import EngineError, ShoalError
 from shoal.identity import blake3_hash, hash_of_parts
 from shoal.protocol.training import TrainJob
 from shoal.rounds.order import sample_indices
-from shoal.training.commands import ApplyCommit, PrivateNow, RoundDone, RunRound, StateHeld
+from shoal.training.commands import ApplyCommit, Failed, PrivateNow, RoundDone, RunRound, StateHeld
 from shoal.training.member import FlatParameters, Member, RoundResult
 from shoal.training.optimizer import InnerOptimizer
 from shoal.training.outer import OuterStep, WeighedUpdate
@@ -22,6 +23,9 @@ from shoal.training.schedule import batch_sizes
 from shoal.training.state import SharedState
 from shoal.training.updates import Update, decode_update
 
+SENTENCE_MAX = 400
+FAILURES = (ShoalError, OSError, torch.OutOfMemoryError)
+"""What a command may end with that an engine answers, and goes on."""
 STATES_MAX = 6
 """Shared states held at once: the newest and those that rounds in flight or a replay start from."""
 WARM_UP_STEPS = 2
@@ -30,10 +34,28 @@ MEASURED_S = 0.5
 """A measurement takes at least this many steps and seconds."""
 
 
+class OutOfDeviceMemory(EngineError):
+    """The model and its batches do not fit on the device."""
+
+    code = "SH-536"
+
+
+class FileTrouble(EngineError):
+    """A file that a command names could not be read or written."""
+
+    code = "SH-537"
+
+
 class WrongState(EngineError):
     """A Commit led to another shared state than the one it names, or a named state is not held."""
 
     code = "SH-534"
+
+
+class WrongRange(EngineError):
+    """An assignment asks for positions that a pass over the data does not have."""
+
+    code = "SH-538"
 
 
 class MemberEngine:
@@ -53,7 +75,13 @@ class MemberEngine:
     # --- rounds ----------------------------------------------------------------------------------------------------
 
     def samples_of(self, command: RunRound) -> tuple[NDArray[np.int64], list[int]]:
-        """The samples of a round in their order, and the sizes of the batches they are cut into."""
+        """The samples of a round in their order, and the sizes of the batches they are cut into. Raises WrongRange."""
+        for piece in command.ranges:
+            if not piece.start < piece.stop <= self.job.data.samples:
+                raise WrongRange(
+                    f"Positions {piece.start} to {piece.stop} of round {command.round} do not lie in a pass of "
+                    f"{self.job.data.samples} samples."
+                )
         samples = sample_indices(self.job.seed, self.job.data.samples, command.ranges)
         return samples, batch_sizes(len(samples), self.job.batch_samples)
 
@@ -155,6 +183,15 @@ class MemberEngine:
         state = self.state(state_hash)
         state.write(Path(path))
         return _held(state)
+
+
+def failed(error: Exception) -> Failed:
+    """The answer to a command that ended with one of FAILURES."""
+    if isinstance(error, torch.OutOfMemoryError):
+        error = OutOfDeviceMemory(f"The device ran out of memory; lower batch_samples or use a smaller model. {error}")
+    elif not isinstance(error, ShoalError):
+        error = FileTrouble(f"A file could not be read or written: {error}.")
+    return Failed(code=error.code, sentence=error.sentence[:SENTENCE_MAX])
 
 
 def _held(state: SharedState) -> StateHeld:

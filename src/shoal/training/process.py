@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -95,9 +95,16 @@ class EngineProcess:
         self._replies = asyncio.create_task(self._read_replies())
 
     @classmethod
-    async def start(cls, name: str, *, threads: int = 1, log: Callable[[str], None] | None = None) -> EngineProcess:
-        """Start `python -m shoal.training.worker`. `name` is who it computes for, for sentences; `log` is given each
-        line that it writes to stderr."""
+    async def start(
+        cls,
+        name: str,
+        *,
+        threads: int = 1,
+        log: Callable[[str], None] | None = None,
+        command: Sequence[str] = ("shoal.training.worker",),
+    ) -> EngineProcess:
+        """Start `python -m COMMAND PARENT_PID`, for a language model. `name` is who it computes for, for sentences;
+        `log` is given each line that it writes to stderr. Another command speaks the same way over its pipes."""
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": str(threads),
@@ -110,7 +117,7 @@ class EngineProcess:
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
-            "shoal.training.worker",
+            *command,
             str(os.getpid()),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,

@@ -14,9 +14,7 @@ import sys
 from typing import assert_never
 
 import msgspec
-import torch
 
-from shoal.errors import ShoalError
 from shoal.training.commands import (
     FRAME,
     FRAME_MAX_BYTES,
@@ -27,7 +25,6 @@ from shoal.training.commands import (
     Done,
     Evaluate,
     ExportCheckpoint,
-    Failed,
     Generate,
     LoadPrivate,
     LoadState,
@@ -43,10 +40,10 @@ from shoal.training.commands import (
 from shoal.training.engine import LanguageEngine
 from shoal.training.lifetime import die_with_parent
 from shoal.training.member import OutOfTurn
+from shoal.training.member_engine import FAILURES, failed
 from shoal.training.ranks import RankLost
 from shoal.world import Clock, SystemClock
 
-SENTENCE_MAX = 400
 _decoder = msgspec.msgpack.Decoder(Asked)
 _encoder = msgspec.msgpack.Encoder()
 
@@ -100,8 +97,8 @@ class Worker:
             reply = RoundCancelled(round=command.round)
         except RankLost:
             raise
-        except (ShoalError, OSError, torch.OutOfMemoryError) as error:
-            reply = _failed(error)
+        except FAILURES as error:
+            reply = failed(error)
         await self._send(number, reply)
 
     async def _cancel_round(self) -> None:
@@ -120,8 +117,8 @@ class Worker:
             return await self._do(asked)
         except RankLost:
             raise
-        except (ShoalError, OSError, torch.OutOfMemoryError) as error:
-            return _failed(error)
+        except FAILURES as error:
+            return failed(error)
 
     async def _do(self, asked: Asked) -> Reply:
         command = asked.command
@@ -160,15 +157,6 @@ class Worker:
                 raise OutOfTurn("A round is running already; cancel it or wait for it.")
             case _:
                 assert_never(command)
-
-
-def _failed(error: Exception) -> Failed:
-    if isinstance(error, ShoalError):
-        return Failed(code=error.code, sentence=error.sentence[:SENTENCE_MAX])
-    if isinstance(error, torch.OutOfMemoryError):
-        sentence = f"The device ran out of memory; lower batch_samples or use a smaller model. {error}"
-        return Failed(code="SH-536", sentence=sentence[:SENTENCE_MAX])
-    return Failed(code="SH-537", sentence=f"A file could not be read or written: {error}."[:SENTENCE_MAX])
 
 
 async def serve(replies: int) -> None:
