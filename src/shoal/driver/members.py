@@ -110,11 +110,16 @@ class MemberLines:
         return await link.request(kind, encode(message, link.version), deadline_s=deadline_s)
 
     async def _carry(self, line: MemberLine) -> None:
-        """Send turns one after another; watch the link in between."""
+        """Send turns one after another; watch the link in between. A node that comes back over a new link may have
+        been started anew: an empty Turn finds out whether it still is this member."""
+        known: Link = line.node.link
         while True:
             link = await self._hold(line)
             if link is None:
                 return
+            if link is not known and not await self._send(line, Turn(job=line.record.job)):
+                return
+            known = link
             turn = asyncio.create_task(line.turns.get())
             lost = asyncio.create_task(link.wait_closed())
             try:

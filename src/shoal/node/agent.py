@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 import msgspec
 
@@ -17,7 +16,14 @@ from shoal.devices import measure_in_child
 from shoal.errors import JobError, LinkError, StorageError
 from shoal.hub import HubClient
 from shoal.identity import KeyPair
-from shoal.node.member import PRIVATE_MEDIA_TYPE, EngineSettings, Invitation, MemberRun, NotAMember
+from shoal.node.member import (
+    PIN_PREFIX,
+    PRIVATE_MEDIA_TYPE,
+    EngineSettings,
+    Invitation,
+    MemberRun,
+    NotAMember,
+)
 from shoal.protocol.messages import DEFAULT_NETWORK, decode, encode, sign
 from shoal.protocol.offers import Capability, Device, Done, Offer
 from shoal.protocol.training import (
@@ -37,19 +43,28 @@ MEMBERS_MAX = 4
 """Jobs a node works for at the same time."""
 ENDED_MAX = 64
 """Ended jobs whose private states are still opened for replays."""
+PINNED_SHARE = 0.5
+"""Ended jobs are forgotten, the oldest first, while more than this share of the storage is pinned."""
+LEAVE_S = 8.0
+"""How long a stopping node gives its members to say so."""
 OFFER_LIFETIME_MS = 60_000
 HEAD_DEADLINE_S = 8.0
 INVITED_ANEW = "It was invited anew."
 """The reason with which a membership ends that another one of the same job follows at once."""
 
 _log = logging.getLogger("shoal.node")
-T = TypeVar("T")
 
 
 class NotOpened(StorageError):
     """A private state was asked for that this node does not keep, or not any more."""
 
     code = "SH-430"
+
+
+class NodeUnable(JobError):
+    """A node cannot begin to work: it is stopping, or its disk refuses."""
+
+    code = "SH-605"
 
 
 class NodeBusy(JobError):
@@ -114,7 +129,10 @@ class NodeAgent:
         self._measure = measure
         self._members: dict[bytes, MemberRun] = {}
         self._tasks: dict[bytes, asyncio.Task[None]] = {}
-        self._ended: dict[bytes, MemberRun] = {}
+        self._ended: dict[str, None] = {}
+        """Pins of ended jobs, the oldest first."""
+        self._inviting = asyncio.Lock()
+        self._closing = False
         self._publishing = asyncio.Lock()
         self._sequence = 0
 
@@ -130,6 +148,9 @@ class NodeAgent:
         if self.settings.engine.device == "auto":
             engine = dataclasses.replace(self.settings.engine, device=best_device(self.capability))
             self.settings = dataclasses.replace(self.settings, engine=engine)
+        for holding in self._store.holdings():
+            self._ended |= {owner: None for owner in holding.owners if owner.startswith(PIN_PREFIX)}
+        self._forget_ended()
         serve(self._endpoint, self._store)
         for kind, handler in (
             (MemberInvite, self._invited),
@@ -148,10 +169,15 @@ class NodeAgent:
 
     async def close(self) -> None:
         """Leave all jobs, saying so, and stop."""
+        self._closing = True
         for member in list(self._members.values()):
             member.end("The node is stopping.", tell=True)
-        if self._tasks:
-            await asyncio.wait(self._tasks.values(), timeout=10)
+        tasks = list(self._tasks.values())
+        if tasks:
+            _, slow = await asyncio.wait(tasks, timeout=LEAVE_S)
+            for task in slow:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
         await self._hubs.close()
         await self._endpoint.close()
         self._store.close()
@@ -193,17 +219,16 @@ class NodeAgent:
 
     async def _invited(self, request: Request) -> bytes:
         message = decode(MemberInvite, request.body, request.version)
-        invitation = Invitation.open(message, request.peer, self.settings.network)
-        known = self._members.get(invitation.job_id)
-        if known is not None:
-            known.end(INVITED_ANEW, tell=False)
-            await asyncio.wait({self._tasks[invitation.job_id]})
-        if len(self._members) >= self.settings.members_max:
-            names = ", ".join(repr(member.job.name) for member in self._members.values())
-            raise NodeBusy(f"Node {self.settings.name} is busy with {names}; try again when that has ended.")
+        async with self._inviting:
+            member = await self._join(Invitation.open(message, request.peer, self.settings.network))
+        return encode(MemberAnswer(member=member.record.to_bytes()), request.version)
+
+    async def _join(self, invitation: Invitation) -> MemberRun:
+        """A new member, whose work has begun. One of the same job makes way for it, once the new one is known to be
+        invited rightly."""
+        if self._closing:
+            raise NodeUnable(f"Node {self.settings.name} is stopping.")
         scratch = self.settings.folder / "work" / invitation.job_id.hex()[:16]
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
         member = self._make_member(
             invitation,
             key=self._key,
@@ -217,22 +242,55 @@ class NodeAgent:
             settings=self.settings.engine,
             network=self.settings.network,
         )
-        self._members[invitation.job_id] = member
-        self._tasks[invitation.job_id] = asyncio.create_task(self._run_member(member))
-        return encode(MemberAnswer(member=member.record.to_bytes()), request.version)
+        known = self._members.get(invitation.job_id)
+        if known is not None and (
+            known.term > member.term or (known.term == member.term and known.driver != member.driver)
+        ):
+            raise NotAMember(
+                f"Node {self.settings.name} is a member of job {known.job.name!r} in term {known.term} of its driver; "
+                f"the invitation is of term {member.term}."
+            )
+        others = [one for one in self._members.values() if one is not known]
+        if len(others) >= self.settings.members_max:
+            names = ", ".join(repr(one.job.name) for one in others)
+            raise NodeBusy(f"Node {self.settings.name} is busy with {names}; try again when that has ended.")
+        if known is not None:
+            known.end("It was invited anew.", tell=False)
+            await asyncio.wait({self._tasks[invitation.job_id]})
+        self._ended.pop(member.pin, None)
+        self._forget_ended()
+        try:
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir(parents=True)
+        except OSError as error:
+            raise NodeUnable(f"Node {self.settings.name} cannot use its folder: {error.strerror}.") from error
+        self._members[member.job_id] = member
+        self._tasks[member.job_id] = asyncio.create_task(self._run_member(member, scratch))
+        return member
 
-    async def _run_member(self, member: MemberRun) -> None:
+    async def _run_member(self, member: MemberRun, scratch: Path) -> None:
         try:
             await self._publish()
             reason = await member.run()
             _log.warning("%s: job %r ended here: %s", self.settings.name, member.job.name, reason)
         finally:
             del self._members[member.job_id], self._tasks[member.job_id]
-            self._ended.pop(member.job_id, None)
-            self._ended[member.job_id] = member
-            while len(self._ended) > ENDED_MAX:
-                self._ended.pop(next(iter(self._ended))).forget()
-        await self._publish()
+            member.settle()
+            shutil.rmtree(scratch, ignore_errors=True)
+            self._ended[member.pin] = None
+            self._forget_ended()
+            if not self._closing:
+                await self._publish()
+
+    def _forget_ended(self) -> None:
+        """Let go of what ended jobs keep for replays, where they are too many or take too much."""
+        while self._ended and (
+            len(self._ended) > ENDED_MAX
+            or sum(one.size for one in self._store.holdings() if one.owners) > PINNED_SHARE * self._store.capacity_bytes
+        ):
+            oldest = next(iter(self._ended))
+            del self._ended[oldest]
+            self._store.release(oldest)
 
     async def _turn(self, request: Request) -> bytes:
         message = decode(Turn, request.body, request.version)
@@ -241,7 +299,7 @@ class NodeAgent:
 
     async def _head(self, request: Request) -> bytes:
         message = decode(HeadAsk, request.body, request.version)
-        commit = await _in_time(self._member(message.job).newest_commit(request.peer), HEAD_DEADLINE_S)
+        commit = await self._member(message.job).newest_commit(request.peer, message.term, HEAD_DEADLINE_S)
         return encode(Head(commit=commit.to_bytes() if commit else None), request.version)
 
     async def _open_private(self, request: Request) -> bytes:
@@ -269,8 +327,3 @@ class NodeAgent:
         if member is None:
             raise NotAMember(f"Node {self.settings.name} is no member of job {job.hex()[:12]}; invite it first.")
         return member
-
-
-async def _in_time(work: Awaitable[T], seconds: float) -> T:
-    async with asyncio.timeout(seconds):
-        return await work

@@ -1,8 +1,8 @@
 """One member of one training job on this node: records, engine and blobs, wired together.
 
-What is to be done is decided by `rounds.following`; what is computed, by the engine process. Here the effects of the one
-become commands to the other, and what it answers becomes events. Everything that arrives goes through one bounded inbox
-and is handled in order; only computing, and delivering what was computed, run beside it.
+What is to be done is decided by `rounds.following`; what is computed, by the engine process. Here the effects of the
+one become commands to the other, and what it answers becomes events. Everything that arrives goes through one bounded
+inbox and is handled in order; only computing, and talking to the driver, run beside it.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shoal.driver.members import NotOfThisJob
 from shoal.errors import BadRecord, EngineError, LinkError, ShoalError, StorageError
-from shoal.identity import Envelope, KeyPair
+from shoal.identity import Envelope, KeyPair, short_id
 from shoal.protocol.blobs import BlobHolder, BlobRef
 from shoal.protocol.messages import DEFAULT_NETWORK, Message, decode, encode, open_record, sign
 from shoal.protocol.training import (
@@ -39,11 +40,11 @@ from shoal.protocol.training import (
     Turn,
 )
 from shoal.rounds import following
-from shoal.storage import BlobStore, Fetcher
+from shoal.storage import BlobStore, Fetcher, FetchFailed
 from shoal.training.commands import ApplyCommit, CommittedUpdate, Prepare, Prepared, RoundDone, RunRound, ShardFile
 from shoal.training.process import EngineDied, EngineFailed, EngineProcess, RoundCancelledError
 from shoal.training.updates import UPDATE_MEDIA_TYPE
-from shoal.world import Clock, Dice, Endpoint
+from shoal.world import Clock, Dice, Endpoint, Refused
 
 INBOX_MAX = 256
 """Turns that may wait to be handled; a driver that sends more is refused."""
@@ -56,10 +57,19 @@ STATE_WRITE_MAX_BYTES = 256 << 20
 """Shared states larger than this are not written every round; joiners then take them from the driver."""
 DRIVER_SILENCE_S = 900.0
 """A member that has not heard of any driver for this long gives up."""
+ASK_AFTER_S = 10.0
+"""A member that has heard nothing for this long asks the driver for news, and learns whether it still counts."""
+GONE_DEADLINE_S = 3.0
+FETCH_ATTEMPTS = 4
+FAILURES_MAX = 2
+"""Rounds in a row that an engine may fail at; a member that cannot compute leaves, so that others get its samples."""
+WINDOW_SHARE = 0.25
+"""Share of the node's storage that private states kept for replays may take; then the oldest go before their time."""
 DELIVER_DEADLINE_S = 20.0
 DELIVER_ATTEMPTS = 8
 RETRY_S = 1.0
 
+PIN_PREFIX = "job-"
 STATE_MEDIA_TYPE = "application/x-shoal-state"
 PRIVATE_MEDIA_TYPE = "application/x-shoal-private"
 
@@ -109,11 +119,17 @@ class Invitation:
 
     @classmethod
     def open(cls, message: MemberInvite, driver: bytes, network: str) -> Invitation:
-        """Raises BadRecord when a record in it is malformed, wrongly signed, or does not fit the others."""
+        """Raises BadRecord when a record in it is malformed, wrongly signed, or does not fit the others, or when it
+        was sent by another than the one who drives."""
         job_envelope = Envelope.from_bytes(message.job, TrainJob.MAX_BYTES)
         job = open_record(job_envelope, TrainJob, network)
         grant = Envelope.from_bytes(message.grant, Grant.MAX_BYTES)
         term = Envelope.from_bytes(message.term, Term.MAX_BYTES)
+        if term.signer != driver:
+            raise BadRecord(
+                f"The invitation to {job.name!r} came from {short_id(driver)}, but the driver of its term is "
+                f"{short_id(term.signer)}."
+            )
         head, head_round, tokens_total, state = None, -1, 0, job.model.start.hash
         if message.head is not None:
             head = Envelope.from_bytes(message.head, Commit.MAX_BYTES)
@@ -145,6 +161,11 @@ class _Own:
     waited_ms: int
     snapshot: BlobRef | None = None
     accepted: bool = False
+
+
+def pin_of(job: bytes) -> str:
+    """Who pins what a job needs, in a node's store."""
+    return f"{PIN_PREFIX}{job.hex()}"
 
 
 class MemberRun:
@@ -179,8 +200,10 @@ class MemberRun:
         self._settings = settings
         self._start_engine = start_engine
         self._network = network
-        self._owner_pin = f"job-{self.job_id.hex()}"
-        self._driver = invitation.driver
+        self.pin = pin_of(self.job_id)
+        self._heard_s = clock.monotonic()
+        self._failures = 0
+        self._asking: asyncio.Task[None] | None = None
         self._holders: dict[bytes, BlobHolder] = {holder.node: holder for holder in invitation.holders}
         record = Member(
             job=self.job_id,
@@ -218,12 +241,14 @@ class MemberRun:
     # ---- what the agent calls ----
 
     def turn(self, message: Turn, sender: bytes) -> None:
-        """Take in what a driver sent. Who sent it does not matter: every record in it is verified. Raises InboxFull."""
-        self._learn_holders(message.holders)
-        for data in message.attached:
-            with contextlib.suppress(StorageError):  # it can still be fetched when it is needed
-                self._store.put(data, UPDATE_MEDIA_TYPE)
-        events: list[following.Event] = [following.DriverHeard()] if sender == self._driver else []
+        """Take in what a driver sent; every record in it is verified by the rules. Raises NotAMember for a stranger,
+        BadRecord, InboxFull."""
+        granted = sender in self._following.grant.drivers
+        if not granted and message.grant is None:
+            raise NotAMember(
+                f"Node {short_id(sender)} may not drive job {self.job.name!r}: the owner did not grant it."
+            )
+        events: list[following.Event] = []
         for packed, kind in (
             (message.grant, Grant),
             (message.term, Term),
@@ -232,31 +257,52 @@ class MemberRun:
         ):
             if packed is not None:
                 events.append(following.Arrived(Envelope.from_bytes(packed, kind.MAX_BYTES)))
-        if message.term is not None:
-            self._driver = sender
+        if granted:
+            self._learn_holders(message.holders)
+            for data in message.attached:
+                with contextlib.suppress(StorageError):  # it can still be fetched when it is needed
+                    self._store.put(data, UPDATE_MEDIA_TYPE)
+        if sender == self.driver:
+            self._heard_s = self._clock.monotonic()
+            events.append(following.DriverHeard())
         self._put(events)
 
-    async def newest_commit(self, asker: bytes) -> Envelope | None:
-        """The newest Commit this member knows, for a driver that takes over."""
+    async def newest_commit(self, asker: bytes, term: int | None, deadline_s: float) -> Envelope | None:
+        """The newest Commit this member knows, for a driver that takes over; with `term`, a promise to it. Raises
+        NotAMember when the asker may not have it, or not yet."""
+        if asker not in self._following.grant.drivers:
+            raise NotAMember(f"Node {short_id(asker)} may not drive job {self.job.name!r}: the owner did not grant it.")
         if asker not in self._heads:
             self._heads[asker] = asyncio.get_running_loop().create_future()
-            self._put([following.HeadAsked(asker, None)])
-        return await self._heads[asker]
+            self._put([following.HeadAsked(asker, term)])
+        waiting = self._heads[asker]
+        try:
+            async with asyncio.timeout(deadline_s):
+                return await asyncio.shield(waiting)
+        except TimeoutError:
+            self._heads.pop(asker, None)
+            raise NotAMember(f"Node {self.name} promises nothing to {short_id(asker)} now; ask again later.") from None
 
     def end(self, reason: str, *, tell: bool) -> None:
         """Stop at the next moment, telling the driver or not; `run` then returns `reason`."""
         if not self._ending.done():
             self._ending.set_result((reason, tell))
 
-    def forget(self) -> None:
-        """Keep nothing of this job any more."""
-        for hash in self._store.pins(self._owner_pin):
-            self._store.unpin(self._owner_pin, hash)
+    def settle(self) -> None:
+        """Keep only what replays may ask for."""
+        window = {ref.hash for _, ref in self._window}
+        for hash in self._store.pins(self.pin) - window:
+            self._store.unpin(self.pin, hash)
 
     @property
     def driver(self) -> bytes:
         """Who drives now."""
-        return self._driver
+        return self._following.term.driver
+
+    @property
+    def term(self) -> int:
+        """The newest term known."""
+        return self._following.term.number
 
     def _put(self, events: Sequence[following.Event]) -> None:
         if self._inbox.qsize() + len(events) > INBOX_MAX:
@@ -276,7 +322,7 @@ class MemberRun:
         if task.cancelled() or task.exception() is None:
             return
         error = task.exception()
-        if not isinstance(error, ShoalError):
+        if not isinstance(error, ShoalError | OSError):
             _log.error("%s failed", self.name, exc_info=error)
         self.end(f"Node {self.name} cannot go on: {error}", tell=True)
 
@@ -295,9 +341,10 @@ class MemberRun:
                 return reason
             try:
                 return await work
-            except ShoalError as error:
-                await self._tell_gone(error.sentence)
-                return error.sentence
+            except (ShoalError, OSError) as error:
+                reason = f"Node {self.name} cannot go on: {error}"
+                await self._tell_gone(reason)
+                return reason
         finally:
             for task in (work, *self._side_work):
                 task.cancel()
@@ -354,11 +401,15 @@ class MemberRun:
             died: asyncio.Future[Any] = self._engine.died
             waiting: asyncio.Future[Any] = asyncio.ensure_future(self._inbox.get())
             try:
-                await asyncio.wait({waiting, died}, timeout=DRIVER_SILENCE_S, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait({waiting, died}, timeout=ASK_AFTER_S, return_when=asyncio.FIRST_COMPLETED)
                 if died.done():
                     raise died.result()
                 if not waiting.done():
-                    return f"No driver was heard of for {DRIVER_SILENCE_S:.0f} s."
+                    if self._clock.monotonic() - self._heard_s >= DRIVER_SILENCE_S:
+                        return f"No driver was heard of for {DRIVER_SILENCE_S:.0f} s."
+                    number = self._following.head.round + 1
+                    self._ask_commits(following.AskCommits(number, number))
+                    continue
                 event = waiting.result()
             finally:
                 waiting.cancel()
@@ -382,7 +433,7 @@ class MemberRun:
             case following.Counted():
                 self._keep(effect.contribution_id)
             case following.AskCommits():
-                await self._ask_commits(effect)
+                self._ask_commits(effect)
             case following.AnswerHead():
                 waiting = self._heads.pop(effect.asker, None)
                 if waiting is not None and not waiting.done():
@@ -425,7 +476,7 @@ class MemberRun:
         if ref not in self._states:  # a Commit that accepted nothing names the same state again
             self._states.append(ref)
         while len(self._states) > STATES_KEPT:
-            self._store.unpin(self._owner_pin, self._states.pop(0).hash)
+            self._store.unpin(self.pin, self._states.pop(0).hash)
 
     # ---- own work ----
 
@@ -458,16 +509,21 @@ class MemberRun:
         except EngineDied:
             return  # `_follow` sees it too, and says so
         except EngineFailed as error:
+            self._failures += 1
+            if self._failures >= FAILURES_MAX:
+                raise
             await self._inbox.put(following.WorkFailed(assignment.round, error.sentence))
             return
         finally:
             self._idle_since = self._clock.monotonic()
+        self._failures = 0
         contribution = self._contribution(work, done, base.state, update_path, snapshot=keep)
         envelope = sign(self._key, contribution, self._network)
         own = _Own(assignment.round, envelope, contribution.update, done.private_after, max(0, waited_ms))
         if snapshot_path is not None:
             own.snapshot = self._store.adopt(snapshot_path, PRIVATE_MEDIA_TYPE, move=True)
             self._pin(own.snapshot)
+        self._pin(own.update)
         self._own[envelope.record_id] = own
         await self._inbox.put(following.Computed(assignment.round, envelope.record_id))
 
@@ -497,7 +553,9 @@ class MemberRun:
         )
 
     async def _deliver(self, contribution_id: bytes) -> None:
-        own = self._own[contribution_id]
+        own = self._own.get(contribution_id)
+        if own is None:
+            return
         attached = None
         if own.update.size <= ATTACH_MAX_BYTES:
             attached = self._store.read(own.update.hash)
@@ -510,8 +568,13 @@ class MemberRun:
             bytes_received=max(0, received - self._bytes_before[1]),
         )
         for attempt in range(DELIVER_ATTEMPTS):
+            if contribution_id not in self._own:
+                return  # it was rolled back
             try:
                 await self._ask_driver(Deliver.KIND, message)
+                return
+            except Refused as error:
+                _log.info("%s: round %d does not count: %s", self.name, own.round, error)
                 return
             except LinkError as error:
                 _log.info("%s: round %d was not delivered: %s", self.name, own.round, error)
@@ -535,26 +598,39 @@ class MemberRun:
         if own.snapshot is not None:
             self._window.append((own.round, own.snapshot))
         oldest = own.round - self.job.replay.window_rounds
-        while self._window and self._window[0][0] < oldest:
-            self._store.unpin(self._owner_pin, self._window.pop(0)[1].hash)
+        kept_max = self._store.capacity_bytes * WINDOW_SHARE
+        while self._window and (
+            self._window[0][0] < oldest
+            or (len(self._window) > 1 and sum(ref.size for _, ref in self._window) > kept_max)
+        ):
+            self._store.unpin(self.pin, self._window.pop(0)[1].hash)
         done = [key for key, one in self._own.items() if one.accepted and one.round < own.round]
         for key in done:
-            del self._own[key]
+            self._store.unpin(self.pin, self._own.pop(key).update.hash)
 
     def _forget(self, contribution_id: bytes) -> None:
         own = self._own.pop(contribution_id)
+        self._store.unpin(self.pin, own.update.hash)
         if own.snapshot is not None:
-            self._store.unpin(self._owner_pin, own.snapshot.hash)
+            self._store.unpin(self.pin, own.snapshot.hash)
 
     # ---- peers ----
 
     async def _have(self, ref: BlobRef) -> None:
-        """Hold this blob, from whoever has it."""
-        if not self._store.has(ref.hash):
-            await self._fetcher.fetch(ref, self._holder_list())
+        """Hold this blob, from whoever has it. Raises StorageError."""
+        for attempt in range(FETCH_ATTEMPTS):
+            if self._store.has(ref.hash):
+                return
+            try:
+                await self._fetcher.fetch(ref, self._holder_list())
+            except FetchFailed as error:
+                if attempt + 1 == FETCH_ATTEMPTS:
+                    raise
+                _log.info("%s: %s", self.name, error)
+                await self._clock.sleep(RETRY_S * (attempt + 1))
 
     def _pin(self, ref: BlobRef) -> None:
-        self._store.pin(self._owner_pin, ref.hash)
+        self._store.pin(self.pin, ref.hash)
 
     def _holder_list(self) -> list[BlobHolder]:
         own = self._key.node_id
@@ -565,19 +641,41 @@ class MemberRun:
             self._holders.pop(holder.node, None)
             self._holders[holder.node] = holder
         while len(self._holders) > HOLDERS_MAX:
-            self._holders.pop(next(node for node in self._holders if node != self._driver))
+            self._holders.pop(next(node for node in self._holders if node != self.driver))
 
-    async def _ask_driver(self, kind: str, message: Message, reply_max_bytes: int = 1 << 16) -> bytes:
-        hints = self._holders[self._driver].addresses if self._driver in self._holders else ()
-        link = await self._endpoint.dial(self._driver, hints)
-        return await link.request(
-            kind, encode(message, link.version), deadline_s=DELIVER_DEADLINE_S, reply_max_bytes=reply_max_bytes
-        )
+    async def _ask_driver(
+        self,
+        kind: str,
+        message: Message,
+        *,
+        reply_max_bytes: int = 1 << 16,
+        deadline_s: float = DELIVER_DEADLINE_S,
+    ) -> bytes:
+        """Raises LinkError. When the driver says that this is no member of its, that ends this membership."""
+        driver = self.driver
+        hints = self._holders[driver].addresses if driver in self._holders else ()
+        link = await self._endpoint.dial(driver, hints, deadline_s=deadline_s)
+        try:
+            answer = await link.request(
+                kind, encode(message, link.version), deadline_s=deadline_s, reply_max_bytes=reply_max_bytes
+            )
+        except Refused as error:
+            self._heard_s = self._clock.monotonic()
+            if error.remote_code == NotOfThisJob.code and driver == self.driver:
+                self.end(f"The driver does not count on node {self.name} any more: {error}", tell=False)
+            raise
+        self._heard_s = self._clock.monotonic()
+        return answer
 
-    async def _ask_commits(self, effect: following.AskCommits) -> None:
+    def _ask_commits(self, effect: following.AskCommits) -> None:
+        """Ask for Commits that are missing, beside; one question at a time."""
+        if self._asking is None or self._asking.done():
+            self._asking = self._beside(self._fetch_commits(effect))
+
+    async def _fetch_commits(self, effect: following.AskCommits) -> None:
         ask = CommitsAsk(job=self.job_id, first_round=effect.first_round, last_round=effect.last_round)
         try:
-            answer = await self._ask_driver(CommitsAsk.KIND, ask, CommitsGiven.MAX_BYTES)
+            answer = await self._ask_driver(CommitsAsk.KIND, ask, reply_max_bytes=CommitsGiven.MAX_BYTES)
             given = decode(CommitsGiven, answer)
             self._learn_holders(given.holders)
             self._put([following.Arrived(Envelope.from_bytes(one, Commit.MAX_BYTES)) for one in given.commits])
@@ -588,7 +686,7 @@ class MemberRun:
         _log.warning("%s leaves job %r: %s", self.name, self.job.name, reason)
         gone = MemberGone(job=self.job_id, member=self.member_id, reason=reason[:400])
         with contextlib.suppress(LinkError):
-            await self._ask_driver(MemberGone.KIND, gone)
+            await self._ask_driver(MemberGone.KIND, gone, deadline_s=GONE_DEADLINE_S)
 
     def _link_bytes(self) -> tuple[int, int]:
         stats = [link.stats() for link in self._endpoint.links().values()]
