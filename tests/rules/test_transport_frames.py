@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.transport.connection import FrameReader
 from shoal.transport.frames import (
     HEADER,
     KIND_MAX_BYTES,
     PAYLOAD_LIMITS,
     SMALL_BYTES,
     BrokenFraming,
+    FrameReader,
     FrameType,
     Opening,
     frame,

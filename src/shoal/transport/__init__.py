@@ -18,18 +18,18 @@ read to decide whom to trust. What a peer can make this side hold is bounded; go
 and nobody else anything. Every request ends: with a reply, a refusal, or an error, at the latest at its deadline.
 """
 
-from shoal.transport.connection import BodyTooLarge, HandlerFailed, Limits
+from shoal.transport.connection import BodyTooLarge, HandlerFailed, NodeBusy
 from shoal.transport.endpoint import (
     BadAddress,
     DuplicateKey,
     EndpointClosed,
     EndpointFull,
-    EndpointLimits,
     format_address,
     parse_address,
 )
 from shoal.transport.frames import BrokenFraming
 from shoal.transport.handshake import NotAccepted, NotProved, WrongNode
+from shoal.transport.limits import EndpointLimits, Limits
 from shoal.transport.loop import run
 from shoal.transport.memory import MemoryEndpoint, MemoryNetwork, Path
 from shoal.transport.secure import HandshakeFailed
@@ -50,6 +50,7 @@ __all__ = [
     "Limits",
     "MemoryEndpoint",
     "MemoryNetwork",
+    "NodeBusy",
     "NotAccepted",
     "NotProved",
     "Path",

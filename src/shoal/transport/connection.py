@@ -1,4 +1,4 @@
-"""Many requests over one byte stream: framing, order of sending, back-pressure, liveness, limits.
+"""Many requests over one byte stream: order of sending, back-pressure, liveness, limits.
 
 **Order.** Control frames and small bodies leave first, in order. Bulk (larger bodies and streams) follows in turns, one
 frame a stream, and no frame is larger than what the path carries in about `FRAME_SECONDS` at the rate measured, so a
@@ -16,25 +16,23 @@ falls silent or takes no bytes loses this connection and nothing else happens.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 from shoal.errors import LinkError, ShoalError
 from shoal.identity import short_id
+from shoal.transport.deadlines import within
 from shoal.transport.frames import (
     CREDIT,
-    FRAME_MAX_BYTES,
-    HEADER,
     KIND_MAX_BYTES,
     SMALL_BYTES,
     BrokenFraming,
+    FrameReader,
     FrameType,
     Opening,
-    check_header,
     clip,
     frame,
     pack_opening,
@@ -43,57 +41,25 @@ from shoal.transport.frames import (
     unpack_opening,
     unpack_refusal,
 )
+from shoal.transport.limits import Budget, Limits
+from shoal.transport.outbox import Outbox
+from shoal.transport.rates import ReceiveRate, RoundTrip, SendRate
+from shoal.transport.requests import Answer, Call
 from shoal.transport.streams import ByteStream
 from shoal.world import Body, Clock, DeadlineExceeded, Dice, LinkLost, LinkStats, Refused, ReplyTooLarge
 
 _log = logging.getLogger("shoal.transport")
 
-FRAME_SECONDS = 0.010
-"""A frame of bulk is as much as the path carries in this time."""
-FRAME_MIN_BYTES = 4 * 1024
-FRAME_START_BYTES = 16 * 1024
-"""Until a rate was measured."""
-URGENT_BATCH_BYTES = 64 * 1024
-"""So much of control and small bodies goes before bulk gets a turn."""
-_RATE_WINDOW_S = 0.05
-_RATE_WINDOW_BYTES = 2 * 1024 * 1024
-_SEND_GAP_S = 0.005
-_BURST_GAP_S = 0.5
-_TINY_BYTES = 4 * 1024
-_CLOSE_S = 1.0
 WINDOW_ROUND_TRIPS = 2.0
 _GRANTS_PER_WINDOW = 4
 _FULL_WINDOWS = 4
-"""So many streams begin with a whole window, further ones with a part, so that many do not queue much more than one."""
+"""So many streams begin with a whole window, further ones with a part: many together queue little more than one."""
+_CREDIT_MAX = 0xFFFFFFFF
+_CLOSE_S = 1.0
+"""How long a closing connection waits until its last frame is taken."""
 _PING_WITH_REQUEST_S = 1.0
 """A request takes a ping along when the round trip was not measured for so long."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one connection may cost. Both sides must run with the same first four numbers."""
-
-    requests: int = 256
-    """Requests open at once, each way; more wait for a free place at the caller."""
-    bulk: int = 64
-    """Streams open at once, each way."""
-    large_bodies: int = 4
-    """Request bodies above SMALL_BYTES open at once, each way."""
-    body_max_bytes: int = 8 * 1024 * 1024
-    """The largest request body."""
-    window_bytes: int = 1024 * 1024
-    """Bytes of a stream that may be under way or unread, to begin with."""
-    window_max_bytes: int = 16 * 1024 * 1024
-    windows_max_bytes: int = 64 * 1024 * 1024
-    """The sum of all windows beyond which none grows."""
-    send_buffer_bytes: int = FRAME_MAX_BYTES
-    """A handler's stream is held while more than this of it waits to be sent."""
-    ping_s: float = 10.0
-    """A peer that was not heard for so long is asked whether it is there."""
-    silence_s: float = 30.0
-    """A peer that was not heard, or took no bytes, for so long is gone."""
-    slow_reader_s: float = 300.0
-    """A stream whose reader gave no credit for so long is dropped."""
+_WATCH_STEP_S = 0.001
 
 
 class HandlerFailed(LinkError):
@@ -108,173 +74,14 @@ class BodyTooLarge(LinkError):
     code = "SH-316"
 
 
-class Budget:
-    """How many bytes of large request bodies all connections of an endpoint may hold together."""
+class NodeBusy(LinkError):
+    """A node holds as many large requests as it can, or a stream was not read for too long."""
 
-    def __init__(self, max_bytes: int) -> None:
-        self._left = max_bytes
-
-    def take(self, size: int) -> bool:
-        if size > self._left:
-            return False
-        self._left -= size
-        return True
-
-    def give_back(self, size: int) -> None:
-        self._left += size
-
-
-T = TypeVar("T")
-
-
-async def within(clock: Clock, seconds: float, work: Coroutine[Any, Any, T]) -> T:
-    """Run `work` for at most `seconds` of `clock`. Raises TimeoutError; `work` has then been cancelled and is over."""
-    task = asyncio.ensure_future(work)
-    timer = asyncio.ensure_future(clock.sleep(seconds))
-    try:
-        await asyncio.wait({task, timer}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise TimeoutError
-    finally:
-        timer.cancel()
-        if not task.done():
-            task.cancel()
-            await asyncio.wait({task})
-        if not task.cancelled():
-            task.exception()  # looked at, so that the loop does not report it
-
-
-_PARTS_MAX = 64
-"""Pieces of one frame that are kept apart; a peer that sends it byte by byte costs no more than its size."""
-
-
-class FrameReader:
-    """Cuts a stream of bytes into frames; each payload is copied once."""
-
-    def __init__(self) -> None:
-        self._rest = b""
-        self._parts: list[memoryview] = []
-        self._missing = 0
-        self._kind = 0
-        self._stream = 0
-
-    def feed(self, data: bytes) -> list[tuple[int, int, bytes]]:
-        """The frames that `data` completes: (type, stream, payload). Raises BrokenFraming."""
-        if self._missing:
-            if len(data) < self._missing:
-                self._parts.append(memoryview(data))
-                if len(self._parts) > _PARTS_MAX:
-                    self._parts = [memoryview(b"".join(self._parts))]
-                self._missing -= len(data)
-                return []
-            position = self._missing
-            self._parts.append(memoryview(data)[:position])
-            self._missing = 0
-            frames = [(self._kind, self._stream, b"".join(self._parts))]
-            self._parts.clear()
-        else:
-            frames = []
-            position = 0
-            if self._rest:
-                data = self._rest + data
-                self._rest = b""
-        end = len(data)
-        while end - position >= HEADER.size:
-            kind, stream, length = HEADER.unpack_from(data, position)
-            check_header(kind, stream, length)
-            position += HEADER.size
-            if end - position < length:
-                self._kind, self._stream = kind, stream
-                self._parts.append(memoryview(data)[position:])
-                self._missing = length - (end - position)
-                return frames
-            frames.append((kind, stream, data[position : position + length]))
-            position += length
-        self._rest = data[position:]
-        return frames
-
-
-class _Call:
-    """A request of this side: what came back so far, and who waits for it."""
-
-    __slots__ = (
-        "bulk", "chunks", "consumed", "credit", "deadline", "deadline_s", "ended", "error", "id", "kind",
-        "large", "left", "reply_left", "upload", "waiter", "window",
-    )  # fmt: skip
-
-    def __init__(self, identity: int, kind: str, reply_max_bytes: int, window: int, deadline_s: float) -> None:
-        self.id = identity
-        self.kind = kind
-        self.deadline_s = deadline_s
-        self.deadline: float | None = None
-        self.bulk = False
-        self.large = False
-        self.upload: memoryview | None = None
-        self.chunks: deque[bytes] = deque()
-        self.reply_left = reply_max_bytes
-        self.credit = window
-        self.window = window
-        self.consumed = 0
-        self.ended = False
-        self.left = False
-        self.error: ShoalError | None = None
-        self.waiter: asyncio.Future[None] | None = None
-
-    def wake(self) -> None:
-        if self.waiter is not None and not self.waiter.done():
-            self.waiter.set_result(None)
-
-    def fail(self, error: ShoalError) -> None:
-        if self.error is None and not self.ended:
-            self.error = error
-            self.wake()
-
-    async def wait(self) -> None:
-        self.waiter = asyncio.get_running_loop().create_future()
-        try:
-            await self.waiter
-        finally:
-            self.waiter = None
-
-
-class _Answer:
-    """A request of the other side: its body as it arrives, and the reply as it leaves."""
-
-    __slots__ = (
-        "blocked_since", "body", "cancelled", "credit", "ended", "id", "in_turn", "large", "opening", "pending",
-        "pending_bytes", "reply_left", "room", "task",
-    )  # fmt: skip
-
-    def __init__(self, identity: int, opening: Opening, start: bytes) -> None:
-        self.id = identity
-        self.opening = opening
-        self.body: bytearray | None = None
-        if opening.body_bytes > len(start):
-            self.body = bytearray(start)
-        self.credit = opening.credit_bytes
-        self.reply_left = opening.reply_max_bytes
-        self.pending: deque[memoryview] = deque()
-        self.pending_bytes = 0
-        self.large = False
-        """Whether it counts as a large body, here and in the endpoint's budget."""
-        self.ended = False
-        self.cancelled = False
-        self.in_turn = False
-        self.room: asyncio.Future[None] | None = None
-        self.task: asyncio.Task[None] | None = None
-        self.blocked_since: float | None = None
-
-    @property
-    def sendable(self) -> bool:
-        return (self.ended and not self.pending) or (self.credit > 0 and bool(self.pending))
-
-    def give_room(self) -> None:
-        if self.room is not None and not self.room.done():
-            self.room.set_result(None)
+    code = "SH-321"
 
 
 Serve = Callable[["Connection", str, bytes], Awaitable[Body]]
+"""Answers a request: connection, kind, body."""
 
 
 class Connection:
@@ -300,54 +107,45 @@ class Connection:
         self.down_reason: str | None = None
         self.bytes_sent = 0
         self.bytes_received = 0
-        self.round_trip_s: float | None = None
-        self.rate_bps: float | None = None
-        self.frame_bytes = FRAME_START_BYTES
         self._stream = stream
-        stream.expect(FRAME_START_BYTES)
         self._serve = serve
         self._down_callback = down
         self._clock = clock
         self._dice = dice
         self._limits = limits
         self._budget = budget
-        self._calls: dict[int, _Call] = {}
-        self._answers: dict[int, _Answer] = {}
-        self._next_id = 1 if dialled else 2
-        self._last_peer_id = 0
-        self._request_places = asyncio.Semaphore(limits.requests)
-        self._bulk_places = asyncio.Semaphore(limits.bulk)
-        self._large_places = asyncio.Semaphore(limits.large_bodies)
-        self._large_answers = 0
-        self._windows_bytes = 0
-        self._urgent: deque[bytes] = deque()
-        self._urgent_bytes = 0
-        self._urgent_max_bytes = 2 * (limits.requests + limits.bulk) * (SMALL_BYTES + 1024)
-        self._turns: deque[_Answer | _Call] = deque()
-        self._credits: dict[int, int] = {}
-        self._pong: bytes | None = None
-        self._ping: tuple[bytes, float] | None = None
-        self._pinged_at = float("-inf")
-        self._shortest_round_trip_s = 0.0
-        self._pong_waiters: list[asyncio.Future[None]] = []
-        self._wake: asyncio.Future[None] | None = None
-        self._write_started: float | None = None
-        self._heard_at = clock.monotonic()
-        self._watch_until = float("inf")
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._down = asyncio.Event()
         self._closing: str | None = None
         self._said_close = asyncio.Event()
         self._retired = False
         self._peer_retired = False
-        self._down = asyncio.Event()
-        self._tasks: set[asyncio.Task[None]] = set()
+        # asking
+        self._calls: dict[int, Call] = {}
+        self._next_id = 1 if dialled else 2
+        self._request_places = asyncio.Semaphore(limits.requests)
+        self._bulk_places = asyncio.Semaphore(limits.bulk)
+        self._large_places = asyncio.Semaphore(limits.large_bodies)
+        self._windows_bytes = 0
+        # answering
+        self._answers: dict[int, Answer] = {}
+        self._last_peer_id = 0
+        self._large_answers = 0
+        # writing
+        self._outbox = Outbox()
+        self._wake: asyncio.Future[None] | None = None
+        self._write_began: float | None = None
+        # measuring and watching
+        self._round_trip = RoundTrip()
+        self._send_rate = SendRate()
+        self._receive_rate = ReceiveRate()
+        self._ping: tuple[bytes, float] | None = None
+        self._pinged_at = float("-inf")
+        self._pong_waiters: list[asyncio.Future[None]] = []
+        self._heard_at = clock.monotonic()
         self._watchdog: asyncio.Task[None] | None = None
-        self._burst_started = float("-inf")
-        self._burst_heard = float("-inf")
-        self._burst_bytes = 0
-        self._sent_bytes = 0
-        self._sent_s = 0.0
-        self._sent_at = float("-inf")
-        self._send_rate: float | None = None
+        self._watch_until = float("inf")
+        stream.expect(self._send_rate.frame_bytes)
 
     # --- life
 
@@ -366,10 +164,6 @@ class Connection:
     def retired(self) -> bool:
         return self._retired
 
-    @property
-    def idle(self) -> bool:
-        return not self._calls and not self._answers
-
     def retire(self) -> None:
         """Open no more streams here; the connection ends when the other side has said so too and none is open."""
         if not self._retired and not self.is_down:
@@ -382,10 +176,8 @@ class Connection:
         if not self.is_down and self._closing is None:
             self._closing = reason
             self._send(frame(FrameType.CLOSE, 0, clip(reason)))
-            try:
-                await within(self._clock, _CLOSE_S, self._said_close.wait())
-            except TimeoutError:
-                pass
+            with contextlib.suppress(TimeoutError):
+                await within(self._clock, _CLOSE_S, _wait_for(self._said_close))
         elif not self.is_down:
             await self._down.wait()
         self.abort(reason)
@@ -403,15 +195,13 @@ class Connection:
         for call in list(self._calls.values()):
             call.fail(self._lost())
             self._free_places(call)  # whoever waits for a place finds the connection down
-        for answer in list(self._answers.values()):
-            self._forget_answer(answer)
         self._calls.clear()
-        self._urgent.clear()
-        self._turns.clear()
+        for answer in list(self._answers.values()):
+            answer.close()
+            self._forget(answer)
+        self._outbox.clear()
         self._said_close.set()
-        for waiter in self._pong_waiters:
-            if not waiter.done():
-                waiter.set_result(None)
+        self._wake_pong_waiters()
         self._down.set()
         self._down_callback(self)
 
@@ -419,28 +209,10 @@ class Connection:
         await self._down.wait()
         return self.down_reason or "closed"
 
-    async def alive(self, seconds: float) -> bool:
-        """Whether the peer answers a ping in time."""
-        if self.is_down:
-            return False
-        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._pong_waiters.append(waiter)
-        self._send_ping()
-
-        async def answered() -> None:
-            await waiter
-
-        try:
-            await within(self._clock, seconds, answered())
-        except TimeoutError:
-            return False
-        finally:
-            self._pong_waiters.remove(waiter)
-        return not self.is_down
-
     def stats(self) -> LinkStats:
-        round_trip_ms = None if self.round_trip_s is None else self.round_trip_s * 1000
-        return LinkStats(self.bytes_sent, self.bytes_received, round_trip_ms, self.rate_bps)
+        smoothed_s = self._round_trip.smoothed_s
+        round_trip_ms = None if smoothed_s is None else smoothed_s * 1000
+        return LinkStats(self.bytes_sent, self.bytes_received, round_trip_ms, self._receive_rate.bps)
 
     def _keep(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.ensure_future(work)
@@ -461,7 +233,8 @@ class Connection:
         return LinkLost(f"The link to {short_id(self.peer)} went down: {self.down_reason}.")
 
     def _end_if_retired(self) -> None:
-        if self._retired and self._peer_retired and self.idle and not self.is_down and self._closing is None:
+        retired = self._retired and self._peer_retired and not self._calls and not self._answers
+        if retired and not self.is_down and self._closing is None:
             self._keep(self.close("another connection to the same node took over"))
 
     # --- asking
@@ -481,7 +254,7 @@ class Connection:
             self.leave(call)
         return call.chunks[0] if len(call.chunks) == 1 else b"".join(call.chunks)
 
-    async def open(self, kind: str, body: bytes, reply_max_bytes: int, deadline_s: float, *, bulk: bool) -> _Call:
+    async def open(self, kind: str, body: bytes, reply_max_bytes: int, deadline_s: float, *, bulk: bool) -> Call:
         """Begin a request. Whoever does so must `leave` it."""
         if not kind or not kind.isascii() or not kind.isprintable() or len(kind) > KIND_MAX_BYTES:
             raise ValueError(f"{kind!r} is no kind of request: 1 to {KIND_MAX_BYTES} printable ASCII characters are.")
@@ -492,40 +265,31 @@ class Connection:
             )
         if self.is_down:
             raise self._lost()
-        large = len(body) > SMALL_BYTES
-        places = [self._bulk_places if bulk else self._request_places] + ([self._large_places] if large else [])
-        if any(place.locked() for place in places):
-            try:
-                await within(self._clock, deadline_s, _take_all(places))
-            except TimeoutError:
-                raise self._too_late(kind, deadline_s) from None
-            if self.is_down:
-                for place in places:
-                    place.release()
-                raise self._lost()
-        else:
-            for place in places:
-                await place.acquire()  # free: returns at once
-        window = min(reply_max_bytes, self._first_window() if bulk else 0xFFFFFFFF)
-        call = _Call(self._next_id, kind, reply_max_bytes, window, deadline_s)
-        call.bulk, call.large = bulk, large
-        now = self._clock.monotonic()
+        await self._take_places(kind, deadline_s, bulk=bulk, large=len(body) > SMALL_BYTES)
+        window = min(reply_max_bytes, self._first_window() if bulk else _CREDIT_MAX)
+        call = Call(
+            self._next_id,
+            kind,
+            body,
+            bulk=bulk,
+            reply_max_bytes=reply_max_bytes,
+            window=window,
+            deadline_s=deadline_s,
+        )
         self._next_id += 2
         self._calls[call.id] = call
         if bulk:
             if not self._windows_bytes:
-                self._burst_heard = float("-inf")
+                self._receive_rate.pause()
             self._windows_bytes += window
-        if now - self._pinged_at > _PING_WITH_REQUEST_S:
+        if self._clock.monotonic() - self._pinged_at > _PING_WITH_REQUEST_S:
             self._send_ping()
         opening = Opening(kind, reply_max_bytes, window, len(body))
-        self._send(frame(FrameType.OPEN, call.id, pack_opening(opening, body[:SMALL_BYTES] if large else body)))
-        if large:
-            call.upload = memoryview(body)[SMALL_BYTES:]
-            self._turns.append(call)
+        self._send(frame(FrameType.OPEN, call.id, pack_opening(opening, body[:SMALL_BYTES] if call.large else body)))
+        self._outbox.take_turn(call)
         return call
 
-    async def more(self, call: _Call, stall_s: float) -> None:
+    async def more(self, call: Call, stall_s: float) -> None:
         """Wait until a call has unread bytes, or its reply is complete. Raises what became of it otherwise."""
         while not call.chunks and not call.ended:
             if call.error is not None:
@@ -534,48 +298,13 @@ class Connection:
             self._watch_before(call.deadline)
             await call.wait()
 
-    def _first_window(self) -> int:
-        limits = self._limits
-        left = limits.window_bytes * _FULL_WINDOWS - self._windows_bytes
-        return max(min(left, limits.window_bytes), limits.window_bytes // _FULL_WINDOWS)
-
-    def leave(self, call: _Call) -> None:
-        """The caller is done with a call. Its place is free once the peer has ended the stream, too."""
-        call.left = True
-        call.deadline = None
-        if call.ended:
-            return
-        call.chunks.clear()
-        call.upload = None
-        if call.id in self._calls and not self.is_down:
-            self._credits.pop(call.id, None)
-            self._send(frame(FrameType.CANCEL, call.id))
-
-    def _end_call(self, call: _Call) -> None:
-        """The peer ended the stream: its place is free."""
-        del self._calls[call.id]
-        self._credits.pop(call.id, None)
-        call.upload = None
-        self._free_places(call)
-        self._end_if_retired()
-
-    def _free_places(self, call: _Call) -> None:
-        (self._bulk_places if call.bulk else self._request_places).release()
-        if call.large:
-            self._large_places.release()
-        if call.bulk:
-            self._windows_bytes -= call.window
-
-    def _too_late(self, kind: str, seconds: float) -> DeadlineExceeded:
-        return DeadlineExceeded(f"{short_id(self.peer)} did not answer {kind} within {seconds:g} s.")
-
-    def consumed(self, call: _Call, size: int) -> None:
+    def consumed(self, call: Call, size: int) -> None:
         """A reader took bytes: give the peer credit for as many, in portions, and perhaps for a larger window."""
         call.consumed += size
         if call.ended or call.consumed < call.window // _GRANTS_PER_WINDOW:
             return
         grant, limits = call.consumed, self._limits
-        fitting = (self.rate_bps or 0.0) / 8 * self._shortest_round_trip_s * WINDOW_ROUND_TRIPS
+        fitting = (self._receive_rate.bps or 0.0) / 8 * self._round_trip.shortest_s * WINDOW_ROUND_TRIPS
         if (
             fitting > call.window
             and call.window * 2 <= limits.window_max_bytes
@@ -586,8 +315,58 @@ class Connection:
             call.window *= 2
         call.consumed = 0
         call.credit += grant
-        self._credits[call.id] = self._credits.get(call.id, 0) + grant
+        self._outbox.grant(call.id, grant)
         self._wake_writer()
+
+    def leave(self, call: Call) -> None:
+        """The caller is done with a call. Its place is free once the peer has ended the stream, too."""
+        call.left = True
+        call.deadline = None
+        if call.ended:
+            return
+        call.chunks.clear()
+        call.drop_upload()
+        if call.id in self._calls and not self.is_down:
+            self._outbox.withdraw_grant(call.id)
+            self._send(frame(FrameType.CANCEL, call.id))
+
+    async def _take_places(self, kind: str, deadline_s: float, *, bulk: bool, large: bool) -> None:
+        places = [self._bulk_places if bulk else self._request_places] + ([self._large_places] if large else [])
+        if not any(place.locked() for place in places):
+            for place in places:
+                await place.acquire()  # free: returns at once
+            return
+        try:
+            await within(self._clock, deadline_s, _acquire_all(places))
+        except TimeoutError:
+            raise self._too_late(kind, deadline_s) from None
+        if self.is_down:
+            for place in places:
+                place.release()  # to the next who waits, who finds the same
+            raise self._lost()
+
+    def _first_window(self) -> int:
+        limits = self._limits
+        left = limits.window_bytes * _FULL_WINDOWS - self._windows_bytes
+        return max(min(left, limits.window_bytes), limits.window_bytes // _FULL_WINDOWS)
+
+    def _end_call(self, call: Call) -> None:
+        """The peer ended the stream: its place is free."""
+        del self._calls[call.id]
+        self._outbox.withdraw_grant(call.id)
+        call.drop_upload()
+        self._free_places(call)
+        self._end_if_retired()
+
+    def _free_places(self, call: Call) -> None:
+        (self._bulk_places if call.bulk else self._request_places).release()
+        if call.large:
+            self._large_places.release()
+        if call.bulk:
+            self._windows_bytes -= call.window
+
+    def _too_late(self, kind: str, seconds: float) -> DeadlineExceeded:
+        return DeadlineExceeded(f"{short_id(self.peer)} did not answer {kind} within {seconds:g} s.")
 
     # --- answering
 
@@ -597,154 +376,126 @@ class Connection:
             raise BrokenFraming(f"opened stream {stream} out of order")
         self._last_peer_id = stream
         limits = self._limits
-        if self._urgent_bytes > self._urgent_max_bytes:
-            raise BrokenFraming("makes requests but does not read the replies")
         if len(self._answers) >= limits.requests + limits.bulk:
             raise BrokenFraming(f"opened more than {limits.requests + limits.bulk} requests at once")
         if opening.body_bytes > limits.body_max_bytes:
             raise BrokenFraming(f"announced a request body of {opening.body_bytes} bytes")
-        answer = _Answer(stream, opening, start)
+        answer = Answer(stream, opening, start)
         if answer.body is None:
             self._answers[stream] = answer
-            self._begin(answer, start)
+            answer.task = self._keep(self._answer(answer, start))
             return
         if self._large_answers >= limits.large_bodies:
             raise BrokenFraming(f"opened more than {limits.large_bodies} requests with large bodies at once")
         self._answers[stream] = answer
         if self._budget.take(opening.body_bytes):
-            answer.large = True
+            answer.large = opening.body_bytes
             self._large_answers += 1
         else:
-            self._refuse(answer, LinkError.code, "This node holds too many large requests; try again later.")
+            self._refuse(answer, NodeBusy.code, "This node holds too many large requests; try again later.")
 
     def _body_came(self, stream: int, payload: bytes) -> None:
         answer = self._answers.get(stream)
-        if answer is None:
+        if answer is None or answer.closed:
             if stream > self._last_peer_id:
                 raise BrokenFraming(f"sent a body on stream {stream}, which is not open")
             return  # it was refused or cancelled meanwhile
-        if answer.body is None or len(answer.body) + len(payload) > answer.opening.body_bytes:
+        if answer.body is None or len(answer.body) + len(payload) > answer.large:
             raise BrokenFraming("sent a longer request body than announced")
         answer.body += payload
-        if len(answer.body) == answer.opening.body_bytes:
+        if len(answer.body) == answer.large:
             body, answer.body = bytes(answer.body), None
-            self._begin(answer, body)
+            answer.task = self._keep(self._answer(answer, body))
 
-    def _begin(self, answer: _Answer, body: bytes) -> None:
-        answer.task = self._keep(self._answer(answer, body))
-
-    async def _answer(self, answer: _Answer, body: bytes) -> None:
-        kind = answer.opening.kind
+    async def _answer(self, answer: Answer, body: bytes) -> None:
+        """Let the handler answer, and send what it says."""
         try:
-            reply = await self._serve(self, kind, body)
-            del body
+            reply = await self._serve(self, answer.kind, body)
             if isinstance(reply, bytes):
-                self._reply_left(answer, len(reply))
+                answer.claim(len(reply))
                 if len(reply) <= min(SMALL_BYTES, answer.credit):
-                    self._send(frame(FrameType.END, answer.id, reply))
-                    self._forget_answer(answer)
+                    self._end(answer, frame(FrameType.END, answer.id, reply))
                     return
                 self._queue(answer, reply)
             else:
-                await self._send_all(answer, reply)
+                await self._queue_all(answer, reply)
             answer.ended = True
             self._take_turn(answer)
         except asyncio.CancelledError:
-            if not self.is_down:
-                self._end(answer)
+            self._end(answer, frame(FrameType.END, answer.id))
             if not answer.cancelled:
                 raise
         except ShoalError as error:
             self._refuse(answer, error.code, error.sentence)
         except Exception:  # noqa: BLE001 - a handler's bug must cost its request alone; it is logged with its traceback
-            _log.exception("The handler of %s, asked by %s, failed.", kind, short_id(self.peer))
-            self._refuse(answer, HandlerFailed.code, f"The peer failed while answering {kind}; its log says why.")
+            _log.exception("The handler of %s, asked by %s, failed.", answer.kind, short_id(self.peer))
+            sentence = f"The peer failed while answering {answer.kind}; its log says why."
+            self._refuse(answer, HandlerFailed.code, sentence)
 
-    async def _send_all(self, answer: _Answer, reply: AsyncIterator[bytes]) -> None:
+    async def _queue_all(self, answer: Answer, reply: AsyncIterator[bytes]) -> None:
         try:
             async for chunk in reply:
-                if not chunk:
-                    continue
-                self._reply_left(answer, len(chunk))
-                self._queue(answer, chunk)
-                while answer.pending_bytes > self._limits.send_buffer_bytes:
-                    answer.room = asyncio.get_running_loop().create_future()
-                    await answer.room
+                if chunk:
+                    answer.claim(len(chunk))
+                    self._queue(answer, chunk)
+                    await answer.wait_for_room(self._limits.send_buffer_bytes)
         finally:
             finish = getattr(reply, "aclose", None)
             if finish is not None:
                 await finish()
 
-    def _reply_left(self, answer: _Answer, size: int) -> None:
-        answer.reply_left -= size
-        if answer.reply_left < 0:
-            raise ReplyTooLarge(
-                f"The reply to {answer.opening.kind} is larger than the {answer.opening.reply_max_bytes} bytes "
-                "that were asked for."
-            )
-
-    def _queue(self, answer: _Answer, chunk: bytes) -> None:
-        answer.pending.append(memoryview(chunk))
-        answer.pending_bytes += len(chunk)
-        if answer.credit <= 0 and answer.blocked_since is None:
-            answer.blocked_since = self._clock.monotonic()
-            self._watch_before(answer.blocked_since + self._limits.slow_reader_s)
+    def _queue(self, answer: Answer, chunk: bytes) -> None:
+        answer.queue(chunk)
+        self._note_blocked(answer)
         self._take_turn(answer)
 
-    def _take_turn(self, answer: _Answer) -> None:
-        if not answer.in_turn and answer.sendable and not self.is_down:
-            answer.in_turn = True
-            self._turns.append(answer)
+    def _take_turn(self, answer: Answer) -> None:
+        if not self.is_down and self._outbox.take_turn(answer):
             self._wake_writer()
 
-    def _end(self, answer: _Answer) -> None:
-        """End a stream without the rest of its reply."""
-        if answer.id in self._answers:
-            self._send(frame(FrameType.END, answer.id))
-            self._forget_answer(answer)
+    def _note_blocked(self, answer: Answer) -> None:
+        if answer.blocked and answer.blocked_since is None:
+            answer.blocked_since = self._clock.monotonic()
+            self._watch_before(answer.blocked_since + self._limits.slow_reader_s)
 
-    def _refuse(self, answer: _Answer, code: str, sentence: str) -> None:
-        if answer.id in self._answers and not self.is_down:
-            self._send(frame(FrameType.REFUSE, answer.id, pack_refusal(code, sentence)))
-            self._forget_answer(answer)
+    def _end(self, answer: Answer, last_frame: bytes) -> None:
+        """End a stream with this frame, without what else waits of its reply."""
+        if not answer.closed:
+            answer.close()
+            self._send(last_frame, answer)
 
-    def _forget_answer(self, answer: _Answer) -> None:
-        if self._answers.pop(answer.id, None) is None:
-            return
-        answer.pending.clear()
-        answer.pending_bytes = 0
-        answer.credit = 0
-        answer.ended = False
-        answer.give_room()
+    def _refuse(self, answer: Answer, code: str, sentence: str) -> None:
+        self._end(answer, frame(FrameType.REFUSE, answer.id, pack_refusal(code, sentence)))
+
+    def _forget(self, answer: Answer) -> None:
+        """An answer's last frame has left: it does not count any more."""
+        del self._answers[answer.id]
         if answer.large:
-            self._budget.give_back(answer.opening.body_bytes)
+            self._budget.give_back(answer.large)
             self._large_answers -= 1
         self._end_if_retired()
 
-    def _cancelled(self, answer: _Answer) -> None:
-        """The caller left."""
+    def _give_up(self, answer: Answer) -> None:
+        """Nobody wants the reply: stop the handler, which ends the stream, or end it here."""
         answer.cancelled = True
         if answer.task is not None and not answer.task.done():
             answer.task.cancel()
         else:
-            self._end(answer)
+            self._end(answer, frame(FrameType.END, answer.id))
 
     # --- reading
 
     async def _read_frames(self) -> None:
         frames, read, dispatch = FrameReader(), self._stream.read, self._dispatch
         try:
-            while not self.is_down:
-                data = await read()
-                if not data:
-                    self.abort("the peer ended the connection")
-                    return
+            while data := await read():
                 self._heard_at = self._clock.monotonic()
                 self.bytes_received += len(data)
                 for kind, stream, payload in frames.feed(data):
                     dispatch(kind, stream, payload)
                     if self.is_down:
                         return
+            self.abort("the peer ended the connection")
         except BrokenFraming as error:
             _log.warning("Closing the connection to %s: it %s.", short_id(self.peer), error)
             await self.close(f"{short_id(self.peer)} {error}")
@@ -754,7 +505,7 @@ class Connection:
     def _dispatch(self, kind: int, stream: int, payload: bytes) -> None:
         match kind:
             case FrameType.DATA | FrameType.END:
-                self._reply_came(stream, payload, kind == FrameType.END)
+                self._reply_came(self._call(stream), payload, kind == FrameType.END)
             case FrameType.OPEN:
                 self._opened(stream, payload)
             case FrameType.CREDIT:
@@ -767,16 +518,15 @@ class Connection:
                 self._body_came(stream, payload)
             case FrameType.CANCEL:
                 answer = self._answers.get(stream)
-                if answer is not None and not answer.cancelled:
-                    self._cancelled(answer)
+                if answer is not None and not answer.closed:
+                    self._give_up(answer)
             case FrameType.REFUSE:
                 call = self._call(stream)
                 code, sentence = unpack_refusal(payload)
-                error = ReplyTooLarge(sentence) if code == ReplyTooLarge.code else Refused(sentence, code)
-                call.fail(error)
+                call.fail(ReplyTooLarge(sentence) if code == ReplyTooLarge.code else Refused(sentence, code))
                 self._end_call(call)
             case FrameType.PING:
-                self._pong = payload
+                self._outbox.pong(payload)
                 self._wake_writer()
             case FrameType.PONG:
                 self._pong_came(payload)
@@ -786,57 +536,27 @@ class Connection:
             case FrameType.CLOSE:
                 self.abort(f"the peer closed it: {printable(payload)}" if payload else "the peer closed it")
 
-    def _call(self, stream: int) -> _Call:
+    def _call(self, stream: int) -> Call:
         call = self._calls.get(stream)
         if call is None:
             raise BrokenFraming(f"replied on stream {stream}, which is not open")
         return call
 
-    def _reply_came(self, stream: int, payload: bytes, last: bool) -> None:
-        call = self._call(stream)
-        size = len(payload)
-        if size > call.credit and size <= call.reply_left:
-            raise BrokenFraming("sent more of a reply than it had credit for")
-        call.credit -= size
-        call.reply_left -= size
+    def _reply_came(self, call: Call, payload: bytes, last: bool) -> None:
         if call.bulk:
-            self._measure_received(size)
-        if call.reply_left < 0:
-            if call.left:
-                raise BrokenFraming("sent more of a reply than was asked for")
+            self._receive_rate.received(len(payload), self._clock.monotonic())
+        if not call.received(payload, last):
             call.fail(ReplyTooLarge(f"{short_id(self.peer)} sent a larger reply to {call.kind} than was asked for."))
-            self.leave(call)
-        elif not call.left:
-            if call.chunks and len(call.chunks[-1]) + size <= _TINY_BYTES:
-                call.chunks[-1] += payload  # so that tiny frames do not cost many times their size
-            elif size:
-                call.chunks.append(payload)
-            if call.bulk:
-                call.deadline = None  # until its reader waits again
-            call.ended = last
-            call.wake()
+            if not last:
+                self.leave(call)
         if last:
             self._end_call(call)
 
-    def _measure_received(self, size: int) -> None:
-        now = self._clock.monotonic()
-        if now - self._burst_heard > _BURST_GAP_S:
-            self._burst_started, self._burst_bytes = now, 0
-        else:
-            self._burst_bytes += size
-            elapsed = now - self._burst_started
-            if elapsed >= _RATE_WINDOW_S or (self.rate_bps is None and elapsed > 0):
-                self.rate_bps = self._burst_bytes * 8 / elapsed
-                if elapsed > 20 * _RATE_WINDOW_S:
-                    self._burst_started, self._burst_bytes = now, 0
-        self._burst_heard = now
-
     # --- writing
 
-    def _send(self, data: bytes) -> None:
+    def _send(self, data: bytes, ends: Answer | None = None) -> None:
         if not self.is_down:
-            self._urgent.append(data)
-            self._urgent_bytes += len(data)
+            self._outbox.send(data, ends)
             self._wake_writer()
 
     def _wake_writer(self) -> None:
@@ -844,140 +564,65 @@ class Connection:
             self._wake.set_result(None)
 
     async def _write_frames(self) -> None:
-        loop = asyncio.get_running_loop()
+        loop, clock, outbox = asyncio.get_running_loop(), self._clock, self._outbox
         try:
             while True:
-                parts, bulk = self._next_parts()
-                if not parts:
-                    if self._closing is not None and not self._urgent:
+                batch = outbox.next_batch(self._send_rate.frame_bytes, closing=self._closing is not None)
+                if not batch.parts:
+                    if self._closing is not None:
                         self._said_close.set()
                         return
                     self._wake = loop.create_future()
                     await self._wake
                     self._wake = None
                     continue
-                self._write_started = started = self._clock.monotonic()
-                await self._stream.write(*parts)
-                self._write_started = None
-                size = sum(map(len, parts))
+                self._write_began = began = clock.monotonic()
+                await self._stream.write(*batch.parts)
+                self._write_began = None
+                size = sum(map(len, batch.parts))
                 self.bytes_sent += size
-                if bulk:
+                for answer in batch.ended:
+                    self._forget(answer)
+                for answer in batch.served:
+                    self._note_blocked(answer)
+                if batch.bulk:
                     await asyncio.sleep(0)  # let small requests in, even if the stream takes everything at once
-                    self._measure_sent(size, started)
+                    if self._send_rate.sent(size, began, clock.monotonic()):
+                        self._stream.expect(self._send_rate.frame_bytes)
         except OSError as error:
             self.abort(f"the connection broke ({error.strerror or error})")
 
-    def _next_parts(self) -> tuple[list[bytes | memoryview], bool]:
-        """What to write now: control and small bodies first, then up to a frame of bulk, from the streams in turn."""
-        head: list[bytes | memoryview] = []
-        if self._pong is not None:
-            head.append(frame(FrameType.PONG, 0, self._pong))
-            self._pong = None
-        for stream, grant in self._credits.items():
-            head.append(frame(FrameType.CREDIT, stream, CREDIT.pack(grant)))
-        self._credits.clear()
-        size = 0
-        while self._urgent and size < URGENT_BATCH_BYTES:
-            data = self._urgent.popleft()
-            head.append(data)
-            size += len(data)
-        self._urgent_bytes -= size
-        parts: list[bytes | memoryview] = []
-        room, bulk = self.frame_bytes, False
-        while room > 0 and self._turns and self._closing is None:
-            sender = self._turns.popleft()
-            taken = self._upload(sender, room) if isinstance(sender, _Call) else self._reply(sender, room)
-            if taken is None:
-                continue
-            header, payload = taken
-            head.append(header)
-            if len(payload) < _TINY_BYTES:
-                head.append(payload)
-            else:
-                parts.append(b"".join(head))
-                parts.append(payload)
-                head.clear()
-            bulk = True
-            room -= len(payload) + HEADER.size
-        if head:
-            parts.append(b"".join(head))
-        return parts, bulk
-
-    def _upload(self, call: _Call, room: int) -> tuple[bytes, memoryview] | None:
-        if not call.upload:
-            return None
-        payload, call.upload = call.upload[:room], call.upload[room:]
-        if call.upload:
-            self._turns.append(call)
-        return HEADER.pack(FrameType.BODY, call.id, len(payload)), payload
-
-    def _reply(self, answer: _Answer, room: int) -> tuple[bytes, memoryview] | None:
-        answer.in_turn = False
-        if not answer.sendable:
-            return None
-        payload = memoryview(b"")
-        if answer.pending:
-            first = answer.pending[0]
-            size = min(len(first), answer.credit, room)
-            payload = first[:size]
-            if size < len(first):
-                answer.pending[0] = first[size:]
-            else:
-                answer.pending.popleft()
-            answer.pending_bytes -= size
-            answer.credit -= size
-            if answer.pending_bytes <= self._limits.send_buffer_bytes:
-                answer.give_room()
-        last = answer.ended and not answer.pending
-        header = HEADER.pack(FrameType.END if last else FrameType.DATA, answer.id, len(payload))
-        if last:
-            self._forget_answer(answer)
-        elif answer.pending and answer.credit <= 0:
-            answer.blocked_since = self._clock.monotonic()
-            self._watch_before(answer.blocked_since + self._limits.slow_reader_s)
-        else:
-            self._take_turn(answer)
-        return header, payload
-
-    def _measure_sent(self, size: int, started: float) -> None:
-        """Follow the rate at which the path takes bulk, and fit the frame to it.
-
-        Time in which there was nothing to send does not count, and a short burst, which the kernel swallows whole,
-        says nothing.
-        """
-        now = self._clock.monotonic()
-        if started - self._sent_at > _SEND_GAP_S:
-            self._sent_bytes, self._sent_s = 0, 0.0
-        self._sent_at = now
-        self._sent_bytes += size
-        self._sent_s += now - started
-        if self._sent_s < _RATE_WINDOW_S and self._sent_bytes < _RATE_WINDOW_BYTES:
-            return
-        rate = self._sent_bytes / max(self._sent_s, 1e-6)
-        self._send_rate = rate if self._send_rate is None else (self._send_rate + rate) / 2
-        self._sent_bytes, self._sent_s = 0, 0.0
-        fitting = max(FRAME_MIN_BYTES, min(FRAME_MAX_BYTES, int(self._send_rate * FRAME_SECONDS)))
-        if fitting == FRAME_MAX_BYTES or abs(fitting - self.frame_bytes) > self.frame_bytes // 4:
-            if fitting != self.frame_bytes:
-                self._stream.expect(fitting)
-            self.frame_bytes = fitting
-
     # --- liveness and deadlines
+
+    async def alive(self, seconds: float) -> bool:
+        """Whether the peer answers a ping in time."""
+        if self.is_down:
+            return False
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._pong_waiters.append(waiter)
+        self._send_ping()
+        try:
+            await within(self._clock, seconds, _wait_for(waiter))
+        except TimeoutError:
+            return False
+        finally:
+            self._pong_waiters.remove(waiter)
+        return not self.is_down
 
     def _send_ping(self) -> None:
         if self._ping is None and not self.is_down:
             self._pinged_at = now = self._clock.monotonic()
-            self._ping = (self._dice.bytes(8), now)
+            self._ping = (self._dice.bytes(8), now)  # nobody can answer it before it came
             self._send(frame(FrameType.PING, 0, self._ping[0]))
 
     def _pong_came(self, token: bytes) -> None:
         if self._ping is None or token != self._ping[0]:
             raise BrokenFraming("answered a ping that was not sent")
-        sample = self._clock.monotonic() - self._ping[1]
-        # RFC 6298, section 2
-        self.round_trip_s = sample if self.round_trip_s is None else self.round_trip_s * 7 / 8 + sample / 8
-        self._shortest_round_trip_s = min(sample, self._shortest_round_trip_s or sample)
+        self._round_trip.took(self._clock.monotonic() - self._ping[1])
         self._ping = None
+        self._wake_pong_waiters()
+
+    def _wake_pong_waiters(self) -> None:
         for waiter in self._pong_waiters:
             if not waiter.done():
                 waiter.set_result(None)
@@ -994,28 +639,29 @@ class Connection:
         while not self.is_down:
             now = self._clock.monotonic()
             self._watch_until = self._look(now)
-            await self._clock.sleep(max(self._watch_until - now, 0.001))
-            if self._clock.monotonic() - self._watch_until > self._limits.ping_s / 2:
+            await self._clock.sleep(max(self._watch_until - now, _WATCH_STEP_S))
+            now = self._clock.monotonic()
+            if now - self._watch_until > self._limits.ping_s / 2:
                 # This process itself stood still: what arrived meanwhile has not been read yet.
-                self._heard_at = self._clock.monotonic()
-                self._write_started = None
+                self._heard_at = now
+                if self._write_began is not None:
+                    self._write_began = now
 
     def _look(self, now: float) -> float:
         """Act on every deadline that has passed; gives the next one."""
         limits = self._limits
         silent_at = self._heard_at + limits.silence_s
         ping_at = self._heard_at + limits.ping_s
+        stuck_at = float("inf") if self._write_began is None else self._write_began + limits.silence_s
         if now >= silent_at:
             self.abort(f"the peer was silent for {limits.silence_s:g} s")
             return now
-        if self._write_started is not None and now >= self._write_started + limits.silence_s:
+        if now >= stuck_at:
             self.abort(f"the peer took no bytes for {limits.silence_s:g} s")
             return now
         if now >= ping_at:
             self._send_ping()
-        soonest = silent_at if now >= ping_at else ping_at
-        if self._write_started is not None:
-            soonest = min(soonest, self._write_started + limits.silence_s)
+        soonest = min(stuck_at, silent_at if now >= ping_at else ping_at)
         for call in list(self._calls.values()):
             if call.deadline is None:
                 continue
@@ -1025,24 +671,16 @@ class Connection:
             else:
                 soonest = min(soonest, call.deadline)
         for answer in list(self._answers.values()):
-            if answer.blocked_since is None:
+            if answer.blocked_since is None or answer.closed:
                 continue
             drop_at = answer.blocked_since + limits.slow_reader_s
             if now >= drop_at:
-                self._drop(answer)
+                sentence = f"The reply to {answer.kind} was not read for {limits.slow_reader_s:g} s."
+                self._refuse(answer, NodeBusy.code, sentence)
+                self._give_up(answer)
             else:
                 soonest = min(soonest, drop_at)
         return soonest
-
-    def _drop(self, answer: _Answer) -> None:
-        self._refuse(
-            answer,
-            LinkError.code,
-            f"The reply to {answer.opening.kind} was not read for {self._limits.slow_reader_s:g} s.",
-        )
-        if answer.task is not None:
-            answer.cancelled = True
-            answer.task.cancel()
 
 
 class ReplyStream:
@@ -1056,14 +694,12 @@ class ReplyStream:
         self._body = body
         self._stall_s = stall_s
         self._max_bytes = max_bytes
-        self._open: tuple[Connection, _Call] | None = None
+        self._open: tuple[Connection, Call] | None = None
 
     async def __aenter__(self) -> AsyncIterator[bytes]:
         connection = self._pick()
-        self._open = (
-            connection,
-            await connection.open(self._kind, self._body, self._max_bytes, self._stall_s, bulk=True),
-        )
+        call = await connection.open(self._kind, self._body, self._max_bytes, self._stall_s, bulk=True)
+        self._open = connection, call
         return self
 
     async def __aexit__(
@@ -1090,7 +726,7 @@ class ReplyStream:
         return chunk
 
 
-async def _take_all(places: list[asyncio.Semaphore]) -> None:
+async def _acquire_all(places: list[asyncio.Semaphore]) -> None:
     taken: list[asyncio.Semaphore] = []
     try:
         for place in places:
@@ -1100,3 +736,7 @@ async def _take_all(places: list[asyncio.Semaphore]) -> None:
         for place in taken:
             place.release()
         raise
+
+
+async def _wait_for(event: asyncio.Event | asyncio.Future[None]) -> None:
+    await (event.wait() if isinstance(event, asyncio.Event) else event)

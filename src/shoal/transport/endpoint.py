@@ -19,15 +19,16 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
 from shoal.errors import BadInput, LinkError, ShoalError
 from shoal.identity import KeyPair, short_id
 from shoal.protocol.messages import OLDEST_VERSION, PROTOCOL_VERSION
-from shoal.transport.connection import Budget, Connection, Limits, ReplyStream, within
+from shoal.transport.connection import Connection, ReplyStream
+from shoal.transport.deadlines import within
 from shoal.transport.handshake import Agreed, Self, Versions
+from shoal.transport.limits import Budget, EndpointLimits
 from shoal.transport.streams import ByteStream
 from shoal.world import Address, Body, Clock, Dice, Handler, LinkLost, LinkStats, Refused, Request, Unreachable
 
@@ -64,19 +65,6 @@ class BadAddress(BadInput):
     """An address is not of the form tcp://host:port, or nothing can listen there."""
 
     code = "SH-320"
-
-
-@dataclass(frozen=True)
-class EndpointLimits:
-    """What an endpoint may cost, however many peers it has."""
-
-    links: int = 1024
-    handshakes: int = 64
-    """Accepted connections that have not proved who they are. One more ends the oldest of them."""
-    handshake_s: float = 10.0
-    large_bodies_bytes: int = 256 * 1024 * 1024
-    """Large request bodies held at once, over all links."""
-    connection: Limits = field(default_factory=Limits)
 
 
 def parse_address(address: Address) -> tuple[str, int]:

@@ -145,3 +145,53 @@ def clip(sentence: str) -> bytes:
 
 def printable(text: bytes) -> str:
     return "".join(letter if letter.isprintable() else " " for letter in text.decode("utf-8", "replace"))
+
+
+_PARTS_MAX = 64
+"""Pieces of one frame that are kept apart; a peer that sends it byte by byte costs no more than its size."""
+
+
+class FrameReader:
+    """Cuts a stream of bytes into frames; each payload is copied once."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._parts: list[memoryview] = []
+        self._missing = 0
+        self._kind = 0
+        self._stream = 0
+
+    def feed(self, data: bytes) -> list[tuple[int, int, bytes]]:
+        """The frames that `data` completes: (type, stream, payload). Raises BrokenFraming."""
+        if self._missing:
+            if len(data) < self._missing:
+                self._parts.append(memoryview(data))
+                if len(self._parts) > _PARTS_MAX:
+                    self._parts = [memoryview(b"".join(self._parts))]
+                self._missing -= len(data)
+                return []
+            position = self._missing
+            self._parts.append(memoryview(data)[:position])
+            self._missing = 0
+            frames = [(self._kind, self._stream, b"".join(self._parts))]
+            self._parts.clear()
+        else:
+            frames = []
+            position = 0
+            if self._rest:
+                data = self._rest + data
+                self._rest = b""
+        end = len(data)
+        while end - position >= HEADER.size:
+            kind, stream, length = HEADER.unpack_from(data, position)
+            check_header(kind, stream, length)
+            position += HEADER.size
+            if end - position < length:
+                self._kind, self._stream = kind, stream
+                self._parts.append(memoryview(data)[position:])
+                self._missing = length - (end - position)
+                return frames
+            frames.append((kind, stream, data[position : position + length]))
+            position += length
+        self._rest = data[position:]
+        return frames

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from shoal.errors import ShoalError
 from shoal.identity import KeyPair, short_id
 from shoal.protocol.messages import DEFAULT_NETWORK, OLDEST_VERSION, PROTOCOL_VERSION, common_version
-from shoal.transport.endpoint import BadAddress, BaseEndpoint, EndpointLimits, PeerLink, format_address, parse_address
+from shoal.transport.endpoint import BadAddress, BaseEndpoint, PeerLink, format_address, parse_address
 from shoal.transport.handshake import Agreed, NotAccepted, Versions, WrongNode
+from shoal.transport.limits import EndpointLimits
 from shoal.transport.streams import PipeStream, pipe
 from shoal.world import Address, Clock, Dice, SeededDice, SystemClock
 

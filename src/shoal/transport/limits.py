@@ -1,0 +1,63 @@
+"""What a link may cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from shoal.transport.frames import FRAME_MAX_BYTES
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one connection may cost. The first three must be the same on both sides, and are part of the protocol."""
+
+    requests: int = 256
+    """Requests open at once, each way; more wait for a free place at the caller."""
+    bulk: int = 64
+    """Streams open at once, each way."""
+    large_bodies: int = 4
+    """Request bodies above SMALL_BYTES open at once, each way."""
+    body_max_bytes: int = 8 * 1024 * 1024
+    """The largest request body."""
+    window_bytes: int = 1024 * 1024
+    """Bytes of a stream that may be under way or unread, to begin with."""
+    window_max_bytes: int = 16 * 1024 * 1024
+    windows_max_bytes: int = 64 * 1024 * 1024
+    """The sum of all windows beyond which none grows."""
+    send_buffer_bytes: int = FRAME_MAX_BYTES
+    """A handler's stream is held while more than this of it waits to be sent."""
+    ping_s: float = 10.0
+    """A peer that was not heard for so long is asked whether it is there."""
+    silence_s: float = 30.0
+    """A peer that was not heard, or took no bytes, for so long is gone."""
+    slow_reader_s: float = 300.0
+    """A stream whose reader gave no credit for so long is dropped."""
+
+
+@dataclass(frozen=True)
+class EndpointLimits:
+    """What an endpoint may cost, however many peers it has."""
+
+    links: int = 1024
+    handshakes: int = 64
+    """Accepted connections that have not proved who they are. One more ends the oldest of them."""
+    handshake_s: float = 10.0
+    large_bodies_bytes: int = 256 * 1024 * 1024
+    """Large request bodies held at once, over all links."""
+    connection: Limits = field(default_factory=Limits)
+
+
+class Budget:
+    """How many bytes of large request bodies all connections of an endpoint may hold together."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.left_bytes = max_bytes
+
+    def take(self, size: int) -> bool:
+        if size > self.left_bytes:
+            return False
+        self.left_bytes -= size
+        return True
+
+    def give_back(self, size: int) -> None:
+        self.left_bytes += size
