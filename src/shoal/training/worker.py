@@ -62,6 +62,7 @@ class Worker:
                 while (asked := await self._next()) is not None:
                     if isinstance(asked.command, RunRound) and not self._computing:
                         self._round = rounds.create_task(self._run(asked.number, asked.command))
+                        await asyncio.sleep(0)  # a task that is cancelled before it begins would never answer
                         continue
                     await self._send(asked.number, await self._answer(asked))
                     if isinstance(asked.command, Stop):
