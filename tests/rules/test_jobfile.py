@@ -295,3 +295,11 @@ def test_two_fields_that_exclude_each_other_have_their_own_error(folder: Path) -
     (folder / "config.json").write_text("{}")
     with pytest.raises(ContradictoryJob):
         load(folder, DATA + "model: {preset: tiny, config: config.json}\n")
+
+
+def test_a_run_that_was_begun_needs_its_data_no_more(folder: Path) -> None:
+    text = DATA.encode() + b"model:\n  checkpoint: gone\n"
+    elsewhere = folder / "runs" / "job" / "job.yaml"
+    with pytest.raises(MissingPath):
+        parse_job(text, elsewhere)
+    assert parse_job(text, elsewhere, begun=True).data.paths == ("words.txt",)

@@ -101,7 +101,7 @@ def train_command(
         folder = places.find_run(job)
         job = folder / "job.yaml"
     text = read_job_bytes(job)
-    job_file = parse_job(text, job)
+    job_file = parse_job(text, job, begun=resume_run)
     folder = folder or runs / job_file.name
     if resume_run:
         places.find_run(folder)

@@ -127,8 +127,6 @@ class JobFile(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     rounds: RoundsSection = RoundsSection()
     replay: ReplaySettings = ReplaySettings()
     requirements: RequirementsSection = RequirementsSection()
-    processes: Annotated[int, Meta(ge=1, le=64)] = 1
-    """Processes that a member computes with, under torch.distributed."""
 
 
 def load_job(path: Path) -> JobFile:
@@ -149,18 +147,19 @@ def read_job_bytes(path: Path) -> bytes:
     return text
 
 
-def parse_job(text: bytes, path: Path) -> JobFile:
-    """As `load_job`, for bytes that were read from `path` before."""
+def parse_job(text: bytes, path: Path, *, begun: bool = False) -> JobFile:
+    """As `load_job`, for bytes that were read from `path` before. A run that was `begun` holds its data and model
+    itself: where their paths once led is then not looked at."""
     document = documents.read_document(text, JobFile, path.name)
     job = document.value
     directory = path.resolve().parent
     if "name" not in document.lines:
         job = msgspec.structs.replace(job, name=_name_of(path))
+    job = msgspec.structs.replace(job, requirements=_checked_requirements(document))
+    if begun:
+        return job
     return msgspec.structs.replace(
-        job,
-        model=_checked_model(document, directory),
-        data=_checked_data(document, directory),
-        requirements=_checked_requirements(document),
+        job, model=_checked_model(document, directory), data=_checked_data(document, directory)
     )
 
 
