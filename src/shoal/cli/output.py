@@ -48,12 +48,6 @@ class BadFlag(BadInput):
     code = "SH-103"
 
 
-class NoHub(BadInput):
-    """No hub was named and none runs on this machine."""
-
-    code = "SH-102"
-
-
 class Interrupted(JobError):
     """The user asked to stop."""
 

@@ -1,0 +1,95 @@
+"""Where things are on this machine: the user's key, the shoal that runs here, and which hubs to ask."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from shoal.errors import BadInput
+from shoal.identity import KeyPair, load_or_create_key
+from shoal.protocol.hubs import HubTicket
+from shoal.sdk.local import shoal_home
+
+
+class NoHub(BadInput):
+    """No hub was named and none runs on this machine."""
+
+    code = "SH-102"
+
+
+def user_key() -> KeyPair:
+    """The key with which this user signs jobs; made at its first use."""
+    return load_or_create_key(shoal_home() / "owner.key")
+
+
+@dataclass(frozen=True)
+class LocalRun:
+    """The shoal that `shoal up` runs on this machine."""
+
+    pid: int
+    started: float
+    hubs: list[str]
+    http: str | None
+    nodes: list[dict[str, Any]]
+
+    @property
+    def alive(self) -> bool:
+        """Whether that very process still runs: pids are used again."""
+        try:
+            return bool(abs(psutil.Process(self.pid).create_time() - self.started) < 2)
+        except psutil.Error:
+            return False
+
+    def stop(self) -> None:
+        os.kill(self.pid, signal.SIGTERM)
+
+
+def local_folder() -> Path:
+    return shoal_home() / "local"
+
+
+def _up_file() -> Path:
+    return local_folder() / "up.json"
+
+
+def write_local(run: LocalRun) -> None:
+    _up_file().parent.mkdir(parents=True, exist_ok=True)
+    scratch = _up_file().with_suffix(".new")
+    scratch.write_text(json.dumps(run.__dict__))
+    scratch.replace(_up_file())
+
+
+def forget_local() -> None:
+    _up_file().unlink(missing_ok=True)
+
+
+def find_local() -> LocalRun | None:
+    """The local shoal, if one runs."""
+    try:
+        run = LocalRun(**json.loads(_up_file().read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+    return run if run.alive else None
+
+
+def find_hubs(named: list[str] | None) -> list[HubTicket]:
+    """The hubs to use: those named, else those in SHOAL_HUB (separated by spaces), else the local shoal's.
+
+    Raises BadTicket, and NoHub when there is none.
+    """
+    texts = named or os.environ.get("SHOAL_HUB", "").split()
+    if not texts:
+        local = find_local()
+        if local is None:
+            raise NoHub(
+                "No hub is known. Run `shoal up` in another terminal to have one here, or name one with "
+                "--hub shoal://NODEID@HOST:PORT or in SHOAL_HUB."
+            )
+        texts = local.hubs
+    return [HubTicket.parse(text) for text in texts]
