@@ -76,13 +76,13 @@ class FolderLocked(JobError):
 class FolderDamaged(StorageError):
     """A file of the folder does not hold what it held when it was written."""
 
-    code = "SH-613"
+    code = "SH-450"
 
 
 class FolderWriteFailed(StorageError):
     """The disk is full, or refuses to write."""
 
-    code = "SH-614"
+    code = "SH-451"
 
 
 _OWN_NAMES = frozenset(

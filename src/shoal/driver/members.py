@@ -28,7 +28,7 @@ RETRY_S = 0.3
 class NotOfThisJob(BadRecord):
     """Somebody who is no member of the job, or not any more, wants something of its driver."""
 
-    code = "SH-631"
+    code = "SH-262"
 
 
 @dataclass

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shoal.errors import BadInput, ShoalError
+from shoal.errors import BadInput, ShoalError, StorageError
 from shoal.protocol.blobs import BlobRef
 from shoal.protocol.training import Assignment, Commit, Contribution, TrainJob
 from shoal.training.commands import Prepare, RoundDone, RunRound, ShardFile
@@ -40,7 +40,7 @@ StartEngine = Callable[..., Awaitable[EngineProcess]]
 class NoSuchRound(BadInput):
     """A round or node that is not in the run."""
 
-    code = "SH-632"
+    code = "SH-129"
 
 
 @dataclass
@@ -279,10 +279,10 @@ class Replayer:
         return state
 
 
-class NotOpened(ShoalError):
+class NotOpened(StorageError):
     """Something that a replay needs is not there."""
 
-    code = "SH-633"
+    code = "SH-431"
 
 
 def _distance(claimed: Update, replayed: Update) -> float:

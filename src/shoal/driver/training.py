@@ -78,7 +78,7 @@ _log = logging.getLogger("shoal.driver")
 class NotCounted(BadRecord):
     """A Contribution does not count; the sentence is the one of the rules."""
 
-    code = "SH-635"
+    code = "SH-263"
 
 
 @dataclass(frozen=True)

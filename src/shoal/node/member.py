@@ -79,13 +79,13 @@ _log = logging.getLogger("shoal.member")
 class NotAMember(BadRecord):
     """A driver asked for something that this node is no part of."""
 
-    code = "SH-602"
+    code = "SH-260"
 
 
 class InboxFull(BadRecord):
     """A driver sent more than this member can take in."""
 
-    code = "SH-603"
+    code = "SH-261"
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ from shoal.world import Clock
 class NotALanguageModel(BadInput):
     """The job has no model config: it is a user's own loop, which this engine cannot run."""
 
-    code = "SH-535"
+    code = "SH-151"
 
 
 class LanguageEngine(MemberEngine):

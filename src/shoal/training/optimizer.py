@@ -17,7 +17,7 @@ Floats = NDArray[np.float32]
 class BadOptimizer(BadInput):
     """An optimizer's state cannot be kept as float32 numbers, or does not fit what was kept."""
 
-    code = "SH-530"
+    code = "SH-150"
 
 
 class InnerOptimizer(Protocol):

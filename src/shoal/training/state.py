@@ -30,7 +30,7 @@ MOMENTUM_PREFIX = "outer_momentum."
 class BadState(BadRecord):
     """Bytes that should be a shared or private state are not, or are of another model."""
 
-    code = "SH-510"
+    code = "SH-250"
 
 
 class Tensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -44,7 +44,7 @@ Bytes = NDArray[np.uint8]
 class BadUpdate(BadRecord):
     """An update is truncated, of the wrong shape, not finite, or not written as its codec says."""
 
-    code = "SH-511"
+    code = "SH-251"
 
 
 @dataclass(frozen=True)

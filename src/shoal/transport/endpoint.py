@@ -64,7 +64,7 @@ class EndpointClosed(LinkError):
 class BadAddress(BadInput):
     """An address is not of the form tcp://host:port, or nothing can listen there."""
 
-    code = "SH-320"
+    code = "SH-115"
 
 
 def parse_address(address: Address) -> tuple[str, int]:
