@@ -62,7 +62,7 @@ def test_broken_framing_costs_one_connection(case: str, caplog: pytest.LogCaptur
         async with node(1, limits=LIMITS) as (hub, address), node(3) as (honest, _):
             hub.handle("hold", _hold)
             link = await honest.dial(hub.node_id, [address])
-            stream = await proved(address, key(2))
+            stream = await proved(address, self_of(key(2)))
             theirs = hub.links()[key(2).node_id]
             await stream.write(data)
             said = await read_to_end(stream)
@@ -81,7 +81,7 @@ def test_frames_that_a_correct_peer_may_send_late_are_no_offence() -> None:
 
     async def scene() -> None:
         async with node(1) as (hub, address):
-            stream = await proved(address, key(2))
+            stream = await proved(address, self_of(key(2)))
             late = (
                 frame(FrameType.CREDIT, 1, CREDIT.pack(5))
                 + frame(FrameType.BODY, 1, b"late")
@@ -106,7 +106,7 @@ def test_a_peer_that_asks_and_never_reads_is_cut_off(caplog: pytest.LogCaptureFi
         clock = HeldClock()
         async with node(1, clock=clock, limits=LIMITS) as (hub, address), node(3, clock=clock) as (honest, _):
             link = await honest.dial(hub.node_id, [address])
-            stream = await proved(address, key(2))
+            stream = await proved(address, self_of(key(2)))
             theirs = hub.links()[key(2).node_id]
 
             connection = theirs._current
@@ -146,6 +146,39 @@ def test_large_requests_that_fill_the_node_are_refused_one_by_one() -> None:
             while hub._budget.left_bytes < 100_000:
                 await second.request("echo", b"")
             assert await second.request("echo", bytes(60_000)) == bytes(60_000)
+
+    play(scene)
+
+
+@pytest.mark.parametrize("newest", ["dies", "stays mute", "answers"])
+def test_a_link_goes_over_to_a_newer_connection_only_when_that_answers(newest: str) -> None:
+    """A caller that tries two addresses of one node may give up the second when the first is up."""
+
+    async def scene() -> None:
+        clock = HeldClock()
+        async with node(1, clock=clock) as (hub, address):
+            caller = self_of(key(2))
+            first = await proved(address, caller, attempt=1)
+            link = hub.links()[key(2).node_id]
+            second = await proved(address, caller, attempt=2)
+            kept = first
+            if newest == "dies":
+                second.close()
+            elif newest == "stays mute":
+                for _ in range(30):
+                    await asyncio.sleep(0)
+                await clock.advance(3.1)
+                assert await read_to_end(second) != b""
+            else:
+                kept = second
+                await second.write(frame(FrameType.PONG, 0, (await second.read())[HEADER.size :]))
+                while HEADER.pack(FrameType.RETIRE, 0, 0) not in await first.read():
+                    pass
+            asking = asyncio.ensure_future(link.request("any", b"are you there"))
+            number = await _until_open(kept)
+            await kept.write(frame(FrameType.END, number, b"yes"))
+            assert await asking == b"yes"
+            assert hub.links() == {key(2).node_id: link} and not link.closed
 
     play(scene)
 
@@ -343,7 +376,7 @@ def test_a_peer_that_takes_no_bytes_is_given_up() -> None:
                 return flow()
 
             hub.handle("fountain", fountain)
-            stream = await proved(address, key(2))
+            stream = await proved(address, self_of(key(2)))
             theirs = hub.links()[key(2).node_id]
             await stream.write(frame(FrameType.OPEN, 1, pack_opening(Opening("fountain", 1 << 40, 0xFFFFFFFF, 0), b"")))
             connection = theirs._current

@@ -138,6 +138,26 @@ def test_cut_and_silent_paths_in_a_world_of_pipes() -> None:
     play(scene)
 
 
+def test_a_machine_that_lost_power_is_welcome_again_before_its_old_link_is_given_up() -> None:
+    """Its old link does not answer, so the newcomer with the same key is the same node, started again."""
+
+    async def scene() -> None:
+        clock = HeldClock()
+        memory, old = await _pair(clock, Path(0.01))
+        hub, node = key(1).node_id, key(2).node_id
+        memory.silence(hub, node)
+        memory.heal(hub, node)
+        again = memory.endpoint(key(2))
+        link = await drive(clock, again.dial(hub, ["tcp://hub:1"]), step_s=0.05)
+        assert await drive(clock, link.request("echo", b"back")) == b"back"
+        assert clock.monotonic() < 10 and not old.closed, (
+            "it did not have to wait for the old link's silence to be noticed"
+        )
+        await link.close()
+
+    play(scene)
+
+
 def test_a_world_of_pipes_runs_the_same_way_twice() -> None:
     def run() -> list[tuple[float, int]]:
         story: list[tuple[float, int]] = []

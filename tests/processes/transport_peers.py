@@ -65,12 +65,12 @@ def self_of(pair: KeyPair) -> Self:
     return Self(pair, SystemDice().bytes(16), (1, 1), "shoal")
 
 
-async def proved(address: str, pair: KeyPair) -> ByteStream:
-    """A stream to a node that accepted `pair` as its peer; what is written there are the frames of a link."""
+async def proved(address: str, me: Self, attempt: int = 1) -> ByteStream:
+    """A stream to a node that accepted `me` as its peer; what is written there are the frames of a link."""
     secure = await encrypted(address)
     shown = secure.certificate()
     stream = HelloStream(secure)
-    await introduce(stream, self_of(pair), node_of_certificate(shown), shown, 1, SystemDice())
+    await introduce(stream, me, node_of_certificate(shown), shown, attempt, SystemDice())
     return stream.over()
 
 

@@ -5,12 +5,13 @@
     MemoryNetwork(clock=None, *, dice=None, path=None).endpoint(key, *, network="shoal", versions=..., limits=None)
     run(main)                                   `asyncio.run` on the fast loop
 
-Five layers, each of which stands on the one above it in this list and can be tested without the next:
+Five layers; each stands on those above it in this list and can be tested without those below:
 
     streams      bytes both ways: a socket, a pipe inside the process, a relayed path
     secure       TLS 1.3 over any byte stream; the answering side's key is its NodeId
     handshake    the dialling side proves its NodeId inside the channel; both agree on a version
-    connection   many requests over one stream: small before bulk, credit, liveness, limits (`frames`: the bytes)
+    connection   many requests over one stream: small before bulk, credit, liveness, limits. Its parts: `frames` (the
+                 bytes), `requests` (the two ends of one), `outbox` (what is sent next), `rates` (what is measured)
     endpoint     dialling by NodeId, one link per peer; `tls` and `memory` say what carries it
 
 Invariants. A link's peer has proved its NodeId, and a proof made for one node is worth nothing at another. No clock is

@@ -3,8 +3,8 @@
 **One link.** Two nodes may dial each other at the same moment, and then have two connections. Both keep the one that
 was dialled by the smaller NodeId (and, of several dialled by the same side, the newest), so both keep the same one. A
 `Link` belongs to the peer, not to a connection: it goes over to the connection that stays, what is under way on the
-other is finished there, and then the other ends. Before an older connection is preferred, its peer must answer a ping
-on it, so a connection that is dead without knowing it cannot win.
+other is finished there, and then the other ends. The one that is to stay must first answer a ping, so a connection that
+is dead without knowing it, or was given up while it came about, cannot win.
 
 **One node per key.** A peer that comes with another instance number than the open link's is a node that was started
 again, or a second machine with the same key. If the open link still answers, it is the second, and it is declined.
@@ -145,36 +145,41 @@ class PeerLink:
     # --- for the endpoint
 
     def add(self, rank: tuple[bool, int], connection: Connection) -> None:
-        """A further connection. The one of the highest rank stays; both sides rank them alike."""
+        """A further connection. Both sides rank them alike."""
         self._connections.append((rank, connection))
-        live = sorted((item for item in self._connections if not item[1].is_down and not item[1].retired),
-                      key=lambda item: item[0])  # fmt: skip
-        best = live[-1][1]
-        if best is connection:
-            self._current = best
-            for _, other in live[:-1]:
-                other.retire()
-        else:
-            self._endpoint.run(self._settle(best, connection))
+        if self._current is None:
+            self._current = connection
+            return
+        self._endpoint.run(self._settle())
         while len(self._connections) > _CONNECTIONS_PER_LINK_MAX:
             self._connections[0][1].abort("too many connections to the same node")
 
-    async def _settle(self, older: Connection, newer: Connection) -> None:
-        """The older connection ranks higher: it stays if it is alive."""
-        if await older.alive(ALIVE_S):
-            newer.retire()
-        else:
-            older.abort("it did not answer, and a newer connection to the same node took over")
+    async def _settle(self) -> None:
+        """Of several connections keep the one of the highest rank, as soon as its peer has answered on it."""
+        while len(live := self._live()) > 1:
+            best = live[-1]
+            if not await best.alive(ALIVE_S):
+                best.abort("it did not answer, and another connection to the same node is there")
+            elif not best.retired:  # else one that ranks higher came meanwhile, and was settled on
+                self._current = best
+                for other in live[:-1]:
+                    other.retire()
+                return
+
+    def _live(self) -> list[Connection]:
+        """Connections that may be kept, the highest rank last."""
+        ranked = sorted(self._connections, key=lambda item: item[0])
+        return [connection for _, connection in ranked if not connection.is_down and not connection.retired]
 
     def connection_down(self, connection: Connection) -> None:
         # The one that ended stays `current` as long as no other is there: its stats are the link's last.
         self._connections = [item for item in self._connections if item[1] is not connection]
         if connection is self._current:
-            live = [item for item in self._connections if not item[1].is_down and not item[1].retired]
+            live = self._live()
             if not live:
                 self._end(connection.down_reason or "closed")
                 return
-            self._current = max(live, key=lambda item: item[0])[1]
+            self._current = live[-1]
         self._ended_sent += connection.bytes_sent
         self._ended_received += connection.bytes_received
 
@@ -331,10 +336,12 @@ class BaseEndpoint(ABC):
 
     def _join(self, agreed: Agreed, stream: ByteStream) -> PeerLink:
         """A connection that both sides accepted becomes, or joins, the link to its peer."""
-        if self._closed:
-            stream.close()
-            self._refuse_closed()
+        self._refuse_closed()
         link = self._links.get(agreed.peer)
+        if link is not None and link.instance != agreed.instance:
+            raise DuplicateKey(
+                f"Two nodes with the key {short_id(agreed.peer)} came at once; give each its own key file."
+            )
         new = link is None
         if link is None:
             link = PeerLink(self, agreed.peer, agreed.instance)
