@@ -117,6 +117,9 @@ def replay(
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="A torch device to compute on.")] = "cpu",
+    script: Annotated[
+        Path | None, typer.Option(help="The script of a loop of your own; it is run on this machine.", show_default=False)
+    ] = None,
     hub: HubFlag = None,
     json: JsonFlag = False,
 ) -> None:
@@ -147,6 +150,7 @@ def replay(
                 hubs=tickets,
                 threads=threads,
                 device=device,
+                script=script,
                 clock=SystemClock(),
                 dice=SystemDice(),
                 say=(lambda text: None) if json else lambda text: err.print(f"[dim]{text}[/]"),

@@ -173,9 +173,10 @@ def print_plan(made: Plan) -> None:
     out.print(
         f"Model of {format_count(made.parameters)} parameters on {made.samples:,} samples, about {made.rounds} rounds."
     )
-    out.print(
-        f"Held out: {made.held_out_tokens:,} tokens; a unigram model has {made.unigram_loss:.3f} nats per token there."
-    )
+    if made.unigram_loss is not None:
+        out.print(
+            f"Held out: {made.held_out_tokens:,} tokens; a unigram model has {made.unigram_loss:.3f} nats per token there."
+        )
     out.print(f"An update takes {format_bytes(made.update_bytes)}. {made.length.reason}", markup=False)
     for name, device, flops in made.nodes:
         out.print(f"  {name:<16} {device}  {flops / 1e9:.1f} GFLOP/s", markup=False)

@@ -50,7 +50,7 @@ class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class ModelSection(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What is trained. At most one of preset, config and checkpoint; without any, the preset `tiny`."""
+    """What is trained. At most one of preset, config, checkpoint and script; without any, the preset `tiny`."""
 
     preset: str | None = None
     """A shape by name: tiny (0.9 M parameters, for first steps), small (10 M) or gpt2-small (124 M)."""
@@ -58,15 +58,19 @@ class ModelSection(_Section, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """A `transformers` config.json, or a directory with one; weights start at random."""
     checkpoint: PathText | None = None
     """A directory with config.json and safetensors weights to go on from."""
+    script: PathText | None = None
+    """A Python script with a PyTorch loop of one's own that calls `shoal.join`. Its processes, which one starts
+    oneself, are the job's nodes; it has its own data, and a sample counts as a token."""
     tokenizer: PathText = "auto"
     """`bytes`, or a tokenizer.json or a directory with one. `auto` takes the checkpoint's own, and bytes without it."""
 
 
 class DataSection(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What it is trained on."""
+    """What it is trained on; a script has data of its own."""
 
-    paths: Annotated[tuple[PathText, ...], Meta(min_length=1, max_length=PATHS_MAX)]
-    """Files, directories or patterns such as `books/*.txt`; relative ones start at the job file's directory."""
+    paths: Annotated[tuple[PathText, ...], Meta(max_length=PATHS_MAX)] = ()
+    """Files, directories or patterns such as `books/*.txt`; relative ones start at the job file's directory. Needed
+    unless there is a script."""
     format: Literal["auto", "text", "jsonl", "parquet"] = "auto"
     """What the files are; auto goes by their endings, and takes what it does not know for text."""
     text_field: Annotated[str, Meta(min_length=1, max_length=256)] = "text"
@@ -116,7 +120,7 @@ class JobFile(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     seed: Annotated[int, Meta(ge=0, le=1 << 53)] = 0
     """Start weights, sample order and held-out choice follow from it."""
     model: ModelSection = ModelSection()
-    data: DataSection
+    data: DataSection = DataSection()
     tokens: Annotated[int, Meta(ge=1, le=1 << 53, extra={"quantity": "count"})] = 2_000_000
     """The budget: training ends when so many tokens were accepted."""
     batch_samples: Annotated[int, Meta(ge=1, le=1 << 20)] = 16
@@ -192,11 +196,11 @@ def _name_of(path: Path) -> str:
 
 def _checked_model(document: Document[JobFile], directory: Path) -> ModelSection:
     model = document.value.model
-    said = [name for name in ("preset", "config", "checkpoint") if getattr(model, name) is not None]
+    said = [name for name in ("preset", "config", "checkpoint", "script") if getattr(model, name) is not None]
     if len(said) > 1:
         raise ContradictoryJob(
             f"{document.at(f'model.{said[1]}')} stands beside model.{said[0]}; a model comes from one of preset, "
-            "config and checkpoint."
+            "config, checkpoint and script."
         )
     if model.preset is not None and model.preset not in PRESETS:
         raise BadValue(f"{document.at('model.preset')} must be one of {', '.join(PRESETS)}, not {model.preset!r}.")
@@ -204,6 +208,8 @@ def _checked_model(document: Document[JobFile], directory: Path) -> ModelSection
     checkpoint = model.checkpoint and _existing(document, "model.checkpoint", model.checkpoint, directory)
     if checkpoint and not Path(checkpoint).is_dir():
         raise MissingPath(f"{document.at('model.checkpoint')}: {checkpoint} is not a directory with a config.json.")
+    if model.script is not None:
+        return ModelSection(script=_existing(document, "model.script", model.script, directory))
     tokenizer = model.tokenizer
     if tokenizer == "auto":
         own = bool(checkpoint) and (Path(checkpoint or "") / "tokenizer.json").is_file()
@@ -216,6 +222,12 @@ def _checked_model(document: Document[JobFile], directory: Path) -> ModelSection
 
 def _checked_data(document: Document[JobFile], directory: Path) -> DataSection:
     data = document.value.data
+    own_loop = document.value.model.script is not None
+    if own_loop and "data" in document.lines:
+        raise ContradictoryJob(f"{document.at('data')} stands beside model.script; a script has data of its own.")
+    if not data.paths and not own_loop:
+        missing = "must be at least one path" if "data.paths" in document.lines else "is missing"
+        raise BadValue(f"{document.at('data.paths')} {missing}; write a text, or a list of such.")
     paths = tuple(_existing(document, "data.paths", path, directory, pattern=True) for path in data.paths)
     return msgspec.structs.replace(data, paths=paths)
 

@@ -20,6 +20,7 @@ from torch import nn
 
 from shoal.errors import BadInput
 from shoal.protocol.training import TrainJob
+from shoal.sdk.loop_script import OtherLoop
 from shoal.training.commands import (
     ApplyCommit,
     CancelRound,
@@ -59,12 +60,6 @@ class BadLoop(BadInput):
     """A loop, its model or its optimizer is not one that can be shared."""
 
     code = "SH-142"
-
-
-class OtherLoop(BadInput):
-    """A script has another name, other samples or another model than the job it is run for."""
-
-    code = "SH-144"
 
 
 @dataclass(frozen=True)

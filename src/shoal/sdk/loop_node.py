@@ -20,12 +20,13 @@ import torch
 
 from shoal.errors import BadInput
 from shoal.hub import HubClient
-from shoal.identity import hash_of_parts, load_or_create_key
+from shoal.identity import load_or_create_key
 from shoal.node.agent import INVITED_ANEW, NodeAgent, NodeSettings
 from shoal.node.member import EngineSettings, Invitation, MemberRun
 from shoal.protocol.hubs import HubTicket
 from shoal.protocol.offers import Capability, Device
 from shoal.sdk.loop_engine import Order, Orders, Over
+from shoal.sdk.loop_script import loop_kind
 from shoal.storage import BlobStore, StoreInUse
 from shoal.training.commands import (
     ApplyCommit,
@@ -65,11 +66,6 @@ class TooManyProcesses(BadInput):
     """More processes of one job than a machine runs."""
 
     code = "SH-146"
-
-
-def loop_kind(owner: bytes, job: str) -> str:
-    """What the processes of an owner's own loop say they take: nobody else's jobs, and no other of the owner's."""
-    return "own-" + hash_of_parts("own loop", [owner, job.encode()]).hex()[:12]
 
 
 @dataclass(frozen=True)

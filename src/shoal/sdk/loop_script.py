@@ -8,15 +8,18 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
+from shoal.driver.replay import StartEngine
 from shoal.errors import BadInput
+from shoal.identity import KeyPair, hash_of_parts
+from shoal.protocol.hubs import HubTicket
 from shoal.protocol.training import TrainJob
+from shoal.sdk.local import shoal_home
 from shoal.training.process import EngineProcess
 from shoal.training.state import SharedState
 
@@ -39,6 +42,12 @@ class NoScript(BadInput):
     code = "SH-145"
 
 
+class OtherLoop(BadInput):
+    """A script has another name, other samples or another model than the job it is run for."""
+
+    code = "SH-144"
+
+
 class LookWanted(msgspec.Struct, frozen=True, kw_only=True):
     """What a script is looked at for."""
 
@@ -53,6 +62,16 @@ class Looked(msgspec.Struct, frozen=True, kw_only=True):
     samples: int
     samples_per_s: float = 0.0
     held_out_loss: float | None = None
+
+
+def loop_kind(owner: bytes, job: str) -> str:
+    """What the processes of an owner's own loop say they take: nobody else's jobs, and no other of the owner's."""
+    return "own-" + hash_of_parts("own loop", [owner, job.encode()]).hex()[:12]
+
+
+def loops_folder(job: str) -> Path:
+    """Where processes of a job of one's own keep their keys and blobs."""
+    return shoal_home() / "loops" / job
 
 
 @dataclass(frozen=True)
@@ -108,23 +127,26 @@ def _look(script: Path, folder: Path, wanted: LookWanted) -> tuple[Looked, str]:
     return msgspec.json.decode((folder / LOOKED_FILE).read_bytes(), type=Looked), said
 
 
-def engine_of(script: Path) -> Callable[..., Awaitable[EngineProcess]]:
-    """What starts an engine that runs the user's script, for replays on the user's machine."""
-    command: Sequence[str] = (WORKER, str(script), "engine")
-    return functools.partial(EngineProcess.start, command=command)
+def how_to_take_part(script: str, owner: KeyPair, hubs: Sequence[HubTicket]) -> str:
+    """What the owner of a loop starts, here and elsewhere."""
+    return (
+        f"The job's nodes are processes that you start: python {script}   On other machines with "
+        f"SHOAL_OWNER={owner.node_id.hex()} SHOAL_HUB='{' '.join(str(hub) for hub in hubs)}'"
+    )
 
 
-def engine_for(job: TrainJob, script: Path | None) -> dict[str, Any]:
-    """Options for a Replayer of this job. Raises NoScript."""
-    if not job.model.config:
-        if script is None:
-            raise NoScript(
-                f"Job {job.name!r} is its owner's own loop: name the script it was trained with, --script FILE. It is "
-                "run on this machine."
-            )
-        if not script.is_file():
-            raise NoScript(f"There is no script {script}.")
-        return {"start_engine": engine_of(script)}
-    if script is not None:
-        raise NoScript(f"Job {job.name!r} trains a language model; it is replayed without a script.")
-    return {}
+def engine_for(job: TrainJob, script: Path | None) -> StartEngine:
+    """What starts the engine of a replay of this job: the usual one, or one that runs its owner's script. Raises
+    NoScript."""
+    if job.model.config:
+        if script is not None:
+            raise NoScript(f"Job {job.name!r} trains a language model; it is replayed without a script.")
+        return EngineProcess.start
+    if script is None:
+        raise NoScript(
+            f"Job {job.name!r} is its owner's own loop: name the script it was trained with, --script FILE. It is run "
+            "on this machine."
+        )
+    if not script.is_file():
+        raise NoScript(f"There is no script {script}.")
+    return functools.partial(EngineProcess.start, command=(WORKER, str(script), "engine"))

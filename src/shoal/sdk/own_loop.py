@@ -37,9 +37,9 @@ from torch import nn
 from shoal.errors import BadInput
 from shoal.identity import HASH_BYTES
 from shoal.protocol.hubs import HubTicket
-from shoal.sdk.local import shoal_home
 from shoal.sdk.loop_engine import ORDERS_MAX, BadLoop, LoopEngine, Orders, trained_parameters
 from shoal.sdk.loop_node import LoopNode, LoopPlace
+from shoal.sdk.loop_script import loops_folder
 from shoal.sdk.places import find_hubs, user_key
 from shoal.world import SystemClock, SystemDice
 
@@ -156,7 +156,7 @@ def join(
 
     `hubs` are tickets; without them those of SHOAL_HUB, else of the shoal that `shoal up` runs here. `owner` is the
     NodeId of the key that signs the job, in hexadecimal: only its jobs are worked for. Without it, SHOAL_OWNER, else
-    this user's own key. `name` is what this process is called; `folder` keeps its key and blobs. `threads` is how many
+    this user's own key. `name` is what this process is called: SHOAL_NAME, else the machine's name and a number; `folder` keeps its key and blobs. `threads` is how many
     CPU threads compute; a replay takes as many.
 
     Raises BadLoop, BadOwner, NoHub, and other ShoalErrors for what cannot work.
@@ -174,7 +174,7 @@ def join(
             owner=_owner(owner),
             hubs=_tickets(hubs),
             folder=folder or loops_folder(job),
-            name=name,
+            name=name or os.environ.get("SHOAL_NAME") or None,
             listen=listen,
             threads=threads or torch.get_num_threads(),
             device=device,
@@ -188,11 +188,6 @@ def join(
     called = node.start()
     atexit.register(node.close)
     return LoopMember(engine, called, close=node.close)
-
-
-def loops_folder(job: str) -> Path:
-    """Where processes of a job of one's own keep their keys and blobs."""
-    return shoal_home() / "loops" / job
 
 
 def _tickets(hubs: Sequence[str] | None) -> list[HubTicket]:

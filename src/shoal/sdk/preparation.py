@@ -10,6 +10,7 @@ import numpy as np
 from shoal.errors import BadInput
 from shoal.protocol.training import DataRef, DataShard, ModelRef, Outer, RoundSettings
 from shoal.sdk.jobfile import JobFile
+from shoal.sdk.loop_script import OtherLoop, look_at
 from shoal.storage import BlobStore
 from shoal.training.commands import ShardFile
 from shoal.training.data import PreparedData, prepare_data
@@ -35,12 +36,21 @@ class Prepared:
     """`bytes`, or the path of a tokenizer file or directory."""
     held_out: tuple[ShardFile, ...]
     held_out_tokens: int
-    unigram_loss: float
+    unigram_loss: float | None
+    """Nats per token; none for a loop of the owner's own."""
+    script: str | None = None
+    """The script of the owner's own loop."""
+    samples_per_s: float = 0.0
+    """Of the owner's own loop, as this machine does it; 0 where it was not tried."""
+    untrained_loss: float | None = None
+    """Held-out loss of the start state, as the owner's own loop measured it."""
 
 
 def prepare(job: JobFile, rounds: RoundSettings, store: BlobStore, folder: Path, pin: str) -> Prepared:
     """Read data and model, write shards and the start state into `store` (pinned as `pin`). Blocks, for as long as
-    reading and tokenizing takes. Raises BadData, BadModel, BadTokenizer, SequenceTooLong, StorageFull."""
+    reading and tokenizing takes. Raises BadData, BadModel, BadTokenizer, SequenceTooLong, ScriptFailed, StorageFull."""
+    if job.model.script is not None:
+        return _prepare_loop(job, Path(job.model.script), rounds, store, pin)
     from shoal.models import configs  # torch is loaded only when a job is prepared
     from shoal.models.architectures import build_model, parameters_of
     from shoal.models.checkpoints import read_checkpoint
@@ -94,6 +104,31 @@ def prepare(job: JobFile, rounds: RoundSettings, store: BlobStore, folder: Path,
         held_out=data.held_out,
         held_out_tokens=data.held_out_tokens,
         unigram_loss=data.unigram_loss,
+    )
+
+
+def _prepare_loop(job: JobFile, path: Path, rounds: RoundSettings, store: BlobStore, pin: str) -> Prepared:
+    """A loop of the owner's own: its script says what it starts from."""
+    script = look_at(path, batch_samples=job.batch_samples)
+    if script.looked.job != job.name:
+        raise OtherLoop(
+            f"{path} joins job {script.looked.job!r}, the job file is of {job.name!r}; let them be the same."
+        )
+    start = script.start
+    state = SharedState.start(start.layout, start.parameters, momentum=rounds.outer is Outer.NESTEROV)
+    ref = store.put(state.to_bytes(), SharedState.MEDIA_TYPE)
+    store.pin(pin, ref.hash)
+    return Prepared(
+        model=ModelRef(start=ref, parameters=state.layout.size),
+        data=DataRef(samples=script.looked.samples),
+        state=state,
+        tokenizer="",
+        held_out=(),
+        held_out_tokens=0,
+        unigram_loss=None,
+        script=str(path),
+        samples_per_s=script.looked.samples_per_s,
+        untrained_loss=script.looked.held_out_loss,
     )
 
 

@@ -18,6 +18,7 @@ from shoal.identity import KeyPair
 from shoal.protocol.hubs import HubTicket
 from shoal.protocol.offers import OfferFind
 from shoal.protocol.training import Contribution
+from shoal.sdk.loop_script import engine_for, loops_folder
 from shoal.storage import BlobStore, Fetcher, find_blob
 from shoal.transport import TlsEndpoint
 from shoal.world import Clock, Dice
@@ -58,15 +59,20 @@ async def replay_round(
     dice: Dice,
     threads: int | None = None,
     device: str = "cpu",
+    script: Path | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> ReplayResult:
     """Replay a node's contribution to a round. Private state comes from the run's own folder, from node folders beneath
-    it, or from the node itself, found through `hubs`. Raises BadInput for a round or node that the run does not have."""
+    it, or from the node itself, found through `hubs`. A user's own loop is replayed by running its `script`. Raises
+    BadInput for a round or node that the run does not have, and NoScript."""
     with RunFolder.open(run_folder, read_only=True) as folder:
         chain = read_record(folder)
     node_id, name = find_node(chain, node)
     contribution = find_contribution(chain.record, chain.node_of, round_number, node_id)
     stores = [folder.blobs, *sorted(folder.local.glob("nodes/*/blobs"))]
+    start_engine = engine_for(chain.record.job, script)
+    if script is not None:  # processes of this job on this machine
+        stores += sorted(loops_folder(chain.record.job.name).glob("*/blobs"))
     with tempfile.TemporaryDirectory(prefix="shoal-replay-") as scratch:
         opener = _Opener(chain, stores, node_id, name, key, hubs, clock, dice, Path(scratch))
         replayer = Replayer(
@@ -76,6 +82,7 @@ async def replay_round(
             scratch=Path(scratch),
             threads=threads,
             device=device,
+            start_engine=start_engine,
         )
         try:
             replayed = await replayer.replay(contribution, say)

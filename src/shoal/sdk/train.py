@@ -39,6 +39,7 @@ from shoal.protocol.training import Commit, Contribution, Grant, Term, TrainJob
 from shoal.rounds.length import RoundLength, choose_round_length
 from shoal.rounds.standing import Standing, standing_at_start
 from shoal.sdk.jobfile import JobFile
+from shoal.sdk.loop_script import ScriptFailed, engine_for, how_to_take_part, loop_kind, measure
 from shoal.sdk.preparation import Prepared, prepare
 from shoal.storage import BlobStore, Fetcher, serve
 from shoal.training.commands import Evaluate, ExportCheckpoint, Generate, Prepare, ShardFile
@@ -55,7 +56,7 @@ HELD_OUT_SAMPLES = 512
 EVALUATIONS = 5
 """Evaluations between the first and the last."""
 COMPLETION_TOKENS = 120
-CPU_EFFICIENCY = 0.4
+CPU_EFFICIENCY = 0.5
 """Share of a device's measured matmul rate that training reaches, about: only for choosing the round length."""
 BFLOAT16_AHEAD = 1.5
 """How much faster than float32 it has to have measured to be worth its rounding."""
@@ -102,7 +103,7 @@ class Plan:
     parameters: int
     samples: int
     held_out_tokens: int
-    unigram_loss: float
+    unigram_loss: float | None
     rounds: int
     update_bytes: int
     round_trip_ms: float | None
@@ -198,6 +199,10 @@ class _OwnerNotes(msgspec.Struct, frozen=True, kw_only=True):
     round_reason: str = ""
     round_trip_ms: float | None = None
     rate_bps: float | None = None
+    script: str | None = None
+    """Of the owner's own loop."""
+    untrained_loss: float | None = None
+    """As the script measured it."""
 
 
 class _Session:
@@ -241,6 +246,11 @@ class _Session:
         return self.folder.train_job()
 
     @property
+    def script(self) -> Path | None:
+        """The script of the owner's own loop."""
+        return Path(self.private.script) if self.private.script is not None else None
+
+    @property
     def pin(self) -> str:
         return "run"
 
@@ -249,6 +259,8 @@ class _Session:
     async def plan(self, job_file: JobFile) -> tuple[Prepared, list[LinkedNode], RoundLength]:
         """Prepare data and model while nodes are looked for; choose the round length from what was measured."""
         self.options.say("Reading data and model.")
+        if job_file.model.script is not None:
+            self.options.say(how_to_take_part(job_file.model.script, self.options.key, self.options.hubs))
         preparing = asyncio.create_task(
             asyncio.to_thread(
                 prepare, job_file, job_file.rounds.settings, self.store, self.folder.path / "data", self.pin
@@ -264,8 +276,9 @@ class _Session:
 
     def wanted(self, job_file: JobFile) -> OfferFind:
         needs = job_file.requirements
+        own_loop = job_file.model.script is not None
         return OfferFind(
-            accepts="train",
+            accepts=loop_kind(self.options.key.node_id, job_file.name) if own_loop else "train",
             device=None if needs.device == "any" else needs.device,
             memory_bytes_min=needs.memory_min_bytes,
             idle_only=True,
@@ -295,6 +308,8 @@ class _Session:
         flops = max((fastest_float32(one.offer) for one in gang), default=0.0)
         work = 6 * prepared.model.parameters * job_file.batch_samples * prepared.data.sequence_tokens
         step_s = max(STEP_LEAST_S, work / (CPU_EFFICIENCY * flops) if flops else 1.0)
+        if prepared.samples_per_s:
+            step_s = job_file.batch_samples / prepared.samples_per_s
         return choose_round_length(
             step_s=step_s,
             update_bytes=update_bytes(rounds.settings.codec, prepared.model.parameters, rounds.settings.sparse_keep),
@@ -334,6 +349,8 @@ class _Session:
             round_reason=length.reason,
             round_trip_ms=slowest_round_trip_ms(gang),
             rate_bps=slowest_rate_bps(gang),
+            script=prepared.script,
+            untrained_loss=prepared.untrained_loss,
         )
         self.folder.write("owner.json", msgspec.json.encode(self.private))
 
@@ -366,6 +383,7 @@ class _Session:
             dice=self.dice,
             rate=self.job.replay.audit_rate if options.audits else 0.0,
             on_verdict=self._audited,
+            start_engine=engine_for(self.job, self.script),
         )
         self.driver = TrainingDriver(
             records,
@@ -403,7 +421,10 @@ class _Session:
         return await self._finish(outcome, cost)
 
     async def _start_engine(self, state: SharedState) -> None:
-        """An engine of the owner's own, for held-out losses, the completion and the checkpoint."""
+        """An engine of the owner's own, for held-out losses, the completion and the checkpoint; a script does what of
+        this it can."""
+        if self.script is not None:
+            return
         self.engine = await EngineProcess.start("the driver")
         path = self.folder.path / "data" / "state.now"
         await asyncio.to_thread(state.write, path)
@@ -422,6 +443,8 @@ class _Session:
         auditor.committed(commit, given, state)
         if commit.tokens_total >= self._next_evaluation and commit.tokens_total < self.job.token_budget:
             self._next_evaluation += self.job.token_budget / (EVALUATIONS + 1)
+            if self.script is not None:
+                return  # it reads its data anew each time
             self._evaluate_beside(commit.round, commit.tokens_total, state)
 
     def _evaluate_beside(self, round_number: int, tokens: int, state: SharedState) -> None:
@@ -435,8 +458,21 @@ class _Session:
             await auditor.audit_each()
 
     async def _evaluate(self, round_number: int, tokens: int, state: SharedState) -> float | None:
-        if not self.private.held_out or self.driver is None:
+        if self.driver is None:
             return None
+        if self.script is not None:
+            found = self.private.untrained_loss if round_number < 0 else await self._measure_script(self.script, state)
+        elif self.private.held_out:
+            found = await self._measure(state)
+        else:
+            found = None
+        if found is None:
+            return None
+        loss = found if math.isfinite(found) else None
+        self.folder.note(Evaluation(round=round_number, time_s=self.driver.elapsed_s(), tokens_total=tokens, loss=loss))
+        return loss
+
+    async def _measure(self, state: SharedState) -> float:
         async with self._measuring:
             await self._starting_engine
             assert self.engine is not None
@@ -446,9 +482,18 @@ class _Session:
             done = await self.engine.evaluate(
                 Evaluate(state=held.state, shards=self.private.held_out, samples_max=HELD_OUT_SAMPLES)
             )
-        loss = done.loss if math.isfinite(done.loss) else None
-        self.folder.note(Evaluation(round=round_number, time_s=self.driver.elapsed_s(), tokens_total=tokens, loss=loss))
-        return loss
+        return done.loss
+
+    async def _measure_script(self, script: Path, state: SharedState) -> float | None:
+        """What a script does after its loop, with this state. That it fails costs the figure, not the run."""
+        try:
+            looked, said = await asyncio.to_thread(measure, script, state)
+        except ScriptFailed as error:
+            self.options.say(f"The model could not be measured: {error}")
+            return None
+        if said:
+            self.options.say(said)
+        return looked.held_out_loss
 
     def _audited(self, contribution: Contribution, line: AuditLine) -> None:
         self.options.audited(line)
@@ -460,32 +505,11 @@ class _Session:
     async def _finish(self, outcome: Outcome, cost: ReplayCost) -> Report:
         assert self.driver is not None
         await self._starting_engine
-        assert self.engine is not None
         self.options.say("Measuring the model and writing the report.")
         wall_s = self.driver.finished_s
         standing_round, tokens = self.driver.progress().round, self.driver.progress().tokens_total
         loss = await self._evaluate(standing_round, tokens, outcome.state)
-        path = self.folder.path / "data" / "state.now"
-        await asyncio.to_thread(outcome.state.write, path)
-        held = await self.engine.load_state(path)
-        completion = None
-        tokenizer = self.private.tokenizer
-        if self.options.prompt is not None:
-            text = await self.engine.generate(
-                Generate(
-                    state=held.state,
-                    tokenizer=tokenizer,
-                    prompt=self.options.prompt,
-                    tokens=COMPLETION_TOKENS,
-                    temperature=0.6,
-                    seed=self.job.seed,
-                )
-            )
-            completion = Completion(prompt=self.options.prompt, text=text.text)
-        self.folder.model.mkdir(exist_ok=True)
-        await self.engine.export_checkpoint(
-            ExportCheckpoint(state=held.state, directory=str(self.folder.model), tokenizer=tokenizer)
-        )
+        completion = await self._export(outcome.state)
         figures = Figures(
             wall_s=wall_s,
             held_out_loss=loss,
@@ -506,3 +530,33 @@ class _Session:
             goal = self.options.goal(report)
             report = write_report(self.folder, msgspec.structs.replace(figures, goal=goal))
         return report
+
+    async def _export(self, state: SharedState) -> Completion | None:
+        """Write the trained model, and have it continue the prompt if there is one."""
+        self.folder.model.mkdir(exist_ok=True)
+        if self.script is not None:
+            parameters = SharedState.start(state.layout, state.parameters, momentum=False)
+            await asyncio.to_thread(parameters.write, self.folder.model / "model.safetensors")
+            return None
+        assert self.engine is not None
+        path = self.folder.path / "data" / "state.now"
+        await asyncio.to_thread(state.write, path)
+        held = await self.engine.load_state(path)
+        completion = None
+        tokenizer = self.private.tokenizer
+        if self.options.prompt is not None:
+            text = await self.engine.generate(
+                Generate(
+                    state=held.state,
+                    tokenizer=tokenizer,
+                    prompt=self.options.prompt,
+                    tokens=COMPLETION_TOKENS,
+                    temperature=0.6,
+                    seed=self.job.seed,
+                )
+            )
+            completion = Completion(prompt=self.options.prompt, text=text.text)
+        await self.engine.export_checkpoint(
+            ExportCheckpoint(state=held.state, directory=str(self.folder.model), tokenizer=tokenizer)
+        )
+        return completion
