@@ -130,8 +130,7 @@ class Shoal:
                 "weight_decay": 0.1,
                 "gradient_clip": 1.0,
                 "warmup_steps": 50,
-                "schedule": "cosine",
-                "final_fraction": 0.1,
+                "schedule": "constant",
             },
             "rounds": self.rounds,
             "replay": {"audit_rate": 0},  # opened audit state is not part of the comparison

@@ -37,7 +37,7 @@ CORES = 0.8
 """Share of a core every worker is held to."""
 MIXED = tuple(round(1.6 * ratio / 2.75, 3) for ratio in (1.0, 1.0, 0.5, 0.25))
 """Shares of a core of the mixed workers: 1 : 1 : 0.5 : 0.25, together 1.6."""
-GRID = (1e-3, 2e-3, 4e-3, 8e-3)
+GRID = (1e-3, 2e-3, 3e-3, 4e-3)
 GRID_SEED = 1000
 SPEED_GOAL, BYTES_GOAL, MIXED_GOAL = 0.95, 1000.0, 0.93
 STARTING_ESTIMATE_S = 12.0
@@ -332,10 +332,15 @@ def main() -> None:
     parser.add_argument(
         "--driver",
         choices=("apart", "worker"),
-        default="apart",
-        help="hub and driver on a host of their own, or on the first worker's host (%(default)s)",
+        default="worker",
+        help="hub and driver on the first worker's host, as when one of two drives, or on a host of their own "
+        "(%(default)s)",
     )
-    parser.add_argument("--rounds", default="{}", help="fields of shoal's rounds section to try, as JSON (%(default)s)")
+    parser.add_argument(
+        "--rounds",
+        default='{"byte_budget": "44 kB/s"}',
+        help="fields of shoal's rounds section, as JSON (%(default)s)",
+    )
     parser.add_argument("--save", action="store_true", help="keep the result in benchmarks/results/training.json")
     parser.add_argument("--keep", type=Path, default=None, help="work in this folder and leave it")
     given = parser.parse_args()

@@ -39,7 +39,8 @@ EVALUATION_BATCH = 32
 
 @dataclass(frozen=True)
 class Recipe:
-    """The inner optimizer, the same for every peer: AdamW with a linear warm-up and a cosine to a tenth."""
+    """The inner optimizer, the same for every peer: AdamW with a linear warm-up, then a constant rate. At a million
+    tokens every peer learns more at a constant rate than with a cosine to a tenth (docs/log.md, 2026-11-23)."""
 
     learning_rate: float
     budget_tokens: int
@@ -52,15 +53,11 @@ class Recipe:
     weight_decay: float = 0.1
     gradient_clip: float = 1.0
     warmup_steps: int = 50
-    final_fraction: float = 0.1
 
-    def rate(self, step: int, steps: int) -> float:
+    def rate(self, step: int) -> float:
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / self.warmup_steps
-        way = min(1.0, (step - self.warmup_steps) / max(1, steps - self.warmup_steps))
-        return self.learning_rate * (
-            self.final_fraction + (1 - self.final_fraction) * (1 + math.cos(math.pi * way)) / 2
-        )
+        return self.learning_rate
 
 
 @dataclass(frozen=True)
@@ -127,7 +124,7 @@ class Trainer:
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.gradient_clip)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.rate(self.step_number, self.steps)
+            group["lr"] = self.recipe.rate(self.step_number)
         self.optimizer.step()
         self.step_number += 1
         return loss.item()
