@@ -16,7 +16,7 @@ CONFIG_MAX_BYTES = 64 * 1024
 class BadModel(BadInput):
     """A model config or checkpoint directory cannot be used."""
 
-    code = "SH-141"
+    code = "SH-161"
 
 
 _LLAMA = {

@@ -21,7 +21,7 @@ TOKENIZER_MAX_BYTES = 64 << 20
 class BadTokenizer(BadInput):
     """A tokenizer file is missing or cannot be read."""
 
-    code = "SH-142"
+    code = "SH-162"
 
 
 class TextTokenizer(Protocol):

@@ -34,7 +34,7 @@ TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".tex", ".py", ".c", ".h", ".js
 class BadData(BadInput):
     """A data file is missing, empty, not text, lacks its text field, or there is too little of it."""
 
-    code = "SH-140"
+    code = "SH-160"
 
 
 @dataclass(frozen=True)
