@@ -240,7 +240,7 @@ def test_a_minority_with_steered_updates_of_honest_norm_does_not_turn_the_step()
     state = SharedState.start(Layout.of({"weight": (size,)}), np.zeros(size, dtype=np.float32), momentum=False)
 
     def progress(items: list[WeighedUpdate]) -> float:
-        return -float(OuterStep(RoundSettings()).apply(state, items).parameters @ signal)
+        return -float(OuterStep(PLAIN).apply(state, items).parameters @ signal)
 
     everyone = [
         WeighedUpdate(update, weight.weight_ppm, weight.scale_ppm)
@@ -248,5 +248,5 @@ def test_a_minority_with_steered_updates_of_honest_norm_does_not_turn_the_step()
     ]
     honest = [WeighedUpdate(update, PARTS_PER_MILLION // 5) for update in updates[:5]]
     unguarded = [WeighedUpdate(update, PARTS_PER_MILLION // 7) for update in updates]
-    assert progress(unguarded) < 0.3 * progress(honest)  # the attack is a real one
-    assert progress(everyone) > 0.6 * progress(honest)
+    assert progress(unguarded) < 0.1 * progress(honest)  # the attack is a real one: it all but stops a plain mean
+    assert progress(everyone) > 0.35 * progress(honest)

@@ -24,8 +24,10 @@ def parse_config(config: str) -> Any:
     model_type = fields.pop("model_type", None)
     try:
         return AutoConfig.for_model(model_type, **fields)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise BadModel(f"The installed transformers cannot read this {model_type} config: {error}") from error
+    except Exception as error:
+        raise BadModel(
+            f"The installed transformers cannot read this {model_type} config: {_one_line(error)}."
+        ) from error
 
 
 def build_model(config: str, *, seed: int | None = None) -> CausalModel:
@@ -38,8 +40,8 @@ def build_model(config: str, *, seed: int | None = None) -> CausalModel:
         torch.manual_seed(seed)
     try:
         model: CausalModel = AutoModelForCausalLM.from_config(parsed, attn_implementation="sdpa", dtype=torch.float32)
-    except (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError) as error:
-        raise BadModel(f"No causal language model can be built from this config: {error}") from error
+    except Exception as error:
+        raise BadModel(f"No causal language model can be built from this config: {_one_line(error)}.") from error
     return model.train()
 
 
@@ -50,3 +52,7 @@ def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
     if frozen:
         raise BadModel(f"Parameter {frozen[0]!r} is frozen; every parameter of a shoal's model takes part.")
     return named
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300].rstrip(".")

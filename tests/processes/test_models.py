@@ -1,0 +1,207 @@
+"""Architectures, checkpoints and tokenizers: what comes in, what is refused, and that others can use what goes out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from engine_pieces import small_config
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from shoal.models.architectures import build_model, parameters_of
+from shoal.models.checkpoints import read_checkpoint, write_checkpoint
+from shoal.models.configs import (
+    PRESETS,
+    BadModel,
+    canonical_config,
+    positions_of,
+    preset_config,
+    read_config,
+    vocabulary_of,
+)
+from shoal.models.tokenizers import BadTokenizer, ByteTokenizer, load_tokenizer
+
+TEXT = "def f(x):\n\treturn 'é☃ 🐟'\n\n"
+
+
+def tensors_of(config: str, seed: int = 1) -> dict[str, np.ndarray]:  # type: ignore[type-arg]
+    return {
+        name: value.detach().numpy().copy() for name, value in parameters_of(build_model(config, seed=seed)).items()
+    }
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    write_checkpoint(folder, small_config(), tensors_of(small_config()), ByteTokenizer())
+    return folder
+
+
+@pytest.mark.parametrize(("name", "millions"), [("tiny", 0.857), ("small", 10.08), ("gpt2-small", 124.4)])
+def test_presets_have_the_size_they_say(name: str, millions: float) -> None:
+    config = preset_config(name, 50_257 if name == "gpt2-small" else 257)
+    with torch.device("meta"):
+        size = sum(value.numel() for value in parameters_of(build_model(config)).values())
+    assert size / 1e6 == pytest.approx(millions, rel=0.001)
+    assert positions_of(config) is not None and name in PRESETS
+
+
+def test_the_same_seed_gives_the_same_model() -> None:
+    one, same, other = (tensors_of(small_config(), seed) for seed in (1, 1, 2))
+    assert all((one[name] == same[name]).all() for name in one)
+    assert any((one[name] != other[name]).any() for name in one)
+
+
+def test_a_config_is_canonical_and_runs_no_code(tmp_path: Path) -> None:
+    config = small_config()
+    shuffled = dict(reversed(list(msgspec.json.decode(config).items()))) | {"transformers_version": "9", "use_cache": 1}
+    (tmp_path / "config.json").write_bytes(msgspec.json.encode(shuffled))
+    assert read_config(tmp_path) == read_config(tmp_path / "config.json") == config
+    assert vocabulary_of(config) == 257
+    with pytest.raises(BadModel, match="asks to run code"):
+        canonical_config({"model_type": "llama", "auto_map": {"AutoModel": "evil.Model"}}, "it")
+    for text, sentence in (
+        ("{}", "does not say its model_type"),
+        ("[1]", "not a JSON object"),
+        ("{", "is not JSON"),
+        (" " * 70_000, "larger than"),
+    ):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(BadModel, match=sentence):
+            read_config(tmp_path)
+    with pytest.raises(BadModel, match="cannot be read"):
+        read_config(tmp_path / "nowhere.json")
+    with pytest.raises(BadModel, match="no model preset 'huge'; there are tiny"):
+        preset_config("huge", 1)
+    for bad in ('{"model_type":"no such"}', '{"model_type":"llama","hidden_size":"wide"}', '{"model_type":"vit"}'):
+        with pytest.raises(BadModel):
+            build_model(bad)
+
+
+def test_others_load_what_is_written(checkpoint: Path) -> None:
+    ours = build_model(small_config(), seed=1).eval()
+    theirs = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    ids = tokenizer(TEXT)["input_ids"]
+    assert ids == list(TEXT.encode()) == ByteTokenizer().encode(TEXT).tolist()
+    assert tokenizer.decode(ids) == TEXT == ByteTokenizer().decode(ids)
+    assert tokenizer.eos_token_id == 256 == theirs.config.eos_token_id
+    with torch.no_grad():
+        assert torch.equal(ours(torch.tensor([ids])).logits, theirs(torch.tensor([ids])).logits)
+
+
+def test_what_is_written_reads_back(checkpoint: Path) -> None:
+    read = read_checkpoint(checkpoint)
+    expected = tensors_of(small_config())
+    assert read.tensors.keys() == expected.keys()
+    assert all((read.tensors[name] == expected[name]).all() for name in expected)
+    model = build_model(read.config)
+    assert sum(value.numel() for value in parameters_of(model).values()) == sum(v.size for v in expected.values())
+
+
+def test_a_tied_weight_is_one_tensor(tmp_path: Path) -> None:
+    config = small_config().replace('"tie_word_embeddings":false', '"tie_word_embeddings":true')
+    tensors = tensors_of(config)
+    assert "lm_head.weight" not in tensors
+    assert (
+        sum(value.size for value in tensors.values())
+        == sum(v.size for v in tensors_of(small_config()).values()) - 257 * 32
+    )
+    write_checkpoint(tmp_path / "tied", config, tensors)
+    assert read_checkpoint(tmp_path / "tied").tensors.keys() == tensors.keys()
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "tied")
+    assert np.array_equal(theirs.lm_head.weight.detach().numpy(), tensors["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "weights.pt", "model.pth", "all.ckpt", "model.pkl"])
+def test_a_pickle_is_refused_by_name_and_never_read(checkpoint: Path, name: str) -> None:
+    (checkpoint / "model.safetensors").unlink()
+    trap = checkpoint / "sprung"
+    (checkpoint / name).write_bytes(f"cposix\nsystem\n(S'touch {trap}'\ntR.".encode())
+    with pytest.raises(BadModel, match=rf"{name} is a pickle, which can run code"):
+        read_checkpoint(checkpoint)
+    assert not trap.exists()
+
+
+def test_a_pickle_beside_whole_weights_is_left_alone(checkpoint: Path) -> None:
+    (checkpoint / "optimizer.pt").write_bytes(b"cposix\nsystem\n")
+    assert read_checkpoint(checkpoint).tensors
+
+
+def test_a_pickle_in_place_of_a_part_is_refused_by_name(checkpoint: Path) -> None:
+    weights = {"model.norm.weight": "model-1.safetensors", "lm_head.weight": "model-2.safetensors"}
+    (checkpoint / "model.safetensors").rename(checkpoint / "model-1.safetensors")
+    (checkpoint / "model-2.bin").write_bytes(b"")
+    (checkpoint / "model.safetensors.index.json").write_bytes(msgspec.json.encode({"weight_map": weights}))
+    with pytest.raises(BadModel, match=r"lacks model-2.safetensors.*model-2.bin is a pickle"):
+        read_checkpoint(checkpoint)
+    for evil in ("../model-1.safetensors", "model-2.bin"):
+        weights["lm_head.weight"] = evil
+        (checkpoint / "model.safetensors.index.json").write_bytes(msgspec.json.encode({"weight_map": weights}))
+        with pytest.raises(BadModel, match="only .safetensors files beside it are read"):
+            read_checkpoint(checkpoint)
+    (checkpoint / "model.safetensors.index.json").write_bytes(b"[]")
+    with pytest.raises(BadModel, match="not an index"):
+        read_checkpoint(checkpoint)
+
+
+def test_missing_misshapen_and_broken_tensors_are_named(checkpoint: Path) -> None:
+    file = checkpoint / "model.safetensors"
+    whole = load_file(file)
+    gone = {name: value for name, value in whole.items() if name != "model.norm.weight"}
+    save_file(gone, file)
+    with pytest.raises(BadModel, match=r"has no tensor 'model.norm.weight'"):
+        read_checkpoint(checkpoint)
+    save_file(gone | {"model.norm.weight": torch.ones(31)}, file)
+    with pytest.raises(BadModel, match=r"'model.norm.weight' has shape \(31,\); its config says \(32,\)"):
+        read_checkpoint(checkpoint)
+    save_file(gone | {"model.norm.weight": torch.full((32,), float("nan"))}, file)
+    with pytest.raises(BadModel, match="not finite"):
+        read_checkpoint(checkpoint)
+    save_file({name.removeprefix("model."): value.half() for name, value in whole.items()}, file)
+    assert (
+        read_checkpoint(checkpoint).tensors["model.norm.weight"].dtype == np.float32
+    )  # a bare model in half precision
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(BadModel, match=r"model.safetensors is not a whole safetensors file"):
+        read_checkpoint(checkpoint)
+    file.unlink()
+    with pytest.raises(BadModel, match=r"holds no .safetensors file"):
+        read_checkpoint(checkpoint)
+
+
+def a_tokenizer(folder: Path) -> Path:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator([TEXT * 20, "the same way " * 50], trainer)
+    folder.mkdir(exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_a_tokenizer_file_is_used_and_written_beside_the_model(tmp_path: Path) -> None:
+    folder = a_tokenizer(tmp_path / "words")
+    for name in (folder, folder / "tokenizer.json"):
+        tokenizer = load_tokenizer(str(name))
+        assert tokenizer.end == 0 and 257 <= tokenizer.vocabulary <= 300
+        assert len(tokenizer.encode("the same way")) < 12
+    tokenizer.save(tmp_path / "out")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert theirs("the same way")["input_ids"] == tokenizer.encode("the same way").tolist()
+    assert theirs.eos_token_id == 0
+
+
+def test_a_tokenizer_that_is_not_there_or_is_not_one_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(BadTokenizer, match="There is no tokenizer at .*write `bytes`"):
+        load_tokenizer(str(tmp_path / "none"))
+    for content in (b"{}", b"not json", b"\xff\xfe"):
+        (tmp_path / "tokenizer.json").write_bytes(content)
+        with pytest.raises(BadTokenizer, match="is not a tokenizer"):
+            load_tokenizer(str(tmp_path))
