@@ -174,6 +174,21 @@ def test_a_round_closes_after_quorum_and_grace():
     )
 
 
+def test_grace_does_not_begin_before_a_round_is_the_oldest():
+    desk = Desk("a", "b", "c", members_min=3)
+    for name in ("a", "b"):
+        desk.deliver(name, 0)
+        made = desk.round(1).shares[desk.id(name)]
+        desk.deliver(name, 1, builds_on=made.builds_on, private_before=made.private)
+    desk.now_ms += 900  # the quorum of round 1 is long there when round 0 is committed
+    desk.deliver("c", 0)
+    desk.now_ms += 5_000
+    assert [effect.round for effect in of(desk.aggregate(), Aggregate)] == []
+    assert of(desk.effects, WakeAt)[-1].ms == desk.now_ms + 1_000
+    assert not desk.wait(999)
+    assert of(desk.wait(1), Aggregate)
+
+
 def test_without_quorum_a_round_closes_at_its_deadline():
     desk = Desk("a", "b", members_min=2, rounds=msgspec.structs.replace(ROUNDS, quorum=0.9))
     desk.deliver("a", 0)
@@ -392,6 +407,33 @@ def test_a_member_that_does_not_know_of_its_loss_gets_no_work_that_would_build_o
     desk.feed(UpdateChecked(sign(desk.names["a"][0], contribution).record_id, "it is truncated"))
     (assigned,) = of(desk.aggregate(), Assign)
     assert [share.member for share in assigned.assignment.shares] == [desk.id("b")]
+
+
+def test_a_commit_lists_members_in_canonical_order_whatever_the_answer_does():
+    desk = Desk("a", "b", members_min=2)
+    desk.deliver("a", 0)
+    (asked,) = of(desk.deliver("b", 0), Aggregate)
+    entries = tuple(
+        Accepted(
+            member=one.member_id,
+            contribution=one.contribution_id,
+            update=one.contribution.update,
+            weight_ppm=1,
+            samples=one.contribution.samples,
+            tokens=one.contribution.tokens,
+        )
+        for one in reversed(asked.candidates)
+    )
+    (published,) = of(desk.feed(Aggregated(0, asked.attempt, entries, (), b"s" * 32)), PublishCommit)
+    assert published.commit.accepted == entries[::-1]
+    assert [entry.member for entry in published.commit.accepted] == sorted(entry.member for entry in entries)
+
+
+def test_what_another_term_had_open_is_free():
+    old = Desk("a")
+    assert old.state.standing.ledger.open
+    fresh = drive(old.job, old.job_id, DRIVER.node_id, 2, old.state.standing, old.now_ms)
+    assert fresh.standing.ledger.open == ()
 
 
 def test_an_answer_that_does_not_fit_the_question_is_an_error():

@@ -387,6 +387,21 @@ def test_what_a_commit_excludes_is_rolled_back_with_all_that_was_built_on_it():
     assert of(node.feed(Computed(2, b"2" * 32)), Send)
 
 
+def test_a_share_that_never_came_and_was_void_takes_nothing_along():
+    node = Node()
+    node.assign(0)
+    node.commit(accepted(OTHER), excluded=(Excluded(member=ME, reason="late"),))
+    assert of(node.assign(2), BeginWork)
+    # The Assignment of round 1, made before the Commit of round 0, is still under way; its share was void at once.
+    effects = node.commit(accepted(OTHER), excluded=(Excluded(member=ME, reason="built on round 0"),))
+    assert not of(effects, RollBack)
+    # But a share of round 3 that never came was live, and what came after it is lost with it.
+    node.feed(Computed(2, b"2" * 32))
+    node.commit(accepted(ME, b"2" * 32))
+    assert of(node.assign(4), BeginWork)
+    assert of(node.commit(excluded=(Excluded(member=ME, reason="late"),)), RollBack)
+
+
 def test_a_rollback_goes_to_the_last_contribution_that_counts():
     node = Node()
     node.assign(0)

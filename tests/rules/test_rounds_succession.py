@@ -102,6 +102,7 @@ def test_a_chain_that_does_not_follow_is_refused():
         [(replace(zero, accepted=(*zero.accepted, extra)), zero_id, first)],
         [(replace(zero, accepted=(*zero.accepted, zero.accepted[0])), zero_id, first)],
         [(replace(zero, tokens_total=1), zero_id, first)],
+        [(replace(zero, accepted=(replace(zero.accepted[0], samples=1), *zero.accepted[1:])), zero_id, first)],
         [(replace(zero, accepted=(), tokens_total=0), zero_id, first)],
         [(replace(zero, term=2), zero_id, replace(first, term=2)), (one, one_id, second)],
     ):

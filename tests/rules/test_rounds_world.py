@@ -90,7 +90,7 @@ TAPES = st.binary(min_size=60, max_size=700)
 """Whims: about two bytes each."""
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(TAPES, SETTINGS, st.sampled_from([("a",), ("a", "b"), ("a", "b", "c", "d")]))
 def test_whatever_happens_samples_count_once_and_exclusions_leave_no_trace(tape, rounds, names):
     world = run(tape, rounds, names, calm=False)
@@ -99,7 +99,7 @@ def test_whatever_happens_samples_count_once_and_exclusions_leave_no_trace(tape,
     assert not [sentence for _, sentence in world.stopped if "does not know" in sentence]
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(TAPES, SETTINGS)
 def test_with_patience_every_job_reaches_its_goal(tape, rounds):
     world = run(tape, rounds, ("a", "b", "c"), calm=True)
