@@ -344,6 +344,15 @@ def test_every_codec_and_outer_step_trains(tmp_path: Path, codec: Codec, outer: 
     assert losses[-1] < losses[0] - 0.15
 
 
+def test_products_in_bfloat16_keep_state_and_optimizer_in_float32(setting: Setting) -> None:
+    engine = open_engine(setting, dtype="bfloat16")
+    command = setting.run_round(0, setting.start.hash, samples=4)
+    result = one_round(engine, command)
+    exact = one_round(open_engine(setting), command)
+    assert result.loss_first == pytest.approx(exact.loss_first, rel=1e-2) and result.loss_first != exact.loss_first
+    assert engine.member.private.optimizer.dtype == engine.member.private.residual.dtype == np.float32
+
+
 def test_flat_adamw_is_torch_adamw_with_clipping() -> None:
     torch.manual_seed(0)
     theirs = torch.nn.Linear(13, 7)

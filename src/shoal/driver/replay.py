@@ -29,6 +29,10 @@ STATES_KEPT = 4
 CHAIN_MAX = 10_000
 """Longest chain of a member's own rounds that is walked back to find where a replay can start."""
 
+CHAIN_ELSEWHERE_MAX = 3
+"""After more rounds than this on another engine, a difference says nothing: rounding grows about fivefold with each
+(docs/training.md has the figures)."""
+
 FindBlob = Callable[[bytes], Awaitable[Path]]
 """The file of the blob with this hash. Raises ShoalError when nobody has it."""
 OpenPrivate = Callable[[Contribution, bytes], Awaitable[Path]]
@@ -131,6 +135,16 @@ class Replayer:
                 say(f"round {one.round} ({done + 1} of {len(chain)})")
                 verdict = await self._repeat(engine, one)
                 done += 1
+                if (
+                    verdict.outcome is Outcome.MISMATCH
+                    and done > CHAIN_ELSEWHERE_MAX
+                    and one.engine != self._engine_class
+                ):
+                    raise NotOpened(
+                        f"Round {one.round} differs, but it was the {done}th to be repeated on another engine, where "
+                        f"rounding alone grows from round to round; repeat it on {one.engine.device} with "
+                        f"{one.engine.threads} threads, or have members keep their state more often."
+                    )
                 if verdict.outcome is not Outcome.MATCH and one is not contribution:
                     sentence = f"Already round {one.round}, on which this one builds, differs: {verdict.sentence}"
                     verdict = Verdict(verdict.outcome, sentence, verdict.measured, verdict.threshold, verdict.measure)
@@ -221,6 +235,7 @@ class Replayer:
                 member=claimed.member,
                 ranges=share.ranges,
                 update=str(update_path),
+                sent=str(await self._find_blob(claimed.update.hash)),
             )
         )
         return judge(claimed, await self._recomputed(claimed, done, update_path), self._thresholds)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from shoal.errors import EngineError, ShoalError
 from shoal.identity import blake3_hash, hash_of_parts
-from shoal.protocol.training import TrainJob
+from shoal.protocol.training import STEPS_MAX, TrainJob
 from shoal.rounds.order import sample_indices
 from shoal.training.commands import ApplyCommit, Failed, PrivateNow, RoundDone, RunRound, StateHeld
 from shoal.training.member import FlatParameters, Member, RoundResult
@@ -53,7 +53,7 @@ class WrongState(EngineError):
 
 
 class WrongRange(EngineError):
-    """An assignment asks for positions that a pass over the data does not have."""
+    """An assignment asks for positions that a pass over the data does not have, or for too many of them."""
 
     code = "SH-538"
 
@@ -83,7 +83,10 @@ class MemberEngine:
                     f"{self.job.data.samples} samples."
                 )
         samples = sample_indices(self.job.seed, self.job.data.samples, command.ranges)
-        return samples, batch_sizes(len(samples), self.job.batch_samples)
+        sizes = batch_sizes(len(samples), self.job.batch_samples)
+        if len(sizes) > STEPS_MAX:
+            raise WrongRange(f"Round {command.round} asks for {len(sizes)} steps; a round has at most {STEPS_MAX}.")
+        return samples, sizes
 
     def start_of(self, command: RunRound) -> NDArray[np.float32]:
         """The flat parameters a round starts from. Raises WrongState, BadUpdate."""
