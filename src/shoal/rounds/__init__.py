@@ -15,7 +15,7 @@ Invariants:
 - A position counts in at most one accepted Contribution of its pass, and a pass that has been left behind misses none.
 - The Commits and their Assignments are the whole truth: a driver that has only them stands where the lost one stood.
 - What a Commit excludes leaves no trace: nothing that builds on it is accepted, and its member goes back to what it was
-  after its last accepted Contribution. Driver and members decide by the same rule which shares an exclusion takes along.
+  after its last accepted Contribution. Driver and members know by the same rule what an exclusion takes along.
 - Members that apply the same Commits hold the same state, and follow one chain, whatever order records arrive in.
 - No clock, no randomness, no network, no disk: the same events give the same effects.
 """

@@ -53,7 +53,10 @@ def choose_round_length(
         budget, source = rate_bps / 8 * LINK_SHARE, f"{LINK_SHARE:.0%} of the link"
     by_bytes = math.ceil(moved / budget / step_s) if budget else 0
     steps = min(MOST_STEPS, max(LEAST_STEPS, by_time, by_bytes))
-    times = f"a step takes about {step_s * 1000:.0f} ms, an exchange of {moved / 1024:.0f} KiB about {exchange_s * 1000:.0f} ms"
+    times = (
+        f"a step takes about {step_s * 1000:.0f} ms, "
+        f"an exchange of {moved / 1024:.0f} KiB about {exchange_s * 1000:.0f} ms"
+    )
     if steps == MOST_STEPS:
         why = f"{max(by_time, by_bytes)} steps would be needed, but beyond {MOST_STEPS} members drift too far apart"
     elif by_bytes >= max(by_time, LEAST_STEPS):
