@@ -50,7 +50,9 @@ class Look:
         self._model_state = self._state()
 
     def _state(self) -> SharedState:
+        self.name = "start state"
         if (self._folder / STATE_FILE).exists():
+            self.name = "trained state"
             return SharedState.read(self._folder / STATE_FILE)
         state = SharedState.start(self._parameters.layout, self._parameters.numbers().copy(), momentum=False)
         state.write(self._folder / START_FILE)
@@ -121,7 +123,7 @@ def read_orders(commands: IO[bytes], replies: IO[bytes], orders: Orders) -> None
 def look(folder: Path) -> None:
     def setting(job: str, model: nn.Module, _: torch.optim.Optimizer, samples: int) -> LoopMember:
         seen = Look(folder, job, model, samples)
-        return LoopMember(seen, "look", held_out=seen.held_out)
+        return LoopMember(seen, seen.name, held_out=seen.held_out)
 
     run_in(setting)
 

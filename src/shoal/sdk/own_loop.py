@@ -23,6 +23,7 @@ does the same work again, bit for bit.
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import queue
 from collections.abc import Callable, Iterator, Sequence
@@ -165,6 +166,7 @@ def join(
         raise BadLoop(f"A loop over {samples} samples has nothing to train on.")
     if _setting is not None:
         return _setting(job, model, optimizer, samples)
+    logging.getLogger("shoal").addHandler(logging.NullHandler())  # what is said is the script's own matter
     clock = SystemClock()
     orders: Orders = queue.Queue(ORDERS_MAX)
     device = next(iter(trained_parameters(model).values())).device
