@@ -61,6 +61,9 @@ ASK_AFTER_S = 10.0
 """A member that has heard nothing for this long asks the driver for news, and learns whether it still counts."""
 GONE_DEADLINE_S = 3.0
 FETCH_ATTEMPTS = 4
+CATCH_UPS_MAX = 16
+CATCH_UP_NEAR = 8
+"""A joiner that is fewer rounds behind reports ready, and is sent the rest."""
 FAILURES_MAX = 2
 """Rounds in a row that an engine may fail at; a member that cannot compute leaves, so that others get its samples."""
 WINDOW_SHARE = 0.25
@@ -360,13 +363,14 @@ class MemberRun:
         try:
             prepared = await self._prepare_engine()
             self._first_private = prepared.private
+            await self._catch_up()
             await self._ask_driver(
                 MemberReady.KIND,
                 MemberReady(
                     job=self.job_id,
                     member=self.member_id,
-                    round=invitation.head_round,
-                    state=prepared.state,
+                    round=self._base.round,
+                    state=self._base.state,
                     samples_per_s=prepared.samples_per_s,
                 ),
             )
@@ -395,6 +399,26 @@ class MemberRun:
         if prepared.state != self._base.state:
             raise EngineError(f"Node {self.name} read another state than it was given; its disk may be failing.")
         return prepared
+
+    async def _catch_up(self) -> None:
+        """Apply what was committed while this member prepared itself, so that it begins where the others are. What is
+        too old for the driver to give is no error here: it then turns this member away, with a sentence."""
+        for _ in range(CATCH_UPS_MAX):
+            first = self._base.round + 1
+            commits = await self._commits_of(first, first + following.COMMITS_AHEAD_MAX - 1)
+            for commit in commits:
+                await self._take(following.Arrived(commit))
+            if len(commits) < CATCH_UP_NEAR or self._base.round < first:
+                return
+
+    async def _take(self, event: following.Event) -> None:
+        self._following, effects = following.step(self._following, event, self._clock.now_ms())
+        for effect in effects:
+            if isinstance(effect, following.Apply):
+                await self._apply(effect.commit)
+                await self._take(await self._inbox.get())
+            elif isinstance(effect, following.StopAndSay):
+                raise EngineError(effect.sentence)
 
     async def _follow(self) -> str:
         while True:
@@ -673,14 +697,17 @@ class MemberRun:
             self._asking = self._beside(self._fetch_commits(effect))
 
     async def _fetch_commits(self, effect: following.AskCommits) -> None:
-        ask = CommitsAsk(job=self.job_id, first_round=effect.first_round, last_round=effect.last_round)
         try:
-            answer = await self._ask_driver(CommitsAsk.KIND, ask, reply_max_bytes=CommitsGiven.MAX_BYTES)
-            given = decode(CommitsGiven, answer)
-            self._learn_holders(given.holders)
-            self._put([following.Arrived(Envelope.from_bytes(one, Commit.MAX_BYTES)) for one in given.commits])
+            self._put([following.Arrived(one) for one in await self._commits_of(effect.first_round, effect.last_round)])
         except (LinkError, BadRecord) as error:
             _log.info("%s: the missing Commits could not be had: %s", self.name, error)
+
+    async def _commits_of(self, first: int, last: int) -> list[Envelope]:
+        ask = CommitsAsk(job=self.job_id, first_round=first, last_round=last)
+        answer = await self._ask_driver(CommitsAsk.KIND, ask, reply_max_bytes=CommitsGiven.MAX_BYTES)
+        given = decode(CommitsGiven, answer)
+        self._learn_holders(given.holders)
+        return [Envelope.from_bytes(one, Commit.MAX_BYTES) for one in given.commits]
 
     async def _tell_gone(self, reason: str) -> None:
         _log.warning("%s leaves job %r: %s", self.name, self.job.name, reason)
