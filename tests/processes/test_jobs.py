@@ -1,0 +1,323 @@
+"""Whole jobs with real processes on loopback, and everything that must not stop them.
+
+One shoal serves most of them: two hubs, two nodes that listen and one that does not. What a test kills it starts again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Coroutine, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+from job_world import (
+    PATIENCE_S,
+    FullDisk,
+    OffsetClock,
+    Watch,
+    check_account,
+    engine_of,
+    job_text,
+    node,
+    options_for,
+    owner_key,
+    parsed,
+    resume_job,
+    run_job,
+)
+from transformers import AutoModelForCausalLM
+
+from shoal.driver.folder import FolderWriteFailed, RunFolder
+from shoal.driver.lines import EventKind
+from shoal.driver.report import Figures, NodeStatus, Report, report_from_json
+from shoal.driver.write_report import make_report
+from shoal.hub import HubClient
+from shoal.identity import KeyPair
+from shoal.node.start import start_node
+from shoal.protocol.hubs import HubTicket
+from shoal.protocol.offers import OfferFind
+from shoal.sdk.local import LocalProcess, LocalShoal
+from shoal.sdk.replay import replay_round
+from shoal.sdk.train import train
+from shoal.transport import TlsEndpoint
+from shoal.world import SystemClock, SystemDice
+
+T = TypeVar("T")
+THREADS = ("--threads", "1", "--storage", "2 GiB")
+NAMES = ("amber", "birch", "cedar")
+SPEED = 0.5
+
+
+@dataclass
+class World:
+    shoal: LocalShoal
+    runner: asyncio.Runner
+
+    def run(self, story: Coroutine[Any, Any, T]) -> T:
+        return self.runner.run(story)
+
+    async def start(self, name: str, *options: str) -> LocalProcess:
+        more = ["--listen", ""] if name == "cedar" else []
+        return await self.shoal.start_node(name, max_speed=SPEED, options=[*THREADS, *more, *options])
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    with asyncio.Runner() as runner:
+        shoal = LocalShoal(tmp_path_factory.mktemp("shoal"))
+        here = World(shoal, runner)
+
+        async def begin() -> None:
+            await shoal.start_hub("north")
+            await shoal.start_hub("south")
+            await asyncio.gather(*(here.start(name) for name in NAMES))
+
+        try:
+            runner.run(begin())
+            yield here
+        finally:
+            runner.run(shoal.stop())
+
+
+def test_a_plain_job_leaves_a_model_and_a_true_account(world: World, tmp_path: Path) -> None:
+    """With a node that accepts no links: it is reached through a hub, and its updates and private states too."""
+    watch = Watch()
+    report = world.run(run_job(world.shoal, tmp_path, watch, nodes_min=3))
+    run = tmp_path / "run"
+    assert report.goal is not None and report.goal.reached
+    assert report.tokens_accepted >= report.token_budget
+    check_account(report, run)
+    assert report_from_json((run / "report.json").read_bytes()) == report
+    assert [one.status for one in report.nodes] == [NodeStatus.FINISHED] * 3
+    assert all(one.tokens > 0 and one.bytes_sent > 0 and one.bytes_received > 0 for one in report.nodes)
+    assert watch.shares == sorted(watch.shares)
+    model = AutoModelForCausalLM.from_pretrained(run / "model")
+    assert sum(one.numel() for one in model.parameters()) == report.model_parameters
+    for name in ("amber", "cedar"):
+        rounds = report.rounds - 2
+        tickets = [HubTicket.parse(ticket) for ticket in world.shoal.hub_tickets]
+        found = world.run(
+            replay_round(run, rounds, name, key=owner_key(), hubs=tickets, clock=SystemClock(), dice=SystemDice())
+        )
+        assert (found.verdict, found.name) == ("match", name), found.sentence
+
+
+def test_dense_updates_without_lag_by_clocks_that_are_hours_apart(world: World, tmp_path: Path) -> None:
+    """The driver's clock is an hour behind, one node's an hour ahead of the others."""
+
+    async def story() -> Report:
+        tickets = [HubTicket.parse(ticket) for ticket in world.shoal.hub_tickets]
+        ahead = await start_node(
+            tmp_path / "ahead",
+            tickets,
+            name="ahead",
+            max_speed=SPEED,
+            threads=1,
+            device="cpu",
+            processes=1,
+            listen="tcp://127.0.0.1:0",
+            storage_bytes=1 << 30,
+            dishonest="",
+            clock=OffsetClock(1),
+            dice=SystemDice(),
+        )
+        try:
+            text = job_text(tmp_path, tokens=16_000, codec="none", lag=0, nodes_min=4)
+            options = options_for(world.shoal, tmp_path / "run", owner_key(), Watch())
+            options.clock = OffsetClock(-1)
+            async with asyncio.timeout(PATIENCE_S):
+                return await train(parsed(text, tmp_path), text, options)
+        finally:
+            await ahead.close()
+
+    report = world.run(story())
+    assert report.goal is not None and report.goal.reached
+    check_account(report, tmp_path / "run")
+    assert node(report, "ahead").tokens > 0
+    assert report.settings["rounds"]["codec"] == "none" and report.settings["rounds"]["lag"] == 0
+
+
+def test_a_job_survives_whatever_happens_to_hubs_nodes_and_engines(world: World, tmp_path: Path) -> None:
+    """One long job, and one thing after another; it is stopped when all has been told."""
+    shoal, watch = world.shoal, Watch()
+    ids = {name: process.ready["node"] for name, process in shoal.nodes.items()}
+
+    def times(kind: EventKind, name: str) -> int:
+        return sum(1 for event in watch.events if event.kind is kind and event.node == ids[name])
+
+    def ended(name: str) -> int:
+        return times(EventKind.DIED, name) + times(EventKind.LEFT, name)
+
+    async def some_rounds(number: int = 2) -> None:
+        until = len(watch.shares) + number
+        await watch.until(lambda: len(watch.shares) >= until)
+
+    async def story() -> None:
+        running = asyncio.create_task(run_job(shoal, tmp_path, watch, tokens=100_000_000, nodes_min=3))
+        running.add_done_callback(lambda _: watch.changed.set())
+        try:
+            await watch.until(lambda: running.done() or len(watch.shares) > 2)
+            assert not running.done(), running.exception()
+
+            north = shoal.hubs[0]
+            north.kill()
+            await north.process.wait()
+            await some_rounds()
+
+            # One is stopped for longer than any grace or deadline, while others have troubles of their own.
+            joined = {name: times(EventKind.JOINED, name) for name in NAMES}
+            gone = {name: ended(name) for name in NAMES}
+            os.kill(shoal.nodes["birch"].pid, signal.SIGSTOP)
+            engine_of(shoal.nodes["amber"]).kill()
+            await watch.until(lambda: ended("amber") > gone["amber"])
+            assert any("SIGKILL" in sentence for sentence in watch.sentences("amber")), watch.sentences("amber")
+            assert shoal.nodes["amber"].running
+            await watch.until(lambda: times(EventKind.JOINED, "amber") > joined["amber"])
+            await watch.until(lambda: ended("birch") > gone["birch"])
+
+            shoal.nodes["cedar"].kill()
+            os.kill(shoal.nodes["birch"].pid, signal.SIGCONT)
+            await watch.until(lambda: ended("cedar") > gone["cedar"])
+
+            # A hub comes back, and the nodes to it by themselves.
+            shoal.hubs.remove(north)
+            port = HubTicket.parse(north.ready["ticket"]).addresses[0].rsplit(":", 1)[1]
+            await shoal.start_hub("north", options=["--listen", f"tcp://127.0.0.1:{port}"])
+            assert shoal.hubs[-1].ready["ticket"] == north.ready["ticket"]
+
+            # One whose disk is full from the start leaves, saying so.
+            _, poor = await asyncio.gather(world.start("cedar"), world.start("poor", "--storage", "200 KiB"))
+            assert shoal.nodes["cedar"].ready["node"] == ids["cedar"]
+            ids["poor"] = poor.ready["node"]
+            await watch.until(lambda: ended("poor") > 0)
+            assert any("has no room" in sentence for sentence in watch.sentences("poor")), watch.sentences("poor")
+            await poor.stop()
+            del shoal.nodes["poor"]
+            for name in ("birch", "cedar"):
+                await watch.until(lambda name=name: times(EventKind.JOINED, name) > joined[name])
+            await some_rounds(6)
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+        assert len(await offers_at(shoal.hubs[-1], 3)) >= 3
+
+    world.run(story())
+    with RunFolder.open(tmp_path / "run", read_only=True) as folder:
+        report = make_report(folder, Figures())
+    check_account(report, tmp_path / "run")
+    assert all(node(report, name).tokens > 0 for name in NAMES)
+    assert watch.shares == sorted(watch.shares)
+
+
+async def offers_at(hub: LocalProcess, wanted: int) -> list[str]:
+    """The names that one hub lists, once there are so many of them."""
+    clock, dice = SystemClock(), SystemDice()
+    endpoint = TlsEndpoint(KeyPair.generate(), clock=clock, dice=dice)
+    client = HubClient(endpoint, [HubTicket.parse(hub.ready["ticket"])], clock=clock, dice=dice)
+    try:
+        await client.start()
+        async with asyncio.timeout(PATIENCE_S):
+            while len(found := await client.find(OfferFind())) < wanted:
+                await clock.sleep(0.5)
+        return [one.offer.name for one in found]
+    finally:
+        await client.close()
+        await endpoint.close()
+
+
+def test_a_killed_driver_goes_on_in_a_new_term(world: World, tmp_path: Path) -> None:
+    """Its members still run for the old one when it comes back."""
+    home = tmp_path / "home"
+    (tmp_path / "job.yaml").write_bytes(job_text(tmp_path, tokens=60_000, nodes_min=3))
+
+    async def driver(*arguments: str) -> asyncio.subprocess.Process:
+        hubs = [part for ticket in world.shoal.hub_tickets for part in ("--hub", ticket)]
+        return await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "shoal",
+            "train",
+            *arguments,
+            "--json",
+            *hubs,
+            env={**os.environ, "SHOAL_HOME": str(home)},
+            cwd=tmp_path,
+            stdout=asyncio.subprocess.PIPE,
+        )
+
+    async def story() -> Report:
+        run = tmp_path / "runs" / "job"
+        first = await driver("job.yaml")
+        metrics = run / "metrics.jsonl"
+        async with asyncio.timeout(PATIENCE_S):
+            while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= 3):
+                assert first.returncode is None
+                await asyncio.sleep(0.02)
+        first.kill()
+        await first.communicate()
+        with RunFolder.open(run, read_only=True) as folder:
+            before = make_report(folder, Figures())
+        assert 0 < before.tokens_accepted < before.token_budget
+        second = await driver("runs/job", "--resume")
+        async with asyncio.timeout(PATIENCE_S):
+            said, _ = await second.communicate()
+        assert second.returncode == 0
+        after = report_from_json(said)
+        assert after == report_from_json((run / "report.json").read_bytes())
+        check_account(after, run)
+        assert [term.number for term in after.terms] == [1, 2]
+        assert after.terms[1].head_round == before.rounds - 1
+        assert after.tokens_accepted >= after.token_budget
+        assert after.wall_s > before.wall_s
+        assert {one.name for one in after.nodes} == set(NAMES)
+        assert all(one.tokens > 0 for one in after.nodes)
+        return after
+
+    world.run(story())
+
+
+def test_a_full_disk_stops_the_driver_and_loses_nothing(world: World, tmp_path: Path) -> None:
+    at = tmp_path / "run"
+    at.mkdir()
+    disk = FullDisk(at)
+    watch = Watch()
+    text = job_text(tmp_path, tokens=30_000, codec="int8")
+    watch.at[0.4] = lambda: setattr(disk, "full", True)
+
+    async def story() -> Report:
+        folder = RunFolder.create(at, disk=disk)
+        options = options_for(world.shoal, at, owner_key(), watch)
+        with pytest.raises(FolderWriteFailed, match="make room, then use --resume"):
+            async with asyncio.timeout(PATIENCE_S):
+                await train(parsed(text, tmp_path), text, options, folder)
+        again = Watch()
+        report = await resume_job(world.shoal, tmp_path, owner_key(), again, text)
+        assert again.shares[0] >= 0.4
+        return report
+
+    report = world.run(story())
+    assert report.goal is not None and report.goal.reached
+    check_account(report, at)
+
+
+def test_two_nodes_with_one_key_hear_of_it(world: World, tmp_path: Path) -> None:
+    async def story() -> str:
+        folder = world.shoal.folder / "nodes" / "twin"
+        folder.mkdir(parents=True)
+        shutil.copy(world.shoal.folder / "nodes" / "amber" / "node.key", folder / "node.key")
+        with contextlib.suppress(Exception):
+            twin = await world.start("twin")
+            await twin.stop()
+        world.shoal.nodes.pop("twin", None)
+        return (world.shoal.folder / "logs" / "twin.log").read_text()
+
+    log = world.run(story())
+    assert "same key" in log and "key file of its own" in log
+    assert world.shoal.nodes["amber"].running
