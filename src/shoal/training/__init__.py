@@ -14,7 +14,7 @@ public records and of private state that it committed to, so the same engine rep
 that is rolled back is the member that never did the round.
 
 Nothing here is imported with the room. `state`, `private`, `updates`, `outer`, `schedule`, `data`, `commands`, `pacing`
-and `process` need no torch, so that an agent or a driver can use them without paying for it; what computes does: `member`
-and `optimizer` (one member's arithmetic), `member_engine` (with the shared states around it), `engine` and `language`
-(for language models), `ranks` (several processes), `worker` (the child process).
+and `process` need no torch, so that an agent or a driver can use them without paying for it. What computes does:
+`member` and `optimizer` (one member's arithmetic), `member_engine` (with the shared states around it), `engine` and
+`language` (for language models), `ranks` (several processes), `worker` (the child process).
 """

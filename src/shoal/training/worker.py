@@ -8,6 +8,7 @@ a step is using. It ends when told to, when stdin closes, or when its parent die
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import sys
@@ -128,6 +129,7 @@ class Worker:
                 if self._engine is not None:
                     raise OutOfTurn("The engine is prepared already; another job needs another engine.")
                 self._engine = LanguageEngine(command, self._clock)
+                gc.freeze()  # a model's libraries are a million objects that no collection need look at again
                 return await self._engine.prepared(command.measure)
             case Stop():
                 return Done()
