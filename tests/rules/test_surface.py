@@ -1,0 +1,76 @@
+"""The commands and options that people and scripts rely on. A change here is a decision: docs/cli.md and CHANGELOG too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from typer.main import get_command
+
+from shoal.cli.app import app, load_commands
+
+SURFACE = {
+    "shoal": "--version --install-completion --show-completion",
+    "shoal quickstart": "--seed --honest --tokens --files --runs --json",
+    "shoal up": "--nodes --speeds --threads --json",
+    "shoal down": "--json",
+    "shoal train": "[JOB.YAML] --hub --runs --resume --replace --dry-run --prompt --listen --fields --json",
+    "shoal report": "RUN --json",
+    "shoal replay": "RUN --round -r --node -n --threads --device --script --hub --json",
+    "shoal hub": "--listen --http --data --name --public --json",
+    "shoal node": "",
+    "shoal node start": "--hub --name --max-speed --threads --device --processes --listen --storage --data --json",
+    "shoal offers": "--hub --device --memory --idle --limit --json",
+}
+HIDDEN = {"shoal hub": {"--with-parent"}, "shoal node start": {"--with-parent", "--dishonest"}}
+"""For the processes that Shoal starts itself, and for trying its defences."""
+
+
+def commands() -> Iterator[tuple[str, Any]]:
+    load_commands()
+
+    def below(command: Any, path: str) -> Iterator[tuple[str, Any]]:
+        yield path, command
+        for name in getattr(command, "commands", {}):
+            yield from below(command.commands[name], f"{path} {name}")
+
+    return below(get_command(app), "shoal")
+
+
+def words(parameter: Any) -> list[str]:
+    """What is written for a parameter: its flags, or its metavar."""
+    if parameter.param_type_name == "argument":
+        return [parameter.metavar if parameter.required else f"[{parameter.metavar}]"]
+    return [*parameter.opts, *parameter.secondary_opts]
+
+
+def test_commands_and_options_are_those_that_were_decided() -> None:
+    found = {
+        path: " ".join(word for one in command.params if not getattr(one, "hidden", False) for word in words(one))
+        for path, command in commands()
+    }
+    assert found == SURFACE
+
+
+def test_what_is_hidden_is_hidden_for_a_reason() -> None:
+    found = {
+        path: {word for one in command.params if getattr(one, "hidden", False) for word in words(one)}
+        for path, command in commands()
+    }
+    assert {path: names for path, names in found.items() if names} == HIDDEN
+
+
+def test_every_command_that_prints_data_has_json() -> None:
+    groups = {"shoal", "shoal node"}
+    assert [path for path, options in SURFACE.items() if path not in groups and "--json" not in options.split()] == []
+
+
+def test_every_command_and_option_says_what_it_is() -> None:
+    mute = [path for path, command in commands() if not command.help]
+    mute += [
+        f"{path} {one.name}"
+        for path, command in commands()
+        for one in command.params
+        if not getattr(one, "hidden", False) and not one.help
+    ]
+    assert mute == []
