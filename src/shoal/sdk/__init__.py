@@ -4,6 +4,9 @@
     preparation  JobFile -> token shards and a start state, as blobs
     train        begin a job or go on with one: prepare, find nodes, drive, audit, measure, export
     replay       one node's round, recomputed from a run folder
+    own_loop     `shoal.join`: a user's own PyTorch loop as a member of a job; loop_engine computes with it, loop_node
+                 links it, loop_script and loop_worker run it for its owner
+    places       the user's key, the shoal that runs here, which hubs to ask
     local        hub and nodes as processes on loopback
     quickstart   all of it at once, with a node that dies, one that comes late and one that lies
 

@@ -508,7 +508,7 @@ def _field_schema(field: Field) -> dict[str, Any]:
         choices += [{"type": "null"}] if _takes_none(field.kind) else []
         schema = choices[0] if len(choices) == 1 else {"anyOf": choices}
         if not field.required and field.default is not None:
-            schema = schema | {"default": msgspec.to_builtins(field.default)}
+            schema = schema | {"default": msgspec.json.decode(msgspec.json.encode(field.default))}
     return schema | ({"description": field.meaning} if field.meaning else {})
 
 

@@ -209,7 +209,8 @@ def _checked_model(document: Document[JobFile], directory: Path) -> ModelSection
     if checkpoint and not Path(checkpoint).is_dir():
         raise MissingPath(f"{document.at('model.checkpoint')}: {checkpoint} is not a directory with a config.json.")
     if model.script is not None:
-        return ModelSection(script=_existing(document, "model.script", model.script, directory))
+        script = _existing(document, "model.script", model.script, directory)
+        return ModelSection(script=script, tokenizer="bytes")
     tokenizer = model.tokenizer
     if tokenizer == "auto":
         own = bool(checkpoint) and (Path(checkpoint or "") / "tokenizer.json").is_file()
