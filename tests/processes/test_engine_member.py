@@ -16,7 +16,8 @@ from sklearn.datasets import load_digits
 from shoal.errors import ShoalError
 from shoal.protocol.training import SKETCH_WIDTH, Codec, OptimizerSettings, Outer, RoundSettings, Schedule
 from shoal.training.commands import ApplyCommit, CommittedUpdate, Evaluate, RoundDone, RunRound
-from shoal.training.engine import LanguageEngine
+from shoal.training.compute import NoDevice
+from shoal.training.engine import LanguageEngine, NotALanguageModel
 from shoal.training.member import FlatParameters, Member, OutOfTurn, Sketcher
 from shoal.training.member_engine import WrongState
 from shoal.training.optimizer import BadOptimizer, FlatAdamW, TorchOptimizer
@@ -210,6 +211,17 @@ def test_what_is_out_of_turn_or_unknown_is_refused_in_a_sentence(setting: Settin
     private.write_bytes(engine.member.private._parts()[0])
     with pytest.raises(BadState, match="holds 0 bytes of tensors"):
         engine.load_private(str(private))
+
+
+def test_a_job_or_device_that_is_not_for_this_engine_is_refused(setting: Setting) -> None:
+    model = msgspec.structs.replace(setting.job.model, config="")
+    with pytest.raises(NotALanguageModel, match="its loop is its owner's own code"):
+        open_engine(setting, job=msgspec.structs.replace(setting.job, model=model))
+    with pytest.raises(NoDevice, match="Device 'nonsense' cannot be used"):
+        open_engine(setting, device="nonsense")
+    with pytest.raises(ShoalError, match="the job says"):
+        data = msgspec.structs.replace(setting.job.data, samples=setting.job.data.samples + 1)
+        open_engine(setting, job=msgspec.structs.replace(setting.job, data=data))
 
 
 def test_diverged_training_is_a_sentence_and_the_member_is_as_before(setting: Setting) -> None:
