@@ -273,7 +273,7 @@ def build_report(contents: RunContents, figures: Figures) -> Report:
     ]
     held_out = [
         CurvePoint(round=line.round, time_s=line.time_s, tokens=line.tokens_total, loss=line.loss)
-        for line in contents.evaluations
+        for line in sorted(contents.evaluations, key=lambda line: line.round)
         if line.loss is not None
     ]
     return Report(

@@ -69,6 +69,7 @@ INVITES_MAX = 8
 INVITED_REMEMBERED_MAX = 4096
 UNANSWERED_MAX = 4
 """Contributions of one member that may wait for the driver at a time: lag + 1, and some sent twice."""
+NOT_BACK = "It has not come back since the driver was started anew."
 PIN = "run"
 """Who pins, in the driver's store, what going on with the job needs."""
 
@@ -176,6 +177,7 @@ class TrainingDriver:
         members_min: int = 1,
         nodes_max: int = 1024,
         retired: Mapping[bytes, str] | None = None,
+        known: Sequence[NodeFigures] = (),
         watchers: Watchers | None = None,
     ) -> None:
         self.records = records
@@ -220,6 +222,10 @@ class TrainingDriver:
         self._invited: dict[bytes, tuple[int, float]] = {}
         """NodeId -> how often it was invited, and before when it is not again."""
         self.nodes: dict[bytes, NodeFigures] = {}
+        for figures in known:  # of earlier terms
+            if figures.status is NodeStatus.WORKING:
+                figures = msgspec.structs.replace(figures, status=NodeStatus.LEFT, reason=NOT_BACK)
+            self.nodes[bytes.fromhex(figures.node_id)] = figures
         self._lanes: dict[bytes, NodeLane] = {}
         self._start_s = folder.elapsed_s()
         self._started = clock.monotonic()

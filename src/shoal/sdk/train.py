@@ -56,6 +56,8 @@ HELD_OUT_SAMPLES = 512
 EVALUATIONS = 5
 """Evaluations between the first and the last."""
 COMPLETION_TOKENS = 120
+FIGURES_EVERY_S = 10.0
+"""How often a running driver writes down what its report needs and no record holds."""
 CPU_EFFICIENCY = 0.5
 """Share of a device's measured matmul rate that training reaches, about: only for choosing the round length."""
 BFLOAT16_AHEAD = 1.5
@@ -217,6 +219,7 @@ class _Session:
         self.engine: EngineProcess | None = None
         self.driver: TrainingDriver | None = None
         self._measuring = asyncio.Lock()
+        self._figures_s = -FIGURES_EVERY_S
 
     async def __aenter__(self) -> _Session:
         options = self.options
@@ -385,6 +388,7 @@ class _Session:
             on_verdict=self._audited,
             start_engine=engine_for(self.job, self.script),
         )
+        known = folder.read("figures.json", Figures)
         self.driver = TrainingDriver(
             records,
             standing,
@@ -400,6 +404,7 @@ class _Session:
             members_min=min(len(gang), job_file.requirements.nodes_min),
             nodes_max=job_file.requirements.nodes_max,
             retired=retired,
+            known=known.nodes if known else (),
             watchers=Watchers(
                 progress=options.progress,
                 committed=lambda commit, given, after: self._committed(auditor, commit, given, after),
@@ -411,14 +416,17 @@ class _Session:
         self._next_evaluation = standing.tokens_total + self.job.token_budget / (EVALUATIONS + 1)
         self._evaluations: set[asyncio.Task[float | None]] = set()
         self._starting_engine = asyncio.create_task(self._start_engine(state))
-        if standing.round < 0:
-            self._evaluate_beside(-1, 0, state)
+        if all(one.round >= 0 for one in folder.notes(Evaluation)):
+            self._evaluate_beside(-1, 0, await self._start_state())
         try:
             outcome = await self.driver.run(gang)
         finally:
             cost = await auditor.close()
             await asyncio.gather(*self._evaluations, self._starting_engine, return_exceptions=True)
         return await self._finish(outcome, cost)
+
+    async def _start_state(self) -> SharedState:
+        return await asyncio.to_thread(SharedState.read, self.store.path(self.job.model.start.hash))
 
     async def _start_engine(self, state: SharedState) -> None:
         """An engine of the owner's own, for held-out losses, the completion and the checkpoint; a script does what of
@@ -441,11 +449,21 @@ class _Session:
         state: SharedState,
     ) -> None:
         auditor.committed(commit, given, state)
+        self._keep_figures()
         if commit.tokens_total >= self._next_evaluation and commit.tokens_total < self.job.token_budget:
             self._next_evaluation += self.job.token_budget / (EVALUATIONS + 1)
             if self.script is not None:
                 return  # it reads its data anew each time
             self._evaluate_beside(commit.round, commit.tokens_total, state)
+
+    def _keep_figures(self) -> None:
+        """Write down what no record holds, now and then, so that a driver that is killed can go on with it."""
+        assert self.driver is not None
+        now = self.driver.elapsed_s()
+        if now - self._figures_s >= FIGURES_EVERY_S:
+            self._figures_s = now
+            nodes = tuple(self.driver.nodes.values())
+            self.folder.write("figures.json", msgspec.json.encode(Figures(wall_s=now, nodes=nodes)))
 
     def _evaluate_beside(self, round_number: int, tokens: int, state: SharedState) -> None:
         task = asyncio.create_task(self._evaluate(round_number, tokens, state))
