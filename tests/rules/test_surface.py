@@ -1,4 +1,4 @@
-"""The commands and options that people and scripts rely on. A change here is a decision: docs/cli.md and CHANGELOG too."""
+"""The commands and options that people rely on. A change is a decision: docs/cli.md and the changelog change too."""
 
 from __future__ import annotations
 

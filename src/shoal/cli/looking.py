@@ -118,7 +118,8 @@ def replay(
     ] = None,
     device: Annotated[str, typer.Option(help="A torch device to compute on.")] = "cpu",
     script: Annotated[
-        Path | None, typer.Option(help="The script of a loop of your own; it is run on this machine.", show_default=False)
+        Path | None,
+        typer.Option(help="The script of a loop of your own; it is run on this machine.", show_default=False),
     ] = None,
     hub: HubFlag = None,
     json: JsonFlag = False,

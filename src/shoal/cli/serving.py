@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -298,8 +298,9 @@ def down(json: JsonFlag = False) -> None:
             out.print("No shoal runs on this machine.")
         return
     running.stop()
-    with contextlib.suppress(psutil.Error):
-        psutil.Process(running.pid).wait(timeout=STOP_S)
+    until = time.monotonic() + STOP_S
+    while running.alive and time.monotonic() < until:
+        time.sleep(0.1)
     if running.alive:
         raise LocalProcessFailed(
             f"`shoal up` (process {running.pid}) was asked to stop and still runs after {STOP_S} s; end it with: "
@@ -308,4 +309,4 @@ def down(json: JsonFlag = False) -> None:
     if json:
         print_json({"stopped": True, "pid": running.pid})
     else:
-        out.print(f"Stopped the hub and {len(running.nodes)} nodes.")
+        out.print(f"Stopped the hub and {len(running.nodes)} node(s).")

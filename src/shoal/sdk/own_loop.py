@@ -157,8 +157,8 @@ def join(
 
     `hubs` are tickets; without them those of SHOAL_HUB, else of the shoal that `shoal up` runs here. `owner` is the
     NodeId of the key that signs the job, in hexadecimal: only its jobs are worked for. Without it, SHOAL_OWNER, else
-    this user's own key. `name` is what this process is called: SHOAL_NAME, else the machine's name and a number; `folder` keeps its key and blobs. `threads` is how many
-    CPU threads compute; a replay takes as many.
+    this user's own key. `name` is what this process is called: SHOAL_NAME, else the machine's name and a number;
+    `folder` keeps its key and blobs. `threads` is how many CPU threads compute; a replay takes as many.
 
     Raises BadLoop, BadOwner, NoHub, and other ShoalErrors for what cannot work.
     """

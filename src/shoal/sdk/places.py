@@ -42,7 +42,9 @@ class LocalRun:
     def alive(self) -> bool:
         """Whether that very process still runs: pids are used again."""
         try:
-            return bool(abs(psutil.Process(self.pid).create_time() - self.started) < 2)
+            process = psutil.Process(self.pid)
+            ended = process.status() == psutil.STATUS_ZOMBIE
+            return not ended and bool(abs(process.create_time() - self.started) < 2)
         except psutil.Error:
             return False
 

@@ -1,4 +1,4 @@
-"""From a job file to artifacts: token shards, a start state and a config, all as blobs, before anyone is asked to help."""
+"""From a job file to artifacts: token shards, a start state and a config, as blobs, before anyone is asked to help."""
 
 from __future__ import annotations
 

@@ -166,8 +166,8 @@ class _Opener:
         except NotOpened:
             if not self._hubs:
                 raise NotOpened(
-                    f"Node {self._name} keeps the private state {private.hex()[:12]}, if anyone does, and no hub is known "
-                    "through which to reach it; name one with --hub."
+                    f"Node {self._name} keeps the private state {private.hex()[:12]}, if anyone does, and no hub is "
+                    "known through which to reach it; name one with --hub."
                 ) from None
         endpoint, fetcher = await self._reach()
         return await open_from_member(

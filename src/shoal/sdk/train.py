@@ -1,7 +1,7 @@
 """Training a job from its file to its report: prepare, find nodes, drive, audit, measure, export.
 
-`train` begins a job in a new folder, `resume` goes on with one that stopped. Both end with the folder holding the model,
-the records and the report.
+`train` begins a job in a new folder, `resume` goes on with one that stopped. Both end with the folder holding the
+model, the records and the report.
 """
 
 from __future__ import annotations
