@@ -1,0 +1,295 @@
+"""The commands as people meet them: real processes, in an empty home, away from the repository."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import msgspec
+import pytest
+from rich.console import Console
+
+from shoal.cli.app import main
+from shoal.cli.tables import print_report
+from shoal.driver.report import NodeReport, NodeStatus, Report
+from shoal.identity import KeyPair
+from shoal.sdk.jobfile import schema
+
+NOBODY = f"shoal://{KeyPair.from_seed(bytes(32)).node_id.hex()}@127.0.0.1:9"
+LIMIT_S = 240
+
+Done: TypeAlias = tuple[int, str, str]
+"""Exit code, standard output, standard error."""
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "here").mkdir()
+    return tmp_path
+
+
+def environment(place: Path, **more: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SHOAL_", "_SHOAL", "_TYPER"))}
+    return {**kept, "SHOAL_HOME": str(place / "home"), "COLUMNS": "100", "NO_COLOR": "1", **more}
+
+
+def shoal(place: Path, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "shoal", *words],
+        cwd=place / "here",
+        env=environment(place, **more),
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+    )
+
+
+MISTAKES = [
+    pytest.param(["nonsense"], "SH-103", "No such command 'nonsense'", id="unknown command"),
+    pytest.param(["node", "nonsense"], "SH-103", "No such command", id="unknown command below node"),
+    pytest.param(["train", "--nonsense"], "SH-103", "No such option", id="unknown option"),
+    pytest.param(["hub", "extra"], "SH-103", "extra", id="an argument too many"),
+    pytest.param(["report"], "SH-103", "RUN", id="an argument missing"),
+    pytest.param(["replay", "x", "--round", "1"], "SH-103", "--node", id="an option missing"),
+    pytest.param(["offers", "--limit", "many"], "SH-103", "--limit", id="no number"),
+    pytest.param(["offers", "--limit", "0", "--hub", NOBODY], "SH-103", "from 1 to", id="a number out of bounds"),
+    pytest.param(["offers", "--memory", "much", "--hub", NOBODY], "SH-101", "16 GiB", id="no amount"),
+    pytest.param(["offers"], "SH-102", "shoal up", id="no hub"),
+    pytest.param(["offers", "--hub", "shoal://x"], "SH-112", "shoal://<64", id="no ticket"),
+    pytest.param(["up", "--nodes", "0"], "SH-103", "from 1 to 64", id="no nodes"),
+    pytest.param(["up", "--nodes", "2", "--speeds", "1,2"], "SH-103", "share of full speed", id="too fast"),
+    pytest.param(["up", "--nodes", "1", "--speeds", "1,1"], "SH-103", "names 2 speeds", id="more speeds than nodes"),
+    pytest.param(["up", "--threads", "0"], "SH-103", "at least one", id="no threads"),
+    pytest.param(["node", "start", "--max-speed", "nan", "--hub", NOBODY], "SH-103", "above 0", id="no speed"),
+    pytest.param(["node", "start", "--listen", "tcp://0.0.0.0:1", "--hub", NOBODY], "SH-103", "dial", id="wildcard"),
+    pytest.param(["hub", "--listen", "tcp://[::]:1"], "SH-103", "--public", id="a hub everywhere"),
+    pytest.param(["hub", "--listen", "somewhere"], "SH-115", "tcp://host:port", id="no address"),
+    pytest.param(["hub", "--http", "somewhere"], "SH-114", "host:port", id="no address for HTTP"),
+    pytest.param(["hub", "--name", "a b"], "SH-114", "a b", id="no name"),
+    pytest.param(["train"], "SH-103", "shoal train job.yaml", id="no job file"),
+    pytest.param(["train", "gone.yaml"], "SH-120", "gone.yaml", id="a job file that is not there"),
+    pytest.param(["train", "."], "SH-120", "directory", id="a job file that is a directory"),
+    pytest.param(["train", ".", "--resume"], "SH-105", "no run", id="nothing to resume"),
+    pytest.param(["report", "gone"], "SH-105", "gone is not there", id="a run that is not there"),
+    pytest.param(["report", "."], "SH-105", "no job.record", id="a folder that is no run"),
+    pytest.param(["replay", "gone", "--round", "1", "--node", "x"], "SH-105", "gone", id="a replay of nothing"),
+    pytest.param(["quickstart", "--tokens", "many"], "SH-101", "2.5M", id="no count"),
+]
+
+
+@pytest.fixture
+def inside(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
+    """A command in this process: the same `main`, without the second that starting Python and its modules takes."""
+    for name in [name for name in os.environ if name.startswith("SHOAL_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("SHOAL_HOME", str(place / "home"))
+    monkeypatch.chdir(place / "here")
+
+    def call(*words: str) -> Done:
+        monkeypatch.setattr(sys, "argv", ["shoal", *words])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert isinstance(ended.value.code, int)
+        return ended.value.code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.mark.parametrize(("words", "code", "part"), MISTAKES)
+def test_a_mistake_is_one_sentence(inside: Callable[..., Done], words: list[str], code: str, part: str) -> None:
+    status, out, err = inside(*words)
+    assert (status, out) == (2, "")
+    assert err.startswith(f"error {code}  ") and part in err and err.count("\n") == 1
+    status, out, nothing = inside(*words, "--json")
+    error = json.loads(out)["error"]
+    assert (status, error["code"], nothing) == (2, code, "")
+    assert error["sentence"] == err.removeprefix(f"error {code}  ").rstrip("\n")
+
+
+@pytest.mark.parametrize("words", [["node"], ["nonsense", "--json"], ["replay", "gone", "--round", "1", "--node", "x"]])
+def test_a_mistake_ends_a_process_with_2_and_no_traceback(place: Path, words: list[str]) -> None:
+    done = shoal(place, *words)
+    assert done.returncode == 2 and "SH-10" in done.stdout + done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_wrong_field_is_named_with_its_line(place: Path, inside: Callable[..., Done]) -> None:
+    (place / "here" / "words.txt").write_text("some words " * 500)
+    (place / "here" / "job.yaml").write_text("data:\n  paths: words.txt\ntokenz: 5\n")
+    status, _, err = inside("train", "job.yaml", "--hub", NOBODY)
+    assert (status, err[:12]) == (2, "error SH-121") and "line 3" in err
+
+
+@pytest.mark.parametrize("words", [["offers"], ["train", "job.yaml"], ["train", "job.yaml", "--dry-run"]])
+def test_a_hub_that_is_not_there_is_said(place: Path, words: list[str]) -> None:
+    (place / "here" / "words.txt").write_text("some words " * 500)
+    (place / "here" / "job.yaml").write_text("data:\n  paths: words.txt\n")
+    done = shoal(place, *words, "--hub", NOBODY, "--json")
+    error = json.loads(done.stdout)["error"]
+    assert (done.returncode, error["code"]) == (1, "SH-330") and "127.0.0.1:9" in error["sentence"]
+    assert "Traceback" not in done.stderr
+
+
+def test_a_place_that_refuses_is_said(place: Path) -> None:
+    (place / "here" / "runs").write_text("a file where a folder should be")
+    (place / "here" / "words.txt").write_text("some words " * 500)
+    (place / "here" / "job.yaml").write_text("data:\n  paths: words.txt\n")
+    done = shoal(place, "train", "job.yaml", "--hub", NOBODY)
+    assert done.returncode in (1, 2) and "runs" in done.stderr and "Traceback" not in done.stderr
+    (place / "blocked").write_text("")
+    done = shoal(place, "offers", "--hub", NOBODY, SHOAL_HOME=str(place / "blocked" / "home"))
+    assert done.returncode == 1 and done.stderr.startswith("error SH-420") and "Traceback" not in done.stderr
+
+
+def test_nothing_to_stop_is_no_failure(place: Path) -> None:
+    assert json.loads(shoal(place, "down", "--json").stdout) == {"stopped": False}
+    (place / "home" / "local").mkdir()
+    (place / "home" / "local" / "up.json").write_text('{"pid": 1, "started": 5, "hubs": [], "http": null, "nodes": []}')
+    done = shoal(place, "down")
+    assert (done.returncode, done.stdout) == (0, "No shoal runs on this machine.\n")
+
+
+@pytest.mark.parametrize("path", ["", "quickstart", "up", "down", "train", "report", "replay", "hub", "node start"])
+def test_help_teaches(inside: Callable[..., Done], monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    status, out, err = inside(*path.split(), "--help")
+    assert (status, err) == (0, "")
+    assert f"Usage: shoal {path}".rstrip() in out
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_without_a_command_help_is_printed(place: Path) -> None:
+    done = shoal(place)
+    assert (done.returncode, "shoal quickstart" in done.stdout) == (0, True)
+
+
+def test_fields_are_listed_for_people_and_for_editors(inside: Callable[..., Done]) -> None:
+    text = inside("train", "--fields")[1]
+    assert "data.paths" in text and "optimizer.learning_rate" in text
+    assert json.loads(inside("train", "--fields", "--json")[1]) == json.loads(json.dumps(schema()))
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_can_complete(place: Path, shell: str) -> None:
+    asked = {"bash": "complete_bash", "zsh": "complete_zsh", "fish": "complete_fish"}[shell]
+    line = {"COMP_WORDS": "shoal qui", "COMP_CWORD": "1"} if shell == "bash" else {"_TYPER_COMPLETE_ARGS": "shoal qui"}
+    more = {"_SHOAL_COMPLETE": asked, "_TYPER_COMPLETE_FISH_ACTION": "get-args", **line}
+    done = shoal(place, **more)
+    assert "quickstart" in done.stdout and "offers" not in done.stdout
+
+
+@contextlib.contextmanager
+def running(place: Path, *words: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
+    """A command that runs until it is stopped, and the line it says when it is ready."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "shoal", *words, "--json"],
+        cwd=place / "here",
+        env=environment(place),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        yield process, json.loads(process.stdout.readline())
+    finally:
+        process.terminate()
+        process.wait(LIMIT_S)
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def test_a_shoal_goes_up_once_is_found_and_goes_down(place: Path) -> None:
+    with running(place, "up", "--nodes", "1") as (process, ready):
+        assert ready["ready"] == "up" and len(ready["nodes"]) == 1
+        again = shoal(place, "up", "--nodes", "1")
+        assert again.returncode == 2 and "shoal down" in again.stderr
+        offers = json.loads(shoal(place, "offers", "--json").stdout)["offers"]
+        assert [one["node"] for one in offers] == [ready["nodes"][0]["node"]]
+        assert "node-1" in shoal(place, "offers").stdout
+        assert json.loads(shoal(place, "offers", "--device", "mps", "--json").stdout) == {"offers": []}
+        twice = shoal(place, "node", "start", "--data", str(place / "home" / "local" / "nodes" / "node-1"))
+        assert twice.returncode == 1 and twice.stderr.startswith("error SH-407")
+        down = shoal(place, "down")
+        assert (down.returncode, down.stdout) == (0, "Stopped the hub and 1 node(s).\n")
+        assert process.wait(LIMIT_S) == 0
+    assert shoal(place, "offers").stderr.startswith("error SH-102")
+
+
+def test_two_hubs_do_not_share_a_directory_and_a_signal_ends_one_in_order(place: Path) -> None:
+    with running(place, "hub") as (process, ready):
+        assert re.fullmatch(r"shoal://[0-9a-f]{64}@127\.0\.0\.1:\d+", ready["ticket"])
+        second = shoal(place, "hub")
+        assert second.returncode == 1 and second.stderr.startswith("error SH-441")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(LIMIT_S) == 0
+
+
+def test_ctrl_c_before_a_job_began_says_that_nothing_is_kept(place: Path) -> None:
+    (place / "here" / "words.txt").write_text("some words " * 5000)
+    (place / "here" / "job.yaml").write_text("data:\n  paths: words.txt\nrequirements:\n  nodes_min: 9\n  wait: 1 h\n")
+    with running(place, "hub") as (_, ready):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "shoal", "train", "job.yaml", "--hub", ready["ticket"]],
+            cwd=place / "here",
+            env=environment(place),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stderr is not None
+        said = ""
+        while "waiting" not in said:  # for nine nodes: the command is in the middle of its work
+            line = process.stderr.readline()
+            assert line, f"it ended early: {said}"
+            said += line
+        process.send_signal(signal.SIGINT)
+        rest = process.communicate(timeout=LIMIT_S)[1]
+    assert process.returncode == 130 and "SH-601" in rest and "nothing was kept" in rest and "Traceback" not in rest
+
+
+def node(name: str, status: NodeStatus, reason: str = "") -> NodeReport:
+    return NodeReport(
+        node_id="ab" * 32,
+        name=name,
+        tokens=1_234_567_890,
+        bytes_sent=987_654_321,
+        bytes_received=12,
+        accepted_share=0.5,
+        status=status,
+        reason=reason,
+        speed=1.0,
+        rounds_accepted=1,
+        rounds_excluded=0,
+        compute_s=1.0,
+    )
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_the_closing_table_keeps_reasons_readable(columns: int, capsys: pytest.CaptureFixture[str]) -> None:
+    reason = "found by replay of round 4: " + "the update is not the one that the assignment gives, " * 4
+    nodes = (node("amber", NodeStatus.FINISHED), node("dune", NodeStatus.EXCLUDED, reason + "\x1b[31m[bold]"))
+    print_report(a_report(nodes), console=Console(width=columns, force_terminal=False, highlight=False))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= columns
+    assert sum(line.startswith("amber") for line in lines) == 1
+    first = next(index for index, line in enumerate(lines) if line.startswith("dune  Found by replay"))
+    assert len(lines[first].rstrip()) > columns * 0.8, "a reason has the whole width"
+    assert "\x1b" not in "".join(lines) and "[bold]" in "".join(lines), "what a stranger wrote stays text"
+
+
+def a_report(nodes: tuple[NodeReport, ...]) -> Report:
+    """A report with these nodes; everything else as empty as it can be."""
+    empty: dict[type, Any] = {str: "", int: 0, float: 0.0}
+    given: dict[str, Any] = {"nodes": nodes}
+    for field in msgspec.structs.fields(Report):
+        if field.name not in given and field.required:
+            given[field.name] = empty.get(field.type, None if "None" in str(field.type) else ())
+    return Report(**given)
