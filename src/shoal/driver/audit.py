@@ -32,6 +32,8 @@ from shoal.world import Dice, Endpoint
 WAITING_MAX = 16
 """Contributions waiting to be replayed; when there are more, the newest choice is dropped: replaying must not fall
 behind the job by much, and the choice stays unpredictable."""
+CONTRIBUTIONS_KEPT = 16 * 1024
+"""The newest ones, among which members' work is chosen; older ones are only in the folder."""
 OPEN_DEADLINE_S = 15.0
 OPENED_PIN = "opened"
 
@@ -120,7 +122,10 @@ class Auditor:
         if envelope.kind == Assignment.KIND:
             self._record.assignments[envelope.record_id] = open_record(envelope, Assignment, network)
         elif envelope.kind == Contribution.KIND:
-            self._record.contributions[envelope.record_id] = open_record(envelope, Contribution, network)
+            known = self._record.contributions
+            known[envelope.record_id] = open_record(envelope, Contribution, network)
+            while len(known) > CONTRIBUTIONS_KEPT:
+                del known[next(iter(known))]
         elif envelope.kind == Member.KIND:
             self._members[envelope.record_id] = open_record(envelope, Member, network)
         elif envelope.kind == Commit.KIND:
@@ -133,7 +138,9 @@ class Auditor:
         by_member: dict[bytes, list[Contribution]] = {}
         for commit in self._record.commits.values():
             for entry in commit.accepted:
-                by_member.setdefault(entry.member, []).append(self._record.contributions[entry.contribution])
+                contribution = self._record.contributions.get(entry.contribution)
+                if contribution is not None:
+                    by_member.setdefault(entry.member, []).append(contribution)
         for member, contributions in sorted(by_member.items()):
             if member not in self._replayed:
                 at = int(self._dice.uniform() * len(contributions))
