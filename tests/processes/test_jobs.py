@@ -45,7 +45,7 @@ from shoal.protocol.hubs import HubTicket
 from shoal.protocol.offers import OfferFind
 from shoal.sdk.local import LocalProcess, LocalShoal
 from shoal.sdk.replay import replay_round
-from shoal.sdk.train import train
+from shoal.sdk.train import NothingToResume, train
 from shoal.transport import TlsEndpoint
 from shoal.world import SystemClock, SystemDice
 
@@ -278,6 +278,12 @@ def test_a_killed_driver_goes_on_in_a_new_term(world: World, tmp_path: Path) -> 
         assert after.wall_s > before.wall_s
         assert {one.name for one in after.nodes} == set(NAMES)
         assert all(one.tokens > 0 for one in after.nodes)
+        tickets = [HubTicket.parse(ticket) for ticket in world.shoal.hub_tickets]
+        for rounds in range(before.rounds, before.rounds + 2):  # assigned anew, from the newest Commit
+            found = await replay_round(
+                run, rounds, "amber", key=owner_key(), hubs=tickets, clock=SystemClock(), dice=SystemDice()
+            )
+            assert found.verdict == "match", found.sentence
         return after
 
     world.run(story())
@@ -300,6 +306,13 @@ def test_a_full_disk_stops_the_driver_and_loses_nothing(world: World, tmp_path: 
         again = Watch()
         report = await resume_job(world.shoal, tmp_path, owner_key(), again, text)
         assert again.shares[0] >= 0.4
+        # Killed between its last Commit and its report, a driver still measures the model and writes the report.
+        (at / "report.json").unlink()
+        after = await resume_job(world.shoal, tmp_path, owner_key(), Watch(), text)
+        assert (after.rounds, after.tokens_accepted) == (report.rounds, report.tokens_accepted)
+        assert after.goal is not None and after.goal.reached
+        with pytest.raises(NothingToResume):
+            await resume_job(world.shoal, tmp_path, owner_key(), Watch(), text)
         return report
 
     report = world.run(story())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from shoal.errors import LinkError
 from shoal.hub import HubClient
 from shoal.identity import KeyPair, blake3_hash
 from shoal.node.agent import NodeAgent, NodeSettings
-from shoal.protocol.blobs import BlobRef
+from shoal.protocol.blobs import BlobHolder, BlobRef
 from shoal.protocol.messages import decode, encode, open_record, sign
 from shoal.protocol.offers import Capability, Done, Offer, OfferFind
 from shoal.protocol.training import (
@@ -447,6 +448,7 @@ class NodeScene:
     node: MemoryEndpoint
     network: MemoryNetwork
     setting: Setting
+    store: BlobStore
 
     async def link(self, key: KeyPair) -> Any:
         endpoint = self.network.endpoint(key)
@@ -473,7 +475,7 @@ async def a_node(tmp_path: Path) -> NodeScene:
         measure=measured,
     )
     await agent.start()
-    return NodeScene(agent, endpoint, network, setting)
+    return NodeScene(agent, endpoint, network, setting, store)
 
 
 def an_invitation(setting: Setting, driver: KeyPair, **changes: Any) -> MemberInvite:
@@ -545,6 +547,36 @@ def test_strangers_and_old_terms_do_not_disturb_a_member(tmp_path: Path) -> None
         with pytest.raises(Refused, match="busy with 'test'"):
             await link.request(MemberInvite.KIND, encode(an_invitation(other, driver)))
         await link.request(JobEnd.KIND, encode(JobEnd(job=job, reason="done")))
+        await scene.agent.close()
+
+    play(story())
+
+
+def test_a_joiner_takes_the_newest_state_from_several_peers(tmp_path: Path) -> None:
+    """The driver names the state and has nothing of it itself; two members do."""
+
+    async def story() -> None:
+        scene = await a_node(tmp_path)
+        driver = a_key(160)
+        link = await scene.link(driver)
+        state = np.random.default_rng(1).bytes(12 << 20)
+        holders, servers = [], []
+        for number in range(2):
+            endpoint = scene.network.endpoint(a_key(170 + number))
+            at = await endpoint.listen("tcp://holder:0")
+            store = BlobStore(MemoryDisk(), 1 << 26, CLOCK)
+            start = store.put(state)
+            servers.append(serve(endpoint, store))
+            holders.append(BlobHolder(endpoint.node_id, (at,)))
+        job = scene.setting.job
+        model = msgspec.structs.replace(job.model, start=start)
+        setting = dataclasses.replace(scene.setting, job=msgspec.structs.replace(job, model=model))
+        invite = an_invitation(setting, driver, holders=tuple(holders))
+        await link.request(MemberInvite.KIND, encode(invite), reply_max_bytes=1 << 17)
+        while not scene.store.has(start.hash):
+            await asyncio.sleep(0.01)
+        assert all(server.bytes_served > 0 for server in servers)
+        assert sum(server.bytes_served for server in servers) < 2 * len(state)
         await scene.agent.close()
 
     play(story())

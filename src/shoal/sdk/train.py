@@ -154,10 +154,15 @@ async def resume(job_file: JobFile, options: TrainOptions) -> Report:
             taken = await take_over(
                 folder, key=options.key, endpoint=session.endpoint, store=session.store, clock=options.clock
             )
-            if taken.standing.tokens_total >= session.job.token_budget:
+            budget = session.job.token_budget
+            reached = taken.standing.tokens_total >= budget
+            written = folder.read("report.json", Report)
+            if reached and written is not None and written.tokens_accepted >= budget:
                 raise NothingToResume(f"The job in {options.folder} has reached its token budget already.")
             wanted = session.wanted(job_file)
-            gang = await session.gang(job_file, without=taken.retired.keys(), former=taken.records.former)
+            gang: list[LinkedNode] = []
+            if not reached:  # else it was killed before it could measure the model and write the report
+                gang = await session.gang(job_file, without=taken.retired.keys(), former=taken.records.former)
             session.private = folder.read("owner.json", _OwnerNotes) or _OwnerNotes()
             return await session.drive(
                 taken.records, taken.standing, taken.state, gang, taken.retired, job_file, wanted=wanted
@@ -419,7 +424,10 @@ class _Session:
         if all(one.round >= 0 for one in folder.notes(Evaluation)):
             self._evaluate_beside(-1, 0, await self._start_state())
         try:
-            outcome = await self.driver.run(gang)
+            if standing.tokens_total < self.job.token_budget:
+                outcome = await self.driver.run(gang)
+            else:
+                outcome = Outcome(True, f"{standing.tokens_total} tokens were accepted before.", state)
         finally:
             cost = await auditor.close()
             await asyncio.gather(*self._evaluations, self._starting_engine, return_exceptions=True)
