@@ -23,6 +23,7 @@ TURN_DEADLINE_S = 30.0
 LOST_AFTER_S = 3.0
 """A member whose link cannot be taken up again within this time has left."""
 RETRY_S = 0.3
+END_DEADLINE_S = 5.0
 
 
 class NotOfThisJob(BadRecord):
@@ -87,8 +88,9 @@ class MemberLines:
 
     async def tell_end(self, job: bytes, line: MemberLine, reason: str) -> None:
         """Tell a member that the job is over for it; when it cannot be told it will find out."""
-        with contextlib.suppress(LinkError, BadRecord):
-            await self._request(line, JobEnd.KIND, JobEnd(job=job, reason=reason[:400]), deadline_s=5.0)
+        with contextlib.suppress(LinkError, BadRecord, TimeoutError):
+            async with asyncio.timeout(END_DEADLINE_S):
+                await self._request(line, JobEnd.KIND, JobEnd(job=job, reason=reason[:400]), END_DEADLINE_S)
 
     async def close(self) -> None:
         tasks = [line.sender for line in self.by_member.values() if line.sender is not None]
