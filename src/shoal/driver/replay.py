@@ -211,8 +211,8 @@ class Replayer:
         share = next((one for one in assignment.shares if one.member == claimed.member), None)
         if share is None:
             raise NotOpened(f"The Assignment of round {claimed.round} gives this member nothing to do.")
-        base = await self._state_before(assignment)
-        before = record.commits.get(assignment.round - 1 - record.job.rounds.lag)
+        before = self._previous(assignment)
+        base = await self._state_after(before, assignment)
         base_path = self._scratch / "base.state"
         await asyncio.to_thread(base.write, base_path)
         held = await engine.load_state(base_path)
@@ -264,10 +264,22 @@ class Replayer:
         path = await self._find_blob(ref.hash)
         return self._decode(await asyncio.to_thread(path.read_bytes))
 
-    async def _state_before(self, assignment: Assignment) -> SharedState:
+    def _previous(self, assignment: Assignment) -> Commit | None:
+        """The Commit that an Assignment went on from, known by the next one's naming it too; none for the first."""
+        record = self._record
+        if assignment.previous == record.job_id:
+            return None
+        for number in range(max(0, assignment.round - 1 - record.job.rounds.lag), assignment.round):
+            after = record.commits.get(number + 1)
+            if number in record.commits and after is not None and after.previous == assignment.previous:
+                return record.commits[number]
+        raise NotOpened(
+            f"The Commit that the Assignment of round {assignment.round} goes on from is not in the run folder."
+        )
+
+    async def _state_after(self, before: Commit | None, assignment: Assignment) -> SharedState:
         """The shared state that a round's work started from; computed from the Commits when it is not held."""
-        number = assignment.round - 1 - self._record.job.rounds.lag
-        number = max(number, -1)
+        number = before.round if before else -1
         held = [known for known in self._states if known <= number]
         if not held:
             start = await self._find_blob(self._record.job.model.start.hash)
