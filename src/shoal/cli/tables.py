@@ -55,8 +55,12 @@ class RunView:
         if self._console.is_terminal:
             self._live.stop()
 
+    def _print(self, text: str, *, markup: bool = True) -> None:
+        """Wrapped for a terminal; a line each in a file, so that it can be searched."""
+        self._console.print(text, markup=markup, soft_wrap=not self._console.is_terminal)
+
     def say(self, sentence: str) -> None:
-        self._console.print(shown(sentence), markup=False)
+        self._print(shown(sentence), markup=False)
 
     def progress(self, now: JobProgress) -> None:
         left = (now.token_budget - now.tokens_total) / now.tokens_per_s if now.tokens_per_s else 0.0
@@ -72,17 +76,17 @@ class RunView:
             self._live.update(Group(self._bar, figures, doing))
         elif now.tokens_total / now.token_budget >= self._said:
             self._said = now.tokens_total / now.token_budget + self.EVERY_TOKENS_SHARE
-            self._console.print(figures, markup=False)
+            self._print(figures, markup=False)
 
     def event(self, event: Event) -> None:
         if event.kind is EventKind.NOTE and event.round is not None:
             return
         colour = {EventKind.DIED: "red", EventKind.EXCLUDED: "red", EventKind.JOINED: "green"}.get(event.kind, "yellow")
-        self._console.print(f"[dim]{event.time_s:6.1f} s[/]  [{colour}]{escape(shown(event.sentence))}[/]")
+        self._print(f"[dim]{event.time_s:6.1f} s[/]  [{colour}]{escape(shown(event.sentence))}[/]")
 
     def audited(self, line: AuditLine) -> None:
         if line.verdict is AuditVerdict.MISMATCH:
-            self._console.print(f"[red]Replay of round {line.round}: {escape(shown(line.sentence))}[/]")
+            self._print(f"[red]Replay of round {line.round}: {escape(shown(line.sentence))}[/]")
 
 
 def print_report(report: Report, *, console: Console = out) -> None:
