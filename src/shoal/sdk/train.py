@@ -298,7 +298,7 @@ class _Session:
         needs = job_file.requirements
         return await find_gang(
             self.wanted(job_file),
-            nodes_min=needs.nodes_min,
+            nodes_min=max(1, needs.nodes_min - len(without)),  # the retired are not waited for again
             nodes_max=needs.nodes_max,
             wait_s=needs.wait_s,
             endpoint=self.endpoint,
