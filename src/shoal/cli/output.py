@@ -10,6 +10,7 @@ import base64
 import json
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Callable, Coroutine
 from typing import Annotated, Any, TypeVar
@@ -83,6 +84,11 @@ def to_plain(value: object) -> Any:
 def shown(text: str) -> str:
     """Text for a terminal: names, sentences and models' words come from strangers, and a terminal obeys what it is sent."""
     return "".join(letter if letter.isprintable() or letter in "\n\t" else "\ufffd" for letter in text)
+
+
+def shoal_command() -> str:
+    """How this very program is called from where the user is: not every shell has it on its path."""
+    return "shoal" if shutil.which("shoal") or not sys.argv[0].endswith("shoal") else sys.argv[0]
 
 
 def print_json(value: object) -> None:

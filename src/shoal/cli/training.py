@@ -14,7 +14,7 @@ from rich.padding import Padding
 
 from shoal.cli import places
 from shoal.cli.app import JOBS, app
-from shoal.cli.output import BadFlag, HubFlag, Interrupted, JsonFlag, out, print_json, run
+from shoal.cli.output import BadFlag, HubFlag, Interrupted, JsonFlag, out, print_json, run, shoal_command
 from shoal.cli.serving import refuse_wildcard
 from shoal.cli.tables import RunView, print_report
 from shoal.driver.report import Report
@@ -139,7 +139,7 @@ def train_command(
             if not places.holds_run(folder):
                 raise Interrupted("Stopped before the job began; nothing was kept.") from None
             raise Interrupted(
-                f"Stopped. What was committed is kept; go on with: shoal train {shlex.quote(str(folder))} --resume"
+                f"Stopped. What was committed is kept; go on with: {shoal_command()} train {shlex.quote(str(folder))} --resume"
             ) from None
 
     with view:
