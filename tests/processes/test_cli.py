@@ -243,6 +243,8 @@ def test_ctrl_c_before_a_job_began_says_that_nothing_is_kept(place: Path) -> Non
             env=environment(place),
             stderr=subprocess.PIPE,
             text=True,
+            # A background job of a shell inherits that Ctrl-C is ignored; here it is what is tested.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         assert process.stderr is not None
         said = ""

@@ -6,11 +6,13 @@ With --json an error is a document too: {"error": {"code": ..., "sentence": ...}
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import logging
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Coroutine
 from typing import Annotated, Any, TypeVar
@@ -121,10 +123,19 @@ def fail(error: ShoalError, *, as_json: bool) -> int:
 
 
 def run(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    """Run a command's coroutine on the fast event loop; Ctrl-C cancels it and lets it clean up."""
+    """Run a command's coroutine on the fast event loop; Ctrl-C or SIGTERM cancels it and lets it clean up."""
     from shoal import transport
 
-    return transport.run(work())
+    async def until_terminated() -> T:
+        task = asyncio.current_task()
+        assert task is not None
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        return await work()
+
+    try:
+        return transport.run(until_terminated())
+    except asyncio.CancelledError:
+        raise Interrupted("Stopped.") from None
 
 
 def set_up_logging(*, to_terminal: bool) -> None:

@@ -227,6 +227,8 @@ class TrainingDriver:
                 figures = msgspec.structs.replace(figures, status=NodeStatus.LEFT, reason=NOT_BACK)
             self.nodes[bytes.fromhex(figures.node_id)] = figures
         self._lanes: dict[bytes, NodeLane] = {}
+        self._names: dict[bytes, str] = {}
+        """MemberId -> name, of those that left too. One more per joining, as in the folder's records."""
         self._start_s = folder.elapsed_s()
         self._started = clock.monotonic()
         self._last_commit_s = self._start_s
@@ -278,7 +280,9 @@ class TrainingDriver:
         if self._driving.finished is None:
             self._tell(driving.AuditFailed(member_id, sentence))
             return
-        self._beside(self._dismiss(member_id, sentence, NodeStatus.EXCLUDED))
+        line = self._lines.by_member.get(member_id)  # it is let go with the others, but not as one of them
+        if line is not None:
+            self._close_line(line, NodeStatus.EXCLUDED, sentence)
 
     def elapsed_s(self) -> float:
         """Seconds since the job's first start."""
@@ -521,6 +525,7 @@ class TrainingDriver:
         self._note_lanes(lane.closed(self.elapsed_s(), Lane.GONE))
         line = MemberLine(node, envelope.record_id, member, envelope, lane)
         self._lines.add(line)
+        self._names[line.member_id] = line.name
         known = self.nodes.get(node.node)
         self.nodes[node.node] = NodeFigures(
             node_id=node.node.hex(),
@@ -672,8 +677,9 @@ class TrainingDriver:
         """The job is over: what its nodes did until then."""
         now = self.finished_s
         for line in self._lines.by_member.values():
-            self._note_lanes(line.lane.closed(now, Lane.WAITING))
-            self._set(line.node.node, status=NodeStatus.FINISHED)
+            if self.nodes[line.node.node].status is not NodeStatus.EXCLUDED:
+                self._note_lanes(line.lane.closed(now, Lane.WAITING))
+                self._set(line.node.node, status=NodeStatus.FINISHED)
         for node, figures in self.nodes.items():
             if figures.status in (NodeStatus.DIED, NodeStatus.LEFT, NodeStatus.EXCLUDED) and node in self._lanes:
                 gone = Lane.EXCLUDED if figures.status is NodeStatus.EXCLUDED else Lane.GONE
@@ -698,8 +704,7 @@ class TrainingDriver:
         self._watchers.recorded(envelope)
 
     def _name(self, member_id: bytes) -> str:
-        line = self._lines.by_member.get(member_id)
-        return line.name if line else f"member {short_id(member_id)}"
+        return self._names.get(member_id, f"member {short_id(member_id)}")
 
     def _set(self, node: bytes, **changes: Any) -> None:
         self.nodes[node] = msgspec.structs.replace(self.nodes[node], **changes)

@@ -1,0 +1,101 @@
+"""The quickstart in a short form: real processes, one killed, one lying, and the folder it leaves."""
+
+import asyncio
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from shoal.driver.folder import RunFolder
+from shoal.driver.lines import AuditLine, AuditVerdict
+from shoal.driver.report import NodeStatus, Report
+from shoal.driver.write_report import make_report
+from shoal.identity import KeyPair
+from shoal.node.dishonest import LIES
+from shoal.protocol.training import Contribution
+from shoal.sdk.quickstart import NODES, QuickstartOptions, Truth, draw_truth, found_out, quickstart
+from shoal.sdk.replay import replay_round
+from shoal.world import SeededDice, SystemClock
+
+TOKENS = 150_000
+SEED = 3
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report, Truth]:
+    folder = tmp_path_factory.mktemp("runs") / "quickstart"
+    options = QuickstartOptions(folder=folder, key=KeyPair.from_seed(b"q" * 32), seed=SEED, tokens=TOKENS, files_max=60)
+    report, truth = asyncio.run(quickstart(options))
+    return folder, report, truth
+
+
+def node(report: Report, name: str):  # type: ignore[no-untyped-def]
+    return next(one for one in report.nodes if one.name == name)
+
+
+@pytest.mark.timeout(600)
+def test_it_trains_and_knows_who_died_and_who_lied(run: tuple[Path, Report, Truth]) -> None:
+    folder, report, truth = run
+    assert report.tokens_accepted >= TOKENS
+    assert report.held_out_loss is not None and report.untrained_loss is not None
+    assert report.held_out_loss < report.untrained_loss - 0.3  # a few rounds only
+    assert node(report, truth.killed).status is NodeStatus.DIED
+    assert truth.liar is not None
+    liar = node(report, truth.liar)
+    assert liar.status is NodeStatus.EXCLUDED and "replay" in liar.reason
+    wronged = [one.name for one in report.nodes if one.status is NodeStatus.EXCLUDED and one.name != truth.liar]
+    assert wronged == []
+    assert "without having lied" not in found_out(report, truth)
+    assert report.tokens_accepted == sum(one.tokens for one in report.nodes)
+    for name in ("report.html", "report.json", "metrics.jsonl", "model/model.safetensors", "model/config.json"):
+        assert (folder / name).stat().st_size > 0, name
+    written = msgspec.json.decode((folder / "report.json").read_bytes())
+    wanted = {"held_out_loss", "untrained_loss", "unigram_loss", "tokens_accepted", "rounds", "wall_s"}
+    assert wanted | {"compute_fraction", "nodes"} <= written.keys()
+    row = {"node_id", "name", "tokens", "bytes_sent", "bytes_received", "accepted_share", "status", "reason"}
+    assert all(row <= one.keys() for one in written["nodes"])
+
+
+@pytest.mark.timeout(600)
+def test_the_folder_alone_gives_the_report_again(run: tuple[Path, Report, Truth]) -> None:
+    path, report, _ = run
+    from shoal.driver.report import Figures
+
+    with RunFolder.open(path, read_only=True) as folder:
+        figures = folder.read("figures.json", Figures)
+        assert figures is not None
+        assert make_report(folder, figures) == report
+        audits = list(folder.notes(AuditLine))
+    assert any(line.verdict is AuditVerdict.MISMATCH for line in audits)
+
+
+@pytest.mark.timeout(600)
+def test_anyone_can_replay_the_liar_and_an_honest_node_from_the_folder(run: tuple[Path, Report, Truth]) -> None:
+    path, _, truth = run
+    honest = next(name for name, _ in NODES if name not in (truth.liar, truth.killed))
+    verdicts = {}
+    for name in (truth.liar, honest):
+        assert name is not None
+        result = asyncio.run(
+            replay_round(
+                path,
+                1,
+                name,
+                key=KeyPair.from_seed(b"r" * 32),
+                hubs=[],
+                clock=SystemClock(),
+                dice=SeededDice(1),
+            )
+        )
+        verdicts[name] = result.verdict
+    assert verdicts == {truth.liar: "mismatch", honest: "match"}
+    with RunFolder.open(path, read_only=True) as folder:
+        assert sum(1 for _ in folder.opened(Contribution)) > 4
+
+
+def test_the_seed_alone_draws_who_dies_and_who_lies_and_how() -> None:
+    drawn = [draw_truth(seed, honest=False) for seed in range(60)]
+    assert drawn == [draw_truth(seed, honest=False) for seed in range(60)]
+    assert all(truth.killed != truth.liar for truth in drawn)
+    assert {truth.lie for truth in drawn} == set(LIES)
+    assert draw_truth(1, honest=True).liar is None
