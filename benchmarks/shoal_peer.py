@@ -120,7 +120,7 @@ class Shoal:
             "name": "benchmark",
             "seed": job.seed,
             "model": {"checkpoint": str(job.start), "tokenizer": "bytes"},
-            "data": {"paths": [str(job.corpus.train_text)], "sequence_tokens": job.length, "held_out": 0.005},
+            "data": {"paths": [str(job.corpus.train_text)], "sequence_tokens": job.length, "held_out": 0.02},
             "tokens": job.budget_tokens if whole else ENDLESS_TOKENS,
             "batch_samples": job.batch,
             "optimizer": {

@@ -338,7 +338,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--rounds",
-        default='{"byte_budget": "44 kB/s"}',
+        default='{"byte_budget": "60 kB/s"}',
         help="fields of shoal's rounds section, as JSON (%(default)s)",
     )
     parser.add_argument("--save", action="store_true", help="keep the result in benchmarks/results/training.json")
