@@ -7,7 +7,7 @@ import logging
 from collections.abc import AsyncIterator, Callable
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from link_worlds import WORLDS, Fountain, World, breathe, echo, key, linked, play, running, settle, until
 
@@ -279,6 +279,7 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_sent(make_world: MakeW
 
 @settings(max_examples=20, deadline=None)
 @given(sizes=st.lists(st.one_of(st.integers(0, 100), st.integers(10_000, 60_000)), min_size=1, max_size=40))
+@example(sizes=[10_000, 10_000, 12_598, 16_384, 16_384, 16_385])  # a body behind more small frames than go at once
 @pytest.mark.parametrize("world", WORLDS)
 def test_requests_at_once_each_get_their_own_reply(world: str, sizes: list[int]) -> None:
     async def scene(made: World) -> None:

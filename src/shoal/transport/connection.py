@@ -205,10 +205,6 @@ class Connection:
         self._down.set()
         self._down_callback(self)
 
-    async def wait_down(self) -> str:
-        await self._down.wait()
-        return self.down_reason or "closed"
-
     def stats(self) -> LinkStats:
         smoothed_s = self._round_trip.smoothed_s
         round_trip_ms = None if smoothed_s is None else smoothed_s * 1000
@@ -285,8 +281,8 @@ class Connection:
         if self._clock.monotonic() - self._pinged_at > _PING_WITH_REQUEST_S:
             self._send_ping()
         opening = Opening(kind, reply_max_bytes, window, len(body))
-        self._send(frame(FrameType.OPEN, call.id, pack_opening(opening, body[:SMALL_BYTES] if call.large else body)))
-        self._outbox.take_turn(call)
+        start = pack_opening(opening, body[:SMALL_BYTES] if call.large else body)
+        self._send(frame(FrameType.OPEN, call.id, start), opens=call)
         return call
 
     async def more(self, call: Call, stall_s: float) -> None:
@@ -554,9 +550,9 @@ class Connection:
 
     # --- writing
 
-    def _send(self, data: bytes, ends: Answer | None = None) -> None:
+    def _send(self, data: bytes, ends: Answer | None = None, opens: Call | None = None) -> None:
         if not self.is_down:
-            self._outbox.send(data, ends)
+            self._outbox.send(data, ends, opens)
             self._wake_writer()
 
     def _wake_writer(self) -> None:

@@ -33,14 +33,15 @@ class Outbox:
     """
 
     def __init__(self) -> None:
-        self._urgent: deque[tuple[bytes, Answer | None]] = deque()
+        self._urgent: deque[tuple[bytes, Answer | None, Call | None]] = deque()
         self._turns: deque[Answer | Call] = deque()
         self._credits: dict[int, int] = {}
         self._pong: bytes | None = None
 
-    def send(self, data: bytes, ends: Answer | None = None) -> None:
-        """A small frame; `ends` is the answer that is over with it."""
-        self._urgent.append((data, ends))
+    def send(self, data: bytes, ends: Answer | None = None, opens: Call | None = None) -> None:
+        """A small frame. `ends` is the answer that is over with it; `opens` the call that begins with it, and whose
+        body, where it has more, takes its turn only once this frame has been taken: never before it."""
+        self._urgent.append((data, ends, opens))
 
     def pong(self, token: bytes) -> None:
         """Only the newest ping is answered: a correct peer has one under way."""
@@ -59,10 +60,6 @@ class Outbox:
         sender.in_turn = True
         self._turns.append(sender)
         return True
-
-    @property
-    def has_urgent(self) -> bool:
-        return bool(self._urgent)
 
     def clear(self) -> None:
         self._urgent.clear()
@@ -83,11 +80,13 @@ class Outbox:
         self._credits.clear()
         size = 0
         while self._urgent and size < URGENT_BATCH_BYTES:
-            data, ends = self._urgent.popleft()
+            data, ends, opens = self._urgent.popleft()
             head.append(data)
             size += len(data)
             if ends is not None:
                 ended.append(ends)
+            if opens is not None:
+                self.take_turn(opens)
         parts: list[bytes | memoryview] = []
         room, bulk = frame_bytes, False
         while room > 0 and self._turns and not closing:
