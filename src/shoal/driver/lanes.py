@@ -33,10 +33,9 @@ class NodeLane:
         yield from self._segment(Lane.COMPUTING, stopped)
         self._travel_s = travel_s
 
-    def ended(self, now_s: float, state: Lane) -> Iterator[LaneSegment]:
+    def ended(self, now_s: float) -> Iterator[LaneSegment]:
         """It is gone or excluded from now on; what it did since its last Contribution is not known."""
         yield from self._segment(Lane.WAITING, now_s)
-        self._state = state
 
     def closed(self, now_s: float, state: Lane) -> Iterator[LaneSegment]:
         """The job is over."""

@@ -638,7 +638,7 @@ class TrainingDriver:
 
     def _close_line(self, line: MemberLine, status: NodeStatus, reason: str) -> None:
         kind = {NodeStatus.DIED: EventKind.DIED, NodeStatus.LEFT: EventKind.LEFT}.get(status, EventKind.EXCLUDED)
-        self._note_lanes(line.lane.ended(self.elapsed_s(), Lane.GONE))
+        self._note_lanes(line.lane.ended(self.elapsed_s()))
         self._set(line.node.node, status=status, reason=reason)
         self._note(kind, line.node.node, f"{line.name}: {reason}")
 
