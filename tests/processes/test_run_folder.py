@@ -400,6 +400,50 @@ def test_replacing_removes_the_run_before_and_nothing_else(run: Path) -> None:
     assert (run / "job.record").exists()
 
 
+def test_a_run_is_kept_until_the_one_that_replaces_it_has_begun(run: Path) -> None:
+    with begun(run) as folder:
+        folder.append(commit(0), durable=True)
+    with RunFolder.create(run, replace=True):
+        pass  # no hub answered, say
+    with RunFolder.open(run) as folder:
+        assert list(folder.records()) == [commit(0)]
+
+
+def test_a_replacement_killed_at_any_moment_leaves_one_whole_run(run: Path) -> None:
+    def kill_at(number: int) -> bool:
+        """Replace the run in a process that is killed before its so-manieth change to the disk; whether it was."""
+        child = os.fork()
+        if child == 0:
+            left = [number]
+
+            def count(event: str, _: object) -> None:
+                if event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir"):
+                    left[0] -= 1
+                    if left[0] < 0:
+                        os.kill(os.getpid(), signal.SIGKILL)
+
+            sys.addaudithook(count)
+            with RunFolder.create(run, replace=True) as folder:
+                folder.begin(JOB)
+            os._exit(0)
+        return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+    for number in range(200):
+        with RunFolder.create(run, replace=True) as folder:
+            folder.begin(JOB)
+            folder.append(commit(0), durable=True)
+            folder.write("report.html", b"old")
+        killed = kill_at(number)
+        with RunFolder.open(run) as folder:
+            records = list(folder.records())
+            assert (records, (run / "report.html").exists()) in (([commit(0)], True), ([], False)), number
+            assert sorted(entry.name for entry in run.iterdir() if entry.name.startswith(".")) == []
+        if not killed:
+            assert number > 10 and records == []
+            return
+    raise AssertionError("it never got through")
+
+
 def test_a_running_driver_keeps_others_out(run: Path) -> None:
     with begun(run):
         for attempt in (lambda: RunFolder.open(run), lambda: RunFolder.create(run, replace=True)):

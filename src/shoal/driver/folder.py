@@ -109,6 +109,9 @@ S = TypeVar("S", bound=msgspec.Struct)
 
 _CHAIN = "records/chain"
 _LOCK = "lock"
+_REPLACED = ".replaced"
+"""Where an earlier run lies until the one in its place has begun."""
+_GONE = ".gone"
 _FRAME = struct.Struct(">4sBI8s")
 _MARK = b"\xa7RC1"
 _FRAME_MAX_BYTES = _FRAME.size + RECORD_BODY_MAX_BYTES + ENVELOPE_OVERHEAD_BYTES
@@ -142,7 +145,8 @@ class RunFolder:
     @classmethod
     def create(cls, path: Path, *, replace: bool = False, disk: Disk | None = None) -> RunFolder:
         """Make a new folder and lock it; `begin` then gives it its job. A folder in which nothing was begun is taken
-        over; with `replace` an earlier run is removed first, but never a file that is not a run's.
+        over; with `replace` an earlier run is removed once the new one has begun, but never a file that is not a
+        run's.
 
         Raises FolderTaken, FolderLocked, FolderUnreadable, FolderWriteFailed.
         """
@@ -160,12 +164,21 @@ class RunFolder:
             disk = disk or DirectoryDisk(path)
         folder = cls(path, disk, _take_lock(path, disk))
         try:
-            if disk.info("job.record") is not None and not replace:
+            with _writing(path):
+                _settle_replaced(path, disk)
+            if disk.info("job.record") is None:
+                with _writing(path):
+                    _clear(path)
+            elif replace:
+                with _writing(path):
+                    _set_aside(path)
+            else:
                 raise FolderTaken(
                     f"{path} already holds {folder._describe_job()}; continue it with --resume, or choose another name."
                 )
             with _writing(path):
-                _clear(path, disk)
+                (path / "blobs").mkdir()
+                (path / "records").mkdir()
         except BaseException:
             folder.close()
             raise
@@ -182,11 +195,14 @@ class RunFolder:
             raise FolderUnreadable(f"There is no run folder {path}.")
         with _reading(path):
             disk = disk or DirectoryDisk(path)
-            begun = disk.info("job.record") is not None
+            begun = any(disk.info(name) is not None for name in ("job.record", f"{_REPLACED}/job.record"))
         if not begun:
             raise FolderUnreadable(f"{path} is not a run folder that was begun: it has no job.record.")
         folder = cls(path, disk, None if read_only else _take_lock(path, disk))
         try:
+            if not read_only:
+                with _writing(path):
+                    _settle_replaced(path, disk)
             folder._job = folder._read_job()
             folder._check_chain()
             if not read_only:
@@ -197,11 +213,16 @@ class RunFolder:
         return folder
 
     def close(self) -> None:
-        """Release the lock. What was not appended durably may still be on its way to the disk."""
+        """Release the lock. What was not appended durably may still be on its way to the disk. A run that was to be
+        replaced is there again when the new one did not begin."""
         with self._guard:
             if self._lock is not None:
-                self._lock.release()
-                self._lock = None
+                try:
+                    with _writing(self.path):
+                        _settle_replaced(self.path, self._disk)
+                finally:
+                    self._lock.release()
+                    self._lock = None
 
     def __enter__(self) -> RunFolder:
         return self
@@ -223,6 +244,8 @@ class RunFolder:
             self.write("job.yaml", job_yaml)
         self.write("job.record", job.to_bytes())
         self._job = job
+        with _writing(self.path):
+            _settle_replaced(self.path, self._disk)
 
     @property
     def job(self) -> Envelope:
@@ -510,7 +533,7 @@ def _is_own(name: str) -> bool:
     if name.startswith(".") and name.endswith(".new"):
         name = name[1:-4]
         return name in _OWN_NAMES or name == _CHAIN.replace("/", ".")
-    return name in _OWN_NAMES
+    return name in _OWN_NAMES or name in (_REPLACED, _GONE)
 
 
 def _take_lock(path: Path, disk: Disk) -> DiskLock:
@@ -528,19 +551,44 @@ def _take_lock(path: Path, disk: Disk) -> DiskLock:
     return lock
 
 
-def _clear(path: Path, disk: Disk) -> None:
-    """Remove a run, and make its directories anew. job.record goes first: a folder without it holds no job, however
-    much of the rest is still there."""
-    disk.delete("job.record")
+def _clear(path: Path) -> None:
+    """Remove what is left of a run that never began."""
     for entry in path.iterdir():
-        if entry.name == _LOCK:
+        if entry.name in (_LOCK, _REPLACED, _GONE):
             continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
         else:
             entry.unlink()
-    (path / "blobs").mkdir()
-    (path / "records").mkdir()
+
+
+def _set_aside(path: Path) -> None:
+    """Keep a run until the one that replaces it has begun. job.record goes last: where it lies, the rest does too."""
+    aside = path / _REPLACED
+    aside.mkdir()
+    entries = [entry for entry in path.iterdir() if entry.name not in (_LOCK, _REPLACED)]
+    for entry in sorted(entries, key=lambda entry: entry.name == "job.record"):
+        entry.rename(aside / entry.name)
+
+
+def _settle_replaced(path: Path, disk: Disk) -> None:
+    """Of a run that was set aside and the one in its place keep the newer that has begun; after a kill at any moment,
+    too."""
+    aside, gone = path / _REPLACED, path / _GONE
+    if gone.exists():
+        shutil.rmtree(gone)
+    if not aside.exists():
+        return
+    begun, kept = disk.info("job.record") is not None, disk.info(f"{_REPLACED}/job.record") is not None
+    if begun and kept:
+        aside.rename(gone)
+        shutil.rmtree(gone)
+        return
+    if kept:
+        _clear(path)
+    for entry in sorted(aside.iterdir(), key=lambda entry: entry.name != "job.record"):
+        entry.rename(path / entry.name)
+    aside.rmdir()
 
 
 def _write_failure(path: Path, error: OSError) -> FolderWriteFailed:
