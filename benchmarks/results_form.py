@@ -30,13 +30,21 @@ def figure(
 
 def report(figures: list[dict[str, object]], *, save_as: str | None = None) -> None:
     """Print the JSON object of a run as the last line; with `save_as`, keep it under `benchmarks/results/`."""
-    result = {"machine": machine(), "commit": commit(), "command": command(), "figures": figures}
     if save_as is not None:
-        path = _HERE / "results" / f"{save_as}.json"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(result, indent=2) + "\n")
+        keep(figures, save_as)
     sys.stdout.flush()
-    print(json.dumps(result), flush=True)
+    print(json.dumps(_result(figures)), flush=True)
+
+
+def keep(figures: list[dict[str, object]], save_as: str) -> None:
+    """Write a result under `benchmarks/results/`."""
+    path = _HERE / "results" / f"{save_as}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(_result(figures), indent=2) + "\n")
+
+
+def _result(figures: list[dict[str, object]]) -> dict[str, object]:
+    return {"machine": machine(), "commit": commit(), "command": command(), "figures": figures}
 
 
 def machine() -> dict[str, object]:

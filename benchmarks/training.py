@@ -30,7 +30,7 @@ from corpus import Corpus
 from ground import Ground, orderly_end
 from links import LINKS, CannotMeasure, Link
 from peers import DDP, DILOCO, Alone, Job, Peer, Run, held_out_loss, make_start, stopwatch
-from results_form import figure, report
+from results_form import figure, keep, report
 from shoal_peer import Shoal
 
 CORES = 0.8
@@ -68,7 +68,7 @@ def extent(peer: str, link: str, quick: bool) -> Extent:
     if peer == "shoal":
         seconds = 12.0 if quick else {"home": 40.0, "poor": 60.0}[link]
         return Extent(seconds=seconds, warmup=3, estimate_s=seconds + {"home": 25.0, "poor": 80.0}[link])
-    seconds = 8.0 if quick else 20.0
+    seconds = 8.0 if quick else 30.0
     return Extent(seconds=seconds, warmup=10, estimate_s=seconds + 2)
 
 
@@ -250,7 +250,7 @@ def loss(bench: Bench) -> list[dict[str, object]]:
 def mixed(bench: Bench, shoal: Peer) -> list[dict[str, object]]:
     """Four workers of unequal speed, over the home link: accepted tokens against what each does alone."""
     link = LINKS["home"]
-    how = Extent(seconds=15.0 if bench.quick else 30.0, warmup=4)
+    how = Extent(seconds=15.0 if bench.quick else 20.0, warmup=4)
     together, apart, got = [], [], []
     for repetition in range(bench.repetitions):
         at_once = bench.run(bench.alone, link, MIXED, how, repetition).tokens_per_s
@@ -300,7 +300,7 @@ def plan(bench: Bench, parts: Sequence[str], chosen: Sequence[Link]) -> float:
         )
         total += minutes
     if "mixed" in parts:
-        minutes = bench.repetitions * 6 * (30 + STARTING_ESTIMATE_S) / 60
+        minutes = bench.repetitions * (5 * 20 + 40 + 6 * STARTING_ESTIMATE_S) / 60
         print(f"mixed speeds {' : '.join(f'{c:g}' for c in MIXED)} of a core: about {minutes:.0f} minutes")
         total += minutes
     print(f"in all about {total:.0f} minutes", flush=True)
@@ -341,7 +341,7 @@ def main() -> None:
         default='{"byte_budget": "60 kB/s"}',
         help="fields of shoal's rounds section, as JSON (%(default)s)",
     )
-    parser.add_argument("--save", action="store_true", help="keep the result in benchmarks/results/training.json")
+    parser.add_argument("--save", action="store_true", help="keep each part in benchmarks/results/training-PART.json")
     parser.add_argument("--keep", type=Path, default=None, help="work in this folder and leave it")
     given = parser.parse_args()
     parts, quick = given.only.split(","), given.quick
@@ -387,12 +387,18 @@ def main() -> None:
                 say("something else is using this machine: these figures show that it works, and no more")
             asked = f"{CORES:g} asked; two busy groups at once, the other got {min(held):.4f}"
             figures = [figure("limit/cores", round(max(held), 4), "cores", compared_with=asked)]
+
+            def done(part: str, found: list[dict[str, object]]) -> None:
+                figures.extend(found)
+                if given.save:  # at once: a later part may fail
+                    keep([figures[0], *found], f"training-{part}")
+
             for name in names if "speed" in parts else []:
-                figures += speed(bench, LINKS[name])
-            if "loss" in parts:
-                figures += loss(bench)
+                done(name, speed(bench, LINKS[name]))
             if "mixed" in parts:
-                figures += mixed(bench, shoal)
+                done("mixed", mixed(bench, shoal))
+            if "loss" in parts:
+                done("loss", loss(bench))
             figures.append(figure("parameters", bench.parameters, "parameters"))
     except CannotMeasure as error:
         sys.exit(f"{error}\n(what was written so far is in {folder})")
@@ -403,7 +409,7 @@ def main() -> None:
     if given.keep is None:
         shutil.rmtree(folder)
     table(figures)
-    report(figures, save_as="training" if given.save else None)
+    report(figures)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ from shoal.protocol.training import (
     Turn,
 )
 from shoal.rounds import driving
+from shoal.rounds.joining import OFFERED_MAX_BYTES, is_offered
 from shoal.rounds.standing import Standing
 from shoal.rounds.weights import weigh
 from shoal.storage import BlobStore, DiskFailed, Fetcher, StorageFull
@@ -212,7 +213,8 @@ class TrainingDriver:
         self._commits: OrderedDict[int, Envelope] = OrderedDict()
         for envelope in records.commits[-COMMITS_KEPT:]:
             self._commits[open_record(envelope, Commit, self.network).round] = envelope
-        self._head: Envelope | None = records.commits[-1] if records.commits else None
+        self._offered = (self.state, records.commits[-1] if records.commits else None)
+        """The state from which joiners begin, and the Commit that names it."""
         self._arrived: dict[bytes, _Arrived] = {}
         self._failure: BaseException | None = None
         self._events: asyncio.Queue[driving.Event] = asyncio.Queue(EVENTS_MAX)
@@ -385,7 +387,6 @@ class TrainingDriver:
         envelope = sign(self._key, commit, self.network)
         await asyncio.to_thread(self._folder.append, envelope, durable=True)
         self._watchers.recorded(envelope)
-        self._head = envelope
         self._commits[commit.round] = envelope
         while len(self._commits) > COMMITS_KEPT:
             self._commits.popitem(last=False)
@@ -395,6 +396,8 @@ class TrainingDriver:
             self.state = next(state for (number, _), state in self._next.items() if number == commit.round
                               and state.hash == commit.state)  # fmt: skip
         self._next = {key: state for key, state in self._next.items() if key[0] > commit.round}
+        if is_offered(commit.round, self.state.size) or self.state.size > OFFERED_MAX_BYTES:
+            self._offered = (self.state, envelope)
         attached = {}
         if sum(entry.update.size for entry in commit.accepted) <= ATTACH_MAX_BYTES:
             attached = {entry.member: self._store.read(entry.update.hash) for entry in commit.accepted}
@@ -492,7 +495,7 @@ class TrainingDriver:
         self._invited[node.node] = (times + 1, self._clock.monotonic() + BETWEEN_INVITES_S * 2**times)
         while len(self._invited) > INVITED_REMEMBERED_MAX:
             del self._invited[next(iter(self._invited))]
-        state, head = self.state, self._head
+        state, head = self._offered
         ref = await asyncio.to_thread(self._store.put, state.to_bytes(), SharedState.MEDIA_TYPE)
         invite = MemberInvite(
             job=self.records.job.to_bytes(),

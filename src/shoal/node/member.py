@@ -40,6 +40,7 @@ from shoal.protocol.training import (
     Turn,
 )
 from shoal.rounds import following
+from shoal.rounds.joining import is_offered
 from shoal.storage import BlobStore, Fetcher, FetchFailed
 from shoal.training.commands import ApplyCommit, CommittedUpdate, Prepare, Prepared, RoundDone, RunRound, ShardFile
 from shoal.training.process import EngineDied, EngineFailed, EngineProcess, RoundCancelledError
@@ -51,10 +52,8 @@ INBOX_MAX = 256
 HOLDERS_MAX = 64
 ATTACH_MAX_BYTES = 256 * 1024
 """An update up to this size travels with its Contribution."""
-STATES_KEPT = 3
-"""Newest shared states that stay on disk, for joiners."""
-STATE_WRITE_MAX_BYTES = 256 << 20
-"""Shared states larger than this are not written every round; joiners then take them from the driver."""
+STATES_KEPT = 2
+"""Newest offered shared states that stay on disk, for joiners."""
 DRIVER_SILENCE_S = 900.0
 """A member that has not heard of any driver for this long gives up."""
 ASK_AFTER_S = 10.0
@@ -477,9 +476,8 @@ class MemberRun:
         for entry in commit.accepted:
             await self._have(entry.update)
             paths.append(CommittedUpdate(str(self._store.path(entry.update.hash)), entry.weight_ppm, entry.scale_ppm))
-        write = None
-        if self.job.model.start.size <= STATE_WRITE_MAX_BYTES:
-            write = self._scratch / f"state-{commit.round}"
+        offered = is_offered(commit.round, self.job.model.start.size)
+        write = self._scratch / f"state-{commit.round}" if offered else None
         held = await self._engine.apply_commit(
             ApplyCommit(
                 round=commit.round,
@@ -494,7 +492,7 @@ class MemberRun:
         await self._inbox.put(following.Applied(commit.round, held.state))
 
     def _offer_state(self, path: Path) -> None:
-        """Keep the newest few states on disk, so that joiners can take them from here."""
+        """Keep this state on disk for a while, so that joiners can take it from here."""
         ref = self._store.adopt(path, STATE_MEDIA_TYPE, move=True)
         self._pin(ref)
         if ref not in self._states:  # a Commit that accepted nothing names the same state again

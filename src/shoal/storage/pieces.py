@@ -32,7 +32,7 @@ def piece_hash(chunk_list: bytes, index: int) -> bytes:
 
 def hash_pieces(pieces: Iterable[bytes | memoryview]) -> tuple[bytes, bytes]:
     """One pass over a blob's pieces -> (hash, chunk list). Each piece is hashed twice while the caches hold it."""
-    whole = blake3(max_threads=blake3.AUTO)
+    whole = blake3(max_threads=1)  # a store's neighbours compute: more threads would take their cores
     hashes = []
     for piece in pieces:
         whole.update(piece)

@@ -216,7 +216,7 @@ class Sketcher:
         padded = -(-size // SKETCH_WIDTH) * SKETCH_WIDTH
         bits = np.frombuffer(blake3(seed, derive_key_context="shoal sketch signs").digest(-(-padded // 8)), np.uint8)
         signs = 1.0 - 2.0 * np.unpackbits(bits, bitorder="little")[:padded].astype(np.float32)
-        self._signs = torch.from_numpy(signs).to(device).view(SKETCH_WIDTH, -1, 1)
+        self._signs = torch.from_numpy(signs).to(device).view(SKETCH_WIDTH, -1)
         self._last = torch.zeros(size, dtype=torch.float32, device=device)
         self._moved = torch.zeros(padded, dtype=torch.float32, device=device)
         self._size = size
@@ -228,4 +228,5 @@ class Sketcher:
         """float32 [SKETCH_WIDTH]."""
         torch.sub(flat.detach(), self._last, out=self._moved[: self._size])
         self._last.copy_(flat.detach())
-        return torch.bmm(self._moved.view(SKETCH_WIDTH, 1, -1), self._signs).view(SKETCH_WIDTH)
+        runs = zip(self._moved.view(SKETCH_WIDTH, -1), self._signs, strict=True)
+        return torch.stack([torch.dot(run, signs) for run, signs in runs])  # bmm takes three times as long on CPUs
