@@ -2,7 +2,7 @@
 peers; the Commits since are caught up with."""
 
 OFFERED_EVERY = 8
-"""Writing and hashing a state is a noticeable part of a small model's round; catching up with a few Commits is little."""
+"""Writing and hashing a state is a noticeable part of a small model's round; catching up is little."""
 OFFERED_MAX_BYTES = 256 << 20
 """Larger shared states are not written while the job runs; joiners then take the newest from the driver."""
 
