@@ -37,7 +37,7 @@ CORES = 0.8
 """Share of a core every worker is held to."""
 MIXED = tuple(round(1.6 * ratio / 2.75, 3) for ratio in (1.0, 1.0, 0.5, 0.25))
 """Shares of a core of the mixed workers: 1 : 1 : 0.5 : 0.25, together 1.6."""
-GRID = (1e-3, 2e-3, 3e-3, 4e-3)
+GRID = (5e-4, 1e-3, 2e-3, 3e-3, 4e-3)
 GRID_SEED = 1000
 SPEED_GOAL, BYTES_GOAL, MIXED_GOAL = 0.95, 1000.0, 0.93
 STARTING_ESTIMATE_S = 12.0
@@ -373,7 +373,7 @@ def main() -> None:
                 repetitions=given.repetitions or (1 if quick else 5),
                 seeds=given.seeds or (1 if quick else 3),
                 tokens=given.tokens or (204_800 if quick else 1_048_576),
-                grid=GRID[1:2] if quick else GRID,
+                grid=GRID[2:3] if quick else GRID,
                 say=say,
                 hub_beside_worker=given.driver == "worker",
             )

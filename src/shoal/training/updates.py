@@ -187,9 +187,10 @@ def _largest(sizes: NDArray[np.uint32], k: int) -> NDArray[np.int64]:
     length = sizes.shape[1]
     threshold = np.partition(sizes, length - k, axis=1)[:, length - k, None]
     taken = sizes >= threshold
-    for row in np.flatnonzero(taken.sum(axis=1) > k):
-        ties = np.flatnonzero(sizes[row] == threshold[row])
-        taken[row, ties[len(ties) - (int(taken[row].sum()) - k) :]] = False
+    if np.count_nonzero(taken) > taken.shape[0] * k:
+        for row in np.flatnonzero(taken.sum(axis=1) > k):
+            ties = np.flatnonzero(sizes[row] == threshold[row])
+            taken[row, ties[len(ties) - (int(taken[row].sum()) - k) :]] = False
     return _marked(taken, k)
 
 

@@ -14,7 +14,7 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Protocol, TypeAlias
 
 from typing_extensions import Buffer
@@ -98,7 +98,7 @@ class Disk(Protocol):
 
 
 def _checked(name: str) -> str:
-    parts = PurePosixPath(name).parts
+    parts = [part for part in name.split("/") if part not in ("", ".")]
     if not parts or name.startswith("/") or ".." in parts or "\\" in name or len(name.encode()) > NAME_MAX_BYTES:
         raise ValueError(f"{name!r} is not the name of a file on a disk: a relative path without '..' is expected.")
     return name
