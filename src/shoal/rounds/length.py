@@ -33,13 +33,16 @@ def choose_round_length(
     round_trip_s: float,
     rate_bps: float | None,
     bytes_per_s_budget: float | None,
+    bytes_per_token_budget: float | None = None,
+    step_tokens: float = 1.0,
     lag: int,
 ) -> RoundLength:
     """The fewest inner steps for which (1) the exchange fits into the computing it hides behind, (2) what a member
-    sends and receives stays within its budget of bytes per second.
+    sends and receives stays within its budget of bytes per second, (3) what all send stays within that per token.
 
     `step_s`: one inner step of the fastest member. `update_bytes`: one encoded update; a member sends its own once and
     receives those of the others. `rate_bps`: what the slowest measured link carries, None when not measured.
+    `step_tokens`: tokens that all members together take in one step of the fastest.
     With lag 0 nothing is hidden; the exchange is then held to a tenth of the round.
     """
     moved = update_bytes * max(2, members) + FRAMING_BYTES
@@ -52,13 +55,18 @@ def choose_round_length(
     if budget is None and rate_bps:
         budget, source = rate_bps / 8 * LINK_SHARE, f"{LINK_SHARE:.0%} of the link"
     by_bytes = math.ceil(moved / budget / step_s) if budget else 0
-    steps = min(MOST_STEPS, max(LEAST_STEPS, by_time, by_bytes))
+    sent_by_all = members * (update_bytes * max(1, members - 1) + FRAMING_BYTES)
+    by_tokens = math.ceil(sent_by_all / (bytes_per_token_budget * step_tokens)) if bytes_per_token_budget else 0
+    steps = min(MOST_STEPS, max(LEAST_STEPS, by_time, by_bytes, by_tokens))
     times = (
         f"a step takes about {step_s * 1000:.0f} ms, "
         f"an exchange of {moved / 1024:.0f} KiB about {exchange_s * 1000:.0f} ms"
     )
     if steps == MOST_STEPS:
-        why = f"{max(by_time, by_bytes)} steps would be needed, but beyond {MOST_STEPS} members drift too far apart"
+        wanted = max(by_time, by_bytes, by_tokens)
+        why = f"{wanted} steps would be needed, but beyond {MOST_STEPS} members drift too far apart"
+    elif by_tokens >= max(by_time, by_bytes, LEAST_STEPS):
+        why = f"fewer would send more than the {bytes_per_token_budget:g} bytes per token that are allowed"
     elif by_bytes >= max(by_time, LEAST_STEPS):
         why = f"fewer would send more than {source} allows ({(budget or 0) / 1024:.1f} KiB/s)"
     elif by_time > LEAST_STEPS:

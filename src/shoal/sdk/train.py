@@ -181,6 +181,12 @@ def slowest_rate_bps(gang: Sequence[LinkedNode]) -> float | None:
     return min((rate for rate in rates if rate > 0), default=None)
 
 
+def _relative_speed(gang: Sequence[LinkedNode]) -> float:
+    """How many nodes of the fastest one's speed the gang amounts to."""
+    rates = [fastest_float32(one.offer) for one in gang]
+    return sum(rates) / max(rates) if rates and max(rates) > 0 else float(max(1, len(rates)))
+
+
 def choose_dtype(offers: Sequence[Offer]) -> str:
     """bfloat16 where every node's fastest device is an accelerator that measured it well ahead of float32, as all
     members of a job compute alike; else float32."""
@@ -325,6 +331,8 @@ class _Session:
             round_trip_s=(slowest_round_trip_ms(gang) or 0.0) / 1000,
             rate_bps=slowest_rate_bps(gang),
             bytes_per_s_budget=rounds.byte_budget,
+            bytes_per_token_budget=rounds.bytes_per_token,
+            step_tokens=job_file.batch_samples * prepared.data.sequence_tokens * _relative_speed(gang),
             lag=rounds.settings.lag,
         )
 
