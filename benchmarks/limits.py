@@ -83,13 +83,7 @@ class CpuGroup:
             for tree in dict.fromkeys((trees.limit, trees.account)):
                 (tree / self._name).mkdir()
                 self._folders.append(tree / self._name)
-            if self._cores is not None:
-                quota = round(self._cores * PERIOD_US)
-                if self._version == 2:
-                    (self._folders[0] / "cpu.max").write_text(f"{quota} {PERIOD_US}")
-                else:
-                    (self._folders[0] / "cpu.cfs_period_us").write_text(str(PERIOD_US))
-                    (self._folders[0] / "cpu.cfs_quota_us").write_text(str(quota))
+            self.hold()
         except OSError as error:
             self.__exit__(None, None, None)
             raise CannotMeasure(
@@ -97,6 +91,23 @@ class CpuGroup:
                 f"under {trees.limit}."
             ) from error
         return self
+
+    def hold(self) -> None:
+        """Apply the limit."""
+        if self._cores is not None:
+            quota = round(self._cores * PERIOD_US)
+            if self._version == 2:
+                (self._folders[0] / "cpu.max").write_text(f"{quota} {PERIOD_US}")
+            else:
+                (self._folders[0] / "cpu.cfs_period_us").write_text(str(PERIOD_US))
+                (self._folders[0] / "cpu.cfs_quota_us").write_text(str(quota))
+
+    def release(self) -> None:
+        """Lift the limit until `hold`: for what is not measured, such as importing libraries."""
+        if self._version == 2:
+            (self._folders[0] / "cpu.max").write_text(f"max {PERIOD_US}")
+        else:
+            (self._folders[0] / "cpu.cfs_quota_us").write_text("-1")
 
     @property
     def joins(self) -> list[Path]:

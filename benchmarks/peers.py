@@ -115,6 +115,7 @@ class PlainTorch:
     def _start(self, ground: Ground, job: Job) -> list[Process]:
         processes = []
         for rank, seat in enumerate(ground.workers):
+            seat.group.release()
             task = {
                 "kind": self._kind,
                 "rank": rank,
@@ -141,6 +142,8 @@ class PlainTorch:
         for process in processes:
             if "ready" not in json.loads(process.line(STARTING_S)):
                 raise CannotMeasure(f"{process.name} did not say that it is ready.")
+        for seat in ground.workers:
+            seat.group.hold()
         for process in processes:
             process.say("go")
         return processes

@@ -257,7 +257,7 @@ def loss(bench: Bench) -> list[dict[str, object]]:
 def mixed(bench: Bench) -> list[dict[str, object]]:
     """Four workers of unequal speed, over the home link: accepted tokens against what each does alone."""
     link, shoal = LINKS["home"], Shoal({"byte_budget": MIXED_BYTE_BUDGET})
-    how = Extent(seconds=15.0 if bench.quick else 20.0, warmup=4)
+    how = Extent(seconds=10.0 if bench.quick else 15.0, warmup=4)
     together, apart, got = [], [], []
     for repetition in range(bench.repetitions):
         at_once = bench.run(bench.alone, link, MIXED, how, repetition).tokens_per_s
@@ -309,7 +309,7 @@ def plan(bench: Bench, parts: Sequence[str], chosen: Sequence[Link]) -> float:
         )
         total += minutes
     if "mixed" in parts:
-        minutes = bench.repetitions * (5 * 20 + 40 + 6 * STARTING_ESTIMATE_S) / 60
+        minutes = bench.repetitions * (5 * (15 + STARTING_ESTIMATE_S) + 40 + 110) / 60
         print(f"mixed speeds {' : '.join(f'{c:g}' for c in MIXED)} of a core: about {minutes:.0f} minutes")
         total += minutes
     print(f"in all about {total:.0f} minutes", flush=True)
