@@ -396,7 +396,8 @@ class TrainingDriver:
             self.state = next(state for (number, _), state in self._next.items() if number == commit.round
                               and state.hash == commit.state)  # fmt: skip
         self._next = {key: state for key, state in self._next.items() if key[0] > commit.round}
-        if is_offered(commit.round, self.state.size) or self.state.size > OFFERED_MAX_BYTES:
+        size = self.state.size
+        if size > OFFERED_MAX_BYTES or is_offered(commit.round, size, self.job.rounds):
             self._offered = (self.state, envelope)
         attached = {}
         if sum(entry.update.size for entry in commit.accepted) <= ATTACH_MAX_BYTES:

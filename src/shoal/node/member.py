@@ -476,7 +476,7 @@ class MemberRun:
         for entry in commit.accepted:
             await self._have(entry.update)
             paths.append(CommittedUpdate(str(self._store.path(entry.update.hash)), entry.weight_ppm, entry.scale_ppm))
-        offered = is_offered(commit.round, self.job.model.start.size)
+        offered = is_offered(commit.round, self.job.model.start.size, self.job.rounds)
         write = self._scratch / f"state-{commit.round}" if offered else None
         held = await self._engine.apply_commit(
             ApplyCommit(
