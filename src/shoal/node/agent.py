@@ -37,6 +37,7 @@ from shoal.protocol.training import (
     Turn,
 )
 from shoal.storage import BlobStore, Fetcher, serve
+from shoal.transport import DuplicateKey
 from shoal.world import Clock, Dice, Endpoint, Request
 
 MEMBERS_MAX = 4
@@ -139,7 +140,7 @@ class NodeAgent:
     # ---- life ----
 
     async def start(self) -> None:
-        """Measure, accept links, and publish the offer."""
+        """Measure, accept links, and publish the offer. Raises DuplicateKey where another node runs with this key."""
         self.capability = await self._measure(
             speed_limit=self.settings.engine.speed_limit,
             threads=self.settings.engine.threads,
@@ -164,8 +165,20 @@ class NodeAgent:
         if self.settings.listen is not None:
             await self._endpoint.listen(self.settings.listen)
         await self._hubs.start()
+        self._refuse_twin()
         await self._measure_hub_link()
         await self._publish()
+
+    def _refuse_twin(self) -> None:
+        states = self._hubs.states()
+        if any(state.up for state in states):
+            return
+        for state in states:
+            if DuplicateKey.code in state.trouble:  # the hub asked the other one, and it answered
+                raise DuplicateKey(
+                    f"Another running node has the key in {self.settings.folder}. Stop it, or give this node a folder "
+                    f"(--data) with a key file of its own: a node is its key. ({state.trouble})"
+                )
 
     async def close(self) -> None:
         """Leave all jobs, saying so, and stop."""
