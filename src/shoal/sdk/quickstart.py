@@ -33,7 +33,7 @@ LATE_NODE = ("ember", 0.5)
 KILLED_AT, JOINS_AT = 0.4, 0.45
 """Shares of the token budget. The late node starts a little before half, as it measures itself first."""
 GOAL_SHARE = 0.75
-TOKENS = 2_000_000
+TOKENS = 1_500_000
 PROMPT = "def read_file(path):\n"
 
 _JOB = """\
