@@ -337,6 +337,10 @@ def main() -> None:
     parser.add_argument("--peers", default=",".join(known), help="peers beside the lone workers (%(default)s)")
     parser.add_argument("--repetitions", type=int, default=None, help="interleaved repetitions (5; --quick: 1)")
     parser.add_argument("--tokens", type=int, default=None, help="tokens of a loss run (1048576; --quick: 204800)")
+    parser.add_argument(
+        "--grid", default=None, help="learning rates tried for a loss, separated by commas (%s; --quick: 2e-3)"
+        % ",".join(f"{rate:g}" for rate in GRID),
+    )  # fmt: skip
     parser.add_argument("--seeds", type=int, default=None, help="seeds of a loss (3; --quick: 1)")
     parser.add_argument(
         "--driver",
@@ -354,6 +358,7 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, default=None, help="work in this folder and leave it")
     given = parser.parse_args()
     parts, quick = given.only.split(","), given.quick
+    grid = tuple(float(rate) for rate in given.grid.split(",")) if given.grid else GRID[2:3] if quick else GRID
     names = (given.links or ("home" if quick else "home,poor")).split(",")
     for what, wanted, there in (
         ("part", parts, ("speed", "loss", "mixed")), ("link", names, LINKS), ("peer", given.peers.split(","), known)
@@ -382,7 +387,7 @@ def main() -> None:
                 repetitions=given.repetitions or (1 if quick else 5),
                 seeds=given.seeds or (1 if quick else 3),
                 tokens=given.tokens or (204_800 if quick else 1_048_576),
-                grid=GRID[2:3] if quick else GRID,
+                grid=grid,
                 say=say,
                 hub_beside_worker=given.driver == "worker",
             )
