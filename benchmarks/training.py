@@ -337,10 +337,8 @@ def main() -> None:
     parser.add_argument("--peers", default=",".join(known), help="peers beside the lone workers (%(default)s)")
     parser.add_argument("--repetitions", type=int, default=None, help="interleaved repetitions (5; --quick: 1)")
     parser.add_argument("--tokens", type=int, default=None, help="tokens of a loss run (1048576; --quick: 204800)")
-    parser.add_argument(
-        "--grid", default=None, help="learning rates tried for a loss, separated by commas (%s; --quick: 2e-3)"
-        % ",".join(f"{rate:g}" for rate in GRID),
-    )  # fmt: skip
+    shown = ",".join(f"{rate:g}" for rate in GRID)
+    parser.add_argument("--grid", default=None, help=f"learning rates tried for a loss ({shown}; --quick: 2e-3)")
     parser.add_argument("--seeds", type=int, default=None, help="seeds of a loss (3; --quick: 1)")
     parser.add_argument(
         "--driver",
