@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.rounds.length import FRAMING_BYTES, LEAST_STEPS, MOST_STEPS, choose_round_length
+from shoal.rounds.length import FRAMING_BYTES, LEAST_STEPS, MOST_STEPS, choose_round_length, members_of_full_speed
 
 HOME: dict[str, Any] = {
     "step_s": 0.1, "update_bytes": 17_000, "members": 2, "round_trip_s": 0.08, "rate_bps": 20e6,
@@ -68,3 +68,18 @@ def test_every_budget_is_kept_or_the_reason_says_that_it_cannot_be(
         if per_token is not None:
             sent = members * (update * max(1, members - 1) + FRAMING_BYTES)
             assert sent / (steps * step_tokens) <= per_token * (1 + 1e-9)
+
+
+def test_noise_in_a_first_measurement_does_not_make_rounds_longer() -> None:
+    assert members_of_full_speed([34.0, 23.0]) == 2
+    assert members_of_full_speed([1.0, 0.95, 0.5, 0.25]) == 2.75
+    assert members_of_full_speed([0.0, 0.0]) == 2
+    assert members_of_full_speed([]) == 1
+
+
+@given(st.lists(st.floats(0, 1e15), min_size=1, max_size=50))
+def test_nobody_counts_for_more_than_the_fastest_nor_for_less_than_measured(speeds: list[float]) -> None:
+    found = members_of_full_speed(speeds)
+    assert 1 <= found <= len(speeds)
+    if max(speeds) > 0:
+        assert found >= sum(speed / max(speeds) for speed in speeds) - 1e-9

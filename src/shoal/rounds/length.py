@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 LEAST_STEPS = 5
@@ -17,6 +18,19 @@ LINK_SHARE = 0.25
 """Without a budget a member uses at most this share of its link."""
 FRAMING_BYTES = 4096
 """Signed records and link overhead of one member's round, about."""
+
+ALIKE = 2 / 3
+"""A member that was measured at this share of the fastest or more counts as its equal: before a job each is measured
+once, for less than a second, beside whatever else starts; equal machines were seen a third apart (docs/log.md)."""
+
+
+def members_of_full_speed(speeds: Sequence[float]) -> float:
+    """How many members of the fastest one's speed these amount to, as far as a first measurement can tell; those not
+    measured count as its equals where nobody was."""
+    fastest = max(speeds, default=0.0)
+    if fastest <= 0:
+        return float(max(1, len(speeds)))
+    return sum(1.0 if speed >= ALIKE * fastest else speed / fastest for speed in speeds)
 
 
 @dataclass(frozen=True, slots=True)

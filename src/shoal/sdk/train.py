@@ -36,7 +36,7 @@ from shoal.protocol.hubs import HubTicket
 from shoal.protocol.messages import sign
 from shoal.protocol.offers import Offer, OfferFind
 from shoal.protocol.training import Commit, Contribution, Grant, Term, TrainJob
-from shoal.rounds.length import RoundLength, choose_round_length
+from shoal.rounds.length import RoundLength, choose_round_length, members_of_full_speed
 from shoal.rounds.standing import Standing, standing_at_start
 from shoal.sdk.jobfile import JobFile
 from shoal.sdk.loop_script import ScriptFailed, engine_for, how_to_take_part, loop_kind, measure
@@ -181,12 +181,6 @@ def slowest_rate_bps(gang: Sequence[LinkedNode]) -> float | None:
     return min((rate for rate in rates if rate > 0), default=None)
 
 
-def _relative_speed(gang: Sequence[LinkedNode]) -> float:
-    """How many nodes of the fastest one's speed the gang amounts to."""
-    rates = [fastest_float32(one.offer) for one in gang]
-    return sum(rates) / max(rates) if rates and max(rates) > 0 else float(max(1, len(rates)))
-
-
 def choose_dtype(offers: Sequence[Offer]) -> str:
     """bfloat16 where every node's fastest device is an accelerator that measured it well ahead of float32, as all
     members of a job compute alike; else float32."""
@@ -319,7 +313,8 @@ class _Session:
         rounds = job_file.rounds
         if rounds.inner_steps != "auto":
             return RoundLength(rounds.inner_steps, f"{rounds.inner_steps} inner steps a round, as the job file says.")
-        flops = max((fastest_float32(one.offer) for one in gang), default=0.0)
+        speeds = [fastest_float32(one.offer) for one in gang]
+        flops = max(speeds, default=0.0)
         work = 6 * prepared.model.parameters * job_file.batch_samples * prepared.data.sequence_tokens
         step_s = max(STEP_LEAST_S, work / (CPU_EFFICIENCY * flops) if flops else 1.0)
         if prepared.samples_per_s:
@@ -332,7 +327,7 @@ class _Session:
             rate_bps=slowest_rate_bps(gang),
             bytes_per_s_budget=rounds.byte_budget,
             bytes_per_token_budget=rounds.bytes_per_token,
-            step_tokens=job_file.batch_samples * prepared.data.sequence_tokens * _relative_speed(gang),
+            step_tokens=job_file.batch_samples * prepared.data.sequence_tokens * members_of_full_speed(speeds),
             lag=rounds.settings.lag,
         )
 
