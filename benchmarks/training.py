@@ -219,7 +219,10 @@ def loss(bench: Bench) -> list[dict[str, object]]:
                 raise CannotMeasure(f"{peer.name} left no model to evaluate.")
             found = held_out_loss(ground, bench.corpus, 128, [run.model])[0]
         shutil.rmtree(folder)
-        notes = "".join(f", {name} {value}" for name, value in run.notes.items())
+        notes = "".join(
+            f", {name} {format(value, '.4f') if isinstance(value, float) else value}"
+            for name, value in run.notes.items()
+        )
         bench.say(
             f"loss {peer.name:8} seed {seed}, learning rate {learning_rate:g}: {found:.4f}  ({taken():.0f} s{notes})"
         )
