@@ -80,6 +80,11 @@ class Run:
     def bytes_per_token(self) -> float:
         return self.sent_bytes / max(1, self.tokens)
 
+    @property
+    def noted(self) -> str:
+        """The notes, to be put behind a line about this run."""
+        return "".join(f", {name} {value}" for name, value in self.notes.items())
+
 
 class Peer(Protocol):
     name: str
@@ -169,7 +174,7 @@ class PlainTorch:
         return measured(
             ground, self.name, begin, end, tokens, congestion, worker_rates=rates, tokens_per_s=sum(rates),
             model=job.folder / "model" if job.rounds is None and job.seconds is None else None,
-            notes={"last_train_loss": rounds[0][-1]["loss"]},
+            notes={"last_train_loss": round(rounds[0][-1]["loss"], 4)},
         )  # fmt: skip
 
 

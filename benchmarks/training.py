@@ -156,7 +156,7 @@ def speed(bench: Bench, link: Link) -> list[dict[str, object]]:
                 + " ".join(f"{share:.3f}" for share in run.cores)
                 + f" + hub {run.hub_cores:.3f}; kB sent by host "
                 + " ".join(f"{sent / 1000:.0f}" for sent in run.sent_by_host)
-                + "".join(f", {name} {value}" for name, value in run.notes.items())
+                + run.noted
             )
     rates_alone = [run.tokens_per_s for run in runs["alone"]]
     lone = [statistics.fmean(pair) for pair in zip(rates_alone[::2], rates_alone[1::2], strict=True)]
@@ -219,12 +219,9 @@ def loss(bench: Bench) -> list[dict[str, object]]:
                 raise CannotMeasure(f"{peer.name} left no model to evaluate.")
             found = held_out_loss(ground, bench.corpus, 128, [run.model])[0]
         shutil.rmtree(folder)
-        notes = "".join(
-            f", {name} {format(value, '.4f') if isinstance(value, float) else value}"
-            for name, value in run.notes.items()
-        )
         bench.say(
-            f"loss {peer.name:8} seed {seed}, learning rate {learning_rate:g}: {found:.4f}  ({taken():.0f} s{notes})"
+            f"loss {peer.name:8} seed {seed}, learning rate {learning_rate:g}: {found:.4f}  "
+            f"({taken():.0f} s{run.noted})"
         )
         return found
 

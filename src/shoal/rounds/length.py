@@ -21,7 +21,8 @@ FRAMING_BYTES = 4096
 
 ALIKE = 2 / 3
 """A member that was measured at this share of the fastest or more counts as its equal: before a job each is measured
-once, for less than a second, beside whatever else starts; equal machines were seen a third apart (docs/log.md)."""
+once, for less than a second, beside whatever else starts (docs/log.md). Where such members really are slower, two send
+up to a fifth more per token than their budget."""
 
 
 def members_of_full_speed(speeds: Sequence[float]) -> float:
