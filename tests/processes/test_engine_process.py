@@ -17,6 +17,7 @@ import psutil
 import pytest
 from engine_pieces import Setting, make_setting
 
+from shoal.training import template
 from shoal.training.commands import (
     FRAME,
     FRAME_MAX_BYTES,
@@ -181,6 +182,56 @@ def test_an_engine_dies_with_its_parent() -> None:
     with contextlib.suppress(psutil.NoSuchProcess):
         child.wait(GENEROUS_S)
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+
+
+async def its_round(engine: EngineProcess, setting: Setting) -> RoundDone:
+    prepared = await engine.prepare(setting.prepare())
+    assert prepared.state == setting.start.hash
+    return await engine.run_round(setting.run_round(0, setting.start.hash))
+
+
+def sockets_of(engine: EngineProcess) -> set[str]:
+    """What an engine can write to."""
+    links = (str(one.readlink()) for one in Path(f"/proc/{engine.pid}/fd").iterdir())
+    return {link for link in links if link.startswith("socket:")}
+
+
+@pytest.mark.skipif(not template.CAN_FORK, reason="this system forks no engines")
+def test_engines_share_a_template_and_nothing_else(setting: Setting) -> None:
+    async def life() -> None:
+        first, second = [await EngineProcess.start(f"node {name}") for name in "de"]
+        parents = {psutil.Process(engine.pid).ppid() for engine in (first, second)}
+        assert len(parents) == 1 and os.getpid() not in parents
+        done = await its_round(first, setting)
+        assert not sockets_of(first) & sockets_of(second)
+        os.kill(first.pid, signal.SIGKILL)
+        assert "SIGKILL" in (await first.died).sentence
+        assert same(await its_round(second, setting), done)
+        # Without their template engines end, and are told apart from those that come after.
+        os.kill(parents.pop(), signal.SIGKILL)
+        assert "killed" in (await second.died).sentence
+        third = await EngineProcess.start("node f")
+        assert same(await its_round(third, setting), done)
+        for engine in (first, second, third):
+            await engine.stop()
+
+    asyncio.run(asyncio.wait_for(life(), GENEROUS_S))
+
+
+def test_where_nothing_can_be_forked_an_engine_is_started_afresh(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def life() -> RoundDone:
+        engine = await EngineProcess.start("node g")
+        try:
+            return await its_round(engine, setting)
+        finally:
+            await engine.stop()
+
+    forked = asyncio.run(asyncio.wait_for(life(), GENEROUS_S))
+    monkeypatch.setattr(template, "CAN_FORK", False)
+    monkeypatch.setattr(template, "_template", None)
+    assert same(asyncio.run(asyncio.wait_for(life(), GENEROUS_S)), forked)
 
 
 def test_two_processes_do_the_work_of_one_and_repeat_it_bit_for_bit(setting: Setting) -> None:

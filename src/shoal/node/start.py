@@ -17,6 +17,7 @@ from shoal.node.member import EngineSettings, MemberRun
 from shoal.protocol.hubs import HubTicket
 from shoal.quantities import format_bytes
 from shoal.storage import BlobStore
+from shoal.training.template import warm
 from shoal.transport import TlsEndpoint
 from shoal.world import Clock, Dice
 
@@ -93,6 +94,7 @@ async def start_node(
     except BaseException:
         await agent.close()
         raise
+    warm()  # after measuring, which it would disturb
     return running
 
 

@@ -210,11 +210,13 @@ def find_files(paths: Sequence[str | Path]) -> list[Path]:
             files = [path]
         else:
             pattern = path if path.is_absolute() else Path.cwd() / path
-            files = sorted(
-                file for file in Path(pattern.anchor).glob(str(pattern)[len(pattern.anchor) :]) if file.is_file()
-            )
+            matches = Path(pattern.anchor).glob(str(pattern)[len(pattern.anchor) :])
+            files = sorted(file for file in matches if file.is_file() and (_is_table(file) or file.stat().st_size > 0))
             if not files:
-                raise BadData(f"There is no data at {path}; name a file, a directory or a pattern such as data/*.txt.")
+                raise BadData(
+                    f"There is no data at {path}, or only empty files; name a file, a directory or a pattern such as "
+                    "data/*.txt."
+                )
         found.update(dict.fromkeys(files))
         if len(found) > FILES_MAX:
             raise BadData(f"{path} leads to more than {FILES_MAX} files; join them into fewer.")
@@ -224,10 +226,13 @@ def find_files(paths: Sequence[str | Path]) -> list[Path]:
 
 
 def _is_data(file: Path) -> bool:
-    """Whether a file in a named directory is meant. Trees of text are full of empty files that mean nothing; an empty
-    table is a broken one."""
-    kind = file.suffix.lower()
-    return kind in (".jsonl", ".parquet") or (kind in TEXT_SUFFIXES and file.stat().st_size > 0)
+    """Whether a file in a named directory is meant. Trees of text are full of empty files that mean nothing, and a
+    pattern meets them too; an empty table is a broken one."""
+    return _is_table(file) or (file.suffix.lower() in TEXT_SUFFIXES and file.stat().st_size > 0)
+
+
+def _is_table(file: Path) -> bool:
+    return file.suffix.lower() in (".jsonl", ".parquet")
 
 
 def read_documents(file: Path, text_field: str = "text", file_format: str = "auto") -> Iterator[str]:
@@ -237,7 +242,7 @@ def read_documents(file: Path, text_field: str = "text", file_format: str = "aut
     try:
         size = file.stat().st_size
         if size == 0:
-            raise BadData(f"The data file {file} is empty (zero bytes); remove it from the list or fill it.")
+            raise BadData(f"The data file {file} is empty (zero bytes); leave it out or fill it.")
         if file_format == "parquet":
             yield from _read_parquet(file, text_field)
         elif file_format == "jsonl":

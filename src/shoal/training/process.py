@@ -11,7 +11,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import msgspec
 
@@ -46,11 +46,13 @@ from shoal.training.commands import (
     WritePrivate,
     WriteState,
 )
+from shoal.training.template import fork_engine
 
 OUTSTANDING_MAX = 64
 LOG_LINES_KEPT = 20
 LOG_LINE_MAX = 2_000
 STOP_WAIT_S = 5.0
+WORKER = ("shoal.training.worker",)
 
 
 class EngineDied(EngineError):
@@ -80,11 +82,28 @@ _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Answered)
 
 
+class ChildProcess(Protocol):
+    """What is used of `asyncio.subprocess.Process`."""
+
+    @property
+    def pid(self) -> int: ...
+    @property
+    def returncode(self) -> int | None: ...
+    @property
+    def stdin(self) -> asyncio.StreamWriter | None: ...
+    @property
+    def stdout(self) -> asyncio.StreamReader | None: ...
+    @property
+    def stderr(self) -> asyncio.StreamReader | None: ...
+    async def wait(self) -> int: ...
+    def kill(self) -> None: ...
+
+
 class EngineProcess:
     """One child process with one member in it. All methods raise EngineDied and EngineFailed; several may be waited for
     at once. Made by `start`, ended by `stop` or `kill`."""
 
-    def __init__(self, name: str, process: asyncio.subprocess.Process, log: Callable[[str], None] | None) -> None:
+    def __init__(self, name: str, process: ChildProcess, log: Callable[[str], None] | None) -> None:
         self._name, self._process, self._log = name, process, log
         self._waiting: dict[int, asyncio.Future[Reply]] = {}
         self._number = 0
@@ -101,12 +120,12 @@ class EngineProcess:
         *,
         threads: int = 1,
         log: Callable[[str], None] | None = None,
-        command: Sequence[str] = ("shoal.training.worker",),
+        command: Sequence[str] = WORKER,
     ) -> EngineProcess:
-        """Start `python -m COMMAND PARENT_PID`, for a language model. `name` is who it computes for, for sentences;
-        `log` is given each line that it writes to stderr. Another command speaks the same way over its pipes."""
+        """Start the engine of a language model: forked from the template where that is possible, else
+        `python -m COMMAND PARENT_PID`. `name` is who it computes for, for sentences; `log` is given each line that it
+        writes to stderr. Another command speaks the same way over its pipes."""
         environment = {
-            **os.environ,
             "OMP_NUM_THREADS": str(threads),
             "MKL_NUM_THREADS": str(threads),
             "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # without it cuBLAS is not deterministic
@@ -114,17 +133,23 @@ class EngineProcess:
             "HF_HUB_OFFLINE": "1",
             "GLOO_SOCKET_IFNAME": "lo" if sys.platform.startswith("linux") else "",
         }
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            *command,
-            str(os.getpid()),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            env={key: value for key, value in environment.items() if value},
-            limit=FRAME_MAX_BYTES + FRAME.size,
-        )
+        environment = {key: value for key, value in environment.items() if value}
+        limit = FRAME_MAX_BYTES + FRAME.size
+        process: ChildProcess | None = None
+        if tuple(command) == WORKER:
+            process = await fork_engine(environment, limit)
+        if process is None:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                *command,
+                str(os.getpid()),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+                env={**os.environ, **environment},
+                limit=limit,
+            )
         return cls(name, process, log)
 
     @property

@@ -1,4 +1,4 @@
-"""The child process: `python -m shoal.training.worker PARENT_PID`.
+"""The child process: `python -m shoal.training.worker PARENT_PID`, or forked (`template`).
 
 Commands come on stdin, replies go out on what was stdout; anything that a library prints goes to stderr. One thread:
 a round gives way between its steps, and only there, so that applying a Commit or cancelling never touches numbers that
@@ -173,8 +173,9 @@ async def serve(replies: int) -> None:
     writer.close()
 
 
-def main() -> None:
-    die_with_parent(int(sys.argv[1]))
+def work(parent: int) -> None:
+    """Be the engine of the process `parent`, until the end."""
+    die_with_parent(parent)
     replies = os.dup(1)
     os.dup2(2, 1)
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING)
@@ -185,4 +186,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    work(int(sys.argv[1]))
