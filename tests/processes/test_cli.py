@@ -145,7 +145,7 @@ def test_a_place_that_refuses_is_said(place: Path) -> None:
     done = shoal(place, "train", "job.yaml", "--hub", NOBODY)
     assert done.returncode in (1, 2) and "runs" in done.stderr and "Traceback" not in done.stderr
     (place / "blocked").write_text("")
-    done = shoal(place, "offers", "--hub", NOBODY, SHOAL_HOME=str(place / "blocked" / "home"))
+    done = shoal(place, "train", "job.yaml", "--hub", NOBODY, SHOAL_HOME=str(place / "blocked" / "home"))
     assert done.returncode == 1 and done.stderr.startswith("error SH-420") and "Traceback" not in done.stderr
 
 

@@ -1,6 +1,7 @@
 """Measuring this machine, here and in a child that may die."""
 
 import asyncio
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from shoal.devices import MeasureFailed, fast_dtypes, measure_in_child
-from shoal.protocol.offers import Device, Throughput
+from shoal.node.agent import DeviceMissing, check_device
+from shoal.protocol.offers import Capability, Device, Throughput
 
 
 def pretend(code: str) -> tuple[str, ...]:
@@ -32,6 +34,26 @@ def test_this_machine_is_measured_in_a_child(tmp_path: Path) -> None:
     assert "torch" in capability.software
     assert list(tmp_path.iterdir()) == []
     assert set(fast_dtypes(cpu)) >= {"float32"}
+
+
+def test_a_machine_too_busy_to_repeat_is_measured_all_the_same() -> None:
+    """Its time is over before the first product was begun."""
+    import torch
+
+    from shoal.devices.measure import MATMUL_BUDGET_S, matmul_flops
+
+    ticks = itertools.chain([0.0], itertools.count(2 * MATMUL_BUDGET_S, 0.001))
+    assert matmul_flops(torch.device("cpu"), torch.float32, lambda: next(ticks)) > 0
+
+
+def test_a_device_that_was_not_measured_is_refused() -> None:
+    kinds = ("cpu", "cuda", "cuda")
+    capability = Capability(devices=tuple(Device(kind, "x", 1, 1.0, ()) for kind in kinds))
+    for name in ("cpu", "cuda", "cuda:1"):
+        check_device(name, capability)
+    for name in ("mps", "cuda:2", "cuda:x", "tpu", ""):
+        with pytest.raises(DeviceMissing, match="it has cpu:0, cuda:0, cuda:1"):
+            check_device(name, capability)
 
 
 def test_the_agent_that_measures_does_not_load_torch() -> None:

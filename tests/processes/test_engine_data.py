@@ -95,6 +95,9 @@ def test_empty_files_in_a_tree_mean_nothing(tmp_path: Path) -> None:
     (tmp_path / "tree" / "text.py").write_text(some_text(3_000))
     (tmp_path / "tree" / "photo.jpg").write_bytes(b"\xff\xd8")
     assert [file.name for file in find_files([tmp_path / "tree"])] == ["text.py"]
+    assert [file.name for file in find_files([tmp_path / "tree" / "*.py"])] == ["text.py"]
+    with pytest.raises(BadData, match="or only empty files"):
+        find_files([tmp_path / "tree" / "__*.py"])
 
 
 def bad(tmp_path: Path, name: str, content: bytes, sentence: str, **settings: object) -> None:

@@ -44,7 +44,7 @@ from shoal.protocol.hubs import HubTicket
 from shoal.protocol.offers import OfferFind
 from shoal.sdk.local import LocalProcess, LocalProcessFailed, LocalShoal
 from shoal.sdk.replay import replay_round
-from shoal.sdk.train import NothingToResume, train
+from shoal.sdk.train import NothingToResume, plan, train
 from shoal.transport import TlsEndpoint
 from shoal.world import SystemClock, SystemDice
 
@@ -202,6 +202,14 @@ def test_a_job_survives_whatever_happens_to_hubs_nodes_and_engines(world: World,
             for name in ("birch", "cedar"):
                 await watch.until(lambda name=name: times(EventKind.JOINED, name) > joined[name])
             await some_rounds(6)
+
+            # Whose job runs can still look round: each run drives under a key of its own.
+            text = job_text(tmp_path, name="another")
+            planned = await plan(
+                parsed(text, tmp_path), options_for(shoal, tmp_path, owner_key(), Watch()), tmp_path / "plan"
+            )
+            assert (planned.nodes, planned.nodes_min) == ((), 2)
+            assert not running.done()
         finally:
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
@@ -302,6 +310,7 @@ def test_a_full_disk_stops_the_driver_and_loses_nothing(world: World, tmp_path: 
         with pytest.raises(FolderWriteFailed, match="make room, then use --resume"):
             async with asyncio.timeout(PATIENCE_S):
                 await train(parsed(text, tmp_path), text, options, folder)
+        (at / "driver.key").unlink()  # then the owner itself drives
         again = Watch()
         report = await resume_job(world.shoal, tmp_path, owner_key(), again, text)
         assert again.shares[0] >= 0.4

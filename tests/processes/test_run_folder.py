@@ -366,7 +366,7 @@ def test_a_folder_whose_making_failed_holds_no_job_and_is_taken_over(run: Path, 
     fault.operation = operation
     with folder, pytest.raises(FolderWriteFailed):
         folder.begin(JOB, b"x")
-    with pytest.raises(FolderUnreadable, match=r"has no job\.record"):
+    with pytest.raises(FolderUnreadable, match="There is no run folder"):
         RunFolder.open(run)
     with begun(run) as folder:
         assert folder.job == JOB

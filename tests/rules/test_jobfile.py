@@ -188,8 +188,8 @@ def test_a_data_file_of_zero_bytes_is_refused(folder: Path) -> None:
 
 
 def test_a_job_file_that_is_not_there_or_a_directory(folder: Path) -> None:
-    for path in (folder / "nothing.yaml", folder):
-        with pytest.raises(documents.BadDocument, match="cannot be read"):
+    for path, why in ((folder / "nothing.yaml", "cannot be read"), (folder, "is a directory")):
+        with pytest.raises(documents.BadDocument, match=why):
             load_job(path)
 
 

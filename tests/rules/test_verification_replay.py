@@ -64,7 +64,7 @@ def test_the_same_bytes_on_the_same_engine_match():
     verdict = judge(CLAIMED, SAME)
     assert verdict.outcome is Outcome.MATCH
     assert verdict.sentence == "Match: every byte is the same, on the same engine."
-    assert (verdict.measured, verdict.threshold, verdict.measure) == (0.0, 0.0, "bytes")
+    assert (verdict.measured, verdict.threshold, verdict.measure) == (0.0, 0.0, "claims")
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 from rich.markup import escape
@@ -14,7 +14,7 @@ from shoal.cli import places
 from shoal.cli.app import JOBS, MACHINES, app
 from shoal.cli.output import BadFlag, HubFlag, JsonFlag, err, out, print_json, run, shown
 from shoal.errors import BadInput, LinkError
-from shoal.identity import short_id
+from shoal.identity import KeyPair, short_id
 from shoal.quantities import format_bytes, parse_bytes
 from shoal.world import SystemClock, SystemDice
 
@@ -37,18 +37,25 @@ def offers(
     """  # fmt: skip
     from shoal.hub import HubClient
     from shoal.protocol.offers import FOUND_MAX, OfferFind
+    from shoal.sdk.jobfile import DeviceKind
     from shoal.transport import TlsEndpoint
 
     if not 1 <= limit <= FOUND_MAX:
         raise BadFlag(f"--limit {limit} cannot be used: from 1 to {FOUND_MAX}.")
+    kinds = get_args(DeviceKind)
+    if device is not None and device not in kinds:
+        raise BadFlag(f"--device {device} is no kind of device; there are {', '.join(kinds)}.")
     wanted = OfferFind(
-        device=device, memory_bytes_min=parse_bytes(memory) if memory else 0, idle_only=idle, limit=limit
+        device=None if device == "any" else device,
+        memory_bytes_min=parse_bytes(memory) if memory else 0,
+        idle_only=idle,
+        limit=limit,
     )
     tickets = places.find_hubs(hub)
 
     async def work() -> None:
         clock, dice = SystemClock(), SystemDice()
-        endpoint = TlsEndpoint(places.user_key(), clock=clock, dice=dice)
+        endpoint = TlsEndpoint(KeyPair.generate(), clock=clock, dice=dice)
         client = HubClient(endpoint, tickets, clock=clock, dice=dice)
         try:
             await client.start()
@@ -147,7 +154,7 @@ def replay(
                 run_folder,
                 round_number,
                 node,
-                key=places.user_key(),
+                key=KeyPair.generate(),
                 hubs=tickets,
                 threads=threads,
                 device=device,

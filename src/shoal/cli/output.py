@@ -127,9 +127,18 @@ def run(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
     from shoal import transport
 
     async def until_terminated() -> T:
-        task = asyncio.current_task()
+        task, loop = asyncio.current_task(), asyncio.get_running_loop()
         assert task is not None
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+
+        def stop() -> None:
+            err.print("[dim]Stopping; a second time ends it at once.[/]")
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
+                signal.signal(number, signal.SIG_DFL)
+            task.cancel()
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, stop)
         return await work()
 
     try:

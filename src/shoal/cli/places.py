@@ -15,6 +15,7 @@ __all__ = [
     "find_run",
     "forget_local",
     "holds_run",
+    "job_of",
     "local_folder",
     "user_key",
     "write_local",
@@ -33,6 +34,11 @@ class NoRun(BadInput):
 def holds_run(folder: Path) -> bool:
     """Whether a run was begun in a folder."""
     return (folder / "job.record").is_file()
+
+
+def job_of(folder: Path) -> bytes | None:
+    """The signed job in a folder, None where none was begun."""
+    return (folder / "job.record").read_bytes() if holds_run(folder) else None
 
 
 def find_run(folder: Path) -> Path:

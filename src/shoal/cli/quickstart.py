@@ -9,8 +9,8 @@ import typer
 
 from shoal.cli import places
 from shoal.cli.app import HERE, app
-from shoal.cli.output import JsonFlag, out, print_json, run, shoal_command, shown
-from shoal.cli.tables import RunView, print_report
+from shoal.cli.output import JsonFlag, out, print_json, run, shoal_command
+from shoal.cli.tables import RunView, print_completion, print_report
 from shoal.quantities import parse_count
 from shoal.sdk.quickstart import TOKENS, QuickstartOptions, found_out, quickstart
 from shoal.sdk.train import TrainOptions
@@ -54,10 +54,7 @@ def quickstart_command(
     if json:
         print_json(report)
     else:
-        if report.completion is not None:
-            out.print("[bold]The model continues:[/]")
-            out.print(shown(report.completion.prompt + report.completion.text), markup=False)
-        out.print()
+        print_completion(report)
         print_report(report)
         out.print(told, markup=False)
         out.print(report.goal.sentence if report.goal else "", markup=False)
@@ -65,7 +62,15 @@ def quickstart_command(
         honest_name = next(name for name in (node.name for node in report.nodes) if name not in (liar, truth.killed))
         folder = options.folder
         out.print(f"Look at {folder / 'report.html'}, and see for yourself:", markup=False)
-        out.print(f"  {shoal_command()} replay {folder} --round 2 --node {liar}", markup=False, soft_wrap=True)
-        out.print(f"  {shoal_command()} replay {folder} --round 2 --node {honest_name}", markup=False, soft_wrap=True)
+        out.print(
+            f"  {shoal_command()} replay {folder} --round 2 --node {liar}{'   # mismatch' if truth.liar else ''}",
+            markup=False,
+            soft_wrap=True,
+        )
+        out.print(
+            f"  {shoal_command()} replay {folder} --round 2 --node {honest_name}   # match",
+            markup=False,
+            soft_wrap=True,
+        )
     if report.goal is None or not report.goal.reached:
         raise typer.Exit(1)

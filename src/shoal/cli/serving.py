@@ -14,7 +14,7 @@ import typer
 
 from shoal.cli import places
 from shoal.cli.app import HERE, MACHINES, app
-from shoal.cli.output import BadFlag, HubFlag, JsonFlag, WithParent, out, print_json, run
+from shoal.cli.output import BadFlag, HubFlag, JsonFlag, WithParent, err, out, print_json, run
 from shoal.quantities import format_bytes, parse_bytes
 from shoal.sdk.local import LocalProcessFailed, LocalShoal, shoal_home
 from shoal.world import SystemClock, SystemDice
@@ -36,6 +36,7 @@ async def _until_stopped() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stopped.set)
     await stopped.wait()
+    err.print("[dim]Stopping.[/]")
 
 
 @app.command("hub", rich_help_panel=MACHINES)

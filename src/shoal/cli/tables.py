@@ -129,6 +129,14 @@ def print_report(report: Report, *, console: Console = out) -> None:
         console.print(loss)
 
 
+def print_completion(report: Report, *, console: Console = out) -> None:
+    """What the trained model was given and, brighter, how it went on."""
+    if report.completion is not None:
+        console.print("[bold]The model continues[/] [dim](the prompt is dim)[/]")
+        console.print(Text(shown(report.completion.prompt), "dim") + Text(shown(report.completion.text)))
+        console.print()
+
+
 def _loss_line(report: Report) -> str:
     parts: list[str] = []
     show: Callable[[float | None, str], None] = lambda value, what: (  # noqa: E731

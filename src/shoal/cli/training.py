@@ -16,7 +16,7 @@ from shoal.cli import places
 from shoal.cli.app import JOBS, app
 from shoal.cli.output import BadFlag, HubFlag, Interrupted, JsonFlag, out, print_json, run, shoal_command
 from shoal.cli.serving import refuse_wildcard
-from shoal.cli.tables import RunView, print_report
+from shoal.cli.tables import RunView, print_completion, print_report
 from shoal.driver.report import Report
 from shoal.quantities import format_bytes, format_count
 from shoal.sdk.documents import describe, show_default
@@ -132,10 +132,14 @@ def train_command(
             view.audited,
         )
 
+    before = places.job_of(folder)
+
     async def work() -> Report:
         try:
             return await (resume(job_file, options) if resume_run else train(job_file, text, options))
         except asyncio.CancelledError:
+            if not resume_run and before is not None and places.job_of(folder) == before:
+                raise Interrupted("Stopped before the job began; the earlier run is as it was.") from None
             if not places.holds_run(folder):
                 raise Interrupted("Stopped before the job began; nothing was kept.") from None
             raise Interrupted(
@@ -147,6 +151,7 @@ def train_command(
     if json:
         print_json(made_report)
     else:
+        print_completion(made_report)
         print_report(made_report)
         out.print(f"Model: {folder / 'model'}   Report: {folder / 'report.html'}", markup=False, soft_wrap=True)
     if made_report.goal is not None and not made_report.goal.reached:
@@ -165,18 +170,27 @@ def _plan_fields(made: Plan) -> dict[str, object]:
         "rounds": made.rounds,
         "update_bytes": made.update_bytes,
         "round_trip_ms": made.round_trip_ms,
+        "nodes_min": made.nodes_min,
+        "token_budget": made.token_budget,
+        "dtype": made.dtype,
     }
 
 
 def print_plan(made: Plan) -> None:
     """What a job would do, in sentences."""
     out.print(
-        f"Model of {format_count(made.parameters)} parameters on {made.samples:,} samples, about {made.rounds} rounds."
+        f"Model of {format_count(made.parameters)} parameters in {made.dtype}, {made.samples:,} samples; "
+        f"{format_count(made.token_budget)} tokens in about {made.rounds} round{'s' * (made.rounds != 1)}."
     )
     if made.unigram_loss is not None:
         out.print(
             f"Held out: {made.held_out_tokens:,} tokens; a unigram model has {made.unigram_loss:.3f} nats per token there."
         )
     out.print(f"An update takes {format_bytes(made.update_bytes)}. {made.length.reason}", markup=False)
-    for name, device, flops in made.nodes:
-        out.print(f"  {name:<16} {device}  {flops / 1e9:.1f} GFLOP/s", markup=False)
+    for name, device, flops in sorted(made.nodes, key=lambda node: -node[2]):
+        out.print(f"  {name:<16} {device}  {flops / 1e9:.1f} GFLOP/s in float32", markup=False)
+    if len(made.nodes) < made.nodes_min:
+        out.print(
+            f"{len(made.nodes)} idle nodes fit now; the job begins with {made.nodes_min} and waits for them.",
+            style="yellow",
+        )

@@ -99,6 +99,7 @@ _OWN_NAMES = frozenset(
         "local",
         "data",
         "owner.json",
+        "driver.key",
     }
     | {line.FILE for line in LINES}
 )
@@ -174,7 +175,8 @@ class RunFolder:
                     _set_aside(path)
             else:
                 raise FolderTaken(
-                    f"{path} already holds {folder._describe_job()}; continue it with --resume, or choose another name."
+                    f"{path} already holds {folder._describe_job()}; continue it with --resume, throw it away with "
+                    "--replace, or choose another name."
                 )
             with _writing(path):
                 (path / "blobs").mkdir()
@@ -220,6 +222,9 @@ class RunFolder:
                 try:
                     with _writing(self.path):
                         _settle_replaced(self.path, self._disk)
+                        if self._disk.info("job.record") is None:
+                            _clear(self.path, keep="local")  # logs of processes that say why nothing began
+                            _remove_empty(self.path)
                 finally:
                     self._lock.release()
                     self._lock = None
@@ -551,10 +556,18 @@ def _take_lock(path: Path, disk: Disk) -> DiskLock:
     return lock
 
 
-def _clear(path: Path) -> None:
+def _remove_empty(path: Path) -> None:
+    """Remove a folder in which there is nothing but the lock that is held here."""
+    with contextlib.suppress(OSError):
+        if [entry.name for entry in path.iterdir()] == [_LOCK]:
+            (path / _LOCK).unlink()
+            path.rmdir()
+
+
+def _clear(path: Path, keep: str = "") -> None:
     """Remove what is left of a run that never began."""
     for entry in path.iterdir():
-        if entry.name in (_LOCK, _REPLACED, _GONE):
+        if entry.name in (_LOCK, _REPLACED, _GONE, keep):
             continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)

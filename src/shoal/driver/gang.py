@@ -78,6 +78,7 @@ async def find_gang(
     nodes_min: int,
     nodes_max: int,
     wait_s: float,
+    advice: str,
     endpoint: Endpoint,
     directory: Directory,
     clock: Clock,
@@ -89,7 +90,7 @@ async def find_gang(
 
     `former` are nodes that worked for this job under a driver that is gone: they may seem busy with it, and are asked
     for all the same. Waits up to `wait_s` for enough of them. Raises TooFewNodes, saying what was there and why it
-    does not do.
+    does not do, or giving `advice`.
     """
     until = clock.monotonic() + wait_s
     linked: dict[bytes, LinkedNode] = {}
@@ -125,10 +126,9 @@ async def find_gang(
             told = True
         await clock.sleep(LOOK_EVERY_S)
     seen = f"{len(found)} fitting and idle offers at the hubs, {len(linked)} of them answered"
-    hint = (
-        " ".join(troubles.values()) or "Start more with `shoal node start`, or ask for fewer (requirements.nodes_min)."
-    )
-    raise TooFewNodes(f"The job needs {nodes_min} nodes; {seen} within {wait_s:.0f} s. {hint}")
+    hint = " ".join(troubles.values()) or advice
+    needed = "1 node" if nodes_min == 1 else f"{nodes_min} nodes"
+    raise TooFewNodes(f"The job needs {needed}; {seen} within {wait_s:.0f} s. {hint}")
 
 
 async def find_fitting(directory: Directory, wanted: OfferFind, former: Collection[bytes] = ()) -> list[FoundOffer]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -20,6 +21,8 @@ TURNS_MAX = 64
 """Turns that may wait for a slow member; when there are more the oldest goes, and the member asks for what it
 misses."""
 TURN_DEADLINE_S = 30.0
+_log = logging.getLogger(__name__)
+
 LOST_AFTER_S = 3.0
 """A member whose link cannot be taken up again within this time has left."""
 RETRY_S = 0.3
@@ -153,6 +156,7 @@ class MemberLines:
                 return await self.link(line)
             except LinkError as error:
                 if self._clock.monotonic() >= until:
-                    self._on_lost(line, f"its link was lost and could not be taken up again: {error}")
+                    _log.info("%s is given up: %s", line.name, error)
+                    self._on_lost(line, f"it stopped answering and could not be reached again for {LOST_AFTER_S:.0f} s")
                     return None
             await self._clock.sleep(RETRY_S)

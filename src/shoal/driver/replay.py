@@ -146,7 +146,9 @@ class Replayer:
                         f"{one.engine.threads} threads, or have members keep their state more often."
                     )
                 if verdict.outcome is not Outcome.MATCH and one is not contribution:
-                    sentence = f"Already round {one.round}, on which this one builds, differs: {verdict.sentence}"
+                    sentence = (
+                        f"Round {one.round}, on which this one builds, was not done as claimed. {verdict.sentence}"
+                    )
                     verdict = Verdict(verdict.outcome, sentence, verdict.measured, verdict.threshold, verdict.measure)
                 if verdict.outcome is not Outcome.MATCH:
                     break

@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from shoal.devices import measure_in_child
-from shoal.errors import JobError, LinkError, StorageError
+from shoal.errors import BadInput, JobError, LinkError, StorageError
 from shoal.hub import HubClient
 from shoal.identity import KeyPair
 from shoal.node.member import (
@@ -62,6 +62,12 @@ class NotOpened(StorageError):
     code = "SH-430"
 
 
+class DeviceMissing(BadInput):
+    """The device that a node shall compute on is not among those that were measured."""
+
+    code = "SH-148"
+
+
 class NodeUnable(JobError):
     """A node cannot begin to work: it is stopping, or its disk refuses."""
 
@@ -99,6 +105,15 @@ def best_device(capability: Capability) -> str:
     at = max(range(len(kinds)), key=lambda index: rate(capability.devices[index]))
     torch_kind = "cuda" if kinds[at] == "rocm" else kinds[at]  # torch speaks of ROCm devices as cuda
     return torch_kind if torch_kind in ("cpu", "mps") else f"{torch_kind}:{kinds[:at].count(kinds[at])}"
+
+
+def check_device(name: str, capability: Capability) -> None:
+    """Raises DeviceMissing unless `name`, as torch writes it (`cuda:1`), is among what was measured."""
+    kind, _, index = name.partition(":")
+    known = ["cuda" if device.kind == "rocm" else device.kind for device in capability.devices]
+    if kind not in known or (index and not (index.isdecimal() and int(index) < known.count(kind))):
+        there = ", ".join(f"{one}:{known[:at].count(one)}" for at, one in enumerate(known))
+        raise DeviceMissing(f"This machine has no device {name!r} that works; it has {there}.")
 
 
 class NodeAgent:
@@ -149,6 +164,8 @@ class NodeAgent:
         if self.settings.engine.device == "auto":
             engine = dataclasses.replace(self.settings.engine, device=best_device(self.capability))
             self.settings = dataclasses.replace(self.settings, engine=engine)
+        else:
+            check_device(self.settings.engine.device, self.capability)
         for holding in self._store.holdings():
             self._ended |= {owner: None for owner in holding.owners if owner.startswith(PIN_PREFIX)}
         self._forget_ended()

@@ -80,6 +80,9 @@ def choose_round_length(
     if steps == MOST_STEPS:
         wanted = max(by_time, by_bytes, by_tokens)
         why = f"{wanted} steps would be needed, but beyond {MOST_STEPS} members drift too far apart"
+        if wanted > MOST_STEPS:
+            what = "the exchange is not wholly hidden" if wanted == by_time else "more is sent than the budget allows"
+            why += f", so {what}"
     elif by_tokens >= max(by_time, by_bytes, LEAST_STEPS):
         why = f"fewer would send more than the {bytes_per_token_budget:g} bytes per token that are allowed"
     elif by_bytes >= max(by_time, LEAST_STEPS):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import glob
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 import msgspec
 from msgspec import Meta
@@ -100,6 +100,9 @@ class RoundsSection(_Section, frozen=True, kw_only=True, forbid_unknown_fields=T
         return msgspec.structs.replace(self.settings, inner_steps=steps)
 
 
+DeviceKind: TypeAlias = Literal["any", "cpu", "cuda", "rocm", "mps", "xpu"]
+
+
 class RequirementsSection(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Which nodes the job takes."""
 
@@ -109,7 +112,7 @@ class RequirementsSection(_Section, frozen=True, kw_only=True, forbid_unknown_fi
     """No more than this many at a time."""
     memory_min_bytes: Annotated[int, Meta(ge=0, le=1 << 50)] = 0
     """Memory that a node's device must have."""
-    device: Literal["any", "cpu", "cuda", "rocm", "mps", "xpu"] = "any"
+    device: DeviceKind = "any"
     """The kind of device."""
     wait_s: Annotated[float, Meta(ge=0, le=7 * 86_400)] = 60.0
     """How long to wait for nodes_min nodes before giving up."""
@@ -144,6 +147,8 @@ def load_job(path: Path) -> JobFile:
 
 def read_job_bytes(path: Path) -> bytes:
     """A job file's bytes, for `parse_job` and the run folder. Raises BadDocument."""
+    if path.is_dir():
+        raise BadDocument(f"{path} is a directory, not a job file; to go on with a run add --resume.")
     try:
         with path.open("rb") as file:
             text = file.read(DOCUMENT_MAX_BYTES + 1)

@@ -195,20 +195,21 @@ def reached_goal(report: Report) -> Goal:
     reached = report.held_out_loss <= wanted
     return Goal(
         reached=reached,
-        sentence=f"Held-out loss {report.held_out_loss:.3f}, {'at most' if reached else 'more than'} "
-        f"{GOAL_SHARE} of the unigram baseline ({wanted:.3f}).",
+        sentence=f"Goal {'reached' if reached else 'missed'}: the held-out loss is {report.held_out_loss:.3f}, "
+        f"{'at most' if reached else 'more than'} {wanted:.3f} ({GOAL_SHARE} of the unigram baseline).",
     )
 
 
 def found_out(report: Report, truth: Truth) -> str:
-    """What became of the liar, and whether anyone honest was suspected, in a sentence."""
+    """What was done on purpose, what became of the liar, and whether anyone honest was suspected."""
     by_name = {node.name: node for node in report.nodes}
     wronged = [node.name for node in report.nodes if node.status is NodeStatus.EXCLUDED and node.name != truth.liar]
     suspicion = f" {', '.join(wronged)} was excluded without having lied." if wronged else ""
+    staged = f"On purpose {truth.killed} was killed and {LATE_NODE[0]} came late."
     if truth.liar is None or truth.lie is None:
-        return f"Nobody lied, and {'nobody was' if not wronged else 'still someone was'} excluded.{suspicion}"
+        return f"{staged} Nobody lied, and {'nobody was' if not wronged else 'still someone was'} excluded.{suspicion}"
     liar = by_name.get(truth.liar)
-    what = f"{truth.liar} lied: it {LIES[truth.lie]}."
+    what = f"{staged} {truth.liar} was made to lie: it {LIES[truth.lie]}."
     if liar is not None and liar.status is NodeStatus.EXCLUDED:
-        return f"{what} {liar.reason}{suspicion}"
+        return f"{what} It was found out; what was accepted of it before stays in the model.{suspicion}"
     return f"{what} It was not found out.{suspicion}"

@@ -31,7 +31,7 @@ from shoal.driver.training import JobRecords, Outcome, Progress, TrainingDriver,
 from shoal.driver.write_report import write_report
 from shoal.errors import BadInput
 from shoal.hub import HubClient
-from shoal.identity import Envelope, KeyPair
+from shoal.identity import Envelope, KeyPair, load_key, load_or_create_key
 from shoal.protocol.hubs import HubTicket
 from shoal.protocol.messages import sign
 from shoal.protocol.offers import Offer, OfferFind
@@ -49,6 +49,7 @@ from shoal.training.updates import update_bytes
 from shoal.transport import TlsEndpoint
 from shoal.world import Clock, Dice, SystemClock, SystemDice
 
+DRIVER_KEY = "driver.key"
 GRANT_MS = 30 * 24 * 3600 * 1000
 STORE_BYTES = 64 << 30
 HELD_OUT_SAMPLES = 512
@@ -109,12 +110,16 @@ class Plan:
     rounds: int
     update_bytes: int
     round_trip_ms: float | None
+    nodes_min: int
+    """How many the job needs before it begins."""
+    token_budget: int
+    dtype: str
 
 
 async def train(job_file: JobFile, yaml: bytes, options: TrainOptions, folder: RunFolder | None = None) -> Report:
     """Run a job in a new folder, or in one that was just created. Raises ShoalError when it cannot start."""
     with folder or RunFolder.create(options.folder, replace=options.replace) as folder:
-        async with _Session(folder, options) as session:
+        async with _Session(folder, options, load_or_create_key(folder.path / DRIVER_KEY)) as session:
             prepared, gang, length = await session.plan(job_file)
             job = session.sign_job(job_file, prepared, length, gang)
             folder.begin(job, yaml)
@@ -127,8 +132,8 @@ async def train(job_file: JobFile, yaml: bytes, options: TrainOptions, folder: R
 async def plan(job_file: JobFile, options: TrainOptions, scratch: Path) -> Plan:
     """What `train` would do: reads the data and asks the hubs, starts nothing. `scratch` is an empty directory."""
     with RunFolder.create(scratch) as folder:
-        async with _Session(folder, options) as session:
-            prepared, gang, length = await session.plan(job_file)
+        async with _Session(folder, options, KeyPair.generate()) as session:
+            prepared, gang, length = await session.plan(job_file, waiting=False)
             rounds = job_file.rounds.resolved(length.inner_steps)
             per_round = length.inner_steps * job_file.batch_samples * prepared.data.sequence_tokens * max(1, len(gang))
             return Plan(
@@ -143,17 +148,23 @@ async def plan(job_file: JobFile, options: TrainOptions, scratch: Path) -> Plan:
                 rounds=math.ceil(job_file.tokens / per_round),
                 update_bytes=update_bytes(rounds.codec, prepared.model.parameters, rounds.sparse_keep),
                 round_trip_ms=slowest_round_trip_ms(gang),
+                nodes_min=job_file.requirements.nodes_min,
+                token_budget=job_file.tokens,
+                dtype=choose_dtype([one.offer for one in gang]) if job_file.dtype == "auto" else job_file.dtype,
             )
 
 
 async def resume(job_file: JobFile, options: TrainOptions) -> Report:
     """Go on with the job in a folder, in a new term, from its newest Commit."""
     with RunFolder.open(options.folder) as folder:
-        async with _Session(folder, options) as session:
+        own = folder.path / DRIVER_KEY
+        async with _Session(folder, options, load_key(own) if own.exists() else options.key) as session:
+            options.say("Reading the run's records and its newest state.")
             session.job_envelope = folder.job
             taken = await take_over(
-                folder, key=options.key, endpoint=session.endpoint, store=session.store, clock=options.clock
+                folder, key=session.key, endpoint=session.endpoint, store=session.store, clock=options.clock
             )
+            options.say(f"Going on after round {taken.standing.round}, in term {taken.records.term_number}.")
             budget = session.job.token_budget
             reached = taken.standing.tokens_total >= budget
             written = folder.read("report.json", Report)
@@ -215,8 +226,10 @@ class _OwnerNotes(msgspec.Struct, frozen=True, kw_only=True):
 class _Session:
     """The pieces that a driving process holds open: endpoint, hubs, blobs, engine."""
 
-    def __init__(self, folder: RunFolder, options: TrainOptions) -> None:
+    def __init__(self, folder: RunFolder, options: TrainOptions, key: KeyPair) -> None:
+        """`key` drives: each run has one of its own, so that an owner can have several runs at a time."""
         self.folder = folder
+        self.key = key
         self.options = options
         self.clock, self.dice = options.clock, options.dice
         self.job_envelope: Envelope | None = None
@@ -228,7 +241,7 @@ class _Session:
 
     async def __aenter__(self) -> _Session:
         options = self.options
-        self.endpoint = TlsEndpoint(options.key, clock=self.clock, dice=self.dice)
+        self.endpoint = TlsEndpoint(self.key, clock=self.clock, dice=self.dice)
         self.store = BlobStore(self.folder.blobs, STORE_BYTES, self.clock)
         self.fetcher = Fetcher(self.endpoint, self.store, self.clock, self.dice)
         self.hubs = HubClient(self.endpoint, options.hubs, clock=self.clock, dice=self.dice)
@@ -264,8 +277,9 @@ class _Session:
 
     # ---- before ----
 
-    async def plan(self, job_file: JobFile) -> tuple[Prepared, list[LinkedNode], RoundLength]:
-        """Prepare data and model while nodes are looked for; choose the round length from what was measured."""
+    async def plan(self, job_file: JobFile, *, waiting: bool = True) -> tuple[Prepared, list[LinkedNode], RoundLength]:
+        """Prepare data and model while nodes are looked for, and, if `waiting`, waited for; choose the round length
+        from what was measured."""
         self.options.say("Reading data and model.")
         if job_file.model.script is not None:
             self.options.say(how_to_take_part(job_file.model.script, self.options.key, self.options.hubs))
@@ -274,12 +288,11 @@ class _Session:
                 prepare, job_file, job_file.rounds.settings, self.store, self.folder.path / "data", self.pin
             )
         )
+        looking = asyncio.create_task(self.gang(job_file, waiting=waiting))
         try:
-            gang = await self.gang(job_file)
-        except BaseException:
-            preparing.cancel()
-            raise
-        prepared = await preparing
+            prepared, gang = await asyncio.gather(preparing, looking)
+        finally:
+            looking.cancel()  # bad data ends the search
         return prepared, gang, self._length(job_file, prepared, gang)
 
     def wanted(self, job_file: JobFile) -> OfferFind:
@@ -293,14 +306,24 @@ class _Session:
         )
 
     async def gang(
-        self, job_file: JobFile, without: Collection[bytes] = (), former: Collection[bytes] = ()
+        self,
+        job_file: JobFile,
+        without: Collection[bytes] = (),
+        former: Collection[bytes] = (),
+        *,
+        waiting: bool = True,
     ) -> list[LinkedNode]:
         needs = job_file.requirements
+        script = job_file.model.script
+        advice = "Start more with `shoal node start`, or ask for fewer (requirements.nodes_min)."
+        if script is not None:
+            advice = f"Start processes of your loop, on this machine or others: `python {script}`."
         return await find_gang(
             self.wanted(job_file),
-            nodes_min=max(1, needs.nodes_min - len(without)),  # the retired are not waited for again
+            nodes_min=max(1, needs.nodes_min - len(without)) if waiting else 0,  # the retired are not waited for again
             nodes_max=needs.nodes_max,
             wait_s=needs.wait_s,
+            advice=advice,
             endpoint=self.endpoint,
             directory=self.hubs,
             clock=self.clock,
@@ -366,9 +389,12 @@ class _Session:
         self.folder.write("owner.json", msgspec.json.encode(self.private))
 
     def first_term(self, job: Envelope) -> JobRecords:
-        key = self.options.key
-        grant = sign(key, Grant(job=job.record_id, drivers=(key.node_id,), not_after_ms=self.clock.now_ms() + GRANT_MS))
-        term = sign(key, Term(job=job.record_id, number=1, grant=grant.record_id, head=job.record_id, head_round=-1))
+        owner = self.options.key
+        drivers = (self.key.node_id, owner.node_id)  # the owner itself, should the run's key be lost
+        grant = sign(owner, Grant(job=job.record_id, drivers=drivers, not_after_ms=self.clock.now_ms() + GRANT_MS))
+        term = sign(
+            self.key, Term(job=job.record_id, number=1, grant=grant.record_id, head=job.record_id, head_round=-1)
+        )
         self.folder.append(grant)
         self.folder.append(term, durable=True)
         return JobRecords(job, grant, term, 1)
@@ -401,7 +427,7 @@ class _Session:
             records,
             standing,
             state,
-            key=options.key,
+            key=self.key,
             folder=folder,
             endpoint=self.endpoint,
             directory=self.hubs,

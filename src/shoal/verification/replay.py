@@ -66,7 +66,7 @@ class Verdict:
     """The difference that decided, in the unit of `threshold`."""
     threshold: float | None = None
     measure: str = ""
-    """What was measured: `bytes` (how many of the claims differ), `sketch`, `loss`, `update` or `steps`."""
+    """What was measured: `claims` (how many of them differ), `sketch`, `loss`, `update` or `steps`."""
 
 
 def judge(claimed: Contribution, recomputed: Recomputed, thresholds: Thresholds | None = None) -> Verdict:
@@ -155,14 +155,15 @@ def _exact(claimed: Contribution, recomputed: Recomputed, sketch: SketchDifferen
         if not same
     ]
     if not differing:
-        return Verdict(Outcome.MATCH, "Match: every byte is the same, on the same engine.", 0.0, 0.0, "bytes")
+        return Verdict(Outcome.MATCH, "Match: every byte is the same, on the same engine.", 0.0, 0.0, "claims")
     apart = "" if sketch is None else f" (sketches differ by up to {sketch.worst:.3g}, at step {sketch.worst_step})"
     return Verdict(
         Outcome.MISMATCH,
-        f"Mismatch: on the same engine every byte has to be the same; these are not: {', '.join(differing)}{apart}.",
+        f"Mismatch: repeated on the same engine, where every byte has to agree, these are not as claimed: "
+        f"{', '.join(differing)}{apart}.",
         float(len(differing)),
         0.0,
-        "bytes",
+        "claims",
     )
 
 

@@ -219,6 +219,8 @@ class _FileLock:
                 import fcntl
 
                 fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not os.path.samestat(os.fstat(self._descriptor), path.stat()):
+                    raise FileNotFoundError(path)  # who held it took the file away
         except OSError as error:
             os.close(self._descriptor)
             raise BlockingIOError(errno.EAGAIN, "held by another process", str(path)) from error
