@@ -6,6 +6,7 @@ One shoal serves most of them: two hubs, two nodes that listen and one that does
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 import signal
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import msgspec
 import pytest
 from job_world import (
     PATIENCE_S,
@@ -33,19 +35,25 @@ from job_world import (
 )
 from transformers import AutoModelForCausalLM
 
+from shoal.driver import replay
+from shoal.driver.chain import read_record
 from shoal.driver.folder import FolderWriteFailed, RunFolder
 from shoal.driver.lines import EventKind
+from shoal.driver.replay import NotOpened, Replayer
 from shoal.driver.report import Figures, NodeStatus, Report, report_from_json
+from shoal.driver.takeover import CannotTakeOver
 from shoal.driver.write_report import make_report
 from shoal.hub import HubClient
 from shoal.identity import KeyPair
 from shoal.node.start import start_node
 from shoal.protocol.hubs import HubTicket
 from shoal.protocol.offers import OfferFind
+from shoal.protocol.training import Contribution
 from shoal.sdk.local import LocalProcess, LocalProcessFailed, LocalShoal
 from shoal.sdk.replay import replay_round
 from shoal.sdk.train import NothingToResume, plan, train
 from shoal.transport import TlsEndpoint
+from shoal.verification.replay import Outcome
 from shoal.world import SystemClock, SystemDice
 
 T = TypeVar("T")
@@ -85,7 +93,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
             runner.run(shoal.stop())
 
 
-def test_a_plain_job_leaves_a_model_and_a_true_account(world: World, tmp_path: Path) -> None:
+def test_a_plain_job_leaves_a_model_and_a_true_account(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With a node that accepts no links: it is reached through a hub, and its updates and private states too."""
     watch = Watch()
     report = world.run(run_job(world.shoal, tmp_path, watch, nodes_min=3))
@@ -106,6 +116,36 @@ def test_a_plain_job_leaves_a_model_and_a_true_account(world: World, tmp_path: P
             replay_round(run, rounds, name, key=owner_key(), hubs=tickets, clock=SystemClock(), dice=SystemDice())
         )
         assert (found.verdict, found.name) == ("match", name), found.sentence
+    monkeypatch.setattr(replay, "PROCESSES_MAX", 1)
+    world.run(replays_after_a_false_claim(run, tmp_path / "scratch"))
+
+
+async def replays_after_a_false_claim(run: Path, scratch: Path) -> None:
+    """What one member says of its engine does not reach the replays of others."""
+    with RunFolder.open(run, read_only=True) as folder:
+        record = read_record(folder).record
+
+        async def find(name: bytes) -> Path:
+            return folder.blobs / "blobs" / name.hex()
+
+        async def refuse(contribution: Contribution, private: bytes) -> Path:
+            raise NotOpened("It is not there.")
+
+        scratch.mkdir()
+        replayer = Replayer(record, find_blob=find, open_private=refuse, scratch=scratch)
+        try:
+            honest, other = [one for one in record.contributions.values() if one.round == 0][:2]
+            assert (await replayer.replay(honest)).verdict.outcome is Outcome.MATCH
+            assert replayer._engine is not None
+            replayer._engine._process.kill()  # an engine that died is not asked again
+            assert (await replayer.replay(honest)).verdict.outcome is Outcome.NOT_REPLAYABLE
+            assert (await replayer.replay(honest)).verdict.outcome is Outcome.MATCH
+            claim = msgspec.structs.replace(other, engine=msgspec.structs.replace(other.engine, processes=65))
+            repeated = (await replayer.replay(claim)).verdict
+            assert repeated.outcome is not Outcome.NOT_REPLAYABLE, repeated.sentence
+            assert (await replayer.replay(honest)).verdict.outcome is Outcome.MATCH
+        finally:
+            await replayer.close()
 
 
 def test_dense_updates_without_lag_by_clocks_that_are_hours_apart(world: World, tmp_path: Path) -> None:
@@ -242,7 +282,7 @@ async def offers_at(hub: LocalProcess, wanted: int) -> list[str]:
 def test_a_killed_driver_goes_on_in_a_new_term(world: World, tmp_path: Path) -> None:
     """Its members still run for the old one when it comes back."""
     home = tmp_path / "home"
-    (tmp_path / "job.yaml").write_bytes(job_text(tmp_path, tokens=60_000, nodes_min=3))
+    (tmp_path / "job.yaml").write_bytes(job_text(tmp_path, tokens=100_000, nodes_min=3))
 
     async def driver(*arguments: str) -> asyncio.subprocess.Process:
         hubs = [part for ticket in world.shoal.hub_tickets for part in ("--hub", ticket)]
@@ -269,18 +309,35 @@ def test_a_killed_driver_goes_on_in_a_new_term(world: World, tmp_path: Path) -> 
                 await asyncio.sleep(0.02)
         first.kill()
         await first.communicate()
+        # An older copy of the folder is refused: members hold Commits that it lacks.
+        shutil.copytree(run, tmp_path / "older")
+        second = await driver("runs/job", "--resume")
+        lines = metrics.read_bytes().count(b"\n")
+        async with asyncio.timeout(PATIENCE_S):
+            while metrics.read_bytes().count(b"\n") < lines + 2:
+                assert second.returncode is None
+                await asyncio.sleep(0.02)
+        second.kill()
+        await second.communicate()
+        run.rename(tmp_path / "newer")
+        (tmp_path / "older").rename(run)
+        refused = await driver("runs/job", "--resume")
+        said, _ = await refused.communicate()
+        assert refused.returncode == 1 and json.loads(said)["error"]["code"] == CannotTakeOver.code
+        shutil.rmtree(run)
+        (tmp_path / "newer").rename(run)
         with RunFolder.open(run, read_only=True) as folder:
             before = make_report(folder, Figures())
         assert 0 < before.tokens_accepted < before.token_budget
-        second = await driver("runs/job", "--resume")
+        third = await driver("runs/job", "--resume")
         async with asyncio.timeout(PATIENCE_S):
-            said, _ = await second.communicate()
-        assert second.returncode == 0
+            said, _ = await third.communicate()
+        assert third.returncode == 0
         after = report_from_json(said)
         assert after == report_from_json((run / "report.json").read_bytes())
         check_account(after, run)
-        assert [term.number for term in after.terms] == [1, 2]
-        assert after.terms[1].head_round == before.rounds - 1
+        assert [term.number for term in after.terms] == [1, 2, 3]
+        assert after.terms[2].head_round == before.rounds - 1
         assert after.tokens_accepted >= after.token_budget
         assert after.wall_s > before.wall_s
         assert {one.name for one in after.nodes} == set(NAMES)

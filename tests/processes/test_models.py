@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from shoal.models.architectures import build_model, parameters_of
+from shoal.models.architectures import build_model, parameters_of, parse_config, refuse_depth
 from shoal.models.checkpoints import read_checkpoint, write_checkpoint
 from shoal.models.configs import (
     PRESETS,
@@ -65,6 +65,15 @@ def test_a_config_is_canonical_and_runs_no_code(tmp_path: Path) -> None:
     assert vocabulary_of(config) == 257
     with pytest.raises(BadModel, match="asks to run code"):
         canonical_config({"model_type": "llama", "auto_map": {"AutoModel": "evil.Model"}}, "it")
+    with pytest.raises(BadModel, match="asks to run code"):
+        parse_config('{"model_type": "llama", "auto_map": {"AutoModel": "evil.Model"}}')
+    with pytest.raises(BadModel, match="too deep"):
+        parse_config('{"model_type": "llama", "x": ' + "[" * 30_000 + "]" * 30_000 + "}")
+    refuse_depth(config, 31_000)
+    for layers in (10**8, 100):
+        deep = msgspec.json.encode({**msgspec.json.decode(config), "num_hidden_layers": layers}).decode()
+        with pytest.raises(BadModel, match=f"has {layers} layers"):
+            refuse_depth(deep, 1_000)
     for text, sentence in (
         ("{}", "does not say its model_type"),
         ("[1]", "not a JSON object"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,12 +23,15 @@ from shoal.protocol.training import (
     Member,
     OpenPrivate,
     PrivateOpened,
+    TrainJob,
 )
 from shoal.storage import BlobStore, Fetcher
 from shoal.training.process import EngineProcess
 from shoal.training.state import SharedState
 from shoal.verification.audits import audited
 from shoal.world import Dice, Endpoint
+
+_log = logging.getLogger(__name__)
 
 WAITING_MAX = 16
 """Contributions waiting to be replayed; when there are more, the newest choice is dropped: replaying must not fall
@@ -36,18 +40,34 @@ CONTRIBUTIONS_KEPT = 16 * 1024
 """The newest ones, among which members' work is chosen; older ones are only in the folder."""
 OPEN_DEADLINE_S = 15.0
 OPENED_PIN = "opened"
+PRIVATE_BYTES_PER_PARAMETER = 32
+PRIVATE_BYTES_EXTRA = 1 << 24
+"""No private state is larger: moments and residual take 12 bytes a parameter, a user's own optimizer may keep more."""
 
 
 async def open_from_member(
-    contribution: Contribution, private: bytes, node: bytes, *, job_id: bytes, endpoint: Endpoint, fetcher: Fetcher
+    contribution: Contribution,
+    private: bytes,
+    node: bytes,
+    *,
+    job: TrainJob,
+    job_id: bytes,
+    endpoint: Endpoint,
+    fetcher: Fetcher,
 ) -> Path:
-    """Have a member open one of its private states; gives its file. Raises ShoalError with the reason."""
+    """Have a member open one of its private states; gives its file, pinned by OPENED_PIN. Raises ShoalError with the
+    reason."""
     link = await endpoint.dial(node, ())
     body = encode(OpenPrivate(job=job_id, private=private), link.version)
     answer = await link.request(OpenPrivate.KIND, body, deadline_s=OPEN_DEADLINE_S)
     ref = decode(PrivateOpened, answer, link.version).blob
     if ref.hash != private:
         raise ShoalError(f"The member of round {contribution.round} opened another private state than was asked for.")
+    most = PRIVATE_BYTES_PER_PARAMETER * job.model.parameters + PRIVATE_BYTES_EXTRA
+    if ref.size > most:
+        raise ShoalError(
+            f"The member's private state would be {ref.size} bytes; a model of this size needs at most {most}."
+        )
     await fetcher.fetch(ref, [BlobHolder(node)], owner=OPENED_PIN)
     return fetcher.store.path(ref.hash)
 
@@ -97,6 +117,7 @@ class Auditor:
         self._opened_bytes = 0
         self._snapshot_bytes: dict[bytes, int] = {}
         self._work = asyncio.create_task(self._replay_all())
+        self._work.add_done_callback(_say_why)
 
     async def close(self) -> ReplayCost:
         """Stop; gives what keeping rounds replayable has cost."""
@@ -152,7 +173,11 @@ class Auditor:
 
     async def _replay(self, contribution: Contribution) -> None:
         async with self._one_at_a_time:
-            replayed = await self._replayer.replay(contribution)
+            try:
+                replayed = await self._replayer.replay(contribution)
+            finally:
+                for name in self._store.pins(OPENED_PIN):  # kept while there is room, for who looks at the folder
+                    self._store.unpin(OPENED_PIN, name)
         self._replayed.add(contribution.member)
         self._opened_bytes += replayed.opened_bytes
         verdict = replayed.verdict
@@ -179,10 +204,16 @@ class Auditor:
             contribution,
             private,
             node,
+            job=self._record.job,
             job_id=self._record.job_id,
             endpoint=self._endpoint,
             fetcher=self._fetcher,
         )
+
+
+def _say_why(work: asyncio.Task[None]) -> None:
+    if not work.cancelled() and work.exception() is not None:
+        _log.error("no contribution is replayed any more", exc_info=work.exception())
 
 
 def _finite(value: float | None) -> float | None:

@@ -381,7 +381,8 @@ class RunFolder:
         try:
             return msgspec.json.decode(self._read(name, 0, FILE_MAX_BYTES), type=kind)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise FolderDamaged(f"{self.path / name} is damaged ({error}); delete it.") from error
+            what = "restore it from a copy" if name == "owner.json" else "delete it: it can be made again"
+            raise FolderDamaged(f"{self.path / name} is damaged ({error}); {what}.") from error
 
     # --- inside
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -139,6 +139,19 @@ async def find_fitting(directory: Directory, wanted: OfferFind, former: Collecti
             for one in await directory.find(msgspec.structs.replace(wanted, node=node, idle_only=False)):
                 found[one.node] = one
     return list(found.values())
+
+
+async def link_to_former(
+    former: Sequence[bytes], wanted: OfferFind, *, endpoint: Endpoint, directory: Directory, clock: Clock
+) -> None:
+    """Links to the newest of the nodes that worked for this job before, as far as a hub knows them and they answer."""
+
+    async def link(node: bytes) -> None:
+        with contextlib.suppress(LinkError):
+            for one in await directory.find(msgspec.structs.replace(wanted, node=node, idle_only=False)):
+                await link_to(one.node, one.offer, endpoint=endpoint, directory=directory, clock=clock)
+
+    await asyncio.gather(*(link(node) for node in former[-FORMER_MAX:]))
 
 
 def fastest_float32(offer: Offer) -> float:

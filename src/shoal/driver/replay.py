@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shoal.errors import BadInput, ShoalError, StorageError
+from shoal.errors import BadInput, EngineError, ShoalError, StorageError
 from shoal.protocol.blobs import BlobRef
 from shoal.protocol.training import Assignment, Commit, Contribution, TrainJob
 from shoal.training.commands import Prepare, RoundDone, RunRound, ShardFile
@@ -26,6 +26,9 @@ from shoal.training.updates import Update, decode_update
 from shoal.verification.replay import Outcome, Recomputed, Thresholds, Verdict, judge, not_replayable
 
 STATES_KEPT = 4
+THREADS_MAX = 64
+PROCESSES_MAX = 8
+"""What a member says it computed with is repeated up to this; beyond, a replay is one on another engine."""
 CHAIN_MAX = 10_000
 """Longest chain of a member's own rounds that is walked back to find where a replay can start."""
 
@@ -113,7 +116,7 @@ class Replayer:
     async def close(self) -> None:
         if self._engine is not None:
             await self._engine.stop()
-            self._engine = None
+        self._engine, self._engine_key = None, None
 
     def hold_state(self, round_number: int, state: SharedState) -> None:
         """Give a shared state that is known already, so that it need not be computed from the Commits."""
@@ -154,13 +157,16 @@ class Replayer:
                     break
         except ShoalError as error:
             verdict = not_replayable(error.sentence)
+            if isinstance(error, EngineError):
+                await self.close()  # the next replay shall not suffer from what this one did to the engine
         return Replayed(verdict, done, opened)
 
     # ---- the pieces ----
 
     async def _engine_for(self, contribution: Contribution) -> EngineProcess:
-        threads = self._threads or contribution.engine.threads
-        key = (threads, contribution.engine.processes)
+        threads = self._threads or min(contribution.engine.threads, THREADS_MAX)
+        processes = min(contribution.engine.processes, PROCESSES_MAX)
+        key = (threads, processes)
         if self._engine is not None and self._engine_key == key:
             return self._engine
         await self.close()
@@ -174,7 +180,7 @@ class Replayer:
                 shards=tuple(shards),
                 device=self._device,
                 threads=threads,
-                processes=contribution.engine.processes,
+                processes=processes,
                 dtype=job.dtype,
                 measure=False,
             )

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from shoal.driver.chain import Chain, read_record
 from shoal.driver.folder import RunFolder
-from shoal.driver.lines import AuditLine, AuditVerdict
+from shoal.driver.lines import AuditLine, AuditVerdict, RoundMetrics
 from shoal.driver.training import JobRecords
 from shoal.errors import BadRecord, JobError, LinkError
 from shoal.identity import Envelope, KeyPair
@@ -44,9 +44,16 @@ class TakenOver:
 
 
 async def take_over(
-    folder: RunFolder, *, key: KeyPair, endpoint: Endpoint, store: BlobStore, clock: Clock
+    folder: RunFolder,
+    *,
+    key: KeyPair,
+    endpoint: Endpoint,
+    store: BlobStore,
+    clock: Clock,
+    reach: Callable[[Sequence[bytes]], Awaitable[None]],
 ) -> TakenOver:
-    """Begin the next term on the newest Commit of the folder's chain. Raises CannotTakeOver, StorageError."""
+    """Begin the next term on the newest Commit of the folder's chain. `reach` opens links to nodes that worked for the
+    job, so that they can be asked whether they hold a newer one. Raises CannotTakeOver, StorageError."""
     chain = await asyncio.to_thread(read_record, folder)
     if chain.grant is None:
         raise CannotTakeOver(f"{folder.path} holds no grant; begin the job anew.")
@@ -54,10 +61,19 @@ async def take_over(
     allowed = may_drive(grant, key.node_id, None, 0, 0, clock.now_ms())
     if not allowed.allowed:
         raise CannotTakeOver(allowed.sentence)
-    heads = await _heads(chain, folder, endpoint)
+    last = chain.commits[-1][0].round if chain.commits else -1
+    noted = max((line.round for line in folder.notes(RoundMetrics)), default=-1)
+    if noted > last:
+        raise CannotTakeOver(
+            f"Round {noted} was committed, as {folder.path / RoundMetrics.FILE} says, but the records end with round "
+            f"{last}: they are damaged, or of an older copy. Restore the newest copy of the folder."
+        )
+    former = list(dict.fromkeys(chain.node_of.values()))
+    await reach(former)
+    heads = await _heads(former, folder, endpoint)
     own = chain.commits[-1][1] if chain.commits else None
     choice = choose_head(folder.job.record_id, grant, [own, *heads], folder.job.network)
-    if choice.round > (chain.commits[-1][0].round if chain.commits else -1):
+    if choice.round > last:
         raise CannotTakeOver(
             f"Members hold the Commit of round {choice.round}, which {folder.path} lacks; "
             "restore the newest copy of the folder."
@@ -82,12 +98,12 @@ async def take_over(
         term,
         term_record.number,
         commits=tuple(envelope for _, envelope, _ in chain.commits),
-        former=tuple(dict.fromkeys(chain.node_of.values())),
+        former=tuple(former),
     )
     return TakenOver(records, standing, state, retired)
 
 
-async def _heads(chain: Chain, folder: RunFolder, endpoint: Endpoint) -> list[Envelope | None]:
+async def _heads(former: Sequence[bytes], folder: RunFolder, endpoint: Endpoint) -> list[Envelope | None]:
     """What members that can be reached over open links report as their newest Commit."""
 
     async def ask(node: bytes) -> Envelope | None:
@@ -102,8 +118,7 @@ async def _heads(chain: Chain, folder: RunFolder, endpoint: Endpoint) -> list[En
         except (LinkError, BadRecord):
             return None
 
-    nodes = list(dict.fromkeys(chain.node_of.values()))[-ASKED_MAX:]
-    return list(await asyncio.gather(*(ask(node) for node in nodes)))
+    return list(await asyncio.gather(*(ask(node) for node in former[-ASKED_MAX:])))
 
 
 def _state_after(chain: Chain, store: BlobStore) -> SharedState:

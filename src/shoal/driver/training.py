@@ -27,6 +27,7 @@ from shoal.protocol.blobs import BlobHolder, BlobRef
 from shoal.protocol.messages import decode, encode, open_record, sign
 from shoal.protocol.offers import Done, OfferFind
 from shoal.protocol.training import (
+    MEMBERS_MAX,
     Accepted,
     Commit,
     CommitsAsk,
@@ -53,6 +54,8 @@ from shoal.training.updates import UPDATE_MEDIA_TYPE, Update, decode_update
 from shoal.world import Clock, Endpoint, Request
 from shoal.world.directory import Directory, FoundOffer
 
+BYTES_CLAIMED_MAX = (1 << 53) // MEMBERS_MAX
+"""A node's own account of its bytes counts up to this, so that no claim makes a sum that cannot be written down."""
 EVENTS_MAX = 16 * 1024
 ATTACH_MAX_BYTES = 512 * 1024
 """Updates of a Commit travel with it as long as they are not more than this together."""
@@ -737,8 +740,8 @@ class TrainingDriver:
         figures = self.nodes[line.node.node]
         self._set(
             line.node.node,
-            bytes_sent=figures.bytes_sent + max(0, sent),
-            bytes_received=figures.bytes_received + max(0, received),
+            bytes_sent=min(BYTES_CLAIMED_MAX, figures.bytes_sent + max(0, sent)),
+            bytes_received=min(BYTES_CLAIMED_MAX, figures.bytes_received + max(0, received)),
         )
 
     def _note_commit(self, commit: Commit) -> None:

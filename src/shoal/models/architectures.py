@@ -14,13 +14,21 @@ from shoal.models.configs import BadModel
 
 disable_progress_bar()
 
+LAYERS_MAX = 4096
+LAYER_PARAMETERS_LEAST = 64
+
 CausalModel = nn.Module
 """Called with token ids [batch, positions]; gives an object with `logits` [batch, positions, vocabulary]."""
 
 
 def parse_config(config: str) -> Any:
     """Config JSON -> `transformers` config. Raises BadModel."""
-    fields: dict[str, Any] = msgspec.json.decode(config)
+    try:
+        fields: dict[str, Any] = msgspec.json.decode(config)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise BadModel(f"The model config is not JSON, or too deep: {_one_line(error)}.") from error
+    if "auto_map" in fields:
+        raise BadModel("The model config asks to run code (auto_map); Shoal runs no code from model files.")
     model_type = fields.pop("model_type", None)
     try:
         return AutoConfig.for_model(model_type, **fields)
@@ -39,10 +47,22 @@ def build_model(config: str, *, seed: int | None = None) -> CausalModel:
     if seed is not None:
         torch.manual_seed(seed)
     try:
-        model: CausalModel = AutoModelForCausalLM.from_config(parsed, attn_implementation="sdpa", dtype=torch.float32)
+        model: CausalModel = AutoModelForCausalLM.from_config(
+            parsed, attn_implementation="sdpa", dtype=torch.float32, trust_remote_code=False
+        )
     except Exception as error:
         raise BadModel(f"No causal language model can be built from this config: {_one_line(error)}.") from error
     return model.train()
+
+
+def refuse_depth(config: str, parameters: int) -> None:
+    """Raises BadModel for a config with more layers than a model of so many parameters has: building one takes time
+    and memory for each, before anything could be counted."""
+    layers = getattr(parse_config(config), "num_hidden_layers", 0)
+    if not isinstance(layers, int) or layers > min(LAYERS_MAX, 1 + parameters // LAYER_PARAMETERS_LEAST):
+        raise BadModel(
+            f"The config has {str(layers)[:20]} layers, a model of {parameters} parameters cannot have so many."
+        )
 
 
 def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:

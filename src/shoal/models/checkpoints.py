@@ -102,6 +102,9 @@ def write_checkpoint(
             parameter.copy_(torch.from_numpy(np.ascontiguousarray(tensors[name])))
     directory.mkdir(parents=True, exist_ok=True)
     save: Any = model.save_pretrained
-    save(directory)
+    try:
+        save(directory)
+    except SafetensorError as error:  # it speaks of the disk
+        raise OSError(f"{directory}: {error}") from error
     if tokenizer is not None:
         tokenizer.save(directory)

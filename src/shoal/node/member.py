@@ -47,6 +47,8 @@ from shoal.training.process import EngineDied, EngineFailed, EngineProcess, Roun
 from shoal.training.updates import UPDATE_MEDIA_TYPE
 from shoal.world import Clock, Dice, Endpoint, Refused
 
+PREPARE_DEADLINE_S = 900.0
+"""Building and measuring a model takes minutes at most; a job that takes longer would keep a node busy for nothing."""
 INBOX_MAX = 256
 """Turns that may wait to be handled; a driver that sends more is refused."""
 HOLDERS_MAX = 64
@@ -380,20 +382,25 @@ class MemberRun:
 
     async def _prepare_engine(self) -> Prepared:
         job = self.job
-        prepared = await self._engine.prepare(
-            Prepare(
-                job=job,
-                state=str(self._store.path(self.invitation.state.hash)),
-                shards=tuple(
-                    ShardFile(str(self._store.path(shard.blob.hash)), shard.sequences) for shard in job.data.shards
-                ),
-                device=self._settings.device,
-                threads=self._settings.threads,
-                processes=self._settings.processes,
-                speed_limit=self._settings.speed_limit,
-                dtype=job.dtype,
-            )
+        command = Prepare(
+            job=job,
+            state=str(self._store.path(self.invitation.state.hash)),
+            shards=tuple(
+                ShardFile(str(self._store.path(shard.blob.hash)), shard.sequences) for shard in job.data.shards
+            ),
+            device=self._settings.device,
+            threads=self._settings.threads,
+            processes=self._settings.processes,
+            speed_limit=self._settings.speed_limit,
+            dtype=job.dtype,
         )
+        try:
+            async with asyncio.timeout(PREPARE_DEADLINE_S):
+                prepared = await self._engine.prepare(command)
+        except TimeoutError:
+            raise EngineError(
+                f"Node {self.name} could not build and measure the model within {PREPARE_DEADLINE_S / 60:.0f} minutes."
+            ) from None
         self._engine_class = prepared.engine
         if prepared.state != self._base.state:
             raise EngineError(f"Node {self.name} read another state than it was given; its disk may be failing.")

@@ -255,7 +255,10 @@ def _existing(document: Document[JobFile], field: str, text: str, directory: Pat
     """A path that leads somewhere, made absolute. Raises MissingPath."""
     if "\x00" in text:
         raise MissingPath(f"{document.at(field)}: a path has no zero byte in it.")
-    path = directory / Path(text).expanduser()
+    try:
+        path = directory / Path(text).expanduser()
+    except RuntimeError as error:  # ~nobody
+        raise MissingPath(f"{document.at(field)}: {text!r} leads to no home directory.") from error
     if path.is_file():
         if path.stat().st_size == 0:
             raise MissingPath(f"{document.at(field)}: {path} is empty (0 bytes).")

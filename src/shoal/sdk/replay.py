@@ -174,6 +174,7 @@ class _Opener:
             contribution,
             private,
             self._node,
+            job=self._chain.record.job,
             job_id=self._chain.record.job_id,
             endpoint=endpoint,
             fetcher=fetcher,

@@ -7,6 +7,7 @@ model, the records and the report.
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ import msgspec
 
 from shoal.driver.audit import Auditor
 from shoal.driver.folder import RunFolder
-from shoal.driver.gang import LinkedNode, fastest_float32, find_gang
+from shoal.driver.gang import LinkedNode, fastest_float32, find_gang, link_to_former
 from shoal.driver.lines import AuditLine, AuditVerdict, Evaluation, Event
 from shoal.driver.report import (
     Completion,
@@ -26,7 +27,7 @@ from shoal.driver.report import (
     Report,
     RoundChoice,
 )
-from shoal.driver.takeover import take_over
+from shoal.driver.takeover import CannotTakeOver, take_over
 from shoal.driver.training import JobRecords, Outcome, Progress, TrainingDriver, Watchers
 from shoal.driver.write_report import write_report
 from shoal.errors import BadInput
@@ -161,8 +162,27 @@ async def resume(job_file: JobFile, options: TrainOptions) -> Report:
         async with _Session(folder, options, load_key(own) if own.exists() else options.key) as session:
             options.say("Reading the run's records and its newest state.")
             session.job_envelope = folder.job
+            private = folder.read("owner.json", _OwnerNotes)
+            if private is None:
+                raise CannotTakeOver(
+                    f"{options.folder / 'owner.json'} is missing, which says what the model is measured on and which "
+                    "tokenizer it has; restore it from a copy."
+                )
+            session.private = private
+            wanted = session.wanted(job_file)
             taken = await take_over(
-                folder, key=session.key, endpoint=session.endpoint, store=session.store, clock=options.clock
+                folder,
+                key=session.key,
+                endpoint=session.endpoint,
+                store=session.store,
+                clock=options.clock,
+                reach=functools.partial(
+                    link_to_former,
+                    wanted=wanted,
+                    endpoint=session.endpoint,
+                    directory=session.hubs,
+                    clock=options.clock,
+                ),
             )
             options.say(f"Going on after round {taken.standing.round}, in term {taken.records.term_number}.")
             budget = session.job.token_budget
@@ -170,11 +190,9 @@ async def resume(job_file: JobFile, options: TrainOptions) -> Report:
             written = folder.read("report.json", Report)
             if reached and written is not None and written.tokens_accepted >= budget:
                 raise NothingToResume(f"The job in {options.folder} has reached its token budget already.")
-            wanted = session.wanted(job_file)
             gang: list[LinkedNode] = []
             if not reached:  # else it was killed before it could measure the model and write the report
                 gang = await session.gang(job_file, without=taken.retired.keys(), former=taken.records.former)
-            session.private = folder.read("owner.json", _OwnerNotes) or _OwnerNotes()
             return await session.drive(
                 taken.records, taken.standing, taken.state, gang, taken.retired, job_file, wanted=wanted
             )
@@ -505,7 +523,14 @@ class _Session:
     def _evaluate_beside(self, round_number: int, tokens: int, state: SharedState) -> None:
         task = asyncio.create_task(self._evaluate(round_number, tokens, state))
         self._evaluations.add(task)
-        task.add_done_callback(self._evaluations.discard)
+        task.add_done_callback(self._evaluated)
+
+    def _evaluated(self, task: asyncio.Task[float | None]) -> None:
+        """A held-out loss on the way is worth a sentence when it fails; the last one is waited for."""
+        self._evaluations.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            self.options.say(f"The model could not be measured: {error}")
 
     async def _close_out(self, auditor: Auditor) -> None:
         if self.options.closing_audit:
@@ -535,9 +560,16 @@ class _Session:
             await asyncio.to_thread(state.write, path)
             held = await self.engine.load_state(path)
             done = await self.engine.evaluate(
-                Evaluate(state=held.state, shards=self.private.held_out, samples_max=HELD_OUT_SAMPLES)
+                Evaluate(state=held.state, shards=self._held_out(), samples_max=HELD_OUT_SAMPLES)
             )
         return done.loss
+
+    def _held_out(self) -> tuple[ShardFile, ...]:
+        """Where they are now: the folder may have been moved."""
+        return tuple(
+            ShardFile(str((self.folder.data / Path(shard.path).name).resolve()), shard.sequences)
+            for shard in self.private.held_out
+        )
 
     async def _measure_script(self, script: Path, state: SharedState) -> float | None:
         """What a script does after its loop, with this state. That it fails costs the figure, not the run."""

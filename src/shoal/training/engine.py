@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from shoal.errors import BadInput
-from shoal.models.architectures import build_model, parameters_of
+from shoal.models.architectures import build_model, parameters_of, refuse_depth
 from shoal.models.checkpoints import write_checkpoint
 from shoal.models.configs import positions_of
 from shoal.models.tokenizers import load_tokenizer
@@ -58,6 +58,7 @@ class LanguageEngine(MemberEngine):
         self._device = open_device(command.device)
         self._threads, self._processes = command.threads, command.processes
         self._monotonic = monotonic
+        refuse_depth(job.model.config, job.model.parameters)
         model = build_model(job.model.config).to(self._device)
         parameters = FlatParameters(parameters_of(model))
         self._optimizer = FlatAdamW(parameters.flat, parameters.gradient, job.optimizer)
