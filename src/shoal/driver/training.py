@@ -554,7 +554,7 @@ class TrainingDriver:
             EventKind.JOINED,
             line.node.node,
             f"{line.name} joined with {message.samples_per_s:.1f} samples/s, "
-            f"holding the state of round {message.round}.",
+            f"holding the {'start state' if message.round < 0 else f'state of round {message.round}'}.",
         )
         self._tell(driving.MemberJoined(line.member_id, line.record, message.samples_per_s, message.round))
         return encode(Done(), request.version)
@@ -641,6 +641,10 @@ class TrainingDriver:
         if self._lines.remove(line.member_id) is None:
             return
         self._close_line(line, status, reason)
+        if not self._lines.by_member and self.progress().tokens_total < self.job.token_budget:
+            self._note(
+                EventKind.NOTE, None, "No member is left; the job goes on as soon as a node at the hubs takes part."
+            )
         self._tell(driving.MemberLeft(line.member_id, reason))
 
     def _close_line(self, line: MemberLine, status: NodeStatus, reason: str) -> None:
