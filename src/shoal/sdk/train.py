@@ -60,7 +60,7 @@ EVALUATIONS = 5
 COMPLETION_TOKENS = 120
 FIGURES_EVERY_S = 10.0
 """How often a running driver writes down what its report needs and no record holds."""
-CPU_EFFICIENCY = 0.5
+CPU_EFFICIENCY = 0.3
 """Share of a device's measured matmul rate that training reaches, about: only for choosing the round length."""
 BFLOAT16_AHEAD = 1.5
 """How much faster than float32 it has to have measured to be worth its rounding."""
