@@ -91,7 +91,8 @@ class RoundsSection(_Section, frozen=True, kw_only=True, forbid_unknown_fields=T
     """What a member may send per second on average; without it, what its link carries."""
     bytes_per_token: Annotated[float, Meta(gt=0, le=1e9)] | None = None
     """What all members together may send for each token trained on, start-up apart. Data-parallel training of a model
-    of N parameters sends some 8 N bytes a step and member."""
+    of N parameters sends some 8 N bytes a step and member. Members that measured nearly alike are taken as equal, so up
+    to a fifth more may be sent."""
     settings: Annotated[RoundSettings, Meta(extra={"flat": True})] = RoundSettings()
 
     def resolved(self, chosen_steps: int) -> RoundSettings:
