@@ -62,15 +62,8 @@ def quickstart_command(
         honest_name = next(name for name in (node.name for node in report.nodes) if name not in (liar, truth.killed))
         folder = options.folder
         out.print(f"Look at {folder / 'report.html'}, and see for yourself:", markup=False)
-        out.print(
-            f"  {shoal_command()} replay {folder} --round 2 --node {liar}{'   # mismatch' if truth.liar else ''}",
-            markup=False,
-            soft_wrap=True,
-        )
-        out.print(
-            f"  {shoal_command()} replay {folder} --round 2 --node {honest_name}   # match",
-            markup=False,
-            soft_wrap=True,
-        )
+        for name, verdict in ((liar, "   # mismatch" if truth.liar else ""), (honest_name, "   # match")):
+            command = f"  {shoal_command()} replay {folder} --round 2 --node {name}{verdict}"
+            out.print(command, markup=False, soft_wrap=True)
     if report.goal is None or not report.goal.reached:
         raise typer.Exit(1)

@@ -374,15 +374,15 @@ class RunFolder:
             self._disk.rename(scratch, name)
             self._disk.sync(name)
 
-    def read(self, name: str, kind: type[S]) -> S | None:
-        """A JSON file of the folder as a `kind`; None when it was never written. Raises FolderDamaged."""
+    def read(self, name: str, kind: type[S], *, remedy: str = "delete it: it can be made again") -> S | None:
+        """A JSON file of the folder as a `kind`; None when it was never written. Raises FolderDamaged, saying what to
+        do about it (`remedy`)."""
         if self._size(name) is None:
             return None
         try:
             return msgspec.json.decode(self._read(name, 0, FILE_MAX_BYTES), type=kind)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            what = "restore it from a copy" if name == "owner.json" else "delete it: it can be made again"
-            raise FolderDamaged(f"{self.path / name} is damaged ({error}); {what}.") from error
+            raise FolderDamaged(f"{self.path / name} is damaged ({error}); {remedy}.") from error
 
     # --- inside
 

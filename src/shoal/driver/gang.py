@@ -136,9 +136,13 @@ async def find_fitting(directory: Directory, wanted: OfferFind, former: Collecti
     found = {one.node: one for one in await directory.find(wanted)}
     for node in [node for node in former if node not in found][:FORMER_MAX]:
         with contextlib.suppress(LinkError):  # the hub has heard enough questions for now
-            for one in await directory.find(msgspec.structs.replace(wanted, node=node, idle_only=False)):
-                found[one.node] = one
+            found |= {one.node: one for one in await _offers_of(directory, wanted, node)}
     return list(found.values())
+
+
+async def _offers_of(directory: Directory, wanted: OfferFind, node: bytes) -> list[FoundOffer]:
+    """What one node offers, busy or not, if it fits otherwise. Raises LinkError."""
+    return list(await directory.find(msgspec.structs.replace(wanted, node=node, idle_only=False)))
 
 
 async def link_to_former(
@@ -148,7 +152,7 @@ async def link_to_former(
 
     async def link(node: bytes) -> None:
         with contextlib.suppress(LinkError):
-            for one in await directory.find(msgspec.structs.replace(wanted, node=node, idle_only=False)):
+            for one in await _offers_of(directory, wanted, node):
                 await link_to(one.node, one.offer, endpoint=endpoint, directory=directory, clock=clock)
 
     await asyncio.gather(*(link(node) for node in former[-FORMER_MAX:]))

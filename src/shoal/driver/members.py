@@ -17,12 +17,12 @@ from shoal.protocol.training import JobEnd, Member, Turn
 from shoal.world import Clock, Endpoint, Link, Refused
 from shoal.world.directory import Directory
 
+_log = logging.getLogger(__name__)
+
 TURNS_MAX = 64
 """Turns that may wait for a slow member; when there are more the oldest goes, and the member asks for what it
 misses."""
 TURN_DEADLINE_S = 30.0
-_log = logging.getLogger(__name__)
-
 LOST_AFTER_S = 3.0
 """A member whose link cannot be taken up again within this time has left."""
 RETRY_S = 0.3

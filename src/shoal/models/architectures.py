@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from shoal.models.configs import BadModel
+from shoal.models.configs import BadModel, refuse_code
 
 disable_progress_bar()
 
@@ -27,8 +27,7 @@ def parse_config(config: str) -> Any:
         fields: dict[str, Any] = msgspec.json.decode(config)
     except (msgspec.DecodeError, RecursionError) as error:
         raise BadModel(f"The model config is not JSON, or too deep: {_one_line(error)}.") from error
-    if "auto_map" in fields:
-        raise BadModel("The model config asks to run code (auto_map); Shoal runs no code from model files.")
+    refuse_code(fields, "The model config")
     model_type = fields.pop("model_type", None)
     try:
         return AutoConfig.for_model(model_type, **fields)

@@ -88,8 +88,7 @@ def read_config(path: Path) -> str:
 
 def canonical_config(config: Mapping[str, Any], what: str) -> str:
     """A config as JSON with sorted keys, without what says nothing about the architecture. Raises BadModel."""
-    if "auto_map" in config:
-        raise BadModel(f"{what} asks to run code from its directory (auto_map); Shoal runs no code from model files.")
+    refuse_code(config, what)
     if not isinstance(config.get("model_type"), str):
         raise BadModel(f"{what} does not say its model_type.")
     unsaid = {"transformers_version", "torch_dtype", "dtype", "_name_or_path", "use_cache"}
@@ -98,6 +97,12 @@ def canonical_config(config: Mapping[str, Any], what: str) -> str:
     if len(text) > CONFIG_MAX_BYTES:
         raise BadModel(f"{what} is {len(text)} bytes long; the limit is {CONFIG_MAX_BYTES}.")
     return text
+
+
+def refuse_code(config: Mapping[str, Any], what: str) -> None:
+    """Raises BadModel for a config that names code to be run."""
+    if "auto_map" in config:
+        raise BadModel(f"{what} asks to run code from its directory (auto_map); Shoal runs no code from model files.")
 
 
 def vocabulary_of(config: str) -> int:

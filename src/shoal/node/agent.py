@@ -101,16 +101,20 @@ def best_device(capability: Capability) -> str:
     def rate(device: Device) -> float:
         return max((each.flops for each in device.throughput if each.dtype == "float32"), default=0.0)
 
-    kinds = [device.kind for device in capability.devices]
+    kinds = [_torch_kind(device) for device in capability.devices]
     at = max(range(len(kinds)), key=lambda index: rate(capability.devices[index]))
-    torch_kind = "cuda" if kinds[at] == "rocm" else kinds[at]  # torch speaks of ROCm devices as cuda
-    return torch_kind if torch_kind in ("cpu", "mps") else f"{torch_kind}:{kinds[:at].count(kinds[at])}"
+    return kinds[at] if kinds[at] in ("cpu", "mps") else f"{kinds[at]}:{kinds[:at].count(kinds[at])}"
+
+
+def _torch_kind(device: Device) -> str:
+    """Torch speaks of ROCm devices as cuda."""
+    return "cuda" if device.kind == "rocm" else device.kind
 
 
 def check_device(name: str, capability: Capability) -> None:
     """Raises DeviceMissing unless `name`, as torch writes it (`cuda:1`), is among what was measured."""
     kind, _, index = name.partition(":")
-    known = ["cuda" if device.kind == "rocm" else device.kind for device in capability.devices]
+    known = [_torch_kind(device) for device in capability.devices]
     if kind not in known or (index and not (index.isdecimal() and int(index) < known.count(kind))):
         there = ", ".join(f"{one}:{known[:at].count(one)}" for at, one in enumerate(known))
         raise DeviceMissing(f"This machine has no device {name!r} that works; it has {there}.")

@@ -162,7 +162,7 @@ async def resume(job_file: JobFile, options: TrainOptions) -> Report:
         async with _Session(folder, options, load_key(own) if own.exists() else options.key) as session:
             options.say("Reading the run's records and its newest state.")
             session.job_envelope = folder.job
-            private = folder.read("owner.json", _OwnerNotes)
+            private = folder.read("owner.json", _OwnerNotes, remedy="restore it from a copy")
             if private is None:
                 raise CannotTakeOver(
                     f"{options.folder / 'owner.json'} is missing, which says what the model is measured on and which "

@@ -22,7 +22,7 @@ import struct
 import subprocess
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NoReturn, TypeAlias
 
 import msgspec
@@ -108,7 +108,12 @@ class _Template:
         return self._process.poll() is None
 
     def start(self, start: Start, sockets: list[socket.socket]) -> None:
-        socket.send_fds(self._control, [msgspec.msgpack.encode(start)], [each.fileno() for each in sockets])
+        """Hand `sockets` to a new engine: they are closed here, so that they are the engine's alone."""
+        try:
+            socket.send_fds(self._control, [msgspec.msgpack.encode(start)], [each.fileno() for each in sockets])
+        finally:
+            for each in sockets:
+                each.close()
 
     def close(self) -> None:
         self._control.close()
@@ -139,15 +144,10 @@ async def fork_engine(environment: Mapping[str, str], stream_limit: int) -> Fork
     pairs = [socket.socketpair() for _ in range(SOCKETS)]
     try:
         _template.start(Start(dict(environment)), [theirs for _, theirs in pairs])
-        for _, theirs in pairs:
-            theirs.close()  # so that their ends are the engine's alone
         commands, replies, errors, status = [await _streams(ours, stream_limit) for ours, _ in pairs]
         (pid,) = STATUS.unpack(await status[0].readexactly(STATUS.size))
     except (OSError, asyncio.IncompleteReadError):
         return None
-    finally:
-        for _, theirs in pairs:
-            theirs.close()
     return ForkedProcess(pid, commands, replies, errors, status)
 
 
@@ -174,22 +174,26 @@ def serve(control: socket.socket) -> None:
                 message, descriptors, _, _ = socket.recv_fds(control, START_MAX_BYTES, SOCKETS)
                 if not message:
                     return
-                commands, replies, errors, status = (socket.socket(fileno=descriptor) for descriptor in descriptors)
-                parent, pid = os.getpid(), os.fork()
+                *streams, status = (socket.socket(fileno=descriptor) for descriptor in descriptors)
+                template, pid = os.getpid(), os.fork()
                 if pid == 0:
                     selector.close()
-                    signal.set_wakeup_fd(-1)
-                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                    os.dup2(commands.fileno(), 0)
-                    os.dup2(replies.fileno(), 1)
-                    os.dup2(errors.fileno(), 2)
-                    for each in (control, woken, wakes, commands, replies, errors, status, *running.values()):
-                        each.close()
-                    _be_engine(msgspec.msgpack.decode(message, type=Start), parent)
+                    _keep_only(streams, (control, woken, wakes, status, *running.values()))
+                    _be_engine(msgspec.msgpack.decode(message, type=Start), template)
                 running[pid] = status
-                for each in (commands, replies, errors):
+                for each in streams:
                     each.close()
                 _tell(status, pid)
+
+
+def _keep_only(streams: Sequence[socket.socket], others: Sequence[socket.socket]) -> None:
+    """In the forked process: `streams` become stdin, stdout and stderr, and nothing of the template is left."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for number, stream in enumerate(streams):
+        os.dup2(stream.fileno(), number)
+    for each in (*streams, *others):
+        each.close()
 
 
 def _report_ended(running: dict[int, socket.socket]) -> None:
