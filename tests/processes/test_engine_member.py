@@ -18,7 +18,7 @@ from shoal.protocol.training import SKETCH_WIDTH, Codec, OptimizerSettings, Oute
 from shoal.training.commands import ApplyCommit, CommittedUpdate, Evaluate, RoundDone, RunRound
 from shoal.training.compute import NoDevice
 from shoal.training.engine import LanguageEngine, NotALanguageModel
-from shoal.training.member import FlatParameters, Member, OutOfTurn, Sketcher
+from shoal.training.member import SUMMED_AT_ONCE, FlatParameters, Member, OutOfTurn, Sketcher
 from shoal.training.member_engine import WrongState
 from shoal.training.optimizer import BadOptimizer, FlatAdamW, TorchOptimizer
 from shoal.training.outer import OuterStep, WeighedUpdate
@@ -319,16 +319,22 @@ def test_long_rounds_are_sketched_at_intervals() -> None:
     assert rows[:4, 0].tolist() == [0, 3, 6, 9]
 
 
-def test_a_sketch_is_the_signed_sum_of_the_movement_since_the_last() -> None:
+@pytest.mark.parametrize("size", [1, 9, 1003, 3 * SUMMED_AT_ONCE + 5])
+def test_a_sketch_is_the_signed_sum_of_the_movement_since_the_last(size: int) -> None:
+    sketcher = Sketcher(size, b"seed", torch.device("cpu"))
+    row = sketcher._row
+    places = torch.arange(size)
+    signs = sketcher._row_signs.flatten()[places // row] * sketcher._column_signs[places % row]
+    assert set(signs.tolist()) == ({-1.0, 1.0} if size > 1 else {float(signs[0])})
+    of_run = places // row // sketcher._row_signs.shape[1]
     generator = torch.Generator().manual_seed(0)
-    start, moved, again = (torch.randn(1003, generator=generator) for _ in range(3))
-    sketcher = Sketcher(1003, b"seed", torch.device("cpu"))
-    signs = sketcher._signs.view(SKETCH_WIDTH, -1)
-    assert set(signs.unique().tolist()) == {-1.0, 1.0}
+    start = torch.randn(size, generator=generator) * 0.03
+    moved, again = (start + 1e-6 * torch.randn(size, generator=generator) for _ in range(2))
     sketcher.begin(start)
     for before, after in ((start, moved), (moved, again)):
-        expected = (torch.nn.functional.pad(after - before, (0, signs.numel() - 1003)).view(8, -1) * signs).sum(1)
-        assert torch.allclose(sketcher.sketch(after), expected, atol=1e-4)
+        expected = torch.zeros(SKETCH_WIDTH, dtype=torch.float64)
+        expected.index_add_(0, of_run, signs * (after.double() - before.double()))
+        assert torch.allclose(sketcher.sketch(after).double(), expected, rtol=1e-5, atol=1e-12)
 
 
 # --- pieces --------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from shoal.training.outer import OuterStep, WeighedUpdate
 from shoal.training.private import PrivateState
 from shoal.training.schedule import batch_sizes
 from shoal.training.state import SharedState
-from shoal.training.updates import Update, decode_update
+from shoal.training.updates import Update
 
 SENTENCE_MAX = 400
 FAILURES = (ShoalError, OSError, torch.OutOfMemoryError)
@@ -125,9 +125,7 @@ class MemberEngine:
         )
 
     def read_update(self, path: str) -> Update:
-        settings = self.job.rounds
-        data = Path(path).read_bytes()
-        return decode_update(data, settings.codec, self.parameters.layout.size, settings.sparse_keep)
+        return self.member.updates.read(Path(path).read_bytes())
 
     # --- private states --------------------------------------------------------------------------------------------
 

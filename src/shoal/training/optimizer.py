@@ -14,6 +14,10 @@ from shoal.protocol.training import OptimizerSettings
 Floats = NDArray[np.float32]
 
 
+DIVIDES_GRADIENT = ("cpu", "cuda")
+"""Where torch's fused AdamW divides the gradient by `grad_scale` in its own pass (MPS ignores it)."""
+
+
 class BadOptimizer(BadInput):
     """An optimizer's state cannot be kept as float32 numbers, or does not fit what was kept."""
 
@@ -56,8 +60,11 @@ class FlatAdamW:
 
     def step(self, learning_rate: float) -> None:
         if self._clip > 0:
-            norm = torch.linalg.vector_norm(self._gradient)
-            self._gradient.mul_((self._clip / (norm + 1e-6)).clamp_(max=1.0))
+            excess = ((torch.linalg.vector_norm(self._gradient) + 1e-6) / self._clip).clamp_(min=1.0)
+            if self._gradient.device.type in DIVIDES_GRADIENT:
+                self._optimizer.grad_scale = excess  # type: ignore[attr-defined]
+            else:
+                self._gradient.div_(excess)
         self._optimizer.param_groups[0]["lr"] = learning_rate
         self._optimizer.step()
 

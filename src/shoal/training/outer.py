@@ -73,17 +73,18 @@ class OuterStep:
         gradient = np.array(self._sum[places])  # a copy: the scratch buffer is cleared
         self._sum[places] = 0.0
         if self._outer is Outer.PLAIN:
+            moved = _finite(_rounded(state.parameters[places].astype(np.float64) - self._rate * gradient))
             parameters = state.parameters.copy()
-            parameters[places] = _rounded(parameters[places].astype(np.float64) - self._rate * gradient)
-            return _checked(SharedState(state.layout, parameters, state.momentum))
+            parameters[places] = moved
+            return SharedState(state.layout, parameters, state.momentum)
         if state.momentum is None:
             raise BadState("A Nesterov outer step needs a shared state with outer momentum; this one has none.")
         whole = np.zeros(size)
         whole[places] = gradient
         momentum = _rounded(self._momentum * state.momentum.astype(np.float64) + whole)
         step = whole + self._momentum * momentum.astype(np.float64)
-        parameters = _rounded(state.parameters.astype(np.float64) - self._rate * step)
-        return _checked(SharedState(state.layout, parameters, momentum))
+        parameters = _finite(_rounded(state.parameters.astype(np.float64) - self._rate * step))
+        return SharedState(state.layout, parameters, momentum)
 
     def _touched(self, accepted: Sequence[WeighedUpdate]) -> slice | NDArray[np.int64]:
         sparse = [item.update.indices for item in accepted if item.update.indices is not None]
@@ -114,10 +115,10 @@ def _rounded(values: Doubles) -> NDArray[np.float32]:
         return values.astype(np.float32)
 
 
-def _checked(state: SharedState) -> SharedState:
-    if not np.isfinite(state.parameters).all():
+def _finite(parameters: NDArray[np.float32]) -> NDArray[np.float32]:
+    if not np.isfinite(parameters).all():
         raise BadState("The outer step gave numbers that are not finite; an accepted update is too large.")
-    return state
+    return parameters
 
 
 # --- measuring -----------------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ from shoal.training.commands import (
     WritePrivate,
     WriteState,
 )
-from shoal.training.template import fork_engine
+from shoal.training.template import MEMORY, fork_engine
 
 OUTSTANDING_MAX = 64
 LOG_LINES_KEPT = 20
@@ -147,7 +147,7 @@ class EngineProcess:
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.PIPE,
-                env={**os.environ, **environment},
+                env={**MEMORY, **os.environ, **environment},
                 limit=limit,
             )
         return cls(name, process, log)

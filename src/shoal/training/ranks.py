@@ -127,7 +127,7 @@ class Ranks:
 
 def part_of(batch: NDArray[np.int64], rank: int, processes: int) -> NDArray[np.int64]:
     """A process' part of a batch: as equal as possible, earlier ranks first."""
-    return np.array_split(batch, processes)[rank]
+    return batch if processes == 1 else np.array_split(batch, processes)[rank]
 
 
 def shared_step(
