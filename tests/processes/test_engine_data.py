@@ -56,6 +56,26 @@ def test_every_token_lands_on_one_side_once_and_in_order(tmp_path: Path, monkeyp
     assert other.held_out_tokens != ready.held_out_tokens
 
 
+def test_reading_says_how_far_it_is_and_ends_when_asked(tmp_path: Path) -> None:
+    for number in range(4):
+        (tmp_path / f"{number}.txt").write_text(some_text(40_000, number))
+    told: list[tuple[int, int]] = []
+    prepare(tmp_path, tmp_path, watch=lambda done, total: told.append((done, total)))
+    size = sum(file.stat().st_size for file in tmp_path.glob("*.txt"))
+    assert told[0] == (0, size) and told[-1] == (size, size) and {total for _, total in told} == {size}
+    assert told == sorted(told) and len(told) > 8
+
+    class Enough(Exception):
+        pass
+
+    def watch(done: int, total: int) -> None:
+        if done > total / 2:
+            raise Enough
+
+    with pytest.raises(Enough):
+        prepare(tmp_path, tmp_path, watch=watch)
+
+
 def test_samples_are_read_by_number_across_shards(tmp_path: Path) -> None:
     shards = []
     for number, sequences in enumerate((3, 1, 2)):

@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,7 @@ from shoal.node.start import start_node
 from shoal.protocol.hubs import HubTicket
 from shoal.protocol.offers import OfferFind
 from shoal.protocol.training import Contribution
+from shoal.sdk import train as train_module
 from shoal.sdk.local import LocalProcess, LocalProcessFailed, LocalShoal
 from shoal.sdk.replay import replay_round
 from shoal.sdk.train import NothingToResume, plan, train
@@ -261,6 +263,35 @@ def test_a_job_survives_whatever_happens_to_hubs_nodes_and_engines(world: World,
     check_account(report, tmp_path / "run")
     assert all(node(report, name).tokens > 0 for name in NAMES)
     assert watch.shares == sorted(watch.shares)
+
+
+def test_reading_data_ends_when_nobody_waits_for_it(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, ended = threading.Event(), threading.Event()
+
+    def read_without_end(*arguments: Any) -> None:
+        *_, watch = arguments
+        begun.set()
+        try:
+            while True:
+                watch(1, 2)
+        finally:
+            ended.set()
+
+    monkeypatch.setattr(train_module, "prepare", read_without_end)
+    text = job_text(tmp_path)
+    options = options_for(world.shoal, tmp_path, owner_key(), Watch())
+
+    async def story() -> None:
+        planning = asyncio.create_task(plan(parsed(text, tmp_path), options, tmp_path / "plan"))
+        await asyncio.to_thread(begun.wait)
+        planning.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await planning
+
+    world.run(story())
+    assert ended.is_set()
 
 
 async def offers_at(hub: LocalProcess, wanted: int) -> list[str]:

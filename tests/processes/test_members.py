@@ -21,6 +21,7 @@ from shoal.driver.training import JobRecords, Outcome, TrainingDriver, Watchers
 from shoal.errors import LinkError
 from shoal.hub import HubClient
 from shoal.identity import KeyPair, blake3_hash
+from shoal.node import member as node_member
 from shoal.node.agent import NodeAgent, NodeSettings
 from shoal.protocol.blobs import BlobHolder, BlobRef
 from shoal.protocol.messages import decode, encode, open_record, sign
@@ -577,6 +578,35 @@ def test_a_joiner_takes_the_newest_state_from_several_peers(tmp_path: Path) -> N
             await asyncio.sleep(0.01)
         assert all(server.bytes_served > 0 for server in servers)
         assert sum(server.bytes_served for server in servers) < 2 * len(state)
+        await scene.agent.close()
+
+    play(story())
+
+
+def test_a_model_that_takes_too_long_to_prepare_ends_the_membership(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(node_member, "PREPARE_DEADLINE_S", 0.0)
+
+    async def story() -> None:
+        scene = await a_node(tmp_path)
+        driver = a_key(160)
+        endpoint = scene.network.endpoint(driver)
+        at = await endpoint.listen("tcp://driver:0")
+        store = BlobStore(MemoryDisk(), 1 << 26, CLOCK)
+        serve(endpoint, store)
+        store.put(scene.setting.start.to_bytes())
+        gone: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+        async def told(request: Request) -> bytes:
+            gone.set_result(decode(MemberGone, request.body, request.version).reason)
+            return encode(Done(), request.version)
+
+        endpoint.handle(MemberGone.KIND, told)
+        link = await endpoint.dial(scene.node.node_id, scene.node.addresses)
+        invite = an_invitation(scene.setting, driver, holders=(BlobHolder(driver.node_id, (at,)),))
+        await link.request(MemberInvite.KIND, encode(invite), reply_max_bytes=1 << 17)
+        assert "could not build and measure the model within 0 minutes" in await gone
         await scene.agent.close()
 
     play(story())

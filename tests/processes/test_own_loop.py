@@ -469,10 +469,38 @@ def test_an_owner_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize(
     ("text", "sentence"),
-    [("raise ValueError('no such file')", "ValueError: no such file"), ("print('hello')", "without iterating")],
+    [
+        ("raise ValueError('no such file')", "ValueError: no such file"),
+        ("print('hello')", "without iterating"),
+        (
+            "import shoal, torch\nmodel = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))\n"
+            "for batch in shoal.join('x', model, torch.optim.SGD(model.parameters(), lr=0.1), samples=4): pass",
+            "running statistics",
+        ),
+    ],
 )
 def test_a_script_that_is_no_loop_is_refused_with_its_reason(tmp_path: Path, text: str, sentence: str) -> None:
     script = tmp_path / "loop.py"
     script.write_text(text)
     with pytest.raises(ScriptFailed, match=sentence):
         look_at(script, batch_samples=4)
+
+
+def test_a_look_at_a_script_ends_when_asked(tmp_path: Path) -> None:
+    script, started = tmp_path / "loop.py", tmp_path / "pid"
+    script.write_text(
+        f"import os, pathlib, threading\npathlib.Path({str(started)!r}).write_text(str(os.getpid()) + '.')\n"
+        "threading.Event().wait()\n"
+    )
+
+    class Enough(Exception):
+        pass
+
+    def watch() -> None:
+        if started.exists() and started.read_text().endswith("."):
+            raise Enough
+
+    with pytest.raises(Enough):
+        look_at(script, batch_samples=4, watch=watch)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(started.read_text()[:-1]), 0)

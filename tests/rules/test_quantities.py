@@ -9,9 +9,9 @@ from shoal.quantities import (
     format_duration_s,
     format_rate_bps,
     parse_bytes,
+    parse_bytes_per_s,
     parse_count,
     parse_duration_s,
-    parse_rate_bps,
 )
 
 
@@ -20,17 +20,22 @@ def test_what_people_write_is_understood() -> None:
     assert parse_bytes("100MB") == 100_000_000
     assert parse_duration_s("80 ms") == 0.08
     assert parse_duration_s("2h") == 7200
-    assert parse_rate_bps("20 Mbit/s") == 20_000_000
-    assert parse_rate_bps("1 MB/s") == 8_000_000
+    assert parse_bytes_per_s("20 Mbit/s") == 2_500_000
+    assert parse_bytes_per_s("1 MB/s") == parse_bytes_per_s("1 MB") == 1_000_000
     assert parse_count("2.5M") == 2_500_000
     assert parse_count(7) == 7
 
 
 @pytest.mark.parametrize("text", ["", "-1", "1 parsec", "nan", "inf", "1e999", "0x10", "ten", "1 2", "1;2"])
-@pytest.mark.parametrize("parse", [parse_bytes, parse_duration_s, parse_rate_bps, parse_count])
+@pytest.mark.parametrize("parse", [parse_bytes, parse_duration_s, parse_bytes_per_s, parse_count])
 def test_anything_else_is_refused_with_an_example(parse, text) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(BadQuantity, match=r"write for example|finite"):
         parse(text)
+
+
+def test_a_rate_is_called_one() -> None:
+    with pytest.raises(BadQuantity, match="a rate of bytes per second; write for example '100 kB/s'"):
+        parse_bytes_per_s("fast")
 
 
 def test_a_truth_value_is_not_a_number() -> None:

@@ -34,7 +34,7 @@ class RunView:
     Where standard error is no terminal, a plain line is printed now and then instead.
     """
 
-    EVERY_TOKENS_SHARE = 0.1
+    EVERY_SHARE = 0.1
 
     def __init__(self, title: str) -> None:
         self._title = title
@@ -44,7 +44,7 @@ class RunView:
         )
         self._task: TaskID = self._bar.add_task(title, total=1)
         self._live = Live(self._bar, console=err, refresh_per_second=4, transient=True)
-        self._said = 0.0
+        self._said = self._read = 0.0
 
     def __enter__(self) -> RunView:
         if self._console.is_terminal:
@@ -62,6 +62,14 @@ class RunView:
     def say(self, sentence: str) -> None:
         self._print(shown(sentence), markup=False)
 
+    def reading(self, share: float) -> None:
+        """How much of the data was read."""
+        if self._console.is_terminal:
+            self._bar.update(self._task, description="reading data", completed=share)
+        elif share >= self._read + self.EVERY_SHARE:
+            self._read = share
+            self._print(f"{share:.0%} of the data was read.", markup=False)
+
     def progress(self, now: JobProgress) -> None:
         left = (now.token_budget - now.tokens_total) / now.tokens_per_s if now.tokens_per_s else 0.0
         loss = f"loss {now.loss:.3f}" if now.loss is not None else "loss ?"
@@ -72,10 +80,11 @@ class RunView:
         )
         if self._console.is_terminal:
             doing = Text("  ").join(Text.assemble(name, " ", (what, "dim")) for name, what in now.members.items())
-            self._bar.update(self._task, completed=min(1.0, now.tokens_total / now.token_budget))
+            done = min(1.0, now.tokens_total / now.token_budget)
+            self._bar.update(self._task, description=self._title, completed=done)
             self._live.update(Group(self._bar, figures, doing))
         elif now.tokens_total / now.token_budget >= self._said:
-            self._said = now.tokens_total / now.token_budget + self.EVERY_TOKENS_SHARE
+            self._said = now.tokens_total / now.token_budget + self.EVERY_SHARE
             self._print(figures, markup=False)
 
     def event(self, event: Event) -> None:

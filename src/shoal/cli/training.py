@@ -125,8 +125,9 @@ def train_command(
             print_plan(made)
         return
     if not json:
-        options.say, options.progress, options.event, options.audited = (
+        options.say, options.reading, options.progress, options.event, options.audited = (
             view.say,
+            view.reading,
             view.progress,
             view.event,
             view.audited,

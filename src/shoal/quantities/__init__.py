@@ -11,9 +11,9 @@ from shoal.quantities.units import (
     format_duration_s,
     format_rate_bps,
     parse_bytes,
+    parse_bytes_per_s,
     parse_count,
     parse_duration_s,
-    parse_rate_bps,
 )
 
 __all__ = [
@@ -23,7 +23,7 @@ __all__ = [
     "format_duration_s",
     "format_rate_bps",
     "parse_bytes",
+    "parse_bytes_per_s",
     "parse_count",
     "parse_duration_s",
-    "parse_rate_bps",
 ]

@@ -22,6 +22,7 @@ _DURATION_UNITS = {"us": 1e-6, "µs": 1e-6, "ms": 1e-3, "": 1.0, "s": 1.0, "m": 
                    "d": 86400.0}  # fmt: skip
 _RATE_UNITS = {"": 1, "bit/s": 1, "kbit/s": 10**3, "mbit/s": 10**6, "gbit/s": 10**9,
                "b/s": 8, "kb/s": 8 * 10**3, "mb/s": 8 * 10**6, "gb/s": 8 * 10**9}  # fmt: skip
+_BYTE_RATE_UNITS = {**_BYTE_UNITS, **{unit: bits / 8 for unit, bits in _RATE_UNITS.items() if unit}}
 _COUNT_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
 
 
@@ -51,9 +52,9 @@ def parse_duration_s(text: str | float) -> float:
     return _parse(text, _DURATION_UNITS, "a duration", "80 ms")
 
 
-def parse_rate_bps(text: str | int) -> int:
-    """`"20 Mbit/s"` -> 20000000 bits per second. Raises BadQuantity."""
-    return round(_parse(text, _RATE_UNITS, "a rate", "20 Mbit/s"))
+def parse_bytes_per_s(text: str | float) -> float:
+    """`"100 kB/s"` -> 100000.0 bytes per second; `/s` may be left out. Raises BadQuantity."""
+    return _parse(text, _BYTE_RATE_UNITS, "a rate of bytes per second", "100 kB/s")
 
 
 def parse_count(text: str | int) -> int:

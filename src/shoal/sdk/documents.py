@@ -37,9 +37,9 @@ from shoal.errors import BadInput
 from shoal.quantities import (
     BadQuantity,
     parse_bytes,
+    parse_bytes_per_s,
     parse_count,
     parse_duration_s,
-    parse_rate_bps,
 )
 
 DOCUMENT_MAX_BYTES = 256 * 1024
@@ -117,7 +117,7 @@ _QUANTITIES: Mapping[str, tuple[Callable[[str], float], Callable[[float], str], 
     "s": (parse_duration_s, lambda value: _in_units(value * 1000, _MS_UNITS), "a duration"),
     "bytes": (parse_bytes, lambda value: _in_units(value, _BYTE_UNITS), "an amount of bytes"),
     "bytes_per_s": (
-        lambda text: parse_rate_bps(text) / 8 if "/" in text else parse_bytes(text),
+        parse_bytes_per_s,
         lambda value: f"{_in_units(value, {' B': 1})}/s",
         "bytes per second",
     ),

@@ -3,12 +3,13 @@ engine for replays. The script runs in a child process on this machine, and nowh
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from shoal.training.state import SharedState
 
 LOOK_S = 1800.0
 """How long a script may take to load its data, and to measure a model."""
+WATCH_S = 0.2
+"""How often it is asked meanwhile whether to go on."""
 OUTPUT_TAIL_BYTES = 4000
 WORKER = "shoal.sdk.loop_worker"
 WANTED_FILE, LOOKED_FILE, START_FILE, STATE_FILE = "wanted.json", "looked.json", "start", "state"
@@ -85,12 +88,12 @@ class Script:
     """The last lines that it printed."""
 
 
-def look_at(script: Path, *, batch_samples: int) -> Script:
-    """Run a script up to its loop, a few steps of it, and what comes after it with the start state. Blocks. Raises
-    ScriptFailed, BadState."""
+def look_at(script: Path, *, batch_samples: int, watch: Callable[[], None] = lambda: None) -> Script:
+    """Run a script up to its loop, a few steps of it, and what comes after it with the start state. Blocks; `watch` is
+    called now and then, and what it raises ends the script. Raises ScriptFailed, BadState."""
     with tempfile.TemporaryDirectory(prefix="shoal-look-") as name:
         folder = Path(name)
-        looked, said = _look(script, folder, LookWanted(rehearse_samples=batch_samples))
+        looked, said = _look(script, folder, LookWanted(rehearse_samples=batch_samples), watch)
         return Script(looked, SharedState.read(folder / START_FILE), said)
 
 
@@ -103,28 +106,39 @@ def measure(script: Path, state: SharedState) -> tuple[Looked, str]:
         return _look(script, folder, LookWanted())
 
 
-def _look(script: Path, folder: Path, wanted: LookWanted) -> tuple[Looked, str]:
+def _look(
+    script: Path, folder: Path, wanted: LookWanted, watch: Callable[[], None] = lambda: None
+) -> tuple[Looked, str]:
     (folder / WANTED_FILE).write_bytes(msgspec.json.encode(wanted))
     log = folder / "output"
-    with log.open("wb") as output:
+    with (
+        log.open("wb") as output,
+        subprocess.Popen(
+            [sys.executable, "-m", WORKER, str(script), "look", str(folder), str(os.getpid())],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        ) as running,
+    ):
         try:
-            done = subprocess.run(
-                [sys.executable, "-m", WORKER, str(script), "look", str(folder), str(os.getpid())],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                timeout=LOOK_S,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            raise ScriptFailed(f"{script} did not come to its end within {LOOK_S / 60:.0f} minutes.") from None
+            code = _wait(script, running, watch)
+        finally:
+            running.kill()  # without effect on one that has ended
     said = log.read_bytes()[-OUTPUT_TAIL_BYTES:].decode(errors="replace").strip()
     last = said.splitlines()[-1] if said else "it said nothing"
-    if done.returncode != 0:
-        raise ScriptFailed(f"{script} ended with code {done.returncode}: {last}")
+    if code != 0:
+        raise ScriptFailed(f"{script} ended with code {code}: {last}")
     if not (folder / LOOKED_FILE).exists():
         raise ScriptFailed(f"{script} came to its end without iterating over shoal.join(...).")
     return msgspec.json.decode((folder / LOOKED_FILE).read_bytes(), type=Looked), said
+
+
+def _wait(script: Path, running: subprocess.Popen[bytes], watch: Callable[[], None]) -> int:
+    for _ in range(round(LOOK_S / WATCH_S)):
+        watch()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return running.wait(WATCH_S)
+    raise ScriptFailed(f"{script} did not come to its end within {LOOK_S / 60:.0f} minutes.")
 
 
 def how_to_take_part(script: str, owner: KeyPair, hubs: Sequence[HubTicket]) -> str:

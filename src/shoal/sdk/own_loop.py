@@ -26,6 +26,7 @@ import atexit
 import logging
 import os
 import queue
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -189,6 +190,7 @@ def join(
     engine = LoopEngine(job, model, optimizer, samples, orders, clock.monotonic)
     called = node.start()
     atexit.register(node.close)
+    print(f"{called} waits for job {job!r}: it begins when its owner runs `shoal train`.", file=sys.stderr)
     return LoopMember(engine, called, close=node.close)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,11 +47,20 @@ class Prepared:
     """Held-out loss of the start state, as the owner's own loop measured it."""
 
 
-def prepare(job: JobFile, rounds: RoundSettings, store: BlobStore, folder: Path, pin: str) -> Prepared:
+def prepare(
+    job: JobFile,
+    rounds: RoundSettings,
+    store: BlobStore,
+    folder: Path,
+    pin: str,
+    watch: Callable[[int, int], None] = lambda done, total: None,
+) -> Prepared:
     """Read data and model, write shards and the start state into `store` (pinned as `pin`). Blocks, for as long as
-    reading and tokenizing takes. Raises BadData, BadModel, BadTokenizer, SequenceTooLong, ScriptFailed, StorageFull."""
+    reading and tokenizing takes; `watch` is told every moment how many bytes of how many were read (0 of 0 while an
+    owner's own loop is tried), and what it raises ends it. Raises BadData, BadModel, BadTokenizer, SequenceTooLong,
+    ScriptFailed, StorageFull."""
     if job.model.script is not None:
-        return _prepare_loop(job, Path(job.model.script), rounds, store, pin)
+        return _prepare_loop(job, Path(job.model.script), rounds, store, pin, watch)
     from shoal.models import configs  # torch is loaded only when a job is prepared
     from shoal.models.architectures import build_model, parameters_of
     from shoal.models.checkpoints import read_checkpoint
@@ -85,6 +95,7 @@ def prepare(job: JobFile, rounds: RoundSettings, store: BlobStore, folder: Path,
         seed=job.seed,
         text_field=job.data.text_field,
         file_format=job.data.format,
+        watch=watch,
     )
     if checkpoint is not None:
         tensors = checkpoint.tensors
@@ -107,9 +118,11 @@ def prepare(job: JobFile, rounds: RoundSettings, store: BlobStore, folder: Path,
     )
 
 
-def _prepare_loop(job: JobFile, path: Path, rounds: RoundSettings, store: BlobStore, pin: str) -> Prepared:
+def _prepare_loop(
+    job: JobFile, path: Path, rounds: RoundSettings, store: BlobStore, pin: str, watch: Callable[[int, int], None]
+) -> Prepared:
     """A loop of the owner's own: its script says what it starts from."""
-    script = look_at(path, batch_samples=job.batch_samples)
+    script = look_at(path, batch_samples=job.batch_samples, watch=lambda: watch(0, 0))
     if script.looked.job != job.name:
         raise OtherLoop(
             f"{path} joins job {script.looked.job!r}, the job file is of {job.name!r}; let them be the same."

@@ -112,6 +112,8 @@ def find_node(chain: Chain, wanted: str) -> tuple[bytes, str]:
         found = [(node, name) for node, name in names.items() if node.hex().startswith(wanted.lower())]
     if len(found) == 1:
         return found[0]
+    if not names:
+        raise NoSuchNode(f"No node of this run is called {wanted!r}: no work was accepted in it yet.")
     known = ", ".join(sorted(names.values()))
     problem = "More than one node is" if found else "No node of this run is"
     raise NoSuchNode(f"{problem} called {wanted!r}; there are {known}.")

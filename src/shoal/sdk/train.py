@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import math
+import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,6 +65,8 @@ CPU_EFFICIENCY = 0.3
 """Share of a device's measured matmul rate that training reaches, about: only for choosing the round length."""
 BFLOAT16_AHEAD = 1.5
 """How much faster than float32 it has to have measured to be worth its rounding."""
+READING_SAID_S = 0.2
+"""How often at most it is said how far reading data has come."""
 STEP_LEAST_S = 0.004
 """No inner step is quicker: launching its kernels takes that long."""
 
@@ -90,6 +93,8 @@ class TrainOptions:
     closing_audit: bool = False
     """Replay one contribution of every member before the members are let go."""
     say: Callable[[str], None] = lambda _: None
+    reading: Callable[[float], None] = lambda _: None
+    """Told, from another thread, which share of the data was read."""
     progress: Callable[[Progress], None] = lambda _: None
     event: Callable[[Event], None] = lambda _: None
     audited: Callable[[AuditLine], None] = lambda _: None
@@ -241,6 +246,28 @@ class _OwnerNotes(msgspec.Struct, frozen=True, kw_only=True):
     """As the script measured it."""
 
 
+class _Reading:
+    """Follows the thread that reads the data, and ends it when nobody waits for it any more."""
+
+    class Stopped(Exception):
+        """Raised in that thread."""
+
+    def __init__(self, told: Callable[[float], None], clock: Clock) -> None:
+        self._told, self._clock = told, clock
+        self._stop = threading.Event()
+        self._next_s = clock.monotonic() + READING_SAID_S
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def watch(self, done: int, total: int) -> None:
+        if self._stop.is_set():
+            raise _Reading.Stopped
+        if total and self._clock.monotonic() >= self._next_s:
+            self._next_s = self._clock.monotonic() + READING_SAID_S
+            self._told(done / total)
+
+
 class _Session:
     """The pieces that a driving process holds open: endpoint, hubs, blobs, engine."""
 
@@ -301,16 +328,27 @@ class _Session:
         self.options.say("Reading data and model.")
         if job_file.model.script is not None:
             self.options.say(how_to_take_part(job_file.model.script, self.options.key, self.options.hubs))
+        reading = _Reading(self.options.reading, self.clock)
         preparing = asyncio.create_task(
             asyncio.to_thread(
-                prepare, job_file, job_file.rounds.settings, self.store, self.folder.path / "data", self.pin
+                prepare,
+                job_file,
+                job_file.rounds.settings,
+                self.store,
+                self.folder.path / "data",
+                self.pin,
+                reading.watch,
             )
         )
         looking = asyncio.create_task(self.gang(job_file, waiting=waiting))
         try:
-            prepared, gang = await asyncio.gather(preparing, looking)
+            prepared, gang = await asyncio.gather(asyncio.shield(preparing), looking)
         finally:
             looking.cancel()  # bad data ends the search
+            reading.stop()
+            await asyncio.wait({preparing})
+            if not preparing.cancelled():
+                preparing.exception()
         return prepared, gang, self._length(job_file, prepared, gang)
 
     def wanted(self, job_file: JobFile) -> OfferFind:

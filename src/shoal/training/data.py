@@ -7,7 +7,7 @@ sequence and the token after it. Documents follow one another, each closed by th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,14 +70,16 @@ def prepare_data(
     seed: int = 0,
     text_field: str = "text",
     file_format: str = "auto",
+    watch: Callable[[int, int], None] = lambda done, total: None,
 ) -> PreparedData:
     """Read text, `.jsonl` and `.parquet` files, directories and globs; write shards into `directory`. `file_format` is
     `text`, `jsonl` or `parquet` where the files' endings do not say it (`auto`).
 
     A text file is one document, a line of .jsonl or a row of .parquet is one. Each document (of a long one, each piece
     of PIECE_CHARACTERS) is train or held-out by a seeded hash of its text, so that copies of one stay on one side; when
-    none of a few falls to the held-out side, the one with the lowest hash does. Raises BadData, naming the file and
-    what is wrong.
+    none of a few falls to the held-out side, the one with the lowest hash does. `watch` is told piece by piece how many
+    bytes of how many were read, about; what it raises ends the reading. Raises BadData, naming the file and what is
+    wrong.
     """
     words = load_tokenizer(tokenizer)
     if words.vocabulary > VOCABULARY_MAX:
@@ -85,19 +87,26 @@ def prepare_data(
     directory.mkdir(parents=True, exist_ok=True)
     token_bytes = 1 if words.vocabulary <= 1 << 8 else 2 if words.vocabulary <= 1 << 16 else 4
     files = find_files(paths)
+    sizes = [_size(file) for file in files]
+    total, done = sum(sizes), 0
+    watch(0, total)
     forced = _forced_held_out(files, text_field, file_format, seed, held_out_fraction)
     train = _ShardWriter(directory, "train", sequence_tokens, token_bytes, words.vocabulary)
     held_out = _ShardWriter(directory, "heldout", sequence_tokens, token_bytes, words.vocabulary)
     documents = 0
-    for file in files:
+    for file, size in zip(files, sizes, strict=True):
+        within = 0
         for text in read_documents(file, text_field, file_format):
             documents += 1
             for piece, last in _pieces(text):
+                within = min(size, within + len(piece))  # a compressed file holds more characters than it has bytes
+                watch(done + within, total)
                 draw = _draw(seed, piece)
                 writer = held_out if draw < held_out_fraction or draw in forced else train
                 writer.add(words.encode(piece))
                 if last and words.end is not None:
                     writer.add(np.array([words.end], dtype=np.uint32))
+        done += size
     train_shards, held_out_shards = train.close(), held_out.close()
     for name, shards, writer in (("train on", train_shards, train), ("hold out", held_out_shards, held_out)):
         if not shards:
@@ -239,10 +248,10 @@ def read_documents(file: Path, text_field: str = "text", file_format: str = "aut
     """The texts in one file. Raises BadData."""
     if file_format == "auto":
         file_format = {".parquet": "parquet", ".jsonl": "jsonl"}.get(file.suffix.lower(), "text")
+    size = _size(file)
+    if size == 0:
+        raise BadData(f"The data file {file} is empty (zero bytes); leave it out or fill it.")
     try:
-        size = file.stat().st_size
-        if size == 0:
-            raise BadData(f"The data file {file} is empty (zero bytes); leave it out or fill it.")
         if file_format == "parquet":
             yield from _read_parquet(file, text_field)
         elif file_format == "jsonl":
@@ -252,7 +261,18 @@ def read_documents(file: Path, text_field: str = "text", file_format: str = "aut
         else:
             yield _utf8(file.read_bytes(), f"The text file {file}")
     except OSError as error:
-        raise BadData(f"The data file {file} cannot be read: {error.strerror or error}.") from error
+        raise _unreadable(file, error) from error
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError as error:
+        raise _unreadable(file, error) from error
+
+
+def _unreadable(file: Path, error: OSError) -> BadData:
+    return BadData(f"The data file {file} cannot be read: {error.strerror or error}.")
 
 
 def _utf8(data: bytes, what: str) -> str:

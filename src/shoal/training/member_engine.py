@@ -191,8 +191,15 @@ def failed(error: Exception) -> Failed:
     if isinstance(error, torch.OutOfMemoryError):
         error = OutOfDeviceMemory(f"The device ran out of memory; lower batch_samples or use a smaller model. {error}")
     elif not isinstance(error, ShoalError):
-        error = FileTrouble(f"A file could not be read or written: {error}.")
+        error = FileTrouble(f"A file could not be read or written: {_without_folders(error)}.")
     return Failed(code=error.code, sentence=error.sentence[:SENTENCE_MAX])
+
+
+def _without_folders(error: Exception) -> str:
+    """What the system says, with the file's name but not where it lies: a driver reads it, too."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror} ({Path(error.filename).name})" if error.filename else error.strerror
+    return str(error)
 
 
 def _held(state: SharedState) -> StateHeld:

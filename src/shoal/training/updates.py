@@ -38,6 +38,8 @@ SCALE_MAX = np.nextafter(np.finfo(np.float32).max / np.float32(127), np.float32(
 HEADER = struct.Struct("<4sBBHQ")
 MAGIC = b"SHU1"
 CODEC_NUMBERS = {Codec.NONE: 0, Codec.INT8: 1, Codec.SPARSE2: 2}
+ENCODED_AT_ONCE = 32
+"""Chunks whose copies stay in a core's cache while the largest values are found."""
 REMEMBERED_MAX = 4
 """Decoded sparse updates that a reader remembers: a fifth of a byte per parameter each."""
 UPDATE_MEDIA_TYPE = "application/x-shoal-update"
@@ -138,9 +140,11 @@ def encode_update(flat: NDArray[np.float32], codec: Codec, keep: int = 64) -> by
     else:
         start = 0
         for count, record in sparse_records(flat.size, keep_bits):
-            stop = start + count * record.length
-            parts.append(_encode_records(flat[start:stop].reshape(count, record.length), record).tobytes())
-            start = stop
+            for first in range(0, count, ENCODED_AT_ONCE):
+                rows = min(ENCODED_AT_ONCE, count - first)
+                stop = start + rows * record.length
+                parts.append(_encode_records(flat[start:stop].reshape(rows, record.length), record).tobytes())
+                start = stop
     return b"".join(parts)
 
 
