@@ -1,3 +1,3 @@
-from shoal.cli.app import main
+from shoal.cli.main import main
 
 main()

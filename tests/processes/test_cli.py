@@ -17,7 +17,7 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from shoal.cli.app import main
+from shoal.cli.main import main
 from shoal.cli.tables import print_report
 from shoal.driver.report import NodeReport, NodeStatus, Report
 from shoal.identity import KeyPair

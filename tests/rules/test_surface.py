@@ -7,7 +7,8 @@ from typing import Any
 
 from typer.main import get_command
 
-from shoal.cli.app import app, load_commands
+from shoal.cli.app import app
+from shoal.cli.main import load_commands
 
 SURFACE = {
     "shoal": "--version --install-completion --show-completion",

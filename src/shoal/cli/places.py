@@ -1,9 +1,10 @@
-"""Where runs are, and what `shoal.sdk.places` knows about this machine."""
+"""Where runs are, where a process listens, and what `shoal.sdk.places` knows about this machine."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from shoal.cli.output import BadFlag
 from shoal.errors import BadInput
 from shoal.sdk.places import LocalRun, find_hubs, find_local, forget_local, local_folder, user_key, write_local
 
@@ -17,6 +18,7 @@ __all__ = [
     "holds_run",
     "job_of",
     "local_folder",
+    "refuse_wildcard",
     "user_key",
     "write_local",
 ]
@@ -50,3 +52,9 @@ def find_run(folder: Path) -> Path:
     named = ", ".join(str(path) for path in dict.fromkeys(near[:RUNS_NAMED_MAX]))
     hint = f"There is {named}." if named else "A run's folder is where `shoal train` put it: runs/<name>."
     raise NoRun(f"{folder} {what}. {hint}")
+
+
+def refuse_wildcard(listen: str, instead: str) -> None:
+    """Raises BadFlag for an address that means every interface: whoever is told it would dial itself."""
+    if listen.removeprefix("tcp://").rpartition(":")[0] in ("0.0.0.0", "[::]"):
+        raise BadFlag(f"--listen {listen} names no machine that others could dial; {instead}.")

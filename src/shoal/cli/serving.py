@@ -80,7 +80,9 @@ def hub(
     if with_parent:
         die_with_parent(with_parent)
     if not public:
-        refuse_wildcard(listen, "name with --public where others dial it, or listen on an address of this machine")
+        places.refuse_wildcard(
+            listen, "name with --public where others dial it, or listen on an address of this machine"
+        )
     settings = HubSettings(
         data=data or shoal_home() / "hub", listen=listen, http=http or None, name=name, public=tuple(public or ())
     )
@@ -102,12 +104,6 @@ def hub(
             await server.stop()
 
     run(work)
-
-
-def refuse_wildcard(listen: str, instead: str) -> None:
-    """Raises BadFlag for an address that means every interface: whoever is told it would dial itself."""
-    if listen.removeprefix("tcp://").rpartition(":")[0] in ("0.0.0.0", "[::]"):
-        raise BadFlag(f"--listen {listen} names no machine that others could dial; {instead}.")
 
 
 @node_app.command("start")
@@ -160,7 +156,7 @@ def node_start(
         raise BadFlag(f"--threads {threads} cannot be used: at least one is needed.")
     if processes < 1:
         raise BadFlag(f"--processes {processes} cannot be used: at least one is needed.")
-    refuse_wildcard(listen, "use an address of this machine, or --listen '' to open links only")
+    places.refuse_wildcard(listen, "use an address of this machine, or --listen '' to open links only")
     storage_bytes = parse_bytes(storage)
     tickets = places.find_hubs(hub)
     folder = data or shoal_home() / "node"

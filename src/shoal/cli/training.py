@@ -15,7 +15,6 @@ from rich.padding import Padding
 from shoal.cli import places
 from shoal.cli.app import JOBS, app
 from shoal.cli.output import BadFlag, HubFlag, Interrupted, JsonFlag, out, print_json, run, shoal_command
-from shoal.cli.serving import refuse_wildcard
 from shoal.cli.tables import RunView, print_completion, print_report
 from shoal.driver.report import Report
 from shoal.quantities import format_bytes, format_count
@@ -105,7 +104,7 @@ def train_command(
     folder = folder or runs / job_file.name
     if resume_run:
         places.find_run(folder)
-    refuse_wildcard(listen, "use an address of this machine, or --listen '' where every node can be dialled")
+    places.refuse_wildcard(listen, "use an address of this machine, or --listen '' where every node can be dialled")
     tickets = places.find_hubs(hub)
     view = RunView(job_file.name)
     options = TrainOptions(
