@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import msgspec
 import pytest
 from engine_pieces import make_setting
 
-from shoal.driver.audit import OPENED_PIN, PRIVATE_BYTES_EXTRA, PRIVATE_BYTES_PER_PARAMETER, open_from_member
+from shoal.driver.audit import (
+    OPEN_DEADLINE_S,
+    OPENED_BYTES_PER_S,
+    OPENED_PIN,
+    PRIVATE_BYTES_EXTRA,
+    PRIVATE_BYTES_PER_PARAMETER,
+    open_from_member,
+)
 from shoal.driver.lines import RoundMetrics
 from shoal.driver.training import BYTES_CLAIMED_MAX
 from shoal.errors import ShoalError
 from shoal.identity import KeyPair
-from shoal.protocol.blobs import BlobRef
+from shoal.protocol.blobs import BlobChunkList, BlobRead, BlobRef
 from shoal.protocol.messages import encode
 from shoal.protocol.training import MEMBERS_MAX, Contribution, Engine, NodeWork, OpenPrivate, PrivateOpened
 from shoal.storage import BlobStore, Fetcher, serve
 from shoal.transport.memory import MemoryNetwork
-from shoal.world import Request, SeededDice, SystemClock
+from shoal.world import HeldClock, Request, SeededDice, SystemClock
 
 
 def a_contribution() -> Contribution:
@@ -70,6 +78,55 @@ def test_a_private_state_is_opened_up_to_the_size_that_the_model_needs(tmp_path:
         await member.close()
         for store in stores:
             store.close()
+
+    asyncio.run(story())
+
+
+def test_a_private_state_that_drips_holds_no_audit_up(tmp_path: Path) -> None:
+    job = make_setting(tmp_path / "setting").job
+
+    async def story() -> None:
+        clock, dice = HeldClock(), SeededDice(1)
+        network = MemoryNetwork(clock, dice=dice)
+        driver, member = network.endpoint(KeyPair.generate()), network.endpoint(KeyPair.generate())
+        store = BlobStore(tmp_path / "driver", 1 << 30, clock)
+        ref = BlobRef(bytes(32), 4 << 20, chunks=bytes(32))
+        given = 0
+
+        async def opened(request: Request) -> bytes:
+            return encode(PrivateOpened(blob=ref), request.version)
+
+        async def drip(request: Request) -> AsyncIterator[bytes]:
+            async def bytes_one_by_one() -> AsyncIterator[bytes]:
+                nonlocal given
+                while True:
+                    given += 1
+                    yield b"."
+                    await clock.sleep(1.0)
+
+            return bytes_one_by_one()
+
+        member.handle(OpenPrivate.KIND, opened)
+        member.handle(BlobChunkList.KIND, drip)
+        member.handle(BlobRead.KIND, drip)
+        await member.listen("tcp://member:0")
+        await driver.dial(member.node_id, member.addresses)
+        fetcher = Fetcher(driver, store, clock, dice)
+        opening = asyncio.create_task(
+            open_from_member(
+                a_contribution(), ref.hash, member.node_id, job=job, job_id=bytes(32), endpoint=driver, fetcher=fetcher
+            )
+        )
+        while not opening.done():
+            await asyncio.sleep(0)
+            await clock.advance(0.25)
+        deadline_s = OPEN_DEADLINE_S + ref.size / OPENED_BYTES_PER_S
+        with pytest.raises(ShoalError, match=rf"4.0 MiB, did not come within {deadline_s:.0f} s"):
+            opening.result()
+        assert given > 10  # it dripped all the while: no stall ended it
+        await driver.close()
+        await member.close()
+        store.close()
 
     asyncio.run(story())
 

@@ -25,11 +25,12 @@ from shoal.protocol.training import (
     PrivateOpened,
     TrainJob,
 )
+from shoal.quantities import format_bytes
 from shoal.storage import BlobStore, Fetcher
 from shoal.training.process import EngineProcess
 from shoal.training.state import SharedState
 from shoal.verification.audits import audited
-from shoal.world import Dice, Endpoint
+from shoal.world import Dice, Endpoint, within
 
 _log = logging.getLogger(__name__)
 
@@ -39,6 +40,9 @@ behind the job by much, and the choice stays unpredictable."""
 CONTRIBUTIONS_KEPT = 16 * 1024
 """The newest ones, among which members' work is chosen; older ones are only in the folder."""
 OPEN_DEADLINE_S = 15.0
+OPENED_BYTES_PER_S = 64 * 1024
+"""A member that gives its private state more slowly than this over all of it has not opened it: audits happen one at a
+time, and nobody may hold them up. A tenth of a poor home link (5 Mbit/s up)."""
 OPENED_PIN = "opened"
 PRIVATE_BYTES_PER_PARAMETER = 32
 PRIVATE_BYTES_EXTRA = 1 << 24
@@ -68,7 +72,13 @@ async def open_from_member(
         raise ShoalError(
             f"The member's private state would be {ref.size} bytes; a model of this size needs at most {most}."
         )
-    await fetcher.fetch(ref, [BlobHolder(node)], owner=OPENED_PIN)
+    deadline_s = OPEN_DEADLINE_S + ref.size / OPENED_BYTES_PER_S
+    try:
+        await within(fetcher.clock, deadline_s, fetcher.fetch(ref, [BlobHolder(node)], owner=OPENED_PIN))
+    except TimeoutError:
+        raise ShoalError(
+            f"The member's private state, {format_bytes(ref.size)}, did not come within {deadline_s:.0f} s."
+        ) from None
     return fetcher.store.path(ref.hash)
 
 

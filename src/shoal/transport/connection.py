@@ -24,7 +24,6 @@ from typing import Any
 
 from shoal.errors import LinkError, ShoalError
 from shoal.identity import short_id
-from shoal.transport.deadlines import within
 from shoal.transport.frames import (
     CREDIT,
     KIND_MAX_BYTES,
@@ -46,7 +45,7 @@ from shoal.transport.outbox import Outbox
 from shoal.transport.rates import ReceiveRate, RoundTrip, SendRate
 from shoal.transport.requests import Answer, Call
 from shoal.transport.streams import ByteStream
-from shoal.world import Body, Clock, DeadlineExceeded, Dice, LinkLost, LinkStats, Refused, ReplyTooLarge
+from shoal.world import Body, Clock, DeadlineExceeded, Dice, LinkLost, LinkStats, Refused, ReplyTooLarge, within
 
 _log = logging.getLogger("shoal.transport")
 

@@ -26,11 +26,10 @@ from shoal.errors import BadInput, LinkError, ShoalError
 from shoal.identity import KeyPair, short_id
 from shoal.protocol.messages import OLDEST_VERSION, PROTOCOL_VERSION
 from shoal.transport.connection import Connection, ReplyStream
-from shoal.transport.deadlines import within
 from shoal.transport.handshake import Agreed, Self, Versions
 from shoal.transport.limits import Budget, EndpointLimits
 from shoal.transport.streams import ByteStream
-from shoal.world import Address, Body, Clock, Dice, Handler, LinkLost, LinkStats, Refused, Request, Unreachable
+from shoal.world import Address, Body, Clock, Dice, Handler, LinkLost, LinkStats, Refused, Request, Unreachable, within
 
 _log = logging.getLogger("shoal.transport")
 

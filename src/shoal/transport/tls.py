@@ -12,13 +12,12 @@ from cryptography.hazmat.primitives import serialization
 from shoal.errors import LinkError, ShoalError
 from shoal.identity import KeyPair, short_id
 from shoal.protocol.messages import DEFAULT_NETWORK, OLDEST_VERSION, PROTOCOL_VERSION
-from shoal.transport.deadlines import within
 from shoal.transport.endpoint import BadAddress, BaseEndpoint, PeerLink, format_address, parse_address
 from shoal.transport.handshake import HelloStream, Versions, WrongNode, accept, decline, examine, introduce
 from shoal.transport.limits import EndpointLimits
 from shoal.transport.secure import SecureStream, certificate, client_context, node_of_certificate, server_context
 from shoal.transport.streams import ByteStream, SocketStream
-from shoal.world import Address, Clock, Dice, SystemClock, SystemDice
+from shoal.world import Address, Clock, Dice, SystemClock, SystemDice, within
 
 _log = logging.getLogger("shoal.transport")
 

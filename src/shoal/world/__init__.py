@@ -4,7 +4,7 @@
 nodes are found. Each has a real implementation and one for tests; one suite of tests runs on both.
 """
 
-from shoal.world.clock import Clock, HeldClock, SystemClock
+from shoal.world.clock import Clock, HeldClock, SystemClock, within
 from shoal.world.dice import Dice, SeededDice, SystemDice
 from shoal.world.directory import Directory, FoundOffer
 from shoal.world.disk import DirectoryDisk, Disk, DiskLock, Fault, FaultyDisk, FileInfo, MemoryDisk
@@ -51,4 +51,5 @@ __all__ = [
     "SystemClock",
     "SystemDice",
     "Unreachable",
+    "within",
 ]
