@@ -131,6 +131,7 @@ class _Given:
 
     contribution: Contribution
     update: Update | None = None
+    fetching: asyncio.Task[None] | None = None
 
 
 @dataclass
@@ -319,10 +320,11 @@ class TrainingDriver:
         except TimeoutError:
             return driving.Tick()
 
-    def _beside(self, work: Coroutine[Any, Any, None]) -> None:
+    def _beside(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._side_work.add(task)
         task.add_done_callback(self._side_work_done)
+        return task
 
     def _side_work_done(self, task: asyncio.Task[None]) -> None:
         self._side_work.discard(task)
@@ -348,8 +350,8 @@ class TrainingDriver:
                     self._broadcast(commit, assignment, attached)
                     commit, attached = None, {}
                 case driving.FetchUpdate():
-                    self._take_in(effect)
-                    self._beside(self._fetch_update(effect.contribution_id, effect.contribution))
+                    given = self._take_in(effect)
+                    given.fetching = self._beside(self._fetch_update(effect.contribution_id, effect.contribution))
                 case driving.Aggregate():
                     updates = [self._given[one.contribution_id].update for one in effect.candidates]
                     self._beside(self._aggregate(effect, self.state, updates))
@@ -407,18 +409,22 @@ class TrainingDriver:
             attached = {entry.member: self._store.read(entry.update.hash) for entry in commit.accepted}
         self._note_commit(commit)
         given = [(entry.contribution, self._given[entry.contribution].contribution) for entry in commit.accepted]
-        self._given = {key: one for key, one in self._given.items() if one.contribution.round > commit.round}
+        for key in [key for key, one in self._given.items() if one.contribution.round <= commit.round]:
+            fetching = self._given.pop(key).fetching
+            if fetching is not None:
+                fetching.cancel()  # what came too slowly for its round takes no place from the next one's
         self._watchers.committed(commit, given, self.state)
         return envelope, attached
 
-    def _take_in(self, effect: driving.FetchUpdate) -> None:
+    def _take_in(self, effect: driving.FetchUpdate) -> _Given:
         """Keep a Contribution that has its place: on disk, with the update that came along."""
-        self._given[effect.contribution_id] = _Given(effect.contribution)
+        given = self._given[effect.contribution_id] = _Given(effect.contribution)
         arrived = self._arrived[effect.contribution_id]
         self._record(arrived.envelope)
         if arrived.attached is not None and _is(effect.contribution.update, arrived.attached):
             self._store.put(arrived.attached, UPDATE_MEDIA_TYPE)
         self._answer(effect.contribution_id, None)
+        return given
 
     async def _fetch_update(self, contribution_id: bytes, contribution: Contribution) -> None:
         problem = None
