@@ -322,3 +322,18 @@ def test_idle_time_before_the_work_earns_nothing_and_full_speed_never_waits() ->
         assert full.owed_s() == 0.0
 
     asyncio.run(work())
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux bounds it so")
+def test_a_job_that_wants_more_memory_than_there_is_ends_its_engine_with_an_error() -> None:
+    script = """
+import torch
+from shoal.training.lifetime import stay_within_memory
+stay_within_memory(1 << 30)
+kept = torch.empty(1 << 29, dtype=torch.uint8)
+print("some", flush=True)
+torch.empty(1 << 30, dtype=torch.uint8)
+"""
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=GENEROUS_S, check=False)
+    assert done.stdout == "some\n" and "can't allocate memory" in done.stderr and done.returncode == 1

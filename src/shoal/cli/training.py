@@ -14,7 +14,7 @@ from rich.padding import Padding
 
 from shoal.cli import places
 from shoal.cli.app import JOBS, app
-from shoal.cli.output import BadFlag, HubFlag, Interrupted, JsonFlag, out, print_json, run, shoal_command
+from shoal.cli.output import BadFlag, HubFlag, Interrupted, JsonFlag, out, print_json, run, shoal_command, shown
 from shoal.cli.tables import RunView, print_completion, print_report
 from shoal.driver.report import Report
 from shoal.quantities import format_bytes, format_count
@@ -188,7 +188,7 @@ def print_plan(made: Plan) -> None:
         )
     out.print(f"An update takes {format_bytes(made.update_bytes)}. {made.length.reason}", markup=False)
     for name, device, flops in sorted(made.nodes, key=lambda node: -node[2]):
-        out.print(f"  {name:<16} {device}  {flops / 1e9:.1f} GFLOP/s in float32", markup=False)
+        out.print(f"  {name:<16} {shown(device)}  {flops / 1e9:.1f} GFLOP/s in float32", markup=False)
     if len(made.nodes) < made.nodes_min:
         out.print(
             f"{len(made.nodes)} idle nodes fit now; the job begins with {made.nodes_min} and waits for them.",

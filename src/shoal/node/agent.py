@@ -311,7 +311,8 @@ class NodeAgent:
             del self._members[member.job_id], self._tasks[member.job_id]
             member.settle()
             shutil.rmtree(scratch, ignore_errors=True)
-            self._ended[member.pin] = None
+            if self._store.pins(member.pin):  # else it never worked, and takes no place from those that did
+                self._ended[member.pin] = None
             self._forget_ended()
             if not self._closing:
                 await self._publish()

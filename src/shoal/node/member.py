@@ -39,14 +39,18 @@ from shoal.protocol.training import (
     TrainJob,
     Turn,
 )
+from shoal.quantities import format_bytes
 from shoal.rounds import following
 from shoal.rounds.joining import is_offered
 from shoal.storage import BlobStore, Fetcher, FetchFailed
 from shoal.training.commands import ApplyCommit, CommittedUpdate, Prepare, Prepared, RoundDone, RunRound, ShardFile
 from shoal.training.process import EngineDied, EngineFailed, EngineProcess, RoundCancelledError
 from shoal.training.updates import UPDATE_MEDIA_TYPE
-from shoal.world import Clock, Dice, Endpoint, Refused
+from shoal.world import Clock, Dice, Endpoint, Refused, within
 
+FETCH_PATIENCE_S, FETCH_BYTES_PER_S = 120.0, 64 * 1024
+"""A job's model and data must come within that time and at that rate (a tenth of a poor home link's 5 Mbit/s): a node
+is not held by a job that never begins."""
 PREPARE_DEADLINE_S = 900.0
 """Building and measuring a model takes minutes at most; a job that takes longer would keep a node busy for nothing."""
 INBOX_MAX = 256
@@ -56,7 +60,7 @@ ATTACH_MAX_BYTES = 256 * 1024
 """An update up to this size travels with its Contribution."""
 STATES_KEPT = 2
 """Newest offered shared states that stay on disk, for joiners."""
-DRIVER_SILENCE_S = 900.0
+DRIVER_SILENCE_S = 120.0
 """A member that has not heard of any driver for this long gives up."""
 ASK_AFTER_S = 10.0
 """A member that has heard nothing for this long asks the driver for news, and learns whether it still counts."""
@@ -248,7 +252,7 @@ class MemberRun:
         """Take in what a driver sent; every record in it is verified by the rules. Raises NotAMember for a stranger,
         BadRecord, InboxFull."""
         granted = sender in self._following.grant.drivers
-        if not granted and message.grant is None:
+        if not granted and not self._newly_granted(message.grant, sender):
             raise NotAMember(
                 f"Node {short_id(sender)} may not drive job {self.job.name!r}: the owner did not grant it."
             )
@@ -270,6 +274,20 @@ class MemberRun:
             self._heard_s = self._clock.monotonic()
             events.append(following.DriverHeard())
         self._put(events)
+
+    def _newly_granted(self, packed: bytes | None, sender: bytes) -> bool:
+        """Whether the owner's own newer grant lets this sender drive. Looked at before anything of a turn waits: a
+        stranger takes no place from the driver. Raises BadRecord."""
+        if packed is None:
+            return False
+        envelope = Envelope.from_bytes(packed, Grant.MAX_BYTES)
+        grant = open_record(envelope, Grant, self._network)
+        return (
+            envelope.signer == self._following.owner
+            and grant.job == self.job_id
+            and grant.serial > self._following.grant.serial
+            and sender in grant.drivers
+        )
 
     async def newest_commit(self, asker: bytes, term: int | None, deadline_s: float) -> Envelope | None:
         """The newest Commit this member knows, for a driver that takes over; with `term`, a promise to it. Raises
@@ -357,9 +375,15 @@ class MemberRun:
     async def _work(self) -> str:
         job, invitation = self.job, self.invitation
         blobs = [invitation.state, *(shard.blob for shard in job.data.shards)]
-        for ref in blobs:
-            self._pin(ref)
-            await self._have(ref)
+        size = sum(ref.size for ref in blobs)
+        patience_s = FETCH_PATIENCE_S + size / FETCH_BYTES_PER_S
+        try:
+            await within(self._clock, patience_s, self._have_all(blobs))
+        except TimeoutError:
+            raise FetchFailed(
+                f"Node {self.name} could not get the model and the data, {format_bytes(size)}, within "
+                f"{patience_s / 60:.0f} minutes."
+            ) from None
         self._engine = await self._start_engine(self.name, threads=self._settings.threads)
         try:
             prepared = await self._prepare_engine()
@@ -644,6 +668,11 @@ class MemberRun:
             self._store.unpin(self.pin, own.snapshot.hash)
 
     # ---- peers ----
+
+    async def _have_all(self, refs: Sequence[BlobRef]) -> None:
+        for ref in refs:
+            self._pin(ref)
+            await self._have(ref)
 
     async def _have(self, ref: BlobRef) -> None:
         """Hold this blob, from whoever has it. Raises StorageError."""

@@ -82,11 +82,12 @@ class MemberEngine:
                     f"Positions {piece.start} to {piece.stop} of round {command.round} do not lie in a pass of "
                     f"{self.job.data.samples} samples."
                 )
+        count = sum(piece.stop - piece.start for piece in command.ranges)
+        steps = -(-count // self.job.batch_samples)
+        if steps > STEPS_MAX:  # before anything of that size is made
+            raise WrongRange(f"Round {command.round} asks for {steps} steps; a round has at most {STEPS_MAX}.")
         samples = sample_indices(self.job.seed, self.job.data.samples, command.ranges)
-        sizes = batch_sizes(len(samples), self.job.batch_samples)
-        if len(sizes) > STEPS_MAX:
-            raise WrongRange(f"Round {command.round} asks for {len(sizes)} steps; a round has at most {STEPS_MAX}.")
-        return samples, sizes
+        return samples, batch_sizes(count, self.job.batch_samples)
 
     def start_of(self, command: RunRound) -> NDArray[np.float32]:
         """The flat parameters a round starts from. Raises WrongState, BadUpdate."""

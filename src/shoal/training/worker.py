@@ -39,7 +39,7 @@ from shoal.training.commands import (
     WriteState,
 )
 from shoal.training.engine import LanguageEngine
-from shoal.training.lifetime import die_with_parent
+from shoal.training.lifetime import die_with_parent, stay_within_memory
 from shoal.training.member import OutOfTurn
 from shoal.training.member_engine import FAILURES, failed
 from shoal.training.ranks import RankLost
@@ -128,6 +128,8 @@ class Worker:
             case Prepare():
                 if self._engine is not None:
                     raise OutOfTurn("The engine is prepared already; another job needs another engine.")
+                if command.device == "cpu":
+                    stay_within_memory()
                 self._engine = LanguageEngine(command, self._clock)
                 gc.freeze()  # a model's libraries are a million objects that no collection need look at again
                 return await self._engine.prepared(command.measure)
