@@ -9,15 +9,24 @@ from dataclasses import dataclass
 
 import msgspec
 
-from shoal.errors import JobError, LinkError
+from shoal.errors import JobError, LinkError, ShoalError
 from shoal.identity import short_id
 from shoal.protocol.blobs import BlobHolder
-from shoal.protocol.offers import Offer, OfferFind
+from shoal.protocol.offers import FOUND_MAX, Offer, OfferFind
 from shoal.world import Clock, Endpoint, Link
 from shoal.world.directory import Directory, FoundOffer
 
 LOOK_EVERY_S = 1.0
 DIAL_DEADLINE_S = 8.0
+DIALS_AT_ONCE = 64
+"""Nodes that are dialled at a time; each is a stranger that may let one wait."""
+SETTLE_S = 2.0
+"""How long dials that are under way are waited for once there are enough nodes; those that come later join later."""
+REST_S, REST_MAX_S = 4.0, 300.0
+"""How long a node that did not answer is left alone: the first time, and at most; each time twice as long."""
+UNREACHED_MAX = 4096
+TROUBLES_SHOWN = 8
+"""Nodes whose troubles a sentence names."""
 FORMER_MAX = 16
 """Former nodes that the hubs are asked about at a time."""
 CALL_BACK_S = 8.0
@@ -72,6 +81,108 @@ async def link_to(node: bytes, offer: Offer, *, endpoint: Endpoint, directory: D
     raise LinkError(f"Node {offer.name} ({short_id(node)}) was asked to call back and did not.")
 
 
+class Unreached:
+    """Nodes that did not answer, and how long each is left alone: an offer with nobody behind it takes no turn from
+    one that has somebody, however fast it says to be."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._failed: dict[bytes, tuple[int, float]] = {}
+        """NodeId -> times in a row, and before when it is not tried again."""
+
+    def rests(self, node: bytes) -> bool:
+        return self._clock.monotonic() < self._failed.get(node, (0, 0.0))[1]
+
+    def times(self, node: bytes) -> int:
+        return self._failed.get(node, (0, 0.0))[0]
+
+    def failed(self, node: bytes) -> None:
+        times = self.times(node) + 1
+        self._failed.pop(node, None)
+        self._failed[node] = (times, self._clock.monotonic() + min(REST_MAX_S, REST_S * 2.0 ** (times - 1)))
+        while len(self._failed) > UNREACHED_MAX:
+            del self._failed[next(iter(self._failed))]
+
+    def answered(self, node: bytes) -> None:
+        self._failed.pop(node, None)
+
+
+class Lookout:
+    """Looks through all offers that fit, FOUND_MAX at a look, and then from the beginning again: NodeIds can be chosen,
+    and who chooses low ones shall not stand before everybody else for ever."""
+
+    def __init__(self, directory: Directory, wanted: OfferFind) -> None:
+        self._directory = directory
+        self._wanted = msgspec.structs.replace(wanted, limit=FOUND_MAX)
+        self._after: bytes | None = None
+
+    async def look(self, former: Collection[bytes] = ()) -> list[FoundOffer]:
+        """The next offers, and those of `former` nodes that are busy and fit otherwise. Raises LinkError."""
+        page = await self._directory.find(msgspec.structs.replace(self._wanted, after=self._after))
+        self._after = page[-1].node if len(page) == FOUND_MAX else None
+        found = {one.node: one for one in page}
+        for node in [node for node in former if node not in found][:FORMER_MAX]:
+            with contextlib.suppress(LinkError):  # the hub has heard enough questions for now
+                found |= {one.node: one for one in await _offers_of(self._directory, self._wanted, node)}
+        return list(found.values())
+
+
+class Dials:
+    """Nodes being dialled for a gang, those that answered, and why others did not."""
+
+    def __init__(self, endpoint: Endpoint, directory: Directory, clock: Clock) -> None:
+        self._endpoint, self._directory, self._clock = endpoint, directory, clock
+        self._under_way: dict[bytes, tuple[Offer, asyncio.Task[LinkedNode]]] = {}
+        self._linked: dict[bytes, LinkedNode] = {}
+        self._unreached = Unreached(clock)
+        self.troubles: dict[bytes, str] = {}
+
+    @property
+    def linked(self) -> list[LinkedNode]:
+        """The fastest first."""
+        open_ones = [one for one in self._linked.values() if not one.link.closed]
+        return sorted(open_ones, key=lambda one: fastest_float32(one.offer), reverse=True)
+
+    async def dial(self, found: Sequence[FoundOffer], until_s: float) -> None:
+        """Dial those that are new, first who has failed least, then the fastest. Until all that were dialled have
+        answered or failed, or that moment has come; those under way then go on."""
+        known = self._under_way.keys() | {one.node for one in self.linked}
+        fresh = [one for one in found if one.node not in known and not self._unreached.rests(one.node)]
+        fresh.sort(key=lambda one: (-self._unreached.times(one.node), fastest_float32(one.offer)))
+        timer = asyncio.create_task(self._clock.sleep(max(0.0, until_s - self._clock.monotonic())))
+        try:
+            while (fresh or self._under_way) and not timer.done():
+                while fresh and len(self._under_way) < DIALS_AT_ONCE:
+                    self._start(fresh.pop())
+                dials = [dial for _, dial in self._under_way.values()]
+                await asyncio.wait({timer, *dials}, return_when=asyncio.FIRST_COMPLETED)
+                self._take_in()
+        finally:
+            timer.cancel()
+
+    def _start(self, one: FoundOffer) -> None:
+        dial = link_to(one.node, one.offer, endpoint=self._endpoint, directory=self._directory, clock=self._clock)
+        self._under_way[one.node] = (one.offer, asyncio.create_task(dial))
+
+    def _take_in(self) -> None:
+        for node in [node for node, (_, dial) in self._under_way.items() if dial.done()]:
+            offer, dial = self._under_way.pop(node)
+            try:
+                self._linked[node] = dial.result()
+            except ShoalError as error:  # whatever is wrong with one offer, the search goes on
+                self._unreached.failed(node)
+                self.troubles[node] = f"{offer.name}: {error}"
+            else:
+                self._unreached.answered(node)
+                self.troubles.pop(node, None)
+
+    async def close(self) -> None:
+        dials = [dial for _, dial in self._under_way.values()]
+        for dial in dials:
+            dial.cancel()
+        await asyncio.gather(*dials, return_exceptions=True)
+
+
 async def find_gang(
     wanted: OfferFind,
     *,
@@ -86,58 +197,53 @@ async def find_gang(
     former: Collection[bytes] = (),
     say: Callable[[str], None] = lambda _: None,
 ) -> list[LinkedNode]:
-    """Nodes that fit and answer: at least `nodes_min`, at most `nodes_max`, the fastest first.
+    """Nodes that fit and answer: at least `nodes_min`, at most `nodes_max`, the fastest of those.
 
     `former` are nodes that worked for this job under a driver that is gone: they may seem busy with it, and are asked
-    for all the same. Waits up to `wait_s` for enough of them. Raises TooFewNodes, saying what was there and why it
-    does not do, or giving `advice`.
+    for all the same. Waits up to `wait_s` for enough of them, and then SETTLE_S for those that are being dialled.
+    Raises TooFewNodes, saying what was there and why it does not do, or giving `advice`.
     """
     until = clock.monotonic() + wait_s
-    linked: dict[bytes, LinkedNode] = {}
-    troubles: dict[bytes, str] = {}
+    lookout, dials = Lookout(directory, wanted), Dials(endpoint, directory, clock)
     told = False
-    while True:
-        found = [one for one in await find_fitting(directory, wanted, former) if one.node not in without]
-        fresh = [
-            one
-            for one in sorted(found, key=lambda one: fastest_float32(one.offer), reverse=True)
-            if one.node not in linked
-        ]
-        fresh = fresh[: max(0, nodes_max - len(linked))]
-        answers = await asyncio.gather(
-            *(link_to(one.node, one.offer, endpoint=endpoint, directory=directory, clock=clock) for one in fresh),
-            return_exceptions=True,
-        )
-        for one, answer in zip(fresh, answers, strict=True):
-            if isinstance(answer, LinkedNode):
-                linked[one.node] = answer
-                troubles.pop(one.node, None)
-            elif isinstance(answer, LinkError):
-                troubles[one.node] = f"{one.offer.name}: {answer}"
-            elif isinstance(answer, BaseException):
-                raise answer
-        linked = {node: one for node, one in linked.items() if not one.link.closed}
-        if len(linked) >= nodes_min:
-            return sorted(linked.values(), key=lambda one: one.node)
-        if clock.monotonic() >= until:
-            break
-        if not told:
-            say(f"{len(linked)} of {nodes_min} nodes are there; waiting up to {wait_s:.0f} s for more.")
-            told = True
-        await clock.sleep(LOOK_EVERY_S)
-    seen = f"{len(found)} fitting and idle offers at the hubs, {len(linked)} of them answered"
-    hint = " ".join(troubles.values()) or advice
+    try:
+        while True:
+            look_again = clock.monotonic() + LOOK_EVERY_S
+            found = [one for one in await lookout.look(former) if one.node not in without]
+            await dials.dial(found, look_again)
+            if len(dials.linked) >= nodes_min:
+                await dials.dial((), clock.monotonic() + SETTLE_S)
+            if len(dials.linked) >= nodes_min:
+                return sorted(dials.linked[:nodes_max], key=lambda one: one.node)
+            if clock.monotonic() >= until:
+                break
+            if not told:
+                say(f"{len(dials.linked)} of {nodes_min} nodes are there; waiting up to {wait_s:.0f} s for more.")
+                told = True
+            await clock.sleep(max(0.0, look_again - clock.monotonic()))
+    finally:
+        await dials.close()
     needed = "1 node" if nodes_min == 1 else f"{nodes_min} nodes"
-    raise TooFewNodes(f"The job needs {needed}; {seen} within {wait_s:.0f} s. {hint}")
+    seen = f"{len(found)} fitting and idle offers at the hubs, {len(dials.linked)} of them answered"
+    hint = " ".join(list(dials.troubles.values())[:TROUBLES_SHOWN]) or advice
+    raise TooFewNodes(
+        f"The job needs {needed}; {seen} within {wait_s:.0f} s. {hint}{await _say_busy(directory, wanted)}"
+    )
 
 
-async def find_fitting(directory: Directory, wanted: OfferFind, former: Collection[bytes] = ()) -> list[FoundOffer]:
-    """Offers that fit, and those of `former` nodes that are busy and fit otherwise. Raises LinkError."""
-    found = {one.node: one for one in await directory.find(wanted)}
-    for node in [node for node in former if node not in found][:FORMER_MAX]:
-        with contextlib.suppress(LinkError):  # the hub has heard enough questions for now
-            found |= {one.node: one for one in await _offers_of(directory, wanted, node)}
-    return list(found.values())
+async def _say_busy(directory: Directory, wanted: OfferFind) -> str:
+    """How many more there would be, were they not busy."""
+    try:
+        found = await directory.find(msgspec.structs.replace(wanted, idle_only=False, limit=FOUND_MAX))
+    except LinkError:
+        return ""
+    busy = sum(one.offer.busy for one in found)
+    if not busy:
+        return ""
+    return (
+        f" {busy} more would fit but {'is' if busy == 1 else 'are'} busy with other jobs; where a job's driver was "
+        "killed, its nodes are free after two minutes, and `--resume` of that job has them at once."
+    )
 
 
 async def _offers_of(directory: Directory, wanted: OfferFind, node: bytes) -> list[FoundOffer]:

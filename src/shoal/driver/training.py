@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from shoal.driver.folder import RunFolder
-from shoal.driver.gang import LinkedNode, find_fitting, link_to
+from shoal.driver.gang import DIALS_AT_ONCE, LinkedNode, Lookout, Unreached, link_to
 from shoal.driver.lanes import NodeLane
 from shoal.driver.lines import Event, EventKind, Lane, RoundMetrics
 from shoal.driver.members import MemberLine, MemberLines, NotOfThisJob
@@ -227,6 +227,9 @@ class TrainingDriver:
         self._side_work: set[asyncio.Task[None]] = set()
         self._invited: dict[bytes, tuple[int, float]] = {}
         """NodeId -> how often it was invited, and before when it is not again."""
+        self._being_invited = 0
+        self._dialled: set[bytes] = set()
+        self._unreached = Unreached(clock)
         self.nodes: dict[bytes, NodeFigures] = {}
         for figures in known:  # of earlier terms
             if figures.status is NodeStatus.WORKING:
@@ -515,6 +518,7 @@ class TrainingDriver:
             state=ref,
             holders=self._holders(),
         )
+        self._being_invited += 1
         try:
             body = encode(invite, node.link.version)
             answer = await node.link.request(
@@ -528,6 +532,8 @@ class TrainingDriver:
         except (LinkError, BadRecord) as error:
             self._note(EventKind.NOTE, node.node, f"{node.name} did not join: {error}")
             return
+        finally:
+            self._being_invited -= 1
         self._record(envelope)
         old = self._lines.of_node(node.node)
         if old is not None:
@@ -661,34 +667,45 @@ class TrainingDriver:
 
     async def _look_for_more(self) -> None:
         """Invite nodes that come to the hubs while the job runs."""
+        lookout = Lookout(self._directory, self._wanted)
         while True:
             await self._clock.sleep(LOOK_EVERY_S)
             if len(self._lines.by_member) >= self._nodes_max:
                 continue
             former = [node for node in {**dict.fromkeys(self.records.former), **self.nodes} if self._may_invite(node)]
             try:
-                found = await find_fitting(self._directory, self._wanted, former)
+                found = await lookout.look(former)
             except LinkError as error:
                 _log.info("no hub answers; the job goes on without new nodes: %s", error)
                 continue
-            for one in found:
-                if self._may_invite(one.node) and len(self._lines.by_member) < self._nodes_max:
-                    await self._link_and_invite(one)
+            fresh = [one for one in found if self._may_invite(one.node)]
+            for one in fresh[: DIALS_AT_ONCE - len(self._dialled)]:
+                self._dialled.add(one.node)
+                self._beside(self._link_and_invite(one))
 
     async def _link_and_invite(self, one: FoundOffer) -> None:
+        """Whoever is slow to answer holds up nobody but itself."""
         try:
             node = await link_to(
                 one.node, one.offer, endpoint=self._endpoint, directory=self._directory, clock=self._clock
             )
-        except LinkError as error:
+        except ShoalError as error:  # whatever is wrong with one offer, the job goes on
+            self._unreached.failed(one.node)
             _log.info("%s could not be reached: %s", one.offer.name, error)
             return
-        await self._invite(node)
+        finally:
+            self._dialled.discard(one.node)
+        self._unreached.answered(one.node)
+        if len(self._lines.by_member) + self._being_invited < self._nodes_max:
+            await self._invite(node)
 
     def _may_invite(self, node: bytes) -> bool:
         times, not_before = self._invited.get(node, (0, 0.0))
-        too_soon = times >= INVITES_MAX or self._clock.monotonic() < not_before
-        return not too_soon and self._lines.of_node(node) is None and node not in self._driving.retired
+        if times >= INVITES_MAX or self._clock.monotonic() < not_before:
+            return False
+        if node in self._dialled or self._unreached.rests(node):
+            return False
+        return self._lines.of_node(node) is None and node not in self._driving.retired
 
     def _close_lanes(self) -> None:
         """The job is over: what its nodes did until then."""

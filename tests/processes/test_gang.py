@@ -1,0 +1,136 @@
+"""Finding nodes for a job among offers that anybody may have made."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+from hub_world import an_offer
+
+from shoal.driver.gang import DIALS_AT_ONCE, LinkedNode, TooFewNodes, find_gang
+from shoal.errors import LinkError
+from shoal.identity import KeyPair
+from shoal.market import fits
+from shoal.protocol.messages import open_record
+from shoal.protocol.offers import FOUND_MAX, Offer, OfferFind
+from shoal.transport.memory import MemoryEndpoint, MemoryNetwork
+from shoal.world import HeldClock, SeededDice
+from shoal.world.directory import FoundOffer
+
+
+def a_key(number: int) -> KeyPair:
+    return KeyPair.from_seed(number.to_bytes(32, "big"))
+
+
+class Offers:
+    """A directory of what was put into it."""
+
+    def __init__(self) -> None:
+        self.kept: dict[bytes, FoundOffer] = {}
+
+    def put(self, key: KeyPair, name: str, addresses: Sequence[str], *, busy: bool = False) -> None:
+        envelope = an_offer(key, 1, name=name, addresses=tuple(addresses), busy=busy)
+        self.kept[key.node_id] = FoundOffer(key.node_id, open_record(envelope, Offer), envelope)
+
+    async def find(self, wanted: OfferFind) -> list[FoundOffer]:
+        after = wanted.after or b""
+        found = [self.kept[node] for node in sorted(self.kept) if node > after]
+        return [one for one in found if fits(one.node, one.offer, wanted)[0]][: wanted.limit]
+
+    async def introduce(self, node: bytes, addresses: Sequence[str]) -> None:
+        raise LinkError("no link is held to it")
+
+
+class Scene:
+    def __init__(self) -> None:
+        self.clock = HeldClock()
+        self.network = MemoryNetwork(self.clock, dice=SeededDice(1))
+        self.driver = self.network.endpoint(a_key(1))
+        self.offers = Offers()
+        self.ends: list[MemoryEndpoint] = [self.driver]
+
+    async def a_node(self, number: int, *, busy: bool = False) -> bytes:
+        key = a_key(number)
+        end = self.network.endpoint(key)
+        self.ends.append(end)
+        await end.listen("tcp://node:0")
+        self.offers.put(key, f"node-{number}", end.addresses, busy=busy)
+        return key.node_id
+
+    async def gang(self, nodes_min: int, wait_s: float = 60.0, nodes_max: int = 64) -> list[LinkedNode]:
+        search = asyncio.create_task(
+            find_gang(
+                OfferFind(idle_only=True),
+                nodes_min=nodes_min,
+                nodes_max=nodes_max,
+                wait_s=wait_s,
+                advice="Start more.",
+                endpoint=self.driver,
+                directory=self.offers,
+                clock=self.clock,
+            )
+        )
+        while not search.done():
+            for _ in range(50):
+                await asyncio.sleep(0)
+            await self.clock.advance(0.05)
+        return search.result()
+
+    async def close(self) -> None:
+        for end in self.ends:
+            await end.close()
+
+
+def test_offers_with_nobody_behind_them_hide_no_honest_node() -> None:
+    async def story() -> None:
+        scene = Scene()
+        honest = [await scene.a_node(number) for number in (2, 3)]
+        last = max(honest)
+        grown, number = 0, 1000
+        while grown < 2 * FOUND_MAX:  # more than one look holds, and all of them before an honest one
+            key = a_key(number)
+            number += 1
+            if key.node_id < last:
+                scene.offers.put(key, f"fake-{number}", ["tcp://nowhere:1"])
+                grown += 1
+        gang = await scene.gang(2)
+        assert {one.node for one in gang} == set(honest)
+        await scene.close()
+
+    asyncio.run(story())
+
+
+def test_a_gang_begins_without_those_that_let_it_wait() -> None:
+    async def story() -> None:
+        scene = Scene()
+        honest = await scene.a_node(2)
+        for number in range(10, 10 + DIALS_AT_ONCE // 2):
+            scene.offers.put(a_key(number), f"silent-{number}", ["tcp://silent:1"])
+
+        async def never(*_: object, **__: object) -> object:
+            return await asyncio.Future()
+
+        dial = scene.driver.dial
+
+        async def dial_or_wait(node: bytes, hints: Sequence[str], **options: float) -> object:
+            return await (dial(node, hints, **options) if node == honest else never())
+
+        scene.driver.dial = dial_or_wait  # type: ignore[method-assign, assignment]
+        gang = await scene.gang(1)
+        assert [one.node for one in gang] == [honest] and scene.clock.monotonic() < 5
+        await scene.close()
+
+    asyncio.run(story())
+
+
+def test_too_few_nodes_are_told_with_those_that_are_busy() -> None:
+    async def story() -> None:
+        scene = Scene()
+        await scene.a_node(2)
+        await scene.a_node(3, busy=True)
+        with pytest.raises(TooFewNodes, match=r"needs 2 nodes; 1 fitting and idle .* 1 more would fit but is busy"):
+            await scene.gang(2, wait_s=3.0)
+        await scene.close()
+
+    asyncio.run(story())
