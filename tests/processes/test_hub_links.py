@@ -367,6 +367,23 @@ def test_a_node_is_told_when_another_one_publishes_with_its_key() -> None:
     play(scene)
 
 
+def test_an_offer_that_a_full_hub_refused_is_given_again_when_it_has_room() -> None:
+    async def scene(world: World) -> None:
+        clock = world.clock
+        carrier = await world.network.endpoint(WREN).dial(world.tickets[0].node, world.tickets[0].addresses)
+        short = an_offer(WREN, 1, lifetime_ms=30_000).to_bytes()
+        await carrier.request(OfferPublish.KIND, encode(OfferPublish(offer=short)))
+        node = HubClient(world.network.endpoint(HERON), world.tickets, clock=clock, dice=SeededDice(1))
+        await node.start()
+        with pytest.raises(Refused, match="may keep no more"):
+            await node.publish(an_offer(HERON, 1))
+        while not await node.find(OfferFind(node=HERON.node_id)):
+            await clock.advance(10)
+        await node.close()
+
+    play(scene, offers_max=1)
+
+
 def test_what_a_lying_hub_sends_is_left_out() -> None:
     async def scene(world: World) -> None:
         liar = world.network.endpoint(a_key(66))

@@ -38,6 +38,8 @@ INTRODUCE_DEADLINE_S = 8.0
 """A little more than the hub gives the node."""
 BACKOFF_FIRST_S = 0.5
 BACKOFF_LAST_S = 30.0
+BAD_RECORD_CODES = "SH-2"
+"""How the codes of errors begin that are about a record itself."""
 RENEWALS_PER_LIFETIME = 3
 """An offer is sent again this often while it lives, so that two lost messages do not delist a node."""
 PROBE_ROUND_TRIPS = 5
@@ -207,7 +209,8 @@ class HubClient:
         that comes back. Returns what each hub that kept it said, by the hub's NodeId.
 
         Raises NoHub when none is up (it then stands all the same, and goes out as soon as one is), and Refused when
-        every hub that answered refused it (it then does not stand).
+        every hub that answered refused it: it then stands only when the fault may be a hub's, such as a full disk, and
+        not the offer's own.
         """
         opened = open_record(offer, Offer, self._network)
         if self._renewal is not None:
@@ -222,8 +225,9 @@ class HubClient:
         if kept:
             return kept
         if refusals and self._standing is offer:
-            self._renewal.cancel()
-            self._standing = None
+            if all(refusal.remote_code.startswith(BAD_RECORD_CODES) for refusal in refusals):
+                self._renewal.cancel()
+                self._standing = None
             raise refusals[0]
         raise self._no_hub()
 
