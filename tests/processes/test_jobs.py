@@ -355,7 +355,7 @@ def test_a_killed_driver_goes_on_in_a_new_term(world: World, tmp_path: Path) -> 
         refused = await driver("runs/job", "--resume")
         said, _ = await refused.communicate()
         assert refused.returncode == 1 and json.loads(said)["error"]["code"] == CannotTakeOver.code
-        shutil.rmtree(run)
+        run.rename(tmp_path / "older")
         (tmp_path / "newer").rename(run)
         with RunFolder.open(run, read_only=True) as folder:
             before = make_report(folder, Figures())
@@ -379,6 +379,13 @@ def test_a_killed_driver_goes_on_in_a_new_term(world: World, tmp_path: Path) -> 
                 run, rounds, "amber", key=owner_key(), hubs=tickets, clock=SystemClock(), dice=SystemDice()
             )
             assert found.verdict == "match", found.sentence
+        # Also when the job has ended: the nodes remember its newest Commit.
+        run.rename(tmp_path / "newer")
+        (tmp_path / "older").rename(run)
+        late = await driver("runs/job", "--resume")
+        said, _ = await late.communicate()
+        assert late.returncode == 1 and "which" in json.loads(said)["error"]["sentence"]
+        assert json.loads(said)["error"]["code"] == CannotTakeOver.code
         return after
 
     world.run(story())

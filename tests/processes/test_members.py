@@ -17,13 +17,16 @@ from hub_world import a_key, an_offer
 
 from shoal.driver.folder import RunFolder
 from shoal.driver.gang import LinkedNode
+from shoal.driver.lines import RoundMetrics
+from shoal.driver.report import NodeFigures
 from shoal.driver.training import JobRecords, Outcome, TrainingDriver, Watchers
 from shoal.errors import LinkError
 from shoal.hub import HubClient
 from shoal.identity import KeyPair, blake3_hash
 from shoal.node import member as node_member
-from shoal.node.agent import NodeAgent, NodeSettings
-from shoal.protocol.blobs import BlobHolder, BlobRef
+from shoal.node.agent import ENDED_MAX, NodeAgent, NodeSettings
+from shoal.node.member import EVIDENCE_PIN, pin_of
+from shoal.protocol.blobs import BlobHolder, BlobRead, BlobRef
 from shoal.protocol.messages import decode, encode, open_record, sign
 from shoal.protocol.offers import Capability, Done, Offer, OfferFind
 from shoal.protocol.training import (
@@ -32,7 +35,9 @@ from shoal.protocol.training import (
     Codec,
     Commit,
     CommitsAsk,
+    CommitsGiven,
     Contribution,
+    DataShard,
     Deliver,
     Engine,
     Grant,
@@ -209,7 +214,7 @@ class Scene:
         self.folder.close()
 
 
-async def a_scene(tmp_path: Path, peers: int = 2, **rounds: Any) -> Scene:
+async def a_scene(tmp_path: Path, peers: int = 2, known: Sequence[NodeFigures] = (), **rounds: Any) -> Scene:
     rounds = {"codec": Codec.NONE, "lag": 0, "grace_ms": 3_600_000, "deadline_ms": 3_600_000} | rounds
     setting = make_setting(tmp_path / "setting", **rounds)
     network = MemoryNetwork(CLOCK, dice=DICE)
@@ -238,6 +243,7 @@ async def a_scene(tmp_path: Path, peers: int = 2, **rounds: Any) -> Scene:
         clock=CLOCK,
         wanted=OfferFind(),
         members_min=peers,
+        known=known,
         watchers=Watchers(event=lambda event: sentences.append(event.sentence)),
     )
     made: list[Peer] = []
@@ -295,6 +301,22 @@ def test_each_contribution_that_cannot_count_is_refused_with_its_own_sentence(tm
             await one.deliver(one.contribution(0, one.update(4)), one.update(4))
         kept = list(scene.folder.records(Contribution))
         assert len(kept) == 2  # nothing that was refused fills the disk
+        await scene.stop()
+
+    play(story())
+
+
+def test_bytes_of_earlier_terms_are_not_counted_again(tmp_path: Path) -> None:
+    async def story() -> None:
+        earlier = NodeFigures(node_id=a_key(190).node_id.hex(), name="earlier", bytes_sent=10**6, bytes_received=10**6)
+        scene = await a_scene(tmp_path, peers=1, known=[earlier])
+        (one,) = scene.peers
+        await one.assigned(0)
+        await one.deliver(one.contribution(0, one.update(1)), one.update(1))
+        await one.committed(0)
+        (line,) = scene.folder.notes(RoundMetrics)
+        assert (line.bytes_sent, line.bytes_received) == (0, 0)
+        assert scene.driver.progress().bytes_sent == 10**6
         await scene.stop()
 
     play(story())
@@ -537,6 +559,10 @@ def test_strangers_and_old_terms_do_not_disturb_a_member(tmp_path: Path) -> None
             await stolen.request(JobEnd.KIND, encode(JobEnd(job=job, reason="mine now")))
         with pytest.raises(Refused, match="did not grant"):
             await stolen.request(Turn.KIND, encode(Turn(job=job, term=newer.term, attached=(b"junk",))))
+        own = Grant(job=job, drivers=(thief.node_id,), not_after_ms=CLOCK.now_ms() + 10**9, serial=9)
+        for _ in range(node_member.INBOX_MAX):  # refused before it waits: it takes no place from the driver
+            with pytest.raises(Refused, match="did not grant"):
+                await stolen.request(Turn.KIND, encode(Turn(job=job, grant=sign(thief, own).to_bytes())))
         with pytest.raises(Refused, match="did not grant"):
             await stolen.request(HeadAsk.KIND, encode(HeadAsk(job=job)))
         await link.request(Turn.KIND, encode(Turn(job=job)))  # still its member
@@ -583,11 +609,85 @@ def test_a_joiner_takes_the_newest_state_from_several_peers(tmp_path: Path) -> N
     play(story())
 
 
+async def _reason_of_leaving(scene: NodeScene, *, serving: bool) -> str:
+    """Why the node leaves a job whose driver has, or has not, the start state."""
+    driver = a_key(160)
+    endpoint = scene.network.endpoint(driver)
+    at = await endpoint.listen("tcp://driver:0")
+    gone: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    async def told(request: Request) -> bytes:
+        gone.set_result(decode(MemberGone, request.body, request.version).reason)
+        return encode(Done(), request.version)
+
+    async def never(_: Request) -> bytes:
+        return await asyncio.Future()
+
+    endpoint.handle(MemberGone.KIND, told)
+    if serving:
+        store = BlobStore(MemoryDisk(), 1 << 26, CLOCK)
+        serve(endpoint, store)
+        store.put(scene.setting.start.to_bytes())
+    else:
+        endpoint.handle(BlobRead.KIND, never)
+    link = await endpoint.dial(scene.node.node_id, scene.node.addresses)
+    invite = an_invitation(scene.setting, driver, holders=(BlobHolder(driver.node_id, (at,)),))
+    await link.request(MemberInvite.KIND, encode(invite), reply_max_bytes=1 << 17)
+    return await gone
+
+
+def test_a_job_whose_data_does_not_come_holds_no_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node_member, "FETCH_PATIENCE_S", 0.0)
+    monkeypatch.setattr(node_member, "FETCH_BYTES_PER_S", 1 << 40)
+
+    async def story() -> None:
+        scene = await a_node(tmp_path)
+        assert "could not get the model and the data" in await _reason_of_leaving(scene, serving=False)
+        await scene.agent.close()
+
+    play(story())
+
+
 def test_a_model_that_takes_too_long_to_prepare_ends_the_membership(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(node_member, "PREPARE_DEADLINE_S", 0.0)
 
+    async def story() -> None:
+        scene = await a_node(tmp_path)
+        assert "could not build and measure the model within 0 minutes" in await _reason_of_leaving(scene, serving=True)
+        await scene.agent.close()
+
+    play(story())
+
+
+def test_jobs_that_never_began_take_no_place_from_those_that_did(tmp_path: Path) -> None:
+    """What an ended job keeps for replays is evidence; a stranger's empty jobs do not push it out."""
+
+    async def story() -> None:
+        setting = make_setting(tmp_path / "setting")
+        store = BlobStore(tmp_path / "blobs", 1 << 26, CLOCK)
+        kept = store.put(b"a private state")
+        store.pin(pin_of(bytes(32)), kept.hash)
+        store.close()
+        scene = await a_node(tmp_path)
+        driver = a_key(160)
+        link = await scene.link(driver)
+        for number in range(ENDED_MAX + 1):
+            job = msgspec.structs.replace(setting.job, seed=number)
+            invite = an_invitation(dataclasses.replace(setting, job=job), driver)
+            await link.request(MemberInvite.KIND, encode(invite), deadline_s=30.0, reply_max_bytes=1 << 17)
+            ended = JobEnd(job=_record_id(invite.job), reason="enough")
+            await link.request(JobEnd.KIND, encode(ended))
+            while scene.agent._members:
+                await asyncio.sleep(0)
+        assert kept.hash in scene.store.pins(pin_of(bytes(32)))
+        await scene.agent.close()
+
+    play(story())
+
+
+def test_two_commits_for_one_round_are_kept(tmp_path: Path) -> None:
     async def story() -> None:
         scene = await a_node(tmp_path)
         driver = a_key(160)
@@ -596,17 +696,49 @@ def test_a_model_that_takes_too_long_to_prepare_ends_the_membership(
         store = BlobStore(MemoryDisk(), 1 << 26, CLOCK)
         serve(endpoint, store)
         store.put(scene.setting.start.to_bytes())
-        gone: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        shards = tuple(
+            DataShard(store.put(Path(file.path).read_bytes()), file.sequences) for file in scene.setting.data.train
+        )
+        data = msgspec.structs.replace(scene.setting.job.data, shards=shards)
+        setting = dataclasses.replace(scene.setting, job=msgspec.structs.replace(scene.setting.job, data=data))
+        ready = asyncio.Event()
 
-        async def told(request: Request) -> bytes:
-            gone.set_result(decode(MemberGone, request.body, request.version).reason)
+        async def is_ready(request: Request) -> bytes:
+            ready.set()
             return encode(Done(), request.version)
 
-        endpoint.handle(MemberGone.KIND, told)
+        async def nothing_new(request: Request) -> bytes:
+            return encode(CommitsGiven(commits=()), request.version)
+
+        endpoint.handle(MemberReady.KIND, is_ready)
+        endpoint.handle(CommitsAsk.KIND, nothing_new)
         link = await endpoint.dial(scene.node.node_id, scene.node.addresses)
-        invite = an_invitation(scene.setting, driver, holders=(BlobHolder(driver.node_id, (at,)),))
+        invite = an_invitation(setting, driver, holders=(BlobHolder(driver.node_id, (at,)),))
         await link.request(MemberInvite.KIND, encode(invite), reply_max_bytes=1 << 17)
-        assert "could not build and measure the model within 0 minutes" in await gone
+        await ready.wait()
+        job = _record_id(invite.job)
+        rivals = [
+            sign(
+                driver,
+                Commit(
+                    job=job,
+                    round=3,
+                    term=1,
+                    assignment=bytes(32),
+                    previous=bytes((number,)) * 32,
+                    accepted=(),
+                    state=bytes(32),
+                    tokens_total=0,
+                ),
+            )
+            for number in range(2)
+        ]
+        for rival in rivals:
+            await link.request(Turn.KIND, encode(Turn(job=job, commit=rival.to_bytes())))
+        while len(scene.store.pins(EVIDENCE_PIN)) < 2:
+            await asyncio.sleep(0.01)
+        kept = {scene.store.read(name) for name in scene.store.pins(EVIDENCE_PIN)}
+        assert kept == {rival.to_bytes() for rival in rivals}
         await scene.agent.close()
 
     play(story())

@@ -61,6 +61,8 @@ ATTACH_MAX_BYTES = 512 * 1024
 """Updates of a Commit travel with it as long as they are not more than this together."""
 LOOK_EVERY_S = 3.0
 """How often the hubs are asked for nodes that have come since."""
+WAITING_SAID_EVERY_S = 20.0
+"""How often it is said for whom a job waits that has not begun."""
 INVITE_DEADLINE_S = 20.0
 COMMITS_AT_ONCE = 64
 GIVEN_EXTRA_BYTES = 128 * 1024
@@ -233,7 +235,9 @@ class TrainingDriver:
         self.nodes: dict[bytes, NodeFigures] = {}
         for figures in known:  # of earlier terms
             if figures.status is NodeStatus.WORKING:
-                figures = msgspec.structs.replace(figures, status=NodeStatus.LEFT, reason=NOT_BACK)
+                over = standing.tokens_total >= self.job.token_budget
+                status, reason = (NodeStatus.FINISHED, "") if over else (NodeStatus.LEFT, NOT_BACK)
+                figures = msgspec.structs.replace(figures, status=status, reason=reason)
             self.nodes[bytes.fromhex(figures.node_id)] = figures
         self._lanes: dict[bytes, NodeLane] = {}
         self._names: dict[bytes, str] = {}
@@ -243,7 +247,8 @@ class TrainingDriver:
         self._last_commit_s = self._start_s
         self.finished_s = self._start_s
         """When the last round was done."""
-        self._counted = (0, 0)
+        self._counted = (sum(each.bytes_sent for each in known), sum(each.bytes_received for each in known))
+        """Bytes sent and received that stand in the metrics."""
         self._loss: float | None = None
         self._rate = 0.0
 
@@ -668,8 +673,12 @@ class TrainingDriver:
     async def _look_for_more(self) -> None:
         """Invite nodes that come to the hubs while the job runs."""
         lookout = Lookout(self._directory, self._wanted)
+        say_at = self._clock.monotonic() + WAITING_SAID_EVERY_S
         while True:
             await self._clock.sleep(LOOK_EVERY_S)
+            if not self._driving.started and self._clock.monotonic() >= say_at:
+                say_at = self._clock.monotonic() + WAITING_SAID_EVERY_S
+                self._say_who_is_awaited()
             if len(self._lines.by_member) >= self._nodes_max:
                 continue
             former = [node for node in {**dict.fromkeys(self.records.former), **self.nodes} if self._may_invite(node)]
@@ -682,6 +691,18 @@ class TrainingDriver:
             for one in fresh[: DIALS_AT_ONCE - len(self._dialled)]:
                 self._dialled.add(one.node)
                 self._beside(self._link_and_invite(one))
+
+    def _say_who_is_awaited(self) -> None:
+        needed, ready = self._driving.members_min, len(self._driving.members)
+        if ready < needed:
+            names = [line.name for line in self._lines.by_member.values() if not line.ready]
+            awaited = f" {', '.join(names)} {'prepares' if len(names) == 1 else 'prepare'} still." if names else ""
+            self._note(
+                EventKind.NOTE,
+                None,
+                f"The job begins when {needed} members are ready; {ready} are.{awaited} To begin with fewer, set "
+                "requirements.nodes_min.",
+            )
 
     async def _link_and_invite(self, one: FoundOffer) -> None:
         """Whoever is slow to answer holds up nobody but itself."""

@@ -15,7 +15,7 @@ import msgspec
 from shoal.devices import measure_in_child
 from shoal.errors import BadInput, JobError, LinkError, StorageError
 from shoal.hub import HubClient
-from shoal.identity import KeyPair
+from shoal.identity import Envelope, KeyPair
 from shoal.node.member import (
     PIN_PREFIX,
     PRIVATE_MEDIA_TYPE,
@@ -151,6 +151,8 @@ class NodeAgent:
         self._tasks: dict[bytes, asyncio.Task[None]] = {}
         self._ended: dict[str, None] = {}
         """Pins of ended jobs, the oldest first."""
+        self._heads: dict[bytes, tuple[tuple[bytes, ...], Envelope]] = {}
+        """Ended jobs, the oldest first: who may drive, and the newest Commit that was applied here."""
         self._inviting = asyncio.Lock()
         self._closing = False
         self._publishing = asyncio.Lock()
@@ -310,12 +312,21 @@ class NodeAgent:
         finally:
             del self._members[member.job_id], self._tasks[member.job_id]
             member.settle()
+            self._remember_head(member)
             shutil.rmtree(scratch, ignore_errors=True)
             if self._store.pins(member.pin):  # else it never worked, and takes no place from those that did
                 self._ended[member.pin] = None
             self._forget_ended()
             if not self._closing:
                 await self._publish()
+
+    def _remember_head(self, member: MemberRun) -> None:
+        """So that a driver that goes on with an older copy of the job's folder hears of it."""
+        if member.head is not None:
+            self._heads.pop(member.job_id, None)
+            self._heads[member.job_id] = (member.drivers, member.head)
+        while len(self._heads) > ENDED_MAX:
+            del self._heads[next(iter(self._heads))]
 
     def _forget_ended(self) -> None:
         """Let go of what ended jobs keep for replays, where they are too many or take too much."""
@@ -334,6 +345,9 @@ class NodeAgent:
 
     async def _head(self, request: Request) -> bytes:
         message = decode(HeadAsk, request.body, request.version)
+        drivers, head = self._heads.get(message.job, ((), None))
+        if message.job not in self._members and request.peer in drivers and head is not None:
+            return encode(Head(commit=head.to_bytes()), request.version)
         commit = await self._member(message.job).newest_commit(request.peer, message.term, HEAD_DEADLINE_S)
         return encode(Head(commit=commit.to_bytes() if commit else None), request.version)
 

@@ -46,6 +46,7 @@ from shoal.storage import BlobStore, Fetcher, FetchFailed
 from shoal.training.commands import ApplyCommit, CommittedUpdate, Prepare, Prepared, RoundDone, RunRound, ShardFile
 from shoal.training.process import EngineDied, EngineFailed, EngineProcess, RoundCancelledError
 from shoal.training.updates import UPDATE_MEDIA_TYPE
+from shoal.verification.retention import Retention
 from shoal.world import Clock, Dice, Endpoint, Refused, within
 
 FETCH_PATIENCE_S, FETCH_BYTES_PER_S = 120.0, 64 * 1024
@@ -78,6 +79,9 @@ DELIVER_ATTEMPTS = 8
 RETRY_S = 1.0
 
 PIN_PREFIX = "job-"
+EVIDENCE_PIN = "evidence"
+EVIDENCE_MAX = 64
+EVIDENCE_MEDIA_TYPE = "application/x-shoal-record"
 STATE_MEDIA_TYPE = "application/x-shoal-state"
 PRIVATE_MEDIA_TYPE = "application/x-shoal-private"
 
@@ -221,7 +225,7 @@ class MemberRun:
         )
         self.record = sign(key, record, network)
         self.member_id = self.record.record_id
-        self._window: list[tuple[int, BlobRef]] = []
+        self._private = Retention(self.job.replay.window_rounds, store.capacity_bytes * WINDOW_SHARE)
         self._inbox: asyncio.Queue[following.Event] = asyncio.Queue(INBOX_MAX)
         self._following = following.follow(
             self.job,
@@ -312,8 +316,8 @@ class MemberRun:
 
     def settle(self) -> None:
         """Keep only what replays may ask for."""
-        window = {ref.hash for _, ref in self._window}
-        for hash in self._store.pins(self.pin) - window:
+        kept = {ref.hash for ref in self._private.kept}
+        for hash in self._store.pins(self.pin) - kept:
             self._store.unpin(self.pin, hash)
 
     @property
@@ -325,6 +329,16 @@ class MemberRun:
     def term(self) -> int:
         """The newest term known."""
         return self._following.term.number
+
+    @property
+    def drivers(self) -> tuple[bytes, ...]:
+        """Who may drive, in their order."""
+        return self._following.grant.drivers
+
+    @property
+    def head(self) -> Envelope | None:
+        """The newest Commit that was applied."""
+        return self._following.head.envelope
 
     def _put(self, events: Sequence[following.Event]) -> None:
         if self._inbox.qsize() + len(events) > INBOX_MAX:
@@ -493,12 +507,23 @@ class MemberRun:
                 if waiting is not None and not waiting.done():
                     waiting.set_result(effect.commit)
             case following.ReportFork():
-                _log.error("%s: %s", self.name, effect.sentence)
+                self._keep_evidence(effect)
             case following.Ignore():
                 _log.info("%s: %s", self.name, effect.sentence)
             case following.StopAndSay():
                 return effect.sentence
         return None
+
+    def _keep_evidence(self, fork: following.ReportFork) -> None:
+        """Keep both Commits as blobs, whatever becomes of the job."""
+        _log.error("%s: %s", self.name, fork.sentence)
+        for envelope in (fork.first, fork.second):
+            if len(self._store.pins(EVIDENCE_PIN)) >= EVIDENCE_MAX:
+                _log.error("%s keeps %d records as evidence, and no more.", self.name, EVIDENCE_MAX)
+                return
+            ref = self._store.put(envelope.to_bytes(), EVIDENCE_MEDIA_TYPE)
+            self._store.pin(EVIDENCE_PIN, ref.hash)
+            _log.error("%s: a Commit is kept as blob %s", self.name, ref.hash.hex())
 
     # ---- shared state ----
 
@@ -648,15 +673,8 @@ class MemberRun:
         if own is None:
             return
         own.accepted = True
-        if own.snapshot is not None:
-            self._window.append((own.round, own.snapshot))
-        oldest = own.round - self.job.replay.window_rounds
-        kept_max = self._store.capacity_bytes * WINDOW_SHARE
-        while self._window and (
-            self._window[0][0] < oldest
-            or (len(self._window) > 1 and sum(ref.size for _, ref in self._window) > kept_max)
-        ):
-            self._store.unpin(self.pin, self._window.pop(0)[1].hash)
+        for ref in self._private.advance(own.round, own.snapshot):
+            self._store.unpin(self.pin, ref.hash)
         done = [key for key, one in self._own.items() if one.accepted and one.round < own.round]
         for key in done:
             self._store.unpin(self.pin, self._own.pop(key).update.hash)

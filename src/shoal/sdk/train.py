@@ -59,7 +59,7 @@ HELD_OUT_SAMPLES = 512
 EVALUATIONS = 5
 """Evaluations between the first and the last."""
 COMPLETION_TOKENS = 120
-FIGURES_EVERY_S = 10.0
+FIGURES_EVERY_S = 2.0
 """How often a running driver writes down what its report needs and no record holds."""
 CPU_EFFICIENCY = 0.3
 """Share of a device's measured matmul rate that training reaches, about: only for choosing the round length."""
