@@ -175,6 +175,11 @@ class _Own:
     accepted: bool = False
 
 
+def _said(error: BaseException | None) -> str:
+    """For the driver: of what the system says, not where files lie here."""
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+
+
 def pin_of(job: bytes) -> str:
     """Who pins what a job needs, in a node's store."""
     return f"{PIN_PREFIX}{job.hex()}"
@@ -360,7 +365,7 @@ class MemberRun:
         error = task.exception()
         if not isinstance(error, ShoalError | OSError):
             _log.error("%s failed", self.name, exc_info=error)
-        self.end(f"Node {self.name} cannot go on: {error}", tell=True)
+        self.end(f"Node {self.name} cannot go on: {_said(error)}", tell=True)
 
     # ---- its life ----
 
@@ -378,7 +383,7 @@ class MemberRun:
             try:
                 return await work
             except (ShoalError, OSError) as error:
-                reason = f"Node {self.name} cannot go on: {error}"
+                reason = f"Node {self.name} cannot go on: {_said(error)}"
                 await self._tell_gone(reason)
                 return reason
         finally:
