@@ -306,6 +306,31 @@ def test_each_contribution_that_cannot_count_is_refused_with_its_own_sentence(tm
     play(story())
 
 
+def test_an_update_that_does_not_come_in_its_round_is_fetched_no_longer(tmp_path: Path) -> None:
+    async def story() -> None:
+        scene = await a_scene(tmp_path, grace_ms=1)
+        slow, two = scene.peers
+
+        async def never(_: Request) -> bytes:
+            return await asyncio.Future()
+
+        slow.endpoint.handle(BlobRead.KIND, never)
+        await slow.assigned(0)
+        await two.assigned(0)
+        data = slow.update(1)
+        await slow.deliver(slow.contribution(0, data), None)
+        while not scene.driver._fetcher._downloads:
+            await asyncio.sleep(0)
+        await two.deliver(two.contribution(0, two.update(2)), two.update(2))
+        commit = await two.committed(0)
+        assert [entry.member for entry in commit.accepted] == [two.member_id]
+        while scene.driver._fetcher._downloads:
+            await asyncio.sleep(0)
+        await scene.stop()
+
+    play(story())
+
+
 def test_bytes_of_earlier_terms_are_not_counted_again(tmp_path: Path) -> None:
     async def story() -> None:
         earlier = NodeFigures(node_id=a_key(190).node_id.hex(), name="earlier", bytes_sent=10**6, bytes_received=10**6)
