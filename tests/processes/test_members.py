@@ -306,7 +306,11 @@ def test_each_contribution_that_cannot_count_is_refused_with_its_own_sentence(tm
     play(story())
 
 
-def test_an_update_that_does_not_come_in_its_round_is_fetched_no_longer(tmp_path: Path) -> None:
+def test_an_update_that_does_not_come_in_its_round_is_fetched_no_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shoal.storage.download.STALL_S", 3600.0)  # nothing else ends it
+
     async def story() -> None:
         scene = await a_scene(tmp_path, grace_ms=1)
         slow, two = scene.peers
