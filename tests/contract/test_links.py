@@ -83,6 +83,37 @@ def test_hints_that_lead_nowhere_or_to_somebody_else_are_passed_over(make_world:
     play(make_world, scene)
 
 
+@pytest.mark.parametrize(
+    "wrong", ["tcp://a..b:1", f"tcp://{'a' * 64}.b:1", "tcp://a\0b:1", "tcp://[::1%\0]:1", "tcp://é:1"]
+)
+def test_an_address_that_no_resolver_can_read_is_a_hint_like_any_other(make_world: MakeWorld, wrong: str) -> None:
+    """Addresses stand in records that strangers sign: none of them may do more than lead nowhere."""
+
+    async def scene(world: World) -> None:
+        one, address = await world.listening(1)
+        other = world.endpoint(2)
+        link = await other.dial(one.node_id, [wrong, address])
+        assert await link.request("echo", b"found") == b"found"
+        with pytest.raises(Unreachable, match="is not an address"):
+            await other.dial(key(3).node_id, [wrong])
+
+    play(make_world, scene)
+
+
+def test_whatever_a_resolver_makes_of_a_name_is_said_and_harms_nobody(make_world: MakeWorld) -> None:
+    async def scene(world: World) -> None:
+        other = world.endpoint(2)
+
+        async def look_up(node: bytes, hint: str) -> Link:
+            raise UnicodeError("label too long")
+
+        other._connect = look_up  # type: ignore[method-assign, assignment]
+        with pytest.raises(Unreachable, match="tcp://odd:1: label too long"):
+            await other.dial(key(1).node_id, ["tcp://odd:1"])
+
+    play(make_world, scene)
+
+
 def test_a_peer_that_cannot_be_reached_is_said_to_be_so_with_every_reason(make_world: MakeWorld) -> None:
     async def scene(world: World) -> None:
         _, elsewhere = await world.listening(3)
@@ -657,7 +688,9 @@ def test_addresses_that_cannot_be_listened_at_are_refused(make_world: MakeWorld)
         one, address = await world.listening(1)
         other = world.endpoint(2)
         assert one.addresses == (address,) and other.addresses == ()
-        for wrong in (address, "127.0.0.1:80", "tcp://host", "tcp://:1", "tcp://h:99999", "tcp://[::1:5", "udp://h:1"):
+        wrongs = (address, "127.0.0.1:80", "tcp://host", "tcp://:1", "tcp://h:99999", "tcp://[::1:5", "udp://h:1")
+        names = ("tcp://a..b:1", "tcp://-a:1", "tcp://a b:1", f"tcp://{'a.' * 127}b:1", f"tcp://h:{'1' * 5000}")
+        for wrong in (*wrongs, *names):
             with pytest.raises(BadAddress):
                 await other.listen(wrong)
 

@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
+import re
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -66,22 +67,31 @@ class BadAddress(BadInput):
     code = "SH-115"
 
 
+_ADDRESS = re.compile(r"tcp://(?:\[([0-9A-Fa-f:.]+(?:%[\w.-]+)?)\]|([\w.-]+)):([0-9]{1,5})", re.ASCII)
+_LABEL = re.compile(r"\w(?:[\w-]{0,61}\w)?", re.ASCII)
+_NAME_MAX = 253
+"""A host's name and its labels are as long as a resolver takes them (RFC 1035, section 2.3.4)."""
+
+
 def parse_address(address: Address) -> tuple[str, int]:
-    """`tcp://host:port` -> (host, port). Raises BadAddress."""
-    rest = address.removeprefix("tcp://")
-    host, colon, port = rest.rpartition(":")
-    bracketed = host.startswith("[") and host.endswith("]")
-    if rest != address and colon and host and port.isascii() and port.isdigit() and int(port) < 65536:
-        if bracketed:
+    """`tcp://host:port` -> (host, port). Raises BadAddress, also for a host that can be neither a name nor an IP."""
+    found = _ADDRESS.fullmatch(address)
+    if found is not None and int(found[3]) < 65536:
+        v6, name, port = found[1], found[2], int(found[3])
+        if v6 is not None:
             with contextlib.suppress(ValueError):
-                return str(ipaddress.IPv6Address(host[1:-1])), int(port)
-        elif not set(host) & set("[]:/@ "):
-            return host, int(port)
+                return str(ipaddress.IPv6Address(v6)), port
+        elif len(name) <= _NAME_MAX and all(_LABEL.fullmatch(label) for label in name.removesuffix(".").split(".")):
+            return name, port
     raise BadAddress(f"{address!r} is not an address: tcp://host:port is expected, IPv6 in brackets.")
 
 
 def format_address(host: str, port: int) -> Address:
     return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+
+
+_HintFailure = ShoalError | OSError | TimeoutError | ValueError
+"""Why one hint led nowhere: nothing that a record says of an address may do more than that."""
 
 
 class PeerLink:
@@ -303,7 +313,8 @@ class BaseEndpoint(ABC):
 
     @abstractmethod
     async def _connect(self, node: bytes, hint: Address) -> PeerLink:
-        """One attempt at one address, handshake included. Raises LinkError, BadAddress, VersionMismatch or OSError."""
+        """One attempt at one address, handshake included. Raises LinkError, BadAddress, VersionMismatch or OSError,
+        and ValueError for a host that cannot be looked up."""
 
     @abstractmethod
     async def _stop_accepting(self) -> None: ...
@@ -403,7 +414,7 @@ class BaseEndpoint(ABC):
         """The first hint that leads to `node` wins; the others are given up."""
         waiting = list(hints)
         running: dict[asyncio.Task[PeerLink], Address] = {}
-        failures: list[tuple[Address, ShoalError | OSError | TimeoutError]] = []
+        failures: list[tuple[Address, _HintFailure]] = []
         try:
             while waiting or running:
                 if waiting:
@@ -421,8 +432,8 @@ class BaseEndpoint(ABC):
                     hint = running.pop(task)
                     try:
                         return task.result()
-                    except (ShoalError, OSError, TimeoutError) as error:
-                        failures.append((hint, error))
+                    except (ShoalError, OSError, TimeoutError, ValueError) as error:
+                        failures.append((hint, error))  # ValueError: a name that the resolver cannot even read
                 if node in self._links:  # it dialled us meanwhile
                     return self._links[node]
         finally:
@@ -444,7 +455,7 @@ async def _result(task: asyncio.Task[PeerLink]) -> PeerLink:
     return await asyncio.shield(task)
 
 
-def _unreachable(node: bytes, failures: list[tuple[Address, ShoalError | OSError | TimeoutError]]) -> Unreachable:
+def _unreachable(node: bytes, failures: list[tuple[Address, _HintFailure]]) -> Unreachable:
     """All that was tried, in one sentence; the cause of the last failure is chained."""
     said = "; ".join(f"{hint}: {_why(error)}" for hint, error in failures)
     result = Unreachable(f"{short_id(node)} could not be reached. {said}.")
@@ -452,7 +463,7 @@ def _unreachable(node: bytes, failures: list[tuple[Address, ShoalError | OSError
     return result
 
 
-def _why(error: ShoalError | OSError | TimeoutError) -> str:
+def _why(error: _HintFailure) -> str:
     if isinstance(error, ShoalError):
         return error.sentence.rstrip(".")
     if isinstance(error, OSError) and error.strerror:
