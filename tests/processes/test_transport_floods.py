@@ -441,6 +441,89 @@ def test_a_reader_that_never_gives_credit_does_not_hold_a_handler_for_ever() -> 
     play(scene)
 
 
+def asking(stream: int, kind: str, credit: int) -> bytes:
+    """A request for a reply of any size, of which `credit` bytes are taken at first."""
+    return frame(FrameType.OPEN, stream, pack_opening(Opening(kind, 1 << 30, credit, 0), b""))
+
+
+def test_replies_that_nobody_takes_are_bounded_and_who_left_most_of_them_goes(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def scene() -> None:
+        size, room = 100_000, 1_000_000
+        async with (
+            node(1, limits=EndpointLimits(replies_bytes=room)) as (hub, address),
+            node(3) as (honest, _),
+        ):
+
+            async def large(request: Request) -> bytes:
+                return bytes(size)
+
+            async def endless(request: Request) -> AsyncIterator[bytes]:
+                async def flow() -> AsyncIterator[bytes]:
+                    while True:
+                        yield bytes(size)
+
+                return flow()
+
+            hub.handle("large", large)
+            hub.handle("endless", endless)
+            link = await honest.dial(hub.node_id, [address])
+            modest = await proved(address, self_of(key(4)))
+            await modest.write(asking(1, "large", size - 1))  # a chunk is held until its last byte has left
+            greedy = await proved(address, self_of(key(2)))
+            theirs = hub.links()[key(2).node_id]
+            await greedy.write(b"".join(asking(number, "endless", 0) for number in (1, 3)))
+            for number in range(5, 1000, 2):
+                if theirs.closed:
+                    break
+                await greedy.write(asking(number, "large", 0))
+                assert await link.request("large", b"", reply_max_bytes=size) == bytes(size)
+                assert hub._replies.bytes <= room + size
+            assert "bytes of replies unread" in await theirs.wait_closed()
+            assert b"bytes of replies unread" in await read_to_end(greedy), "the peer is told why"
+            assert not hub.links()[key(4).node_id].closed and not link.closed
+            modest.close()
+            while hub._replies.bytes:
+                await link.request("echo", b"")
+            assert await link.request("large", b"", reply_max_bytes=size) == bytes(size)
+
+    with caplog.at_level(logging.CRITICAL, logger="shoal.transport"):
+        play(scene)
+
+
+def test_a_reply_waits_less_long_for_its_reader_while_room_is_scarce() -> None:
+    async def scene() -> None:
+        clock = HeldClock()
+        async with node(1, clock=clock, limits=EndpointLimits(replies_bytes=100_000)) as (hub, address):
+
+            async def large(request: Request) -> bytes:
+                return bytes(30_000)
+
+            hub.handle("large", large)
+            stream = await proved(address, self_of(key(2)))
+            connection = hub.links()[key(2).node_id]._current
+            assert connection is not None
+
+            async def wait(seconds: int) -> None:
+                for _ in range(seconds):
+                    await stream.write(frame(FrameType.PING, 0, bytes(8)))  # it is there, but takes no reply
+                    for _ in range(50):
+                        await asyncio.sleep(0)
+                    await clock.advance(1)
+
+            await stream.write(asking(1, "large", 0))
+            await wait(40)
+            assert len(connection._answers) == 1
+            await stream.write(asking(3, "large", 0))
+            await wait(5)
+            assert hub._replies.bytes == 60_000
+            await wait(25)
+            assert set(connection._answers) == {3}, "when room is there again, it is not hurried any more"
+
+    play(scene)
+
+
 async def _hold(request: Request) -> bytes:
     await asyncio.Event().wait()
     return b""

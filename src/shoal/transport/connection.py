@@ -10,7 +10,8 @@ A window grows to what arrives in `WINDOW_ROUND_TRIPS` of the shortest round tri
 window must not justify itself by the queue that it makes.
 
 **Limits.** What a peer may make this side hold is bounded by `Limits`. A peer that goes beyond, breaks the framing,
-falls silent or takes no bytes loses this connection and nothing else happens.
+falls silent or takes no bytes loses this connection and nothing else happens. Replies that it asked for and does not
+take count against what the endpoint holds of them; when that is spent, the connection with most of it ends.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from shoal.transport.frames import (
     unpack_opening,
     unpack_refusal,
 )
-from shoal.transport.limits import Budget, Limits
+from shoal.transport.limits import Budget, Limits, WaitingReplies
 from shoal.transport.outbox import Outbox
 from shoal.transport.rates import ReceiveRate, RoundTrip, SendRate
 from shoal.transport.requests import Answer, Call
@@ -99,6 +100,7 @@ class Connection:
         dice: Dice,
         limits: Limits,
         budget: Budget,
+        replies: WaitingReplies,
     ) -> None:
         self.peer = peer
         self.version = version
@@ -106,6 +108,8 @@ class Connection:
         self.down_reason: str | None = None
         self.bytes_sent = 0
         self.bytes_received = 0
+        self.held_bytes = 0
+        """What waits here until the peer takes it, of the replies to its requests."""
         self._stream = stream
         self._serve = serve
         self._down_callback = down
@@ -113,6 +117,7 @@ class Connection:
         self._dice = dice
         self._limits = limits
         self._budget = budget
+        self._replies = replies
         self._tasks: set[asyncio.Task[None]] = set()
         self._down = asyncio.Event()
         self._closing: str | None = None
@@ -160,6 +165,10 @@ class Connection:
         return self.down_reason is not None
 
     @property
+    def closing(self) -> bool:
+        return self._closing is not None
+
+    @property
     def retired(self) -> bool:
         return self._retired
 
@@ -203,6 +212,16 @@ class Connection:
         self._wake_pong_waiters()
         self._down.set()
         self._down_callback(self)
+
+    def shed(self, reason: str) -> None:
+        """Let go at once of all that waits for the peer; then tell it why, and end."""
+        _log.warning("Closing the connection to %s: %s.", short_id(self.peer), reason)
+        for answer in list(self._answers.values()):
+            answer.cancelled = True
+            if answer.task is not None:
+                answer.task.cancel()
+            answer.close()
+        self._keep(self.close(reason))
 
     def stats(self) -> LinkStats:
         smoothed_s = self._round_trip.smoothed_s
@@ -375,7 +394,7 @@ class Connection:
             raise BrokenFraming(f"opened more than {limits.requests + limits.bulk} requests at once")
         if opening.body_bytes > limits.body_max_bytes:
             raise BrokenFraming(f"announced a request body of {opening.body_bytes} bytes")
-        answer = Answer(stream, opening, start)
+        answer = Answer(stream, opening, start, self._hold)
         if answer.body is None:
             self._answers[stream] = answer
             answer.task = self._keep(self._answer(answer, start))
@@ -440,9 +459,15 @@ class Connection:
                 await finish()
 
     def _queue(self, answer: Answer, chunk: bytes) -> None:
+        if answer.closed or self._closing is not None:
+            raise LinkLost(f"The reply to {answer.kind} is not wanted any more.")
         answer.queue(chunk)
         self._note_blocked(answer)
         self._take_turn(answer)
+
+    def _hold(self, size: int) -> None:
+        self.held_bytes += size
+        self._replies.add(size)
 
     def _take_turn(self, answer: Answer) -> None:
         if not self.is_down and self._outbox.take_turn(answer):
@@ -458,6 +483,8 @@ class Connection:
         if not answer.closed:
             answer.close()
             self._send(last_frame, answer)
+            answer.last_bytes = len(last_frame)
+            self._hold(answer.last_bytes)
 
     def _refuse(self, answer: Answer, code: str, sentence: str) -> None:
         self._end(answer, frame(FrameType.REFUSE, answer.id, pack_refusal(code, sentence)))
@@ -465,6 +492,7 @@ class Connection:
     def _forget(self, answer: Answer) -> None:
         """An answer's last frame has left: it does not count any more."""
         del self._answers[answer.id]
+        self._hold(-answer.last_bytes)
         if answer.large:
             self._budget.give_back(answer.large)
             self._large_answers -= 1
@@ -665,12 +693,13 @@ class Connection:
                 call.fail(self._too_late(call.kind, call.deadline_s))
             else:
                 soonest = min(soonest, call.deadline)
+        slow_reader_s = limits.slow_reader_scarce_s if self._replies.scarce else limits.slow_reader_s
         for answer in list(self._answers.values()):
             if answer.blocked_since is None or answer.closed:
                 continue
-            drop_at = answer.blocked_since + limits.slow_reader_s
+            drop_at = answer.blocked_since + slow_reader_s
             if now >= drop_at:
-                sentence = f"The reply to {answer.kind} was not read for {limits.slow_reader_s:g} s."
+                sentence = f"The reply to {answer.kind} was not read for {slow_reader_s:g} s."
                 self._refuse(answer, NodeBusy.code, sentence)
                 self._give_up(answer)
             else:

@@ -28,7 +28,7 @@ from shoal.identity import KeyPair, short_id
 from shoal.protocol.messages import OLDEST_VERSION, PROTOCOL_VERSION
 from shoal.transport.connection import Connection, ReplyStream
 from shoal.transport.handshake import Agreed, Self, Versions
-from shoal.transport.limits import Budget, EndpointLimits
+from shoal.transport.limits import Budget, EndpointLimits, WaitingReplies
 from shoal.transport.streams import ByteStream
 from shoal.world import Address, Body, Clock, Dice, Handler, LinkLost, LinkStats, Refused, Request, Unreachable, within
 
@@ -237,6 +237,7 @@ class BaseEndpoint(ABC):
         self._dice = dice
         self._limits = limits or EndpointLimits()
         self._budget = Budget(self._limits.large_bodies_bytes)
+        self._replies = WaitingReplies(self._limits.replies_bytes, self._shed)
         self._handlers: dict[str, Handler] = {}
         self._link_callbacks: list[Callable[[PeerLink], None]] = []
         self._links: dict[bytes, PeerLink] = {}
@@ -374,6 +375,7 @@ class BaseEndpoint(ABC):
             dice=self._dice,
             limits=self._limits.connection,
             budget=self._budget,
+            replies=self._replies,
         )
         self._connections.add(connection)
         dialled_by_smaller = agreed.dialled == (self.node_id < agreed.peer)
@@ -403,6 +405,13 @@ class BaseEndpoint(ABC):
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None and not isinstance(task.exception(), ShoalError):
             _log.error("A task of the endpoint failed.", exc_info=task.exception())
+
+    def _shed(self) -> None:
+        """Peers take less than they ask for: the one that has most waiting gives room to the others."""
+        open_ones = [connection for connection in self._connections if not connection.closing]
+        if open_ones:
+            most = max(open_ones, key=lambda connection: connection.held_bytes)
+            most.shed(f"{short_id(most.peer)} left {most.held_bytes} bytes of replies unread, and others need the room")
 
     async def _serve(self, link: PeerLink, connection: Connection, kind: str, body: bytes) -> Body:
         handler = self._handlers.get(kind)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from shoal.transport.frames import FRAME_MAX_BYTES
@@ -32,6 +33,8 @@ class Limits:
     """A peer that was not heard, or took no bytes, for so long is gone."""
     slow_reader_s: float = 300.0
     """A stream whose reader gave no credit for so long is dropped."""
+    slow_reader_scarce_s: float = 20.0
+    """The same, while more than half of the bytes that replies may hold is taken."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ class EndpointLimits:
     handshake_s: float = 10.0
     large_bodies_bytes: int = 256 * 1024 * 1024
     """Large request bodies held at once, over all links."""
+    replies_bytes: int = 256 * 1024 * 1024
+    """Replies that wait for their peers to take them, over all links; beyond it the peer with most of them goes."""
     connection: Limits = field(default_factory=Limits)
 
 
@@ -61,3 +66,22 @@ class Budget:
 
     def give_back(self, size: int) -> None:
         self.left_bytes += size
+
+
+class WaitingReplies:
+    """How many bytes of replies wait on all connections of an endpoint together; `over` is called beyond the most."""
+
+    def __init__(self, max_bytes: int, over: Callable[[], None]) -> None:
+        self.bytes = 0
+        self._max_bytes = max_bytes
+        self._over = over
+
+    @property
+    def scarce(self) -> bool:
+        return self.bytes * 2 > self._max_bytes
+
+    def add(self, size: int) -> None:
+        """`size` is negative for what left."""
+        self.bytes += size
+        if size > 0 and self.bytes > self._max_bytes:
+            self._over()

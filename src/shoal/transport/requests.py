@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 
 from shoal.errors import ShoalError
 from shoal.transport.frames import HEADER, SMALL_BYTES, BrokenFraming, FrameType, Opening
@@ -103,12 +104,14 @@ class Answer:
     """A request of the other side: its body as it arrives, and the reply as it leaves."""
 
     __slots__ = (
-        "blocked_since", "body", "cancelled", "closed", "credit", "ended", "id", "in_turn", "kind", "large", "pending",
-        "pending_bytes", "reply_left", "reply_max_bytes", "room", "task",
+        "blocked_since", "body", "cancelled", "closed", "credit", "ended", "hold", "id", "in_turn", "kind", "large",
+        "last_bytes", "pending", "pending_bytes", "reply_left", "reply_max_bytes", "room", "task",
     )  # fmt: skip
 
-    def __init__(self, identity: int, opening: Opening, start: bytes) -> None:
+    def __init__(self, identity: int, opening: Opening, start: bytes, hold: Callable[[int], None]) -> None:
         self.id = identity
+        self.hold = hold
+        """Told how many bytes more, or fewer, wait for the peer because of this."""
         self.kind = opening.kind
         self.body: bytearray | None = bytearray(start) if opening.body_bytes > len(start) else None
         """The request's body while it is incomplete."""
@@ -120,6 +123,8 @@ class Answer:
         self.pending: deque[memoryview] = deque()
         """What of the reply waits to be sent."""
         self.pending_bytes = 0
+        self.last_bytes = 0
+        """Size of the frame that ends it without what waits, until that has left."""
         self.ended = False
         """The reply is complete in `pending`."""
         self.closed = False
@@ -142,6 +147,7 @@ class Answer:
     def queue(self, chunk: bytes) -> None:
         self.pending.append(memoryview(chunk))
         self.pending_bytes += len(chunk)
+        self.hold(_whole(self.pending[-1]))
 
     async def wait_for_room(self, buffer_bytes: int) -> None:
         while self.pending_bytes > buffer_bytes:
@@ -166,7 +172,7 @@ class Answer:
             if size < len(first):
                 self.pending[0] = first[size:]
             else:
-                self.pending.popleft()
+                self.hold(-_whole(self.pending.popleft()))
             self.pending_bytes -= size
             self.credit -= size
             self._give_room()
@@ -176,6 +182,7 @@ class Answer:
     def close(self) -> None:
         """Nothing of it is sent any more but, perhaps, a frame that ends it."""
         self.closed = True
+        self.hold(-sum(map(_whole, self.pending)))
         self.pending.clear()
         self.pending_bytes = 0
         self._give_room()
@@ -183,3 +190,8 @@ class Answer:
     def _give_room(self) -> None:
         if self.room is not None and not self.room.done():
             self.room.set_result(None)
+
+
+def _whole(part: memoryview) -> int:
+    """Bytes that are kept for the sake of this part: a chunk is freed only when its last byte has left."""
+    return memoryview(part.obj).nbytes
