@@ -7,13 +7,16 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 import sqlalchemy as sa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.hub import HubFull, HubStoreFailed, MemoryOfferIndex, OfferIndex, SqlOfferIndex
-from shoal.hub.index import REMEMBERED_MS, REMEMBERED_PER_OFFER, Arrival
+from shoal.hub.index import FOUND_BYTES_MAX, REMEMBERED_MS, REMEMBERED_PER_OFFER, Arrival
+from shoal.hub.rates import HubBusy
+from shoal.hub.store import FINDS_MAX
 from shoal.identity import BadEnvelope, BadSignature, KeyPair
 from shoal.market import StaleOffer, fits
 from shoal.protocol.messages import UnknownKind, VersionMismatch, sign
@@ -229,6 +232,20 @@ def test_pages_name_every_offer_once_in_order(play: Play) -> None:
     play(scene)
 
 
+def test_a_page_ends_before_its_bytes_are_too_many(play: Play) -> None:
+    async def scene(index: OfferIndex, clock: HeldClock) -> None:
+        large = Capability(devices=(msgspec.structs.replace(a_device(), name="x" * 96),) * 64)
+        for number in range(100):
+            await index.keep(brought(KeyPair.from_seed(number.to_bytes(32, "big")), an_offer(1, capability=large)))
+        found, more = await index.find(OfferFind(limit=256))
+        size = len(found[0].envelope)
+        assert more and len(found) == FOUND_BYTES_MAX // size < 100
+        found, more = await index.find(OfferFind(limit=256, after=found[-1].node))
+        assert found and sum(len(kept.envelope) for kept in found) <= FOUND_BYTES_MAX
+
+    play(scene)
+
+
 def test_what_is_not_a_signed_offer_of_this_network_is_refused() -> None:
     good = sign(ANN, an_offer(1))
     forged = replace_signer(good.to_bytes(), ANN.node_id, BEN.node_id)
@@ -335,6 +352,22 @@ def test_every_commit_reaches_the_disk_before_it_is_acknowledged_and_many_share_
         )
         assert [isinstance(outcome, StaleOffer) for outcome in outcomes] == [False] * len(KEYS) + [True] * len(KEYS)
         assert len(commits) == 1
+        await index.close()
+
+    asyncio.run(scene())
+
+
+def test_so_many_searches_share_a_transaction_and_the_next_is_told_to_come_again(tmp_path: Path) -> None:
+    async def scene() -> None:
+        index = await SqlOfferIndex.open(tmp_path / "hub.sqlite", HeldClock())
+        await index.keep(brought(ANN, an_offer(1)))
+        outcomes = await asyncio.gather(
+            *(index.find(OfferFind()) for _ in range(FINDS_MAX + 3)),
+            *(index.get(ANN.node_id) for _ in range(3)),
+            return_exceptions=True,
+        )
+        assert [isinstance(one, HubBusy) for one in outcomes] == [False] * FINDS_MAX + [True] * 3 + [False] * 3
+        assert len((await index.find(OfferFind()))[0]) == 1
         await index.close()
 
     asyncio.run(scene())

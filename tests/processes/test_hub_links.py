@@ -11,14 +11,14 @@ from hub_world import PATIENCE_S, MemoryHub, Watcher, a_client, a_key, an_offer
 from shoal.errors import LinkError
 from shoal.hub import HubClient, NoHub, NoIntroduction
 from shoal.hub.client import BACKOFF_LAST_S, backoff_s
-from shoal.hub.index import Arrival
-from shoal.hub.service import FIND_BURST, FOUND_BYTES_MAX, PUBLISH_BURST
+from shoal.hub.index import FOUND_BYTES_MAX, Arrival
+from shoal.hub.service import FIND_BURST, FINDS_PER_SOURCE, PUBLISH_BURST
 from shoal.identity import KeyPair
 from shoal.protocol.hubs import HubTicket
 from shoal.protocol.messages import decode, encode
 from shoal.protocol.offers import DialMe, OfferFind, OfferKept, OfferPublish, OffersFound
 from shoal.transport import MemoryNetwork, Path
-from shoal.world import Directory, HeldClock, Refused, Request, SeededDice
+from shoal.world import Directory, HeldClock, Link, Refused, Request, SeededDice
 
 T = TypeVar("T")
 HERON, STORK, WREN = a_key(1), a_key(2), a_key(3)
@@ -168,6 +168,41 @@ def test_a_search_whose_answer_is_large_comes_in_pages() -> None:
             assert seen == sorted(key.node_id for key in keys)
 
     play(scene, offers_max=2000)
+
+
+def test_keys_that_cost_nothing_search_no_more_at_once_than_one_address_may() -> None:
+    async def scene(world: World) -> None:
+        hub, ticket = world.hubs[0], world.tickets[0]
+        gate, searching = asyncio.Event(), 0
+        find = hub.index.find
+
+        async def slow(wanted: OfferFind) -> Any:
+            nonlocal searching
+            searching += 1
+            await gate.wait()
+            return await find(wanted)
+
+        hub.index.find = slow  # type: ignore[method-assign]
+        flood = await world.network.endpoint(STORK).dial(ticket.node, ticket.addresses)
+        honest = await world.network.endpoint(WREN).dial(ticket.node, ticket.addresses)
+
+        async def search(link: Link) -> bytes:
+            return await link.request(OfferFind.KIND, encode(OfferFind()))
+
+        under_way = [asyncio.create_task(search(flood)) for _ in range(FINDS_PER_SOURCE)]
+        while searching < FINDS_PER_SOURCE:
+            await asyncio.sleep(0)
+        with pytest.raises(Refused, match="8 searches from your address") as refusal:
+            await search(flood)
+        assert refusal.value.remote_code == "SH-332"
+        asking = asyncio.create_task(search(honest))
+        while searching == FINDS_PER_SOURCE:
+            await asyncio.sleep(0)
+        gate.set()
+        await asyncio.gather(*under_way, asking)
+        await search(flood)
+
+    play(scene)
 
 
 # ---- introductions ----

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -18,6 +19,9 @@ REMEMBERED_MS = 7 * 24 * 3600 * 1000
 """How long the last sequence of a node that is gone is remembered, so that nobody can bring its old offers back."""
 REMEMBERED_PER_OFFER = 2
 """Rows kept, live and remembered together, per offer that may be live."""
+
+FOUND_BYTES_MAX = 1 << 20
+"""A page ends here even when more offers would be allowed on it."""
 
 
 class HubFull(LinkError):
@@ -77,8 +81,8 @@ class OfferIndex(Protocol):
         ...
 
     async def find(self, wanted: OfferFind) -> tuple[list[KeptOffer], bool]:
-        """Live offers that fit, in the order of their NodeIds from `wanted.after` on, at most `wanted.limit`, and
-        whether there are more."""
+        """Live offers that fit, in the order of their NodeIds from `wanted.after` on, at most `wanted.limit` and
+        FOUND_BYTES_MAX (but one at least), and whether there are more."""
         ...
 
     async def get(self, node: bytes) -> KeptOffer | None:
@@ -126,6 +130,18 @@ def refuse_when_full(live: int, offers_max: int) -> None:
         raise HubFull(f"This hub keeps {live} offers and may keep no more; publish to another hub, or try again later.")
 
 
+def page_of(fitting: Iterable[KeptOffer], limit: int) -> tuple[list[KeptOffer], bool]:
+    """The first of the offers that fit, as many as a page holds, and whether there are more."""
+    page: list[KeptOffer] = []
+    size = 0
+    for kept in fitting:
+        size += len(kept.envelope)
+        if len(page) == limit or (page and size > FOUND_BYTES_MAX):
+            return page, True
+        page.append(kept)
+    return page, False
+
+
 class MemoryOfferIndex:
     """Holds offers in a dictionary: for tests and simulations; nothing survives the process."""
 
@@ -149,8 +165,10 @@ class MemoryOfferIndex:
 
     async def find(self, wanted: OfferFind) -> tuple[list[KeptOffer], bool]:
         after = wanted.after or b""
-        found = [kept for kept in self._live() if kept.node > after and fits(kept.node, kept.offer, wanted)[0]]
-        return found[: wanted.limit], len(found) > wanted.limit
+        return page_of(
+            (kept for kept in self._live() if kept.node > after and fits(kept.node, kept.offer, wanted)[0]),
+            wanted.limit,
+        )
 
     async def get(self, node: bytes) -> KeptOffer | None:
         kept = self._held.get(node)

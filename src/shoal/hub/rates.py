@@ -1,8 +1,10 @@
-"""How often one peer may ask: a token bucket a peer, in a bounded map."""
+"""How often one peer may ask: a token bucket a peer, in a bounded map. And how much one address may ask at once."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from shoal.errors import LinkError
 from shoal.world import Clock
@@ -15,6 +17,12 @@ class TooManyRequests(LinkError):
     """A peer asks more often than the hub allows."""
 
     code = "SH-333"
+
+
+class HubBusy(LinkError):
+    """More is being asked of the hub than it may queue."""
+
+    code = "SH-332"
 
 
 class RateLimit:
@@ -41,3 +49,24 @@ class RateLimit:
                 f"{what} came too often: this hub allows {self._burst} at once and {self._per_s:g} a second; "
                 f"wait {(1 - tokens) / self._per_s:.1f} s."
             )
+
+
+class AtOnce:
+    """So many requests under way for each source: keys cost nothing, addresses do."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._under_way: Counter[str] = Counter()
+
+    @contextmanager
+    def place(self, source: str, what: str) -> Iterator[None]:
+        """Hold a place while a request is answered. Raises HubBusy."""
+        if self._under_way[source] >= self._most:
+            raise HubBusy(f"{self._most} {what} from your address are under way at this hub; try again in a moment.")
+        self._under_way[source] += 1
+        try:
+            yield
+        finally:
+            self._under_way[source] -= 1
+            if not self._under_way[source]:
+                del self._under_way[source]

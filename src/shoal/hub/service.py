@@ -6,7 +6,7 @@ from importlib.metadata import version
 
 from shoal.errors import LinkError
 from shoal.hub.index import OFFERS_MAX, Arrival, OfferIndex
-from shoal.hub.rates import RateLimit
+from shoal.hub.rates import AtOnce, RateLimit
 from shoal.identity import short_id
 from shoal.protocol.hubs import TICKET_ADDRESSES_MAX, AskHub, HubInfo, ProbeHub
 from shoal.protocol.messages import DEFAULT_NETWORK, OLDEST_VERSION, PROTOCOL_VERSION, decode, encode
@@ -18,8 +18,8 @@ FIND_PER_S, FIND_BURST = 10.0, 100
 INTRODUCE_PER_S, INTRODUCE_BURST = 2.0, 40
 PROBE_PER_S, PROBE_BURST = 0.1, 40
 """What one peer may ask for."""
-FOUND_BYTES_MAX = 1 << 20
-"""An answer ends here even when more offers would be allowed in it; `more` says so."""
+FINDS_PER_SOURCE = 8
+"""Searches under way at once from one address, whatever keys ask."""
 DIAL_DEADLINE_S = 5.0
 """How long a node may take to say that it will dial."""
 
@@ -52,6 +52,7 @@ class HubService:
         self._finding = RateLimit(clock, FIND_PER_S, FIND_BURST)
         self._introducing = RateLimit(clock, INTRODUCE_PER_S, INTRODUCE_BURST)
         self._probing = RateLimit(clock, PROBE_PER_S, PROBE_BURST)
+        self._searches = AtOnce(FINDS_PER_SOURCE)
         endpoint.handle(OfferPublish.KIND, self._publish)
         endpoint.handle(OfferFind.KIND, self._find)
         endpoint.handle(Introduce.KIND, self._introduce)
@@ -83,16 +84,9 @@ class HubService:
     async def _find(self, request: Request) -> bytes:
         self._finding.spend(request.peer, "A search")
         wanted = decode(OfferFind, request.body, request.version)
-        found, more = await self._index.find(wanted)
-        offers: list[bytes] = []
-        size = 0
-        for kept in found:
-            size += len(kept.envelope)
-            if size > FOUND_BYTES_MAX and offers:
-                more = True
-                break
-            offers.append(kept.envelope)
-        return encode(OffersFound(offers=tuple(offers), more=more), request.version)
+        with self._searches.place(request.source, "searches"):
+            found, more = await self._index.find(wanted)
+        return encode(OffersFound(offers=tuple(kept.envelope for kept in found), more=more), request.version)
 
     async def _introduce(self, request: Request) -> bytes:
         """Pass the wish on over the link held to the node; it names the peer that asked, whoever it says it is."""

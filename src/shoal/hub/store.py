@@ -9,7 +9,7 @@ process and a lost power supply (https://www.sqlite.org/pragma.html#pragma_synch
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any, TypeVar, cast
 import sqlalchemy as sa
 from sqlalchemy.exc import SQLAlchemyError
 
-from shoal.errors import LinkError, ShoalError, StorageError
+from shoal.errors import ShoalError, StorageError
 from shoal.hub.index import (
     OFFERS_MAX,
     REMEMBERED_MS,
@@ -27,8 +27,10 @@ from shoal.hub.index import (
     HubTime,
     KeptOffer,
     admit,
+    page_of,
     refuse_when_full,
 )
+from shoal.hub.rates import HubBusy
 from shoal.identity import Envelope
 from shoal.market import fits
 from shoal.market.filters import best_flops
@@ -40,6 +42,8 @@ SCHEMA = 1
 """The form of the tables. A hub refuses a database of another form."""
 BATCH_MAX = 512
 """Operations gathered for one transaction; further ones are refused until it is written."""
+FINDS_MAX = 32
+"""Of these, searches: what they found is held until all of the transaction is done, up to FOUND_BYTES_MAX each."""
 PAGE_ROWS = 256
 """Rows read at a time while looking for offers that fit."""
 _INT_MAX = (1 << 63) - 1
@@ -71,15 +75,10 @@ class HubStoreFailed(StorageError):
     code = "SH-440"
 
 
-class HubBusy(LinkError):
-    """More is being asked of the hub than it may queue."""
-
-    code = "SH-332"
-
-
 @dataclass
 class _Batch:
     operations: list[Callable[[sa.Connection], Any]] = field(default_factory=list)
+    finds: int = 0
     outcomes: asyncio.Task[list[Any]] | None = None
 
 
@@ -115,7 +114,7 @@ class SqlOfferIndex:
         return await self._do(lambda connection: self._keep(connection, arrival))
 
     async def find(self, wanted: OfferFind) -> tuple[list[KeptOffer], bool]:
-        return await self._do(lambda connection: self._find(connection, wanted))
+        return await self._do(lambda connection: page_of(self._fitting(connection, wanted), wanted.limit), finds=1)
 
     async def get(self, node: bytes) -> KeptOffer | None:
         return await self._do(lambda connection: self._get(connection, node))
@@ -137,7 +136,7 @@ class SqlOfferIndex:
             await asyncio.get_running_loop().run_in_executor(self._thread, self._engine.dispose)
         self._thread.shutdown(wait=False)
 
-    async def _do(self, operation: Callable[[sa.Connection], T]) -> T:
+    async def _do(self, operation: Callable[[sa.Connection], T], finds: int = 0) -> T:
         if self._closed:
             raise HubStoreFailed(f"The hub's database {self._place} is closed: the hub is stopping; ask another hub.")
         batch = self._gathering
@@ -146,6 +145,9 @@ class SqlOfferIndex:
             batch.outcomes = asyncio.create_task(self._write(batch))
         if len(batch.operations) >= BATCH_MAX:
             raise HubBusy(f"This hub has {BATCH_MAX} requests waiting for its database; try again in a moment.")
+        if batch.finds + finds > FINDS_MAX:
+            raise HubBusy(f"This hub has {FINDS_MAX} searches waiting for its database; try again in a moment.")
+        batch.finds += finds
         place = len(batch.operations)
         batch.operations.append(operation)
         assert batch.outcomes is not None
@@ -200,7 +202,7 @@ class SqlOfferIndex:
             connection.execute(_offers.update().where(_offers.c.node == kept.node).values(**row))
         return kept
 
-    def _find(self, connection: sa.Connection, wanted: OfferFind) -> tuple[list[KeptOffer], bool]:
+    def _fitting(self, connection: sa.Connection, wanted: OfferFind) -> Iterator[KeptOffer]:
         columns = _offers.c
         likely = [
             columns.expires_ms > self._time.now_ms(),
@@ -213,7 +215,6 @@ class SqlOfferIndex:
             likely.append(columns.name == wanted.name)
         if wanted.node is not None:
             likely.append(columns.node == wanted.node)
-        found: list[KeptOffer] = []
         after = wanted.after or b""
         while True:
             page = sa.select(_offers).where(columns.node > after, *likely).order_by(columns.node).limit(PAGE_ROWS)
@@ -221,11 +222,9 @@ class SqlOfferIndex:
             for row in rows:
                 kept = _kept(row)
                 if fits(kept.node, kept.offer, wanted)[0]:
-                    if len(found) == wanted.limit:
-                        return found, True
-                    found.append(kept)
+                    yield kept
             if len(rows) < PAGE_ROWS:
-                return found, False
+                return
             after = rows[-1].node
 
     def _get(self, connection: sa.Connection, node: bytes) -> KeptOffer | None:

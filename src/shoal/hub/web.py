@@ -20,14 +20,15 @@ from litestar.params import Parameter
 
 from shoal.errors import BadInput, LinkError, ShoalError
 from shoal.hub.index import KeptOffer, OfferIndex
-from shoal.hub.rates import RateLimit, TooManyRequests
+from shoal.hub.rates import AtOnce, HubBusy, RateLimit, TooManyRequests
 from shoal.identity import node_id_from_hex, short_id
 from shoal.protocol.hubs import HubInfo
 from shoal.protocol.offers import FOUND_MAX, Capability, OfferFind
-from shoal.world import Clock
+from shoal.world import Clock, source_of
 
 READ_PER_S, READ_BURST = 20.0, 200
-"""What one client's address may ask for."""
+FINDS_PER_CLIENT = 8
+"""What one client's address may ask for; searches at once."""
 
 
 class BadQuery(BadInput):
@@ -128,8 +129,13 @@ def make_app(index: OfferIndex, info: Callable[[], Awaitable[HubInfo]], clock: C
     """The ASGI application over an index and what the hub says about itself."""
     reading = RateLimit(clock, READ_PER_S, READ_BURST)
 
+    searches = AtOnce(FINDS_PER_CLIENT)
+
+    def source(request: Request[Any, Any, Any]) -> str:
+        return source_of(request.client.host) if request.client else "?"
+
     async def meter(request: Request[Any, Any, Any]) -> None:
-        reading.spend((request.client.host if request.client else "").encode(), "Requests")
+        reading.spend(source(request).encode(), "Requests")
 
     @get("/v1/offers", summary="Live offers that fit", tags=["offers"])
     async def offers(
@@ -161,7 +167,8 @@ def make_app(index: OfferIndex, info: Callable[[], Awaitable[HubInfo]], clock: C
                 "after": after,
             }
         )
-        found, more = await index.find(wanted)
+        with searches.place(source(request), "searches"):
+            found, more = await index.find(wanted)
         return OffersPage([_view(kept) for kept in found], more, found[-1].node.hex() if more and found else None)
 
     @get("/v1/offers/{node_id:str}", summary="The live offer of one node", tags=["offers"])
@@ -216,7 +223,7 @@ def _refusal(_: Request[Any, Any, Any], error: ShoalError) -> Response[Trouble]:
         status = 400
     elif isinstance(error, NoSuchOffer):
         status = 404
-    elif isinstance(error, TooManyRequests):
+    elif isinstance(error, TooManyRequests | HubBusy):
         status = 429
     return Response(Trouble(error.code, error.sentence), status_code=status, media_type=MediaType.JSON)
 

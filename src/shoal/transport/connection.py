@@ -93,6 +93,7 @@ class Connection:
         *,
         peer: bytes,
         version: int,
+        source: str,
         dialled: bool,
         serve: Serve,
         down: Callable[[Connection], None],
@@ -104,6 +105,7 @@ class Connection:
     ) -> None:
         self.peer = peer
         self.version = version
+        self.source = source
         self.dialled = dialled
         self.down_reason: str | None = None
         self.bytes_sent = 0

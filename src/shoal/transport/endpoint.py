@@ -345,8 +345,8 @@ class BaseEndpoint(ABC):
                 )
             await link.close("the node was started again")
 
-    def _join(self, agreed: Agreed, stream: ByteStream) -> PeerLink:
-        """A connection that both sides accepted becomes, or joins, the link to its peer."""
+    def _join(self, agreed: Agreed, stream: ByteStream, source: str) -> PeerLink:
+        """A connection that both sides accepted becomes, or joins, the link to its peer. `source`: see Request."""
         self._refuse_closed()
         link = self._links.get(agreed.peer)
         if link is not None and link.instance != agreed.instance:
@@ -368,6 +368,7 @@ class BaseEndpoint(ABC):
             stream,
             peer=agreed.peer,
             version=agreed.version,
+            source=source,
             dialled=agreed.dialled,
             serve=serve,
             down=down,
@@ -417,7 +418,7 @@ class BaseEndpoint(ABC):
         handler = self._handlers.get(kind)
         if handler is None:
             raise Refused(f"{short_id(self.node_id)} does not answer {kind} requests.")
-        return await handler(Request(connection.peer, kind, body, connection.version, link))
+        return await handler(Request(connection.peer, kind, body, connection.version, link, connection.source))
 
     async def _dial_hints(self, node: bytes, hints: list[Address]) -> PeerLink:
         """The first hint that leads to `node` wins; the others are given up."""

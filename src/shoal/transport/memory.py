@@ -159,8 +159,8 @@ class MemoryEndpoint(BaseEndpoint):
             raise NotAccepted(f"it declined: {error.sentence} [{error.code}]") from error
         await self._vet(ours)
         near, far = memory.connect(self.node_id, node)
-        answerer._join(theirs, far)
-        return self._join(ours, near)
+        answerer._join(theirs, far, self.node_id.hex())  # each endpoint is a machine of its own
+        return self._join(ours, near, node.hex())
 
     async def _stop_accepting(self) -> None:
         self._memory.stop_listening(self)

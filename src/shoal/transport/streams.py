@@ -11,7 +11,7 @@ import socket
 from collections import deque
 from typing import Protocol, cast
 
-from shoal.world import Clock
+from shoal.world import Clock, source_of
 
 READ_BYTES = 256 * 1024
 """How much a stream may hand over at once."""
@@ -62,6 +62,7 @@ class SocketStream(asyncio.Protocol):
         self._reader: asyncio.Future[None] | None = None
         self._writable: asyncio.Future[None] | None = None
         self.peername = "?"
+        self.source = "?"
 
     # --- asyncio.Protocol
 
@@ -71,6 +72,7 @@ class SocketStream(asyncio.Protocol):
         self._socket = transport.get_extra_info("socket")
         name = transport.get_extra_info("peername")
         self.peername = f"{name[0]}:{name[1]}" if isinstance(name, tuple) else str(name or "?")
+        self.source = source_of(name[0]) if isinstance(name, tuple) else "?"
         self._set_option("TCP_NODELAY", 1)
         if self._congestion_control is not None:
             # A system without this algorithm keeps its default: slower on lossy paths, never wrong.

@@ -107,7 +107,7 @@ class TlsEndpoint(BaseEndpoint):
             stream = HelloStream(secure)
             agreed = await introduce(stream, self._me, node, shown, self._next_attempt(), self._dice)
             await self._vet(agreed)
-            return self._join(agreed, stream.over())
+            return self._join(agreed, stream.over(), _source(under))
         except BaseException:
             under.close()
             raise
@@ -124,7 +124,7 @@ class TlsEndpoint(BaseEndpoint):
                 await decline(stream, error.code, error.sentence)
                 raise
             await accept(stream)
-            return self._join(agreed, stream.over())
+            return self._join(agreed, stream.over(), _source(under))
         except BaseException:
             under.close()
             raise
@@ -171,6 +171,11 @@ class TlsEndpoint(BaseEndpoint):
             server.close()
         self._servers.clear()
         self._addresses.clear()
+
+
+def _source(stream: ByteStream) -> str:
+    """Only a socket knows where it comes from; a relayed path does not."""
+    return str(getattr(stream, "source", "?"))
 
 
 class _AcceptedSocket(SocketStream):

@@ -21,6 +21,7 @@ from shoal.world.network import (
     ReplyTooLarge,
     Request,
     Unreachable,
+    source_of,
 )
 
 __all__ = [
@@ -51,5 +52,6 @@ __all__ = [
     "SystemClock",
     "SystemDice",
     "Unreachable",
+    "source_of",
     "within",
 ]

@@ -7,6 +7,7 @@ run at once. A request is a kind, a small body and a deadline; what comes back i
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
@@ -19,6 +20,22 @@ Address: TypeAlias = str
 
 Body: TypeAlias = bytes | AsyncIterator[bytes]
 """What a handler answers with: a small body, or a stream that is read with back-pressure."""
+
+
+_PREFIX_V6 = 64
+"""What one subscriber is given of IPv6 (RFC 6177); within it, addresses cost nothing."""
+
+
+def source_of(host: str) -> str:
+    """What counts as one place that bytes come from: an IPv4 address, or the network around an IPv6 address."""
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return "?"
+    if isinstance(address, ipaddress.IPv4Address):
+        return str(address)
+    mapped = address.ipv4_mapped
+    return str(mapped or ipaddress.IPv6Network((address, _PREFIX_V6), strict=False))
 
 
 class Unreachable(LinkError):
@@ -64,6 +81,8 @@ class Request:
     body: bytes
     version: int
     link: Link
+    source: str = "?"
+    """Where it comes from, as far as that is known: an address that many may share. For fair shares, not for trust."""
 
 
 Handler: TypeAlias = Callable[[Request], Awaitable[Body]]
