@@ -10,8 +10,9 @@ from hub_world import PATIENCE_S, MemoryHub, Watcher, a_client, a_key, an_offer
 
 from shoal.errors import LinkError
 from shoal.hub import HubClient, NoHub, NoIntroduction
-from shoal.hub.client import BACKOFF_LAST_S, backoff_s
+from shoal.hub.client import BACKOFF_LAST_S, FIND_DEADLINE_S, backoff_s
 from shoal.hub.index import FOUND_BYTES_MAX, Arrival
+from shoal.hub.rates import HubBusy
 from shoal.hub.service import FIND_BURST, FINDS_PER_SOURCE, PUBLISH_BURST
 from shoal.identity import KeyPair
 from shoal.protocol.hubs import HubTicket
@@ -47,6 +48,15 @@ def play(scene: Callable[[World], Awaitable[None]], hubs: int = 1, offers_max: i
                 await hub.endpoint.close()
 
     asyncio.run(on_stage())
+
+
+async def moving(clock: HeldClock, work: Coroutine[Any, Any, T], step_s: float = 0.002) -> T:
+    """Move a held clock on until `work` is done."""
+    task = asyncio.create_task(work)
+    while not task.done():
+        await asyncio.sleep(0)
+        await clock.advance(step_s)
+    return await task
 
 
 def test_what_one_node_publishes_another_finds_with_the_proof() -> None:
@@ -85,19 +95,12 @@ def test_a_link_to_a_hub_is_measured_from_the_time_its_probes_take() -> None:
         hub = MemoryHub(network, a_key(100), clock)
         client = HubClient(network.endpoint(HERON), [await hub.listen()], clock=clock, dice=SeededDice(1))
 
-        async def moving(work: Coroutine[Any, Any, T]) -> T:
-            task = asyncio.create_task(work)
-            while not task.done():
-                await asyncio.sleep(0)
-                await clock.advance(0.002)
-            return await task
-
-        await moving(client.start())
-        measured = (await moving(client.measure_links()))[hub.endpoint.node_id]
+        await moving(clock, client.start())
+        measured = (await moving(clock, client.measure_links()))[hub.endpoint.node_id]
         assert 80 <= measured.round_trip_ms <= 90
         assert 6e6 <= measured.rate_bps <= 8.2e6
-        await moving(client.close())
-        await moving(hub.endpoint.close())
+        await moving(clock, client.close())
+        await moving(clock, hub.endpoint.close())
 
     asyncio.run(scene())
 
@@ -435,6 +438,64 @@ def test_what_a_lying_hub_sends_is_left_out() -> None:
             found = await client.find(OfferFind(idle_only=True, limit=1))
             assert [one.envelope for one in found] == [good]
         await liar.close()
+
+    play(scene, hubs=0)
+
+
+def test_a_hub_that_answers_page_by_page_for_ever_holds_no_search_up() -> None:
+    async def scene() -> None:
+        clock = HeldClock()
+        network = MemoryNetwork(clock)
+        good, slow = MemoryHub(network, a_key(100), clock), network.endpoint(a_key(66))
+        await good.index.keep(Arrival.open(an_offer(HERON, 1).to_bytes(), HERON.node_id))
+        pages = sorted(
+            (KeyPair.from_seed(bytes((number, 1)) * 16) for number in range(100)), key=lambda key: key.node_id
+        )
+
+        async def drip(request: Request) -> bytes:
+            after = decode(OfferFind, request.body).after or b""
+            await clock.sleep(4)
+            offer = next(an_offer(key, 1) for key in pages if key.node_id > after)
+            return encode(OffersFound(offers=(offer.to_bytes(),), more=True))
+
+        slow.handle(OfferFind.KIND, drip)
+        tickets = [HubTicket(slow.node_id, (await slow.listen("tcp://slow:0"),)), await good.listen()]
+        client = HubClient(network.endpoint(WREN), tickets, clock=clock, dice=SeededDice(1))
+        await moving(clock, client.start())
+        while not all(state.up for state in client.states()):
+            await moving(clock, asyncio.sleep(0))
+        begun = clock.monotonic()
+        found = await moving(clock, client.find(OfferFind(limit=256)), 0.5)
+        assert FIND_DEADLINE_S - 4 <= clock.monotonic() - begun <= FIND_DEADLINE_S + 1
+        assert {one.node for one in found} == {HERON.node_id, *(key.node_id for key in pages[:3])}
+        assert "not answer" in client.states()[0].trouble
+        for ending in (client.close(), good.endpoint.close(), slow.close()):
+            await moving(clock, ending, 0.5)
+
+    asyncio.run(scene())
+
+
+def test_a_hub_that_is_busy_is_asked_again() -> None:
+    async def scene(world: World) -> None:
+        clock, asked = HeldClock(), 0
+        busy = world.network.endpoint(a_key(66))
+
+        async def answer(request: Request) -> bytes:
+            nonlocal asked
+            asked += 1
+            if asked < 3:
+                raise HubBusy("This hub has 32 searches waiting for its database; try again in a moment.")
+            return encode(OffersFound(offers=(an_offer(HERON, 1).to_bytes(),)))
+
+        busy.handle(OfferFind.KIND, answer)
+        ticket = HubTicket(busy.node_id, (await busy.listen("tcp://busy:0"),))
+        async with a_client(world.network.endpoint(WREN), [ticket], clock) as client:
+            found = await moving(clock, client.find(OfferFind()), 0.01)
+            assert [one.node for one in found] == [HERON.node_id] and asked == 3
+            asked = -10_000
+            with pytest.raises(NoHub, match="32 searches waiting"):
+                await moving(clock, client.find(OfferFind()), 0.1)
+        await busy.close()
 
     play(scene, hubs=0)
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from shoal.errors import BadRecord, LinkError, ShoalError
-from shoal.hub.rates import TooManyRequests
+from shoal.hub.rates import HubBusy, TooManyRequests
 from shoal.identity import Envelope, short_id
 from shoal.market import fits
 from shoal.protocol.hubs import PROBE_BYTES_MAX, AskHub, HubInfo, HubTicket, ProbeHub
@@ -27,13 +27,17 @@ from shoal.protocol.offers import (
     OfferPublish,
     OffersFound,
 )
-from shoal.world import Address, Clock, Dice, Endpoint, Link, Refused, Request
+from shoal.world import Address, Clock, DeadlineExceeded, Dice, Endpoint, Link, Refused, Request
 from shoal.world.directory import FoundOffer
 
 HUBS_MAX = 16
 """Hubs one client speaks to."""
 DIAL_DEADLINE_S = 10.0
 REQUEST_DEADLINE_S = 10.0
+FIND_DEADLINE_S = 15.0
+"""For all pages of a search at one hub; what came until then is used, so no hub holds up what the others found."""
+BUSY_PAUSE_S = 0.5
+"""A hub that has too many searches under way is asked again after about so long, within the search's deadline."""
 INTRODUCE_DEADLINE_S = 8.0
 """A little more than the hub gives the node."""
 BACKOFF_FIRST_S = 0.5
@@ -271,10 +275,18 @@ class HubClient:
     async def _find_at(self, hub: _Hub, link: Link, wanted: OfferFind) -> list[FoundOffer] | None:
         """What one hub has, page by page; None when it did not answer. What it must not have sent is left out."""
         found: list[FoundOffer] = []
+        until = self._clock.monotonic() + FIND_DEADLINE_S
         for _ in range(FOUND_MAX):  # each page but the last names one offer at least
+            left_s = until - self._clock.monotonic()
             try:
-                page = await _ask(link, wanted, OffersFound)
+                if left_s <= 0:
+                    raise DeadlineExceeded(f"Its answer to a search was not complete within {FIND_DEADLINE_S:g} s.")
+                page = await _ask(link, wanted, OffersFound, min(REQUEST_DEADLINE_S, left_s))
             except (LinkError, BadRecord) as error:
+                pause_s = BUSY_PAUSE_S * (0.5 + self._dice.uniform())
+                if isinstance(error, Refused) and error.remote_code == HubBusy.code and pause_s < left_s:
+                    await self._clock.sleep(pause_s)
+                    continue
                 hub.state.trouble = str(error)
                 _log.warning("hub %s did not answer a search: %s", hub.name, error)
                 return found or None
