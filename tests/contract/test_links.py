@@ -667,18 +667,42 @@ def test_an_endpoint_that_closes_tells_its_peers_and_takes_no_more(make_world: M
     play(make_world, scene)
 
 
-def test_a_full_endpoint_declines_and_keeps_what_it_has(make_world: MakeWorld) -> None:
+def test_on_a_full_endpoint_the_longest_idle_link_makes_way_and_none_that_is_in_use(make_world: MakeWorld) -> None:
     async def scene(world: World) -> None:
-        hub, address = await world.listening(1, limits=EndpointLimits(links=2))
-        nodes = [world.endpoint(number) for number in (2, 3, 4)]
-        links = [await node.dial(hub.node_id, [address]) for node in nodes[:2]]
-        with pytest.raises(Unreachable, match="holds 2 links already"):
-            await nodes[2].dial(hub.node_id, [address])
-        for link in links:
-            assert await link.request("echo", b"on") == b"on"
-        await links[0].close()
-        await until(lambda: len(hub.links()) == 1)
-        await nodes[2].dial(hub.node_id, [address])
+        hub, address = await world.listening(1, limits=EndpointLimits(links=8))
+        gate = asyncio.Event()
+
+        async def hold(request: Request) -> bytes:
+            await gate.wait()
+            return b"held"
+
+        hub.handle("hold", hold)
+
+        async def newcomer(number: int) -> Link:
+            await world.clock.advance(1)
+            return await world.endpoint(number).dial(hub.node_id, [address])
+
+        busy = await newcomer(2)
+        async with running(busy.request("hold", b"", deadline_s=1000)) as holding:
+            links = [await newcomer(number) for number in range(3, 13)]
+            assert "others needed the place" in await links[0].wait_closed()
+            assert len(hub.links()) <= 7, "one place is kept for links that the hub opens itself"
+            assert await links[-1].request("echo", b"in") == b"in" and not busy.closed
+            for own in (20, 21, 22):  # and for these, too, an idle stranger makes way
+                made, there = await world.listening(own)
+                await hub.dial(made.node_id, [there])
+            assert len(hub.links()) <= 8 and {key(20).node_id, key(21).node_id, key(22).node_id} <= set(hub.links())
+            in_use = [link for link in links if not link.closed]
+            held = [asyncio.ensure_future(link.request("hold", b"", deadline_s=1000)) for link in in_use]
+            await settle(in_use[-1], 3)
+            with pytest.raises(Unreachable, match="none is idle"):
+                for number in range(30, 38):
+                    held.append(asyncio.ensure_future((await newcomer(number)).request("hold", b"", deadline_s=1000)))
+                    await until(
+                        lambda: all(link.held().idle_since is None or link.wanted for link in hub._links.values())
+                    )
+            gate.set()
+            assert {await one for one in (holding, *held)} == {b"held"}
 
     play(make_world, scene)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import datetime
 import ssl
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -31,7 +33,7 @@ from shoal.transport import EndpointLimits, HandshakeFailed, TlsEndpoint, handsh
 from shoal.transport.handshake import Greeting, HelloStream, NotAccepted, NotProved, Proof, Verdict, examine, introduce
 from shoal.transport.secure import SecureStream, certificate, client_context, server_context
 from shoal.transport.streams import ByteStream, SocketStream
-from shoal.world import HeldClock, SystemClock, SystemDice, Unreachable
+from shoal.world import HeldClock, Request, SystemClock, SystemDice, Unreachable
 
 VICTIM, MALICIOUS, CALLER = key(1), key(2), key(3)
 
@@ -389,6 +391,33 @@ def test_a_caller_that_stalls_in_the_handshake_is_dropped_at_the_deadline() -> N
             assert not hub._handshakes
 
     play(scene)
+
+
+def test_a_handler_is_told_from_which_address_a_request_came() -> None:
+    async def scene() -> None:
+        async with node(1) as (hub, address), node(2) as (caller, _):
+
+            async def whence(request: Request) -> bytes:
+                return request.source.encode()
+
+            hub.handle("whence", whence)
+            assert await (await caller.dial(hub.node_id, [address])).request("whence", b"") == b"127.0.0.1"
+
+    play(scene)
+
+
+def test_a_process_takes_as_many_files_as_it_may_and_no_more_links_than_they_carry() -> None:
+    code = """if True:
+        import resource, shoal.transport as t
+        from shoal.identity import KeyPair
+        resource.setrlimit(resource.RLIMIT_NOFILE, (200, 400))
+        async def main():
+            limits = t.TlsEndpoint(KeyPair.generate())._limits
+            print(resource.getrlimit(resource.RLIMIT_NOFILE), limits.links, limits.handshakes)
+        t.run(main())
+    """
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.split("\n")[0] == "(400, 400) 200 50"
 
 
 def test_callers_that_hold_every_place_do_not_keep_an_honest_one_out() -> None:

@@ -124,6 +124,7 @@ class Connection:
         self._down = asyncio.Event()
         self._closing: str | None = None
         self._said_close = asyncio.Event()
+        self._used_at = clock.monotonic()
         self._retired = False
         self._peer_retired = False
         # asking
@@ -169,6 +170,12 @@ class Connection:
     @property
     def closing(self) -> bool:
         return self._closing is not None
+
+    @property
+    def idle_since(self) -> float | None:
+        """When the last request ended; none while one is under way. A reply that nobody takes is no use."""
+        under_way = self._calls or any(answer.blocked_since is None for answer in self._answers.values())
+        return None if under_way else self._used_at
 
     @property
     def retired(self) -> bool:
@@ -369,6 +376,7 @@ class Connection:
     def _end_call(self, call: Call) -> None:
         """The peer ended the stream: its place is free."""
         del self._calls[call.id]
+        self._used_at = self._clock.monotonic()
         self._outbox.withdraw_grant(call.id)
         call.drop_upload()
         self._free_places(call)
@@ -494,6 +502,7 @@ class Connection:
     def _forget(self, answer: Answer) -> None:
         """An answer's last frame has left: it does not count any more."""
         del self._answers[answer.id]
+        self._used_at = self._clock.monotonic()
         self._hold(-answer.last_bytes)
         if answer.large:
             self._budget.give_back(answer.large)

@@ -8,6 +8,8 @@ is dead without knowing it, or was given up while it came about, cannot win.
 
 **One node per key.** A peer that comes with another instance number than the open link's is a node that was started
 again, or a second machine with the same key. If the open link still answers, it is the second, and it is declined.
+
+**Places.** When links run short, one that nobody uses makes way; `places` has the rule.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import ipaddress
 import logging
 import re
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from types import MappingProxyType
@@ -29,6 +32,7 @@ from shoal.protocol.messages import OLDEST_VERSION, PROTOCOL_VERSION
 from shoal.transport.connection import Connection, ReplyStream
 from shoal.transport.handshake import Agreed, Self, Versions
 from shoal.transport.limits import Budget, EndpointLimits, WaitingReplies
+from shoal.transport.places import HeldLink, room_for
 from shoal.transport.streams import ByteStream
 from shoal.world import Address, Body, Clock, Dice, Handler, LinkLost, LinkStats, Refused, Request, Unreachable, within
 
@@ -50,7 +54,7 @@ class DuplicateKey(LinkError):
 
 
 class EndpointFull(LinkError):
-    """An endpoint has as many links as it can hold."""
+    """An endpoint has as many links as it can hold, all of them in use."""
 
     code = "SH-318"
 
@@ -97,8 +101,11 @@ _HintFailure = ShoalError | OSError | TimeoutError | ValueError
 class PeerLink:
     """The link to one peer, over whichever of its connections is to stay."""
 
-    def __init__(self, endpoint: BaseEndpoint, peer: bytes, instance: bytes) -> None:
+    def __init__(self, endpoint: BaseEndpoint, peer: bytes, instance: bytes, source: str) -> None:
         self.instance = instance
+        self.wanted = False
+        """This side opened it, or asked for it."""
+        self._source = source
         self._endpoint = endpoint
         self._peer = peer
         self._connections: list[tuple[tuple[bool, int], Connection]] = []
@@ -192,6 +199,19 @@ class PeerLink:
         self._ended_sent += connection.bytes_sent
         self._ended_received += connection.bytes_received
 
+    def held(self) -> HeldLink:
+        """The place that it takes."""
+        moments = [connection.idle_since for _, connection in self._connections]
+        ended = [moment for moment in moments if moment is not None]
+        idle_since = max(ended, default=None) if len(ended) == len(moments) else None
+        return HeldLink(self._peer, self._source, self.wanted, idle_since)
+
+    def make_way(self) -> None:
+        """It counts no more from now on; its peer is told in its own time."""
+        reason = "it was not in use, and others needed the place"
+        self._end(reason)
+        self._endpoint.run(self.close(reason))
+
     async def alive(self) -> bool:
         return self._current is not None and await self._current.alive(ALIVE_S)
 
@@ -274,6 +294,7 @@ class BaseEndpoint(ABC):
         self._refuse_closed()
         link = self._links.get(node)
         if link is not None:
+            link.wanted = True
             return link
         if node == self.node_id:
             raise Unreachable(f"{short_id(node)} is this node itself; it has no link to itself.")
@@ -324,7 +345,7 @@ class BaseEndpoint(ABC):
         self._attempts += 1
         return self._attempts
 
-    async def _vet(self, agreed: Agreed) -> None:
+    async def _vet(self, agreed: Agreed, source: str) -> None:
         """Whether a peer that proved who it is may have a link. Raises DuplicateKey, EndpointFull, EndpointClosed."""
         self._refuse_closed()
         if agreed.peer == self.node_id:
@@ -333,10 +354,7 @@ class BaseEndpoint(ABC):
             )
         link = self._links.get(agreed.peer)
         if link is None:
-            if len(self._links) >= self._limits.links:
-                raise EndpointFull(
-                    f"{short_id(self.node_id)} holds {self._limits.links} links already; try another node."
-                )
+            self._make_room(agreed, source)
         elif link.instance != agreed.instance:
             if await link.alive():
                 raise DuplicateKey(
@@ -344,6 +362,19 @@ class BaseEndpoint(ABC):
                     "key file of its own."
                 )
             await link.close("the node was started again")
+
+    def _make_room(self, agreed: Agreed, source: str) -> None:
+        """One more link is about to come up. Raises EndpointFull."""
+        held = [link.held() for link in self._links.values()]
+        admitted, leaving = room_for(source, agreed.dialled, held, self._limits.links)
+        if not admitted:
+            from_there = sum(link.source == source for link in held)
+            raise EndpointFull(
+                f"{short_id(self.node_id)} holds {len(held)} links already, {from_there} of them from your address, "
+                "and none is idle; try again later, or another node."
+            )
+        if leaving is not None:
+            self._links[leaving].make_way()
 
     def _join(self, agreed: Agreed, stream: ByteStream, source: str) -> PeerLink:
         """A connection that both sides accepted becomes, or joins, the link to its peer. `source`: see Request."""
@@ -355,7 +386,8 @@ class BaseEndpoint(ABC):
             )
         new = link is None
         if link is None:
-            link = PeerLink(self, agreed.peer, agreed.instance)
+            link = PeerLink(self, agreed.peer, agreed.instance, source)
+        link.wanted |= agreed.dialled
 
         async def serve(connection: Connection, kind: str, body: bytes) -> Body:
             return await self._serve(link, connection, kind, body)
@@ -408,10 +440,13 @@ class BaseEndpoint(ABC):
             _log.error("A task of the endpoint failed.", exc_info=task.exception())
 
     def _shed(self) -> None:
-        """Peers take less than they ask for: the one that has most waiting gives room to the others."""
+        """Peers take less than they ask for: where most of it waits for one source, its largest connection goes."""
         open_ones = [connection for connection in self._connections if not connection.closing]
+        per_source: Counter[str] = Counter()
+        for connection in open_ones:
+            per_source[connection.source] += connection.held_bytes
         if open_ones:
-            most = max(open_ones, key=lambda connection: connection.held_bytes)
+            most = max(open_ones, key=lambda connection: (per_source[connection.source], connection.held_bytes))
             most.shed(f"{short_id(most.peer)} left {most.held_bytes} bytes of replies unread, and others need the room")
 
     async def _serve(self, link: PeerLink, connection: Connection, kind: str, body: bytes) -> Body:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from shoal.transport.frames import FRAME_MAX_BYTES
 
@@ -42,6 +42,7 @@ class EndpointLimits:
     """What an endpoint may cost, however many peers it has."""
 
     links: int = 1024
+    """`places` says who makes way when they run short."""
     handshakes: int = 64
     """Accepted connections that have not proved who they are. One more ends the oldest of them."""
     handshake_s: float = 10.0
@@ -50,6 +51,10 @@ class EndpointLimits:
     replies_bytes: int = 256 * 1024 * 1024
     """Replies that wait for their peers to take them, over all links; beyond it the peer with most of them goes."""
     connection: Limits = field(default_factory=Limits)
+
+    def for_open_files(self, files: int) -> EndpointLimits:
+        """The same in a process that may have so many files open: some must be left for blobs, engines and HTTP."""
+        return replace(self, links=min(self.links, files // 2), handshakes=min(self.handshakes, files // 8))
 
 
 class Budget:

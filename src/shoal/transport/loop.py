@@ -6,11 +6,14 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+from shoal.world.processes import allow_open_files
+
 T = TypeVar("T")
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:
-    """`asyncio.run`, on uvloop where it is installed (everywhere but Windows)."""
+    """`asyncio.run`, on uvloop where it is installed (everywhere but Windows), with as many files as it may open."""
+    allow_open_files()
     try:
         import uvloop
     except ImportError:

@@ -153,14 +153,15 @@ class MemoryEndpoint(BaseEndpoint):
         attempt = self._next_attempt()
         theirs = Agreed(self.node_id, version, self._me.instance, attempt, dialled=False)
         ours = Agreed(node, version, answerer._me.instance, attempt, dialled=True)
+        here, there = self.node_id.hex(), node.hex()  # each endpoint is a machine of its own
         try:
-            await answerer._vet(theirs)
+            await answerer._vet(theirs, here)
         except ShoalError as error:
             raise NotAccepted(f"it declined: {error.sentence} [{error.code}]") from error
-        await self._vet(ours)
+        await self._vet(ours, there)
         near, far = memory.connect(self.node_id, node)
-        answerer._join(theirs, far, self.node_id.hex())  # each endpoint is a machine of its own
-        return self._join(ours, near, node.hex())
+        answerer._join(theirs, far, here)
+        return self._join(ours, near, there)
 
     async def _stop_accepting(self) -> None:
         self._memory.stop_listening(self)

@@ -18,6 +18,7 @@ from shoal.transport.limits import EndpointLimits
 from shoal.transport.secure import SecureStream, certificate, client_context, node_of_certificate, server_context
 from shoal.transport.streams import ByteStream, SocketStream
 from shoal.world import Address, Clock, Dice, SystemClock, SystemDice, within
+from shoal.world.processes import open_files
 
 _log = logging.getLogger("shoal.transport")
 
@@ -46,7 +47,7 @@ class TlsEndpoint(BaseEndpoint):
             dice=dice or SystemDice(),
             network=network,
             versions=versions,
-            limits=limits,
+            limits=(limits or EndpointLimits()).for_open_files(open_files()),
         )
         self._congestion_control = congestion_control
         shown = certificate(key)
@@ -106,7 +107,7 @@ class TlsEndpoint(BaseEndpoint):
                 raise WrongNode(f"{short_id(answered)} answered there, not {short_id(node)}")
             stream = HelloStream(secure)
             agreed = await introduce(stream, self._me, node, shown, self._next_attempt(), self._dice)
-            await self._vet(agreed)
+            await self._vet(agreed, _source(under))
             return self._join(agreed, stream.over(), _source(under))
         except BaseException:
             under.close()
@@ -119,7 +120,7 @@ class TlsEndpoint(BaseEndpoint):
             stream = HelloStream(secure)
             try:
                 agreed = await examine(stream, self._me, self._certificate, self._dice)
-                await self._vet(agreed)
+                await self._vet(agreed, _source(under))
             except ShoalError as error:
                 await decline(stream, error.code, error.sentence)
                 raise
