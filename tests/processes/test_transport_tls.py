@@ -31,7 +31,7 @@ from transport_peers import (
 from shoal.identity import KeyPair
 from shoal.transport import EndpointLimits, HandshakeFailed, TlsEndpoint, handshake, pipe
 from shoal.transport.handshake import Greeting, HelloStream, NotAccepted, NotProved, Proof, Verdict, examine, introduce
-from shoal.transport.secure import SecureStream, certificate, client_context, server_context
+from shoal.transport.secure import SecureStream, certificate, client_context, node_of_certificate, server_context
 from shoal.transport.streams import ByteStream, SocketStream
 from shoal.world import HeldClock, Request, SystemClock, SystemDice, Unreachable
 
@@ -422,14 +422,37 @@ def test_a_process_takes_as_many_files_as_it_may_and_no_more_links_than_they_car
 
 def test_callers_that_hold_every_place_do_not_keep_an_honest_one_out() -> None:
     async def scene() -> None:
-        async with node(1, limits=EndpointLimits(handshakes=4)) as (hub, address):
-            stalling = [await connect(address) for _ in range(12)]
+        clock = HeldClock()
+        async with node(1, clock=clock, limits=EndpointLimits(handshakes=4)) as (hub, address):
+            stalling = [await connect(address) for _ in range(4)]
+            while len(hub._handshakes) < 4:
+                await asyncio.sleep(0)
+            await clock.advance(1)
+            stalling += [await connect(address) for _ in range(8)]
+            await asyncio.gather(*(read_to_end(stream) for stream in (*stalling[:4], *stalling[8:])))
+            await clock.advance(1)
             caller = TlsEndpoint(CALLER, clock=HeldClock())
             link = await caller.dial(hub.node_id, [address])
             assert await link.request("echo", b"in") == b"in"
             assert len(hub._handshakes) <= 4
-            await asyncio.gather(*(read_to_end(stream) for stream in stalling[:8]))
             await caller.close()
+
+    play(scene)
+
+
+def test_a_flood_of_callers_ends_no_handshake_on_a_long_path() -> None:
+    async def scene() -> None:
+        clock = HeldClock()
+        async with node(1, clock=clock, limits=EndpointLimits(handshakes=4)) as (hub, address):
+            slow = await connect(address)
+            while not hub._handshakes:
+                await asyncio.sleep(0)
+            flood = [await connect(address) for _ in range(23)]
+            await asyncio.gather(*(read_to_end(stream) for stream in flood[3:19]))
+            await clock.advance(0.9)
+            secure = SecureStream(slow, client_context(), server=False)
+            await secure.handshake()
+            assert node_of_certificate(secure.certificate()) == hub.node_id
 
     play(scene)
 

@@ -7,7 +7,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.transport.places import CROWDED, RESERVE, SHARE, HeldLink, room_for
+from shoal.transport.places import CROWDED, RESERVE, SHARE, HeldLink, handshake_to_end, room_for
 
 PLACES = 16
 MOST_OF_ONE = int(CROWDED * PLACES)
@@ -69,3 +69,15 @@ def test_places_are_never_more_than_there_are_and_what_strangers_use_or_the_node
         assert len(held) <= places
         per_source = Counter(link.source for link in held.values() if not link.wanted)
         assert sum(per_source.values()) <= places - int(RESERVE * places)
+
+
+def test_of_handshakes_the_oldest_of_the_address_with_most_makes_way_at_once_for_another() -> None:
+    held = [("honest", 0.0), ("flood", 1.0), ("flood", 2.0), ("flood", 3.0)]
+    assert handshake_to_end("new", held, 3.0, grace_s=10) == 1
+    assert handshake_to_end("honest", held, 3.0, grace_s=10) == 1
+
+
+def test_among_equals_a_handshake_has_its_time_and_newcomers_are_turned_away() -> None:
+    for held in ([("flood", float(n)) for n in range(4)], [(f"bot {n}", float(n)) for n in range(4)]):
+        assert handshake_to_end("flood", held, 9.9, grace_s=10) is None
+        assert handshake_to_end("flood", held, 10.0, grace_s=10) == 0

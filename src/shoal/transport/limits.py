@@ -43,9 +43,11 @@ class EndpointLimits:
 
     links: int = 1024
     """`places` says who makes way when they run short."""
-    handshakes: int = 64
-    """Accepted connections that have not proved who they are. One more ends the oldest of them."""
+    handshakes: int = 256
+    """Accepted connections that have not proved who they are. `places` says who makes way when they run short."""
     handshake_s: float = 10.0
+    handshake_grace_s: float = 1.0
+    """So long one may take before it makes way for its like: some round trips of a long path."""
     large_bodies_bytes: int = 256 * 1024 * 1024
     """Large request bodies held at once, over all links."""
     replies_bytes: int = 256 * 1024 * 1024

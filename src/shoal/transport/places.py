@@ -48,3 +48,18 @@ def room_for(source: str, wanted: bool, held: Sequence[HeldLink], links_max: int
     idle = [(not link.wanted, per_source[link.source], -link.idle_since, link.peer)
             for link in leaving if link.idle_since is not None]  # fmt: skip
     return (True, max(idle)[-1]) if idle else (False, None)
+
+
+def handshake_to_end(source: str, held: Sequence[tuple[str, float]], now: float, grace_s: float) -> int | None:
+    """Which of the handshakes under way, oldest first as (source, begun), makes way for one more; none: it for them.
+
+    It is the oldest of the source that holds most. Where that holds no more than the newcomer's would, as in a flood
+    from many addresses or behind one, each has `grace_s` to end in peace and newcomers are turned away meanwhile: if
+    the oldest always went, a fast flood would end every handshake before an honest one a slow path away had its turn,
+    while so each call has the chance of places to callers, and once in, is through.
+    """
+    per_source = Counter(from_there for from_there, _ in held)
+    most = max(per_source, key=per_source.__getitem__)  # of several the first, which has the oldest
+    oldest = next(index for index, (from_there, _) in enumerate(held) if from_there == most)
+    outnumbered = per_source[most] > per_source[source] + 1
+    return oldest if outnumbered or now - held[oldest][1] >= grace_s else None

@@ -15,6 +15,7 @@ from shoal.protocol.messages import DEFAULT_NETWORK, OLDEST_VERSION, PROTOCOL_VE
 from shoal.transport.endpoint import BadAddress, BaseEndpoint, PeerLink, format_address, parse_address
 from shoal.transport.handshake import HelloStream, Versions, WrongNode, accept, decline, examine, introduce
 from shoal.transport.limits import EndpointLimits
+from shoal.transport.places import handshake_to_end
 from shoal.transport.secure import SecureStream, certificate, client_context, node_of_certificate, server_context
 from shoal.transport.streams import ByteStream, SocketStream
 from shoal.world import Address, Clock, Dice, SystemClock, SystemDice, within
@@ -56,7 +57,8 @@ class TlsEndpoint(BaseEndpoint):
         self._client_context = client_context()
         self._servers: list[asyncio.Server] = []
         self._addresses: list[Address] = []
-        self._handshakes: dict[asyncio.Task[PeerLink | None], ByteStream] = {}
+        self._handshakes: dict[asyncio.Task[PeerLink | None], tuple[ByteStream, float]] = {}
+        """With when each began, oldest first."""
 
     @property
     def addresses(self) -> Sequence[Address]:
@@ -138,18 +140,24 @@ class TlsEndpoint(BaseEndpoint):
         if self._closed:
             stream.close()
             return
-        while len(self._handshakes) >= self._limits.handshakes:
-            oldest = next(iter(self._handshakes))
-            self._handshakes.pop(oldest).close()
-            oldest.cancel()
+        now, limits = self._clock.monotonic(), self._limits
+        if len(self._handshakes) >= limits.handshakes:
+            held = [(_source(other), begun) for other, begun in self._handshakes.values()]
+            leaving = handshake_to_end(_source(stream), held, now, limits.handshake_grace_s)
+            if leaving is None:
+                stream.close()
+                return
+            ended = list(self._handshakes)[leaving]
+            self._handshakes.pop(ended)[0].close()
+            ended.cancel()
         task = self.run(self._guarded_handshake(stream))
-        self._handshakes[task] = stream
+        self._handshakes[task] = stream, now
         task.add_done_callback(self._handshake_done)
 
     def _handshake_done(self, task: asyncio.Task[PeerLink | None]) -> None:
-        stream = self._handshakes.pop(task, None)
-        if stream is not None and task.cancelled():
-            stream.close()
+        held = self._handshakes.pop(task, None)
+        if held is not None and task.cancelled():
+            held[0].close()
 
     async def _guarded_handshake(self, stream: ByteStream) -> PeerLink | None:
         """A caller that fails costs its own connection and a line in the log."""
