@@ -73,6 +73,29 @@ def test_offers_are_read_over_http_with_their_proof(tmp_path: Path) -> None:
     with_hub(tmp_path, scene)
 
 
+@pytest.mark.parametrize(
+    "said", [b"", b"GET /healthz HTTP/1.1\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0"]
+)
+def test_a_connection_on_which_nobody_asks_gives_its_place_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: bytes
+) -> None:
+    monkeypatch.setattr("shoal.hub.server.HTTP_HEADER_MS_MAX", 50)
+
+    async def scene(places: HubPlaces, web: httpx.AsyncClient) -> None:
+        assert places.http is not None
+        host, port = places.http.removeprefix("http://").rsplit(":", 1)
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(said)
+        try:
+            await reader.read()
+        except ConnectionError:
+            pass
+        writer.close()
+        assert (await web.get("/healthz")).status_code == 200
+
+    with_hub(tmp_path, scene)
+
+
 def test_http_knows_the_same_filters_as_a_link(tmp_path: Path) -> None:
     async def scene(places: HubPlaces, web: httpx.AsyncClient) -> None:
         await publish(places.ticket, HERON, an_offer(HERON, 1))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO
 
 import msgspec
-from granian.constants import Interfaces
+from granian.constants import HTTPModes, Interfaces
 from granian.http import HTTP1Settings
 from granian.server.embed import Server
 from litestar import Litestar
@@ -27,12 +27,14 @@ from shoal.protocol.hubs import HubTicket
 from shoal.protocol.messages import DEFAULT_NETWORK
 from shoal.protocol.offers import Name
 from shoal.world import Address, Clock, Endpoint
+from shoal.world.processes import open_files
 
 PURGE_EVERY_S = 60.0
-HTTP_REQUESTS_MAX = 256
-"""HTTP requests under way at once."""
+HTTP_CONNECTIONS_MAX = 1024
+"""HTTP connections at once, as far as an eighth of the files that the process may open carries them; more wait."""
 HTTP_HEADER_BYTES_MAX = 16 * 1024
-HTTP_HEADER_MS_MAX = 10_000
+HTTP_HEADER_MS_MAX = 2_000
+"""A connection on which no request was read for so long is closed, idle ones too: others wait for its place."""
 HTTP_READY_TRIES_MAX = 500
 HTTP_READY_EVERY_S = 0.01
 HTTP_STOP_S = 10.0
@@ -173,7 +175,8 @@ class HubServer:
             port=port,
             interface=Interfaces.ASGINL,
             websockets=False,
-            backpressure=HTTP_REQUESTS_MAX,
+            http=HTTPModes.http1,  # while it waits to learn which one is spoken, no time-out holds
+            backpressure=min(HTTP_CONNECTIONS_MAX, open_files() // 8),
             http1_settings=HTTP1Settings(header_read_timeout=HTTP_HEADER_MS_MAX, max_buffer_size=HTTP_HEADER_BYTES_MAX),
             log_enabled=False,
         )
