@@ -256,6 +256,42 @@ def test_an_unfinished_line_is_cut_and_a_damaged_one_is_named(run: Path) -> None
         list(folder.notes(RoundMetrics))
 
 
+@pytest.mark.parametrize("kept", [None, 0, 50])
+def test_a_chain_that_somebody_takes_away_is_not_written_on(run: Path, kept: int | None) -> None:
+    with begun(run) as folder:
+        folder.append(commit(0), durable=True)
+        if kept is None:
+            chain(run).unlink()
+        else:
+            os.truncate(chain(run), kept)
+        with pytest.raises(FolderDamaged, match=f"chain was changed or taken away .* it has {kept or 0} bytes where"):
+            folder.append(commit(1), durable=True)
+        assert not chain(run).exists() if kept is None else chain(run).stat().st_size == kept
+        with pytest.raises(FolderDamaged, match="its records end at byte 0"):
+            list(folder.records())
+
+
+def test_what_somebody_else_appends_is_not_written_over(run: Path) -> None:
+    with begun(run) as folder:
+        folder.append(commit(0), durable=True)
+        with chain(run).open("ab") as file:
+            file.write(b"x")
+        with pytest.raises(FolderDamaged, match="changed or taken away"):
+            folder.append(commit(1), durable=True)
+
+
+def test_records_that_are_damaged_under_a_driver_are_not_left_out(run: Path) -> None:
+    with begun(run) as folder:
+        folder.append(commit(0), durable=True)
+        first = chain(run).stat().st_size
+        folder.append(commit(1), durable=True)
+        with chain(run).open("r+b") as file:
+            file.seek(first)
+            file.write(b"x")
+        with pytest.raises(FolderDamaged, match=f"its records end at byte {first}"):
+            list(folder.records())
+
+
 DRIVER = """
     import sys
     from pathlib import Path

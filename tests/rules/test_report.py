@@ -214,6 +214,13 @@ def test_a_record_that_is_missing_is_said_to_be(tmp_path: Path, kind: str, said:
         contents_of(story, tmp_path)
 
 
+def test_metrics_of_rounds_that_the_records_lack_are_said_to_be(tmp_path: Path) -> None:
+    story = Story(rounds=3, killed=None, late=None, liar=None)
+    story.records.clear()
+    with pytest.raises(ReportImpossible, match="Round 2 was committed, .* but the records end with round -1"):
+        contents_of(story, tmp_path)
+
+
 # --- thinning -------------------------------------------------------------------------------------------------------
 
 

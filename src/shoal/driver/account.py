@@ -58,9 +58,13 @@ def read_contents(folder: RunFolder) -> RunContents:
     """Everything a report needs from a folder. Members, Terms and Commits are verified, and so is every Contribution
     that a Commit of the chain names. Raises BadRecord, FolderDamaged, ReportImpossible."""
     job = folder.train_job()
+    metrics = tuple(folder.notes(RoundMetrics))  # first: a driver may be committing more meanwhile
     chain = _Chain(folder.job)
     for envelope in folder.records(Member, Term, Contribution, Commit):
         chain.take(envelope)
+    older = say_if_older(folder, metrics, (one.commit for one in chain.commits.values()))
+    if older is not None:
+        raise ReportImpossible(older)
     commits = chain.commits_in_order()
     return RunContents(
         folder=str(folder.path),
@@ -71,11 +75,23 @@ def read_contents(folder: RunFolder) -> RunContents:
         rounds=len(commits),
         tokens_total=commits[-1].commit.tokens_total if commits else 0,
         work=[done for commit in commits for done in commit.work],
-        metrics=tuple(folder.notes(RoundMetrics)),
+        metrics=metrics,
         evaluations=tuple(folder.notes(Evaluation)),
         lanes=tuple(folder.notes(LaneSegment)),
         events=tuple(folder.notes(Event)),
         audits=tuple(folder.notes(AuditLine)),
+    )
+
+
+def say_if_older(folder: RunFolder, metrics: Iterable[RoundMetrics], commits: Iterable[Commit]) -> str | None:
+    """What is wrong with a folder whose metrics tell of rounds that no Commit in it is of."""
+    noted = max((line.round for line in metrics), default=-1)
+    last = max((commit.round for commit in commits), default=-1)
+    if noted <= last:
+        return None
+    return (
+        f"Round {noted} was committed, as {folder.path / RoundMetrics.FILE} says, but the records end with round "
+        f"{last}: they are damaged, or of an older copy. Restore the newest copy of the folder."
     )
 
 

@@ -290,7 +290,8 @@ class RunFolder:
         """Add a record to the chain. A Commit is appended durably before it is published.
 
         Raises FolderWriteFailed; the chain is then as it was before, except after a failed sync, when nothing can be
-        said about the disk any more and every later append is refused too.
+        said about the disk any more and every later append is refused too. Raises FolderDamaged when somebody else
+        changed the chain's length, or took it away.
         """
         payload = envelope.to_bytes()
         if len(payload) > RECORD_BODY_MAX_BYTES + ENVELOPE_OVERHEAD_BYTES:
@@ -308,9 +309,10 @@ class RunFolder:
 
     def records(self, *kinds: type[Record]) -> Iterator[Envelope]:
         """The records of these kinds (all, when none is named), in the order they were appended. Signatures are not
-        verified here: `open_record` does that for those that are looked into."""
+        verified here: `open_record` does that for those that are looked into. Raises FolderDamaged when they end
+        before those that were there when the reading began."""
         wanted = {kind.KIND for kind in kinds}
-        for _, payload in self._frames():
+        for _, payload in self._frames(self._end(_CHAIN)):
             envelope = Envelope.from_bytes(payload, RECORD_BODY_MAX_BYTES)
             if not wanted or envelope.kind in wanted:
                 yield envelope
@@ -324,7 +326,7 @@ class RunFolder:
     # --- lines
 
     def note(self, line: Line) -> None:
-        """Add a line to the file of its kind. Raises FolderWriteFailed."""
+        """Add a line to the file of its kind. Raises FolderWriteFailed, FolderDamaged."""
         data = msgspec.json.encode(line) + b"\n"
         if len(data) > LINE_MAX_BYTES:
             raise FolderWriteFailed(f"A line of {len(data)} bytes is too long for {line.FILE}.")
@@ -410,7 +412,9 @@ class RunFolder:
 
     def _extend(self, name: str, data: bytes) -> None:
         self._check_writable()
-        end = self._end(name)
+        end, size = self._end(name), self._size(name) or 0
+        if size < end or (size > end and name not in self._ragged):  # writing on would leave a hole, or take bytes away
+            raise self._damaged(name, f"it has {size} bytes where this driver left {end}")
         with _writing(self.path):
             if name in self._ragged:
                 self._cut(name, end)
@@ -418,6 +422,13 @@ class RunFolder:
             self._disk.write(name, data, end)
             self._ragged.discard(name)
         self._ends[name] = end + len(data)
+
+    def _damaged(self, name: str, how: str) -> FolderDamaged:
+        """A file that is appended to changed while this process had the folder open."""
+        return FolderDamaged(
+            f"{self.path / name} was changed or taken away by somebody else: {how}. Restore the newest copy of the "
+            "folder, then use --resume."
+        )
 
     def _cut(self, name: str, size: int) -> None:
         """Shorten a file. What stays is copied and renamed, so that at no moment less than that is there."""
@@ -431,8 +442,9 @@ class RunFolder:
         self._disk.sync(name)
         self._ragged.discard(name)
 
-    def _frames(self) -> Iterator[tuple[int, bytes]]:
-        """The intact frames from the start on: where each one ends, and its payload."""
+    def _frames(self, least: int = 0) -> Iterator[tuple[int, bytes]]:
+        """The intact frames from the start on: where each one ends, and its payload. Raises FolderDamaged when they end
+        before byte `least`."""
         position, start, window = 0, 0, b""
         while True:
             offset = position - start
@@ -441,6 +453,8 @@ class RunFolder:
                 window = self._read(_CHAIN, start, _WINDOW_BYTES)
             frame = _parse_frame(window, offset, position)
             if frame is None:
+                if position < least:
+                    raise self._damaged(_CHAIN, f"its records end at byte {position}, and {least} bytes were there")
                 return
             position += _FRAME.size + len(frame[1])
             yield position, frame[1]

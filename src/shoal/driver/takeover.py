@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from shoal.driver.account import say_if_older
 from shoal.driver.chain import Chain, read_record
 from shoal.driver.folder import RunFolder
 from shoal.driver.lines import AuditLine, AuditVerdict, RoundMetrics
@@ -55,6 +56,9 @@ async def take_over(
     """Begin the next term on the newest Commit of the folder's chain. `reach` opens links to nodes that worked for the
     job, so that they can be asked whether they hold a newer one. Raises CannotTakeOver, StorageError."""
     chain = await asyncio.to_thread(read_record, folder)
+    older = say_if_older(folder, folder.notes(RoundMetrics), (commit for commit, _, _ in chain.commits))
+    if older is not None:
+        raise CannotTakeOver(older)
     if chain.grant is None:
         raise CannotTakeOver(f"{folder.path} holds no grant; begin the job anew.")
     grant = open_record(chain.grant, Grant, folder.job.network)
@@ -62,12 +66,6 @@ async def take_over(
     if not allowed.allowed:
         raise CannotTakeOver(allowed.sentence)
     last = chain.commits[-1][0].round if chain.commits else -1
-    noted = max((line.round for line in folder.notes(RoundMetrics)), default=-1)
-    if noted > last:
-        raise CannotTakeOver(
-            f"Round {noted} was committed, as {folder.path / RoundMetrics.FILE} says, but the records end with round "
-            f"{last}: they are damaged, or of an older copy. Restore the newest copy of the folder."
-        )
     former = list(dict.fromkeys(chain.node_of.values()))
     await reach(former)
     heads = await _heads(former, folder, endpoint)
