@@ -45,7 +45,7 @@ from shoal.driver.report import Figures, NodeStatus, Report, report_from_json
 from shoal.driver.takeover import CannotTakeOver
 from shoal.driver.write_report import make_report
 from shoal.hub import HubClient
-from shoal.identity import KeyPair
+from shoal.identity import Envelope, KeyPair
 from shoal.node.start import start_node
 from shoal.protocol.hubs import HubTicket
 from shoal.protocol.offers import OfferFind
@@ -389,6 +389,25 @@ def test_a_killed_driver_goes_on_in_a_new_term(world: World, tmp_path: Path) -> 
         return after
 
     world.run(story())
+
+
+def test_a_run_that_is_killed_as_it_begins_can_be_resumed(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(Exception):
+        pass
+
+    def begin_and_die(folder: RunFolder, job: Envelope, job_yaml: bytes = b"") -> None:
+        begin(folder, job, job_yaml)
+        raise Killed
+
+    begin = RunFolder.begin
+    monkeypatch.setattr(RunFolder, "begin", begin_and_die)
+    with pytest.raises(Killed):
+        world.run(run_job(world.shoal, tmp_path, tokens=10_000))
+    report = world.run(resume_job(world.shoal, tmp_path, owner_key(), Watch(), job_text(tmp_path, tokens=10_000)))
+    assert report.goal is not None and report.goal.reached
+    check_account(report, tmp_path / "run")
 
 
 def test_a_full_disk_stops_the_driver_and_loses_nothing(world: World, tmp_path: Path) -> None:

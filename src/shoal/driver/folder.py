@@ -240,8 +240,8 @@ class RunFolder:
     # --- the job
 
     def begin(self, job: Envelope, job_yaml: bytes = b"") -> None:
-        """Give the folder its job, durably. Raises FolderTaken when it has one, BadRecord when `job` is not a signed
-        TrainJob, FolderWriteFailed."""
+        """Give the folder its job, durably; whatever is needed to go on with it lies there before. Raises FolderTaken
+        when it has one, BadRecord when `job` is not a signed TrainJob, FolderWriteFailed."""
         if self._job is not None:
             raise FolderTaken(f"{self.path} already holds {self._describe_job()}.")
         open_record(job, TrainJob, job.network)

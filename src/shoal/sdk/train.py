@@ -128,9 +128,9 @@ async def train(job_file: JobFile, yaml: bytes, options: TrainOptions, folder: R
         async with _Session(folder, options, load_or_create_key(folder.path / DRIVER_KEY)) as session:
             prepared, gang, length = await session.plan(job_file)
             job = session.sign_job(job_file, prepared, length, gang)
-            folder.begin(job, yaml)
             session.keep_for_later(prepared, length, gang)
             records = session.first_term(job)
+            folder.begin(job, yaml)  # last: from here on this run can be resumed, and one that it replaces is gone
             standing = standing_at_start(session.job, job.record_id)
             return await session.drive(records, standing, prepared.state, gang, {}, job_file)
 
