@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -478,6 +479,20 @@ def test_a_replacement_killed_at_any_moment_leaves_one_whole_run(run: Path) -> N
             assert number > 10 and records == []
             return
     raise AssertionError("it never got through")
+
+
+def test_a_key_that_was_being_made_is_no_strangers_file(run: Path) -> None:
+    """A driver that was killed in the middle of it, over a run that it was to replace."""
+    with begun(run) as folder:
+        folder.append(commit(0), durable=True)
+    with RunFolder.create(run, replace=True):
+        (run / ".driver.key.4711").write_bytes(b"half a k")
+        shutil.copytree(run, run.with_name("killed"))
+    with RunFolder.create(run.with_name("killed"), replace=True):
+        pass
+    with RunFolder.open(run.with_name("killed")) as folder:
+        assert list(folder.records()) == [commit(0)]
+    assert [entry.name for entry in run.with_name("killed").iterdir() if entry.name.startswith(".")] == []
 
 
 def test_a_running_driver_keeps_others_out(run: Path) -> None:

@@ -31,6 +31,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 import struct
 import threading
@@ -550,9 +551,9 @@ def _moment(line: Line) -> float:
 
 
 def _is_own(name: str) -> bool:
-    if name.startswith(".") and name.endswith(".new"):
-        name = name[1:-4]
-        return name in _OWN_NAMES or name == _CHAIN.replace("/", ".")
+    scratch = re.fullmatch(r"\.(.+)\.(new|\d+)", name)  # `.new` as it is written here, a number by process so-and-so
+    if scratch is not None:
+        return scratch[1] in _OWN_NAMES or scratch[1] == _CHAIN.replace("/", ".")
     return name in _OWN_NAMES or name in (_REPLACED, _GONE)
 
 
