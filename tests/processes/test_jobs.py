@@ -433,8 +433,12 @@ def test_a_full_disk_stops_the_driver_and_loses_nothing(world: World, tmp_path: 
         after = await resume_job(world.shoal, tmp_path, owner_key(), Watch(), text)
         assert (after.rounds, after.tokens_accepted) == (report.rounds, report.tokens_accepted)
         assert after.goal is not None and after.goal.reached
+        # One that is finished stays as it is, and gets back what can be made again.
+        kept = {name: (at / name).read_bytes() for name in ("records/chain", "report.html")}
+        (at / "report.html").unlink()
         with pytest.raises(NothingToResume):
             await resume_job(world.shoal, tmp_path, owner_key(), Watch(), text)
+        assert {name: (at / name).read_bytes() for name in kept} == kept
         return report
 
     report = world.run(story())

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import errno
 import hashlib
 import itertools
 import math
+import os
 import re
 from collections import Counter
 from html.parser import HTMLParser
@@ -19,7 +21,7 @@ from hypothesis import strategies as st
 from report_story import Story, blob
 
 from shoal.driver.account import ReportImpossible, RunContents, read_contents
-from shoal.driver.folder import RunFolder
+from shoal.driver.folder import FolderWriteFailed, RunFolder
 from shoal.driver.lines import AuditVerdict, EventKind, Lane, LaneSegment
 from shoal.driver.report import (
     PIECES_MAX,
@@ -37,10 +39,11 @@ from shoal.driver.report import (
     thin_lane,
 )
 from shoal.driver.report_page import group_exclusions, nice_ticks, render_page, time_ticks
+from shoal.driver.write_report import write_missing_page, write_report
 from shoal.identity import KeyPair, blake3_hash
 from shoal.protocol.messages import open_record, sign
 from shoal.protocol.training import Accepted, Commit, Contribution, Term
-from shoal.world import MemoryDisk
+from shoal.world import DirectoryDisk, FaultyDisk, MemoryDisk
 
 PROMISED = {"held_out_loss", "untrained_loss", "unigram_loss", "tokens_accepted", "rounds", "wall_s"}
 PROMISED |= {"compute_fraction", "nodes"}
@@ -219,6 +222,29 @@ def test_metrics_of_rounds_that_the_records_lack_are_said_to_be(tmp_path: Path) 
     story.records.clear()
     with pytest.raises(ReportImpossible, match="Round 2 was committed, .* but the records end with round -1"):
         contents_of(story, tmp_path)
+
+
+def test_a_run_is_finished_when_its_page_is_there_too(story: Story, tmp_path: Path) -> None:
+    def fault(operation: str, name: str) -> None:
+        if operation == "rename" and name == full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    full = "report.html"
+    with RunFolder.create(tmp_path, disk=FaultyDisk(DirectoryDisk(tmp_path), fault)) as folder:
+        story.write(folder)
+        with pytest.raises(FolderWriteFailed):
+            write_report(folder, story.figures())
+        assert not (tmp_path / "report.json").exists()
+        full = ""
+        report = write_report(folder, story.figures())
+    page = (tmp_path / "report.html").read_bytes()
+    assert report_from_json((tmp_path / "report.json").read_bytes()) == report
+    (tmp_path / "report.html").unlink()
+    with RunFolder.open(tmp_path, read_only=True) as folder:
+        write_missing_page(folder, report)
+        assert (tmp_path / "report.html").read_bytes() == page
+        write_missing_page(folder, msgspec.structs.replace(report, rounds=1))
+        assert (tmp_path / "report.html").read_bytes() == page
 
 
 # --- thinning -------------------------------------------------------------------------------------------------------

@@ -97,13 +97,11 @@ def report(
     from shoal.cli.tables import print_report
     from shoal.driver.folder import RunFolder
     from shoal.driver.report import Figures
-    from shoal.driver.report_page import render_page
-    from shoal.driver.write_report import make_report
+    from shoal.driver.write_report import make_report, write_missing_page
 
     with RunFolder.open(places.find_run(run_folder), read_only=True) as folder:
         made = make_report(folder, folder.read("figures.json", Figures) or Figures())
-    if not (run_folder / "report.html").exists():
-        (run_folder / "report.html").write_text(render_page(made))
+        write_missing_page(folder, made)
     if json:
         print_json(made)
     else:

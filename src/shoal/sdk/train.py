@@ -30,7 +30,7 @@ from shoal.driver.report import (
 )
 from shoal.driver.takeover import CannotTakeOver, take_over
 from shoal.driver.training import JobRecords, Outcome, Progress, TrainingDriver, Watchers
-from shoal.driver.write_report import write_report
+from shoal.driver.write_report import make_report, write_missing_page, write_report
 from shoal.errors import BadInput
 from shoal.hub import HubClient
 from shoal.identity import Envelope, KeyPair, load_key, load_or_create_key
@@ -163,6 +163,13 @@ async def plan(job_file: JobFile, options: TrainOptions, scratch: Path) -> Plan:
 async def resume(job_file: JobFile, options: TrainOptions) -> Report:
     """Go on with the job in a folder, in a new term, from its newest Commit."""
     with RunFolder.open(options.folder) as folder:
+        written = folder.read("report.json", Report)
+        if written is not None and written.tokens_accepted >= folder.train_job().token_budget:
+            write_missing_page(folder, written)
+            raise NothingToResume(
+                f"The job in {options.folder} has reached its token budget already; its page is "
+                f"{options.folder / 'report.html'}."
+            )
         own = folder.path / DRIVER_KEY
         async with _Session(folder, options, load_key(own) if own.exists() else options.key) as session:
             options.say("Reading the run's records and its newest state.")
@@ -190,13 +197,9 @@ async def resume(job_file: JobFile, options: TrainOptions) -> Report:
                 ),
             )
             options.say(f"Going on after round {taken.standing.round}, in term {taken.records.term_number}.")
-            budget = session.job.token_budget
-            reached = taken.standing.tokens_total >= budget
-            written = folder.read("report.json", Report)
-            if reached and written is not None and written.tokens_accepted >= budget:
-                raise NothingToResume(f"The job in {options.folder} has reached its token budget already.")
             gang: list[LinkedNode] = []
-            if not reached:  # else it was killed before it could measure the model and write the report
+            # Killed after its last Commit, it may still have to measure the model and write the report.
+            if taken.standing.tokens_total < session.job.token_budget:
                 gang = await session.gang(job_file, without=taken.retired.keys(), former=taken.records.former)
             return await session.drive(
                 taken.records, taken.standing, taken.state, gang, taken.retired, job_file, wanted=wanted
@@ -650,11 +653,10 @@ class _Session:
             completion=completion,
             goal=Goal(reached=outcome.reached, sentence=outcome.sentence),
         )
-        report = write_report(self.folder, figures)
         if self.options.goal is not None:
-            goal = self.options.goal(report)
-            report = write_report(self.folder, msgspec.structs.replace(figures, goal=goal))
-        return report
+            goal = self.options.goal(make_report(self.folder, figures))
+            figures = msgspec.structs.replace(figures, goal=goal)
+        return write_report(self.folder, figures)
 
     async def _export(self, state: SharedState) -> Completion | None:
         """Write the trained model, and have it continue the prompt if there is one."""
