@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from shoal.cli.output import BadFlag
+from shoal.cli.output import BadFlag, err, shown
+from shoal.driver.folder import RunFolder, is_unsettled
 from shoal.errors import BadInput
 from shoal.sdk.places import LocalRun, find_hubs, find_local, forget_local, local_folder, user_key, write_local
 
@@ -44,7 +45,12 @@ def job_of(folder: Path) -> bytes | None:
 
 
 def find_run(folder: Path) -> Path:
-    """A folder that a run was begun in. Raises NoRun, naming those that there are nearby."""
+    """A folder that a run was begun in; one that a killed `--replace` set aside is put back. Raises NoRun, naming those
+    that there are nearby, and FolderLocked while a run is being replaced."""
+    if is_unsettled(folder):
+        RunFolder.open(folder).close()
+        said = f"{folder}: the run that a killed --replace had set aside is back in its place."
+        err.print(shown(said), style="dim", markup=False, soft_wrap=True)
     if holds_run(folder):
         return folder
     what = "holds no run: it has no job.record" if folder.is_dir() else "is not there"

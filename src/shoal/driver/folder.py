@@ -198,9 +198,14 @@ class RunFolder:
             raise FolderUnreadable(f"There is no run folder {path}.")
         with _reading(path):
             disk = disk or DirectoryDisk(path)
-            begun = any(disk.info(name) is not None for name in ("job.record", f"{_REPLACED}/job.record"))
-        if not begun:
+            begun, kept = (disk.info(name) is not None for name in ("job.record", f"{_REPLACED}/job.record"))
+        if not begun and not kept:
             raise FolderUnreadable(f"{path} is not a run folder that was begun: it has no job.record.")
+        if read_only and is_unsettled(path) and not (begun and kept):
+            raise FolderUnreadable(
+                f"The run in {path} is being replaced, or was when the driver that should do it was killed; wait for "
+                "it, or use --resume, which puts the run back."
+            )
         folder = cls(path, disk, None if read_only else _take_lock(path, disk))
         try:
             if not read_only:
@@ -598,6 +603,11 @@ def _set_aside(path: Path) -> None:
     entries = [entry for entry in path.iterdir() if entry.name not in (_LOCK, _REPLACED)]
     for entry in sorted(entries, key=lambda entry: entry.name == "job.record"):
         entry.rename(aside / entry.name)
+
+
+def is_unsettled(path: Path) -> bool:
+    """Whether a run was set aside in a folder and not yet given up or put back, which opening it for writing does."""
+    return (path / _REPLACED).exists()
 
 
 def _settle_replaced(path: Path, disk: Disk) -> None:
