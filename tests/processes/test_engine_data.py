@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from itertools import pairwise
 from pathlib import Path
 
@@ -136,11 +137,18 @@ def test_a_file_that_cannot_be_used_is_named_with_what_is_wrong(tmp_path: Path) 
     bad(tmp_path, "latin.jsonl", b'{"text": "a"}\n{"text": "\xe9"}', r"Line 2 of .*latin.jsonl is not UTF-8: byte 10")
     bad(tmp_path, "field.jsonl", b'{"text": "a"}\n\n{"txt": "b"}', r"Line 3 of .*field.jsonl has no text field 'text'")
     bad(tmp_path, "type.jsonl", b'{"text": 5}', r"Line 1 of .*has no text field")
+    deep = b'{"text": "a"}\n{"text": "a", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    bad(tmp_path, "deep.jsonl", deep, r"Line 2 of .*deep.jsonl is not JSON, or too deep")
     bad(tmp_path, "fake.parquet", b"PAR1 not really", "is not a parquet file that can be read")
     parquet.write_table(arrow.table({"body": ["a"], "n": [1]}), tmp_path / "good.parquet")
     content = (tmp_path / "good.parquet").read_bytes()
     bad(tmp_path, "good.parquet", content, "has no column 'text'; it has body, n")
     bad(tmp_path, "good.parquet", content, "Row 0 of .*column 'n' is not text", text_field="n")
+    offsets, latin = struct.pack("<3i", 0, 2, 4), b"ab\xe9d"
+    column = arrow.Array.from_buffers(arrow.string(), 2, [None, arrow.py_buffer(offsets), arrow.py_buffer(latin)])
+    parquet.write_table(arrow.table({"text": column}), tmp_path / "latin.parquet")
+    content = (tmp_path / "latin.parquet").read_bytes()
+    bad(tmp_path, "latin.parquet", content, "rows 0 to 1 of .*latin.parquet: column 'text' is not UTF-8: byte 0xe9")
 
 
 def test_missing_data_and_too_little_of_it_are_sentences(tmp_path: Path) -> None:

@@ -78,6 +78,7 @@ def test_a_config_is_canonical_and_runs_no_code(tmp_path: Path) -> None:
         ("{}", "does not say its model_type"),
         ("[1]", "not a JSON object"),
         ("{", "is not JSON"),
+        ('{"model_type": "llama", "x": ' + "[" * 30_000 + "]" * 30_000 + "}", "is not JSON, or too deep"),
         (" " * 70_000, "larger than"),
     ):
         (tmp_path / "config.json").write_text(text)
@@ -154,9 +155,10 @@ def test_a_pickle_in_place_of_a_part_is_refused_by_name(checkpoint: Path) -> Non
         (checkpoint / "model.safetensors.index.json").write_bytes(msgspec.json.encode({"weight_map": weights}))
         with pytest.raises(BadModel, match="only .safetensors files beside it are read"):
             read_checkpoint(checkpoint)
-    (checkpoint / "model.safetensors.index.json").write_bytes(b"[]")
-    with pytest.raises(BadModel, match="not an index"):
-        read_checkpoint(checkpoint)
+    for index in (b"[]", b"[" * 100_000):
+        (checkpoint / "model.safetensors.index.json").write_bytes(index)
+        with pytest.raises(BadModel, match="not an index"):
+            read_checkpoint(checkpoint)
 
 
 def test_missing_misshapen_and_broken_tensors_are_named(checkpoint: Path) -> None:
@@ -214,3 +216,11 @@ def test_a_tokenizer_that_is_not_there_or_is_not_one_is_a_sentence(tmp_path: Pat
         (tmp_path / "tokenizer.json").write_bytes(content)
         with pytest.raises(BadTokenizer, match="is not a tokenizer"):
             load_tokenizer(str(tmp_path))
+
+
+def test_a_text_that_a_tokenizer_has_no_token_for_is_a_sentence(tmp_path: Path) -> None:
+    Tokenizer(models.WordLevel({"a": 0, "b": 1})).save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert tokenizer.encode("a").tolist() == [0]
+    with pytest.raises(BadTokenizer, match=r"tokenizer\.json cannot encode 'c{40}': .*name another"):
+        tokenizer.encode("c" * 1000)

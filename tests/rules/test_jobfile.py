@@ -140,6 +140,8 @@ def test_a_checkpoint_brings_its_own_tokenizer(folder: Path) -> None:
         (DATA + "rounds: {lag: '1'}\n", "SH-122", "rounds.lag must be an integer from 0 to 1, not '1'."),
         (DATA + "rounds: {codec: gzip}\n", "SH-122", "rounds.codec must be none, int8 or sparse2, not 'gzip'."),
         (DATA + "rounds: {inner_steps: many}\n", "SH-122", "rounds.inner_steps must be an integer from 1 to"),
+        (DATA + "rounds: {byte_budget: 0.01 B/s}\n", "SH-122", "of at least 1 B/s, not 0.01 B/s."),
+        (DATA + "rounds: {bytes_per_token: 1e-308}\n", "SH-122", "must be a number from 1e-06 to 1e+09, not 1e-308."),
         (DATA + "rounds: 5\n", "SH-122", "line 3: rounds is a section"),
         (DATA + "rounds: {deadline: 100 d}\n", "SH-122", "rounds.deadline must be a duration"),
         (DATA + "optimizer: {learning_rate: fast}\n", "SH-122", "optimizer.learning_rate must be a number above 0"),

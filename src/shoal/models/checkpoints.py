@@ -61,7 +61,7 @@ def _weight_files(directory: Path) -> list[Path]:
     if (directory / INDEX).exists():
         try:
             names = set(msgspec.json.decode((directory / INDEX).read_bytes())["weight_map"].values())
-        except (msgspec.DecodeError, KeyError, AttributeError, TypeError) as error:
+        except (msgspec.DecodeError, RecursionError, KeyError, AttributeError, TypeError) as error:
             raise BadModel(f"{directory / INDEX} is not an index of safetensors files.") from error
         bad = sorted(str(name) for name in names if Path(str(name)).name != name or not name.endswith(".safetensors"))
         if bad:

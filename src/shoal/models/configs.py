@@ -79,8 +79,8 @@ def read_config(path: Path) -> str:
         config = msgspec.json.decode(file.read_bytes())
     except OSError as error:
         raise BadModel(f"The model config {file} cannot be read: {error.strerror}.") from error
-    except msgspec.DecodeError as error:
-        raise BadModel(f"The model config {file} is not JSON: {error}.") from error
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise BadModel(f"The model config {file} is not JSON, or too deep: {error}.") from error
     if not isinstance(config, dict):
         raise BadModel(f"The model config {file} is not a JSON object.")
     return canonical_config(config, str(file))

@@ -16,10 +16,12 @@ from shoal.errors import BadInput
 END_OF_DOCUMENT = "<|endoftext|>"
 END_NAMES = (END_OF_DOCUMENT, "</s>", "<|end_of_text|>", "<eos>", "[SEP]", "<|im_end|>")
 TOKENIZER_MAX_BYTES = 64 << 20
+SHOWN_CHARACTERS = 40
+"""How much of a text a sentence shows that a tokenizer cannot encode."""
 
 
 class BadTokenizer(BadInput):
-    """A tokenizer file is missing or cannot be read."""
+    """A tokenizer file is missing, cannot be read, or cannot encode a text."""
 
     code = "SH-162"
 
@@ -30,7 +32,9 @@ class TextTokenizer(Protocol):
     end: int | None
     """The id that stands between documents, where there is one."""
 
-    def encode(self, text: str) -> NDArray[np.uint32]: ...
+    def encode(self, text: str) -> NDArray[np.uint32]:
+        """Raises BadTokenizer."""
+        ...
 
     def decode(self, ids: list[int]) -> str: ...
 
@@ -87,7 +91,13 @@ class FileTokenizer:
         self.end: int | None = next((token for token in known if token is not None), None)
 
     def encode(self, text: str) -> NDArray[np.uint32]:
-        return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+        try:
+            return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+        except Exception as error:  # the library raises nothing narrower: a vocabulary may lack what it needs
+            raise BadTokenizer(
+                f"The tokenizer {self._file} cannot encode {text[:SHOWN_CHARACTERS]!r}: {error}. Give it a token for "
+                "what it does not know, or name another."
+            ) from error
 
     def decode(self, ids: list[int]) -> str:
         text: str = self._tokenizer.decode(ids)

@@ -87,9 +87,9 @@ class RoundsSection(_Section, frozen=True, kw_only=True, forbid_unknown_fields=T
     inner_steps: Annotated[int, Meta(ge=1, le=STEPS_MAX)] | Literal["auto"] = "auto"
     """Steps that a member of speed 1 (the fastest) does between exchanges; auto chooses from the measured links and
     the byte budget, and says why."""
-    byte_budget: Annotated[float, Meta(gt=0, le=1e12, extra={"quantity": "bytes_per_s"})] | None = None
+    byte_budget: Annotated[float, Meta(ge=1, le=1e12, extra={"quantity": "bytes_per_s"})] | None = None
     """What a member may send per second on average; without it, what its link carries."""
-    bytes_per_token: Annotated[float, Meta(gt=0, le=1e9)] | None = None
+    bytes_per_token: Annotated[float, Meta(ge=1e-6, le=1e9)] | None = None
     """What all members together may send for each token trained on, start-up apart. Data-parallel training of a model
     of N parameters sends some 8 N bytes a step and member. Members that measured nearly alike are taken as equal, so up
     to a fifth more may be sent."""

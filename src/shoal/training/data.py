@@ -294,8 +294,8 @@ def _read_jsonl(file: Path, text_field: str) -> Iterator[str]:
             where = f"Line {number} of {file}"
             try:
                 entry: Any = msgspec.json.decode(_utf8(line, where))
-            except msgspec.DecodeError as error:
-                raise BadData(f"{where} is not JSON: {error}.") from error
+            except (msgspec.DecodeError, RecursionError) as error:
+                raise BadData(f"{where} is not JSON, or too deep: {error}.") from error
             if not isinstance(entry, dict) or not isinstance(entry.get(text_field), str):
                 raise BadData(f"{where} has no text field {text_field!r}; name the field that holds the text.")
             yield entry[text_field]
@@ -312,7 +312,14 @@ def _read_parquet(file: Path, text_field: str) -> Iterator[str]:
                 raise BadData(f"{file} has no column {text_field!r}; it has {names}.")
             row = 0
             for batch in table.iter_batches(batch_size=ROWS_AT_ONCE, columns=[text_field]):
-                for value in batch.column(0).to_pylist():
+                try:
+                    values = batch.column(0).to_pylist()
+                except UnicodeDecodeError as error:
+                    raise BadData(
+                        f"One of rows {row} to {row + len(batch) - 1} of {file}: column {text_field!r} is not UTF-8: "
+                        f"byte 0x{error.object[error.start]:02x}; convert it."
+                    ) from error
+                for value in values:
                     if not isinstance(value, str):
                         raise BadData(f"Row {row} of {file}: column {text_field!r} is not text.")
                     row += 1
