@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import struct
 from itertools import pairwise
 from pathlib import Path
@@ -149,6 +150,13 @@ def test_a_file_that_cannot_be_used_is_named_with_what_is_wrong(tmp_path: Path) 
     parquet.write_table(arrow.table({"text": column}), tmp_path / "latin.parquet")
     content = (tmp_path / "latin.parquet").read_bytes()
     bad(tmp_path, "latin.parquet", content, "rows 0 to 1 of .*latin.parquet: column 'text' is not UTF-8: byte 0xe9")
+
+
+def test_a_pipe_is_no_data_file(tmp_path: Path) -> None:
+    for name in ("pipe", "pipe.jsonl", "pipe.parquet"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(BadData, match=f"{name} is not a plain file"):
+            prepare(tmp_path, tmp_path / name)
 
 
 def test_missing_data_and_too_little_of_it_are_sentences(tmp_path: Path) -> None:

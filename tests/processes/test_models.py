@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import msgspec
@@ -159,6 +160,14 @@ def test_a_pickle_in_place_of_a_part_is_refused_by_name(checkpoint: Path) -> Non
         (checkpoint / "model.safetensors.index.json").write_bytes(index)
         with pytest.raises(BadModel, match="not an index"):
             read_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.safetensors.index.json"])
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(checkpoint: Path, name: str) -> None:
+    (checkpoint / name).unlink(missing_ok=True)
+    os.mkfifo(checkpoint / name)
+    with pytest.raises(BadModel, match=f"{name} is not a plain file"):
+        read_checkpoint(checkpoint)
 
 
 def test_missing_misshapen_and_broken_tensors_are_named(checkpoint: Path) -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from shoal.models.architectures import build_model, parameters_of
-from shoal.models.configs import BadModel, read_config
+from shoal.models.configs import BadModel, read_config, refuse_endless
 from shoal.models.tokenizers import TextTokenizer
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -57,6 +57,7 @@ def read_checkpoint(directory: Path) -> Checkpoint:
 
 
 def _weight_files(directory: Path) -> list[Path]:
+    refuse_endless(directory / INDEX)
     pickles = sorted(path.name for path in directory.iterdir() if path.suffix in PICKLES)
     if (directory / INDEX).exists():
         try:
@@ -73,6 +74,8 @@ def _weight_files(directory: Path) -> list[Path]:
         files = sorted(directory / name for name in names)
     else:
         files = sorted(directory.glob("*.safetensors"))
+        for file in files:
+            refuse_endless(file)
     if not files and pickles:
         raise BadModel(
             f"{directory / pickles[0]} is a pickle, which can run code when it is read; Shoal never does. "

@@ -73,6 +73,7 @@ def preset_config(name: str, vocabulary: int, end: int | None = None) -> str:
 def read_config(path: Path) -> str:
     """A config.json, or a directory with one -> config JSON. Raises BadModel."""
     file = path / "config.json" if path.is_dir() else path
+    refuse_endless(file)
     try:
         if file.stat().st_size > CONFIG_MAX_BYTES:
             raise BadModel(f"{file} is larger than {CONFIG_MAX_BYTES} bytes; a model config is not.")
@@ -84,6 +85,12 @@ def read_config(path: Path) -> str:
     if not isinstance(config, dict):
         raise BadModel(f"The model config {file} is not a JSON object.")
     return canonical_config(config, str(file))
+
+
+def refuse_endless(file: Path) -> None:
+    """Raises BadModel for what is there and no plain file: reading a pipe or a device may never end."""
+    if file.exists() and not file.is_file():
+        raise BadModel(f"{file} is not a plain file; put the model's own file there.")
 
 
 def canonical_config(config: Mapping[str, Any], what: str) -> str:

@@ -6,6 +6,7 @@ sequence and the token after it. Documents follow one another, each closed by th
 
 from __future__ import annotations
 
+import stat
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -266,9 +267,12 @@ def read_documents(file: Path, text_field: str = "text", file_format: str = "aut
 
 def _size(file: Path) -> int:
     try:
-        return file.stat().st_size
+        status = file.stat()
     except OSError as error:
         raise _unreadable(file, error) from error
+    if not stat.S_ISREG(status.st_mode):  # a pipe or a device may have no end
+        raise BadData(f"The data file {file} is not a plain file; save what it gives to one.")
+    return status.st_size
 
 
 def _unreadable(file: Path, error: OSError) -> BadData:
