@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import threading
+from collections.abc import AsyncIterator
 
 import pytest
 from blob_world import Node, World, noise, play, ref_of, stream_of
@@ -11,15 +12,24 @@ from hypothesis import strategies as st
 
 from shoal.identity import short_id
 from shoal.protocol.blobs import CHUNK_BYTES, BlobChunkList, BlobHolder, BlobRead, BlobRef
-from shoal.protocol.messages import encode
-from shoal.storage import BadReference, FetchFailed, FetchProgress, ServerBusy, StorageFull, UnknownBlob
+from shoal.protocol.messages import PROTOCOL_VERSION, encode
+from shoal.storage import (
+    BadBlobRequest,
+    BadReference,
+    FetchFailed,
+    FetchProgress,
+    ServerBusy,
+    StorageFull,
+    UnknownBlob,
+)
 from shoal.storage.download import COPIES_MAX, HEDGE_S, PIECES_IN_FLIGHT, _Flight, _Peer
-from shoal.storage.serve import READ_MAX_BYTES
+from shoal.storage.serve import READ_MAX_BYTES, READS_IN_ALL, READS_PER_PEER
 from shoal.world import Body, FaultyDisk, HeldClock, MemoryDisk, Refused, Request
 
 both = pytest.mark.parametrize("kind", ["memory", "tls"])
 Asked = BlobRead | BlobChunkList
 BIG = 9 * CHUNK_BYTES + 1234
+PEER = b"p" * 32
 
 
 @both
@@ -580,6 +590,81 @@ def test_a_server_refuses_what_it_must() -> None:
                 with pytest.raises(Refused, match=r"at most|not inside") as caught:
                     await ask(friend, BlobRead(hash=hash, offset=offset, length=length))
                 assert server.disk.place not in str(caught.value)
+
+    play(scene())
+
+
+def request_of(peer: bytes, asked: Asked) -> Request:
+    return Request(peer, asked.KIND, encode(asked), PROTOCOL_VERSION, None)  # type: ignore[arg-type]
+
+
+def test_reads_count_from_their_first_byte_and_not_from_when_they_are_taken() -> None:
+    async def scene() -> None:
+        async with World() as world:
+            node = await world.node()
+            hash = node.store.put(noise(BIG)).hash
+
+            async def ask(peer: int, times: int) -> list[Body]:
+                request = request_of(bytes([peer]) * 32, BlobRead(hash=hash, length=CHUNK_BYTES))
+                answers = await asyncio.gather(
+                    *(node.server.read(request) for _ in range(times)), return_exceptions=True
+                )
+                assert all(isinstance(it, ServerBusy) for it in answers if isinstance(it, BaseException))
+                return [it for it in answers if not isinstance(it, BaseException)]
+
+            held = [await ask(1, 5 * READS_PER_PEER)]
+            assert len(held[0]) == READS_PER_PEER
+            held += [await ask(peer, READS_PER_PEER) for peer in range(2, 9)]
+            assert [len(reads) for reads in held] == [32, 32, 1, 1, 1, 1, 1, 1], "who has none finds a place"
+            held += [await ask(peer, 1) for peer in range(9, 100)]
+            assert node.server.reads == READS_IN_ALL
+
+    play(scene())
+
+
+def test_a_read_gives_its_place_back_however_it_ends() -> None:
+    async def scene() -> None:
+        async with World() as world:
+            node = await world.node()
+            ref = node.store.put(noise(BIG))
+            hash = ref.hash
+            server = node.server
+
+            async def read(offset: int = 0, length: int = 2 * CHUNK_BYTES) -> AsyncIterator[bytes]:
+                body = await server.read(request_of(PEER, BlobRead(hash=hash, offset=offset, length=length)))
+                assert not isinstance(body, bytes) and server.reads == 1
+                return body
+
+            async for _ in await read():  # to its end
+                pass
+            assert server.reads == 0
+            begun = await read()
+            await anext(begun)
+            await begun.aclose()  # type: ignore[attr-defined]
+            assert server.reads == 0
+            await (await read()).aclose()  # type: ignore[attr-defined]  # never begun
+            assert server.reads == 0
+            await read()  # and forgotten
+            assert server.reads == 0
+            with pytest.raises(BadBlobRequest, match="not inside"):
+                await read(offset=BIG)
+            with pytest.raises(BadBlobRequest, match="at most"):
+                await read(length=READ_MAX_BYTES + 1)
+            assert server.reads == 0
+            asked = asyncio.create_task(read())
+            await asyncio.sleep(0)
+            asked.cancel()  # while the disk reads
+            await asyncio.wait([asked])
+            assert server.reads == 0
+            chunks = await server.chunks(request_of(PEER, BlobChunkList(hash=hash)))
+            assert not isinstance(chunks, bytes) and server.reads == 1
+            assert len([part async for part in chunks]) == 1 and server.reads == 0
+            begun = await read()
+            node.disk.delete(f"blobs/{hash.hex()}")
+            with pytest.raises(UnknownBlob, match="no longer held"):
+                async for _ in begun:
+                    pass
+            assert server.reads == 0
 
     play(scene())
 
