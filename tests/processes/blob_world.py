@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from typing import Any
+from typing import Any, TypeVar
 
 from shoal.identity import KeyPair, blake3_hash
 from shoal.protocol.blobs import CHUNK_BYTES, BlobChunkList, BlobHolder, BlobRead, BlobRef
@@ -14,7 +14,9 @@ from shoal.storage import BlobServer, BlobStore, Fetcher, hash_pieces, serve
 from shoal.storage.pieces import cut
 from shoal.storage.serve import Allow
 from shoal.transport import MemoryNetwork, TlsEndpoint
-from shoal.world import Body, Clock, Disk, Endpoint, MemoryDisk, Request, SeededDice, SystemClock
+from shoal.world import Body, Clock, Disk, Endpoint, HeldClock, MemoryDisk, Request, SeededDice, SystemClock
+
+T = TypeVar("T")
 
 PATIENCE_S = 120.0
 """How long a test waits for what must happen, on a machine however slow."""
@@ -68,8 +70,12 @@ class Node:
 
     async def _chunks(self, request: Request) -> Body:
         self.asked.append(decode(BlobChunkList, request.body))
-        other = None if self.instead is None else await self.instead(self.asked[-1], request)
-        return await self.server.chunks(request) if other is None else other
+        self.reading += 1
+        try:
+            other = None if self.instead is None else await self.instead(self.asked[-1], request)
+            return await self.server.chunks(request) if other is None else other
+        finally:
+            self.reading -= 1
 
     @property
     def id(self) -> bytes:
@@ -87,6 +93,12 @@ class Node:
 async def stream_of(data: bytes) -> AsyncIterator[bytes]:
     for at in range(0, len(data), 1 << 16):
         yield data[at : at + (1 << 16)]
+
+
+async def trickle(clock: Clock, data: bytes, size: int, every_s: float) -> AsyncIterator[bytes]:
+    for at in range(0, len(data), size):
+        yield data[at : at + size]
+        await clock.sleep(every_s)
 
 
 class World:
@@ -118,6 +130,18 @@ class World:
         for node in made:
             node.store.put(data)
         return made
+
+    async def pass_time(self, work: asyncio.Task[T]) -> T:
+        """Let held time pass until `work` is done, an hour at most. It stands still while a holder's disk is read: that
+        takes time of another clock."""
+        assert isinstance(self.clock, HeldClock)
+        until = self.clock.monotonic() + 3600
+        while not work.done() and self.clock.monotonic() < until:
+            await asyncio.sleep(0)
+            if not any(node.reading for node in self.nodes):
+                await self.clock.advance(0.25)
+        assert work.done(), "not done after an hour"
+        return work.result()
 
     async def __aenter__(self) -> World:
         return self

@@ -6,7 +6,7 @@ import threading
 from collections.abc import AsyncIterator
 
 import pytest
-from blob_world import Node, World, noise, play, ref_of, stream_of
+from blob_world import Node, World, noise, play, ref_of, stream_of, trickle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,9 +22,10 @@ from shoal.storage import (
     StorageFull,
     UnknownBlob,
 )
-from shoal.storage.download import COPIES_MAX, HEDGE_S, PIECES_IN_FLIGHT, _Flight, _Peer
+from shoal.storage.download import COPIES_MAX, HEDGE_S, HOLDERS_MAX, PIECES_IN_FLIGHT, STALL_BYTES, _Flight, _Peer
 from shoal.storage.serve import READ_MAX_BYTES, READS_IN_ALL, READS_PER_PEER
-from shoal.world import Body, FaultyDisk, HeldClock, MemoryDisk, Refused, Request
+from shoal.transport.memory import Path
+from shoal.world import Body, DeadlineExceeded, FaultyDisk, HeldClock, MemoryDisk, Refused, Request
 
 both = pytest.mark.parametrize("kind", ["memory", "tls"])
 Asked = BlobRead | BlobChunkList
@@ -314,6 +315,101 @@ def test_who_is_late_is_judged_by_what_has_come() -> None:
     assert silent.late(1.1, None) and not silent.late(0.9, None)
 
 
+BYTE_IN_8_S = (1, 8.0)
+ABOVE_THE_FLOOR = (600, 1.0)
+
+
+async def dripping(world: World, count: int, data: bytes, drip: tuple[int, float]) -> list[Node]:
+    """Holders whose bytes are right and come slowly, never so slowly that they were silent."""
+    made = await world.holders(count, data)
+
+    async def instead(asked: Asked, request: Request) -> Body | None:
+        if isinstance(asked, BlobChunkList):
+            return None
+        return trickle(world.clock, data[asked.offset : asked.offset + asked.length], *drip)
+
+    for node in made:
+        node.instead = instead
+    return made
+
+
+@pytest.mark.parametrize(
+    ("size", "count", "drip"),
+    [
+        (500_000, 3, BYTE_IN_8_S),
+        (500_000, 20, BYTE_IN_8_S),
+        (3 * CHUNK_BYTES, 2, BYTE_IN_8_S),
+        (20 * CHUNK_BYTES, 8, BYTE_IN_8_S),
+        (20 * CHUNK_BYTES, HOLDERS_MAX - 1, BYTE_IN_8_S),
+        (500_000, 4, ABOVE_THE_FLOOR),
+        (3 * CHUNK_BYTES, 2, ABOVE_THE_FLOOR),
+        (20 * CHUNK_BYTES, 9, ABOVE_THE_FLOOR),
+    ],
+)
+def test_one_honest_holder_is_enough_however_many_drip(size: int, count: int, drip: tuple[int, float]) -> None:
+    async def scene() -> None:
+        async with World(clock=HeldClock()) as world:
+            data = noise(size)
+            slow = await dripping(world, count, data, drip)
+            (honest,) = await world.holders(1, data)
+            me = await world.node(listens=False)
+            for node in slow:  # so that they come first
+                await me.endpoint.dial(node.id, node.endpoint.addresses)
+            holders = [node.holder for node in (*slow, honest)]
+            report = await world.pass_time(asyncio.create_task(me.fetcher.fetch(ref_of(data), holders)))
+            assert report.bytes_by_peer[honest.id] >= size - CHUNK_BYTES
+            assert honest.id not in report.dropped
+            assert drip is BYTE_IN_8_S or report.dropped == {}
+
+    play(scene())
+
+
+@pytest.mark.parametrize("size", [500_000, BIG])
+def test_when_all_holders_drip_a_fetch_fails_and_says_so(size: int) -> None:
+    async def scene() -> None:
+        async with World(clock=HeldClock()) as world:
+            data = noise(size)
+            slow = await dripping(world, 20, data, BYTE_IN_8_S)
+            me = await world.node(listens=False)
+            fetch = asyncio.create_task(me.fetcher.fetch(ref_of(data), [node.holder for node in slow]))
+            with pytest.raises(FetchFailed) as caught:
+                await world.pass_time(fetch)
+            for node in slow:
+                assert f"{short_id(node.id)} failed 3 times, the last time so: It sent " in str(caught.value)
+
+    play(scene())
+
+
+def test_a_slow_line_blames_nobody() -> None:
+    async def scene() -> None:
+        async with World(clock=HeldClock()) as world:
+            world.network.default_path = Path(delay_s=0.15, rate_bps=32_000)
+            data = noise(2 * CHUNK_BYTES)
+            holders = await world.holders(2, data)
+            me = await world.node(listens=False)
+            fetch = asyncio.create_task(me.fetcher.fetch(ref_of(data), [node.holder for node in holders]))
+            assert (await world.pass_time(fetch)).dropped == {}
+
+    play(scene())
+
+
+def test_what_counts_as_a_stall() -> None:
+    flight = _Flight(_Peer(b"n" * 32, ()), since=0.0, length=CHUNK_BYTES)
+    flight.took(1, 5.0)  # silence before it is the link's to judge
+    assert flight.crawls(5.0) and flight.late(5.0, None)
+    flight.took(STALL_BYTES, 14.9)
+    flight.took(1, 15.0)
+    assert not flight.crawls(15.0)
+    with pytest.raises(DeadlineExceeded, match="It sent 4095 bytes in 12 s"):
+        flight.took(STALL_BYTES - 1, 27.0)
+    eager = _Flight(_Peer(b"n" * 32, ()), since=0.0, length=CHUNK_BYTES)
+    eager.took(CHUNK_BYTES - 100_000, 0.1)
+    assert not eager.late(1.0, None)
+    for moment in (11.0, 22.0, 23.0):
+        eager.took(STALL_BYTES, moment)
+    assert eager.late(23.0, None), "what came at first does not count for ever"
+
+
 def test_a_link_that_comes_up_meanwhile_is_used() -> None:
     async def scene() -> None:
         clock = HeldClock()
@@ -473,6 +569,26 @@ def test_holders_that_all_lie_about_the_chunk_list_do_not_make_the_reference_bad
             me = await world.node(listens=False)
             with pytest.raises(FetchFailed, match="not the one its reference names"):
                 await me.fetcher.fetch(ref_of(data), [node.holder for node in holders])
+
+    play(scene())
+
+
+def test_a_holder_that_lied_and_drips_is_not_acquitted_for_ever() -> None:
+    async def scene() -> None:
+        async with World(clock=HeldClock()) as world:
+            data = noise(BIG)
+            (liar,) = await dripping(world, 1, data, ABOVE_THE_FLOOR)
+            drip = liar.instead
+            assert drip is not None
+
+            async def lie(asked: Asked, request: Request) -> Body | None:
+                return stream_of(bytes(32 * 10)) if isinstance(asked, BlobChunkList) else await drip(asked, request)
+
+            liar.instead = lie
+            me = await world.node(listens=False)
+            fetch = asyncio.create_task(me.fetcher.fetch(ref_of(data), [liar.holder]))
+            with pytest.raises(FetchFailed, match="not the one its reference names"):
+                await world.pass_time(fetch)
 
     play(scene())
 

@@ -4,12 +4,16 @@ A blob of one piece is one request to one holder; when that fails or takes long,
 first right answer counts. For a larger blob the chunk list is got in the same way, and then pieces are handed out:
 each holder works on a few at a time and takes the next when one is done, so a faster holder carries more. When none is
 left to hand out, a piece that another holder is late with is asked for a second time.
+
+Holders may be slow on purpose. One that brings next to nothing holds no place and is soon ended; where all are slow, a
+further one gets its turn now and then, and one that has nothing under way may always have one piece.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,24 +31,32 @@ from shoal.storage.partial import BadPiece, Partial, contradiction
 from shoal.storage.pieces import PieceSet, piece_bounds, piece_count
 from shoal.storage.serve import ServerBusy
 from shoal.storage.store import BlobStore
-from shoal.world import Clock, DeadlineExceeded, Dice, Endpoint, Link, LinkLost, Refused, Unreachable
+from shoal.world import Clock, DeadlineExceeded, Dice, Endpoint, Link, LinkLost, Refused, Unreachable, within
 
 HOLDERS_MAX = 64
 """Holders considered for one blob."""
 PEERS_AT_ONCE = 8
-"""Holders that a large blob is fetched from at the same time; the others take the place of those that drop out."""
+"""Holders that a large blob is fetched from at the same time, beside those that bring nothing; the others take the
+place of those that drop out."""
 PIECES_IN_FLIGHT = 16
-"""Pieces of one blob in memory at a time."""
+"""Pieces of one blob in memory at a time, beside one for each holder that has no other."""
 COPIES_MAX = 2
-"""Holders asked for the same piece at a time."""
+"""Holders asked for the same piece at a time, beside those that have nothing else under way."""
 ASKED_AT_ONCE = 3
-"""Holders asked at a time for a small blob or a chunk list."""
+"""Holders asked at a time for a small blob or a chunk list, beside those that bring nothing."""
+ASKED_MAX = 16
+"""Holders asked at a time for a small blob or a chunk list in all."""
 STRIKES_MAX = 3
 """Times a holder may stall, be lost or be out of reach in a row before it is given up for this blob."""
 BUSY_MAX = 40
 """Times a holder may be busy in a row before it is given up for this blob: three to five minutes."""
 STALL_S = 10.0
 """A holder that sends nothing for so long has stalled."""
+STALL_BYTES = 4096
+"""So has one that sends less than this in STALL_S. It is a tenth of what each of 160 streams gets that share a line of
+5 Mbit/s, so a slow line of our own blames nobody."""
+TURN_S = 30.0
+"""After so long without anything done, a further holder gets its turn. A line of 5 Mbit/s carries 16 pieces in it."""
 DIAL_S = 10.0
 """Time to reach a holder."""
 HEDGE_S = 2.0
@@ -95,6 +107,8 @@ class _Peer:
 
     node: bytes
     addresses: tuple[str, ...]
+    asked: int = 0
+    """Times it was asked for a small answer."""
     strikes: int = 0
     """Failures in a row."""
     busy: int = 0
@@ -130,14 +144,42 @@ class _Flight:
     length: int = 0
     task: asyncio.Task[None] | None = None
 
+    def __post_init__(self) -> None:
+        self._mark = self._mark_before = (self.since, 0)
+        """When a span of STALL_S began and what had come then; the span before it."""
+
+    def took(self, size: int, now: float) -> None:
+        """More has come. Raises DeadlineExceeded when it was too little over STALL_S; silence ends at the link."""
+        if not self.received:
+            self._mark = (now, 0)
+        self.received += size
+        began, had = self._mark
+        if now - began >= STALL_S:
+            if self.received - had < STALL_BYTES:
+                raise DeadlineExceeded(f"It sent {self.received - had} bytes in {now - began:.0f} s.")
+            self._mark_before, self._mark = self._mark, (now, self.received)
+
+    def left_s(self, now: float) -> float:
+        """How long the rest takes at the speed of late, which is what a holder that begins well cannot feign."""
+        began, had = self._mark_before
+        gained = self.received - had
+        return (now - began) * (self.length - self.received) / gained if gained else math.inf
+
+    def crawls(self, now: float) -> bool:
+        """Whether it brings next to nothing. It takes no place from others then, and ends if it goes on like this."""
+        began, had = self._mark_before
+        elapsed = now - began
+        return elapsed > HEDGE_S and (self.received - had) * STALL_S < STALL_BYTES * elapsed
+
     def late(self, now: float, rival_pace_s: float | None) -> bool:
         """Whether somebody else would probably be done before: nothing has come for long, or at the speed so far the
         rest takes longer than twice a piece from the rival. Where all are slow because our own line is, nobody is."""
         elapsed = now - self.since
         if self.received == 0:
             return elapsed > (HEDGE_S if self.peer.pace_s is None else max(TICK_S, 2 * self.peer.pace_s))
-        left = elapsed * (self.length - self.received) / self.received
-        return left > (STALL_S if rival_pace_s is None else 2 * rival_pace_s + TICK_S)
+        if rival_pace_s is None:
+            return elapsed > TURN_S or self.left_s(now) > STALL_S
+        return self.left_s(now) > 2 * rival_pace_s + TICK_S
 
 
 class Download:
@@ -160,6 +202,8 @@ class Download:
         self._pending: deque[int] = deque()
         self._got = PieceSet(0)
         self._changed = asyncio.Event()
+        self._moved_at = 0.0
+        """When a piece came or a further holder was asked for the last time."""
         self._failure: BaseException | None = None
         self._task: asyncio.Task[FetchReport] | None = None
 
@@ -373,7 +417,7 @@ class Download:
         async with link.stream(kind, body, stall_s=STALL_S, max_bytes=length) as parts:
             async for part in parts:
                 data += part
-                flight.received = len(data)
+                flight.took(len(part), self._clock.monotonic())
         if len(data) != length:
             raise BadPiece(f"{len(data)} bytes where {length} were asked for")
         return data
@@ -397,16 +441,22 @@ class Download:
                 idle = [peer for peer in left if now >= peer.rests_until]
                 if not running and not left:
                     raise self._failed(format_bytes(self.ref.size))
-                if idle and len(running) < ASKED_AT_ONCE and all(it.late(now, None) for it in running.values()):
-                    peer = min(idle, key=lambda peer: peer.strikes + peer.busy)
-                    peer.running = True
-                    flight = _Flight(peer, now)
-                    running[asyncio.create_task(self._attempt(attempt, flight))] = flight
+                if idle and all(it.late(now, None) for it in running.values()):
+                    placed = [task for task, it in running.items() if not it.crawls(now)]
+                    if len(placed) < ASKED_AT_ONCE and len(running) < ASKED_MAX:
+                        peer = min(idle, key=lambda peer: peer.asked)
+                        peer.asked += 1
+                        peer.running = True
+                        flight = _Flight(peer, now)
+                        running[asyncio.create_task(self._attempt(attempt, flight))] = flight
+                    elif placed and now - max(it.since for it in running.values()) > TURN_S:
+                        max(placed, key=lambda task: running[task].left_s(now)).cancel()  # the next one's turn
                 await self._wait(running, changed)
                 for task in [task for task in running if task.done()]:
                     running.pop(task).peer.running = False
                     with contextlib.suppress(_Trouble):
-                        return task.result()
+                        if not task.cancelled():
+                            return task.result()
         finally:
             for flight in running.values():
                 flight.peer.running = False
@@ -456,13 +506,14 @@ class Download:
         """Every holder's chunk list differed from the reference's: they lie, or the reference does.
 
         One that delivers bytes with the right hash holds the blob, whatever `chunks` says, so the reference is wrong.
-        Nothing is kept; this costs the blob's size once, where the fetch has failed anyway.
+        Nothing is kept; this costs the blob's size once, where the fetch has failed anyway, and at most TURN_S a piece.
         """
         whole = blake3()
-        with contextlib.suppress(_Trouble, BadPiece):
+        with contextlib.suppress(_Trouble, BadPiece, TimeoutError):
             for index in range(piece_count(self.ref.size)):
                 with self._blame(peer):
-                    await asyncio.to_thread(whole.update, await self._read(_Flight(peer, 0.0), index))
+                    read = self._read(_Flight(peer, self._clock.monotonic()), index)
+                    await asyncio.to_thread(whole.update, await within(self._clock, TURN_S, read))
             if whole.digest() == self.ref.hash:
                 raise contradiction(self.ref, f"{short_id(peer.node)} holds the bytes of `hash`")
 
@@ -482,8 +533,9 @@ class Download:
                 if self._failure is not None:
                     raise self._failure
                 idle = [p for p in self._peers.values() if p.dropped is None and not p.running]
-                for peer in idle[: PEERS_AT_ONCE - len(workers)]:
+                for peer in idle[: self._free_places() if idle else 0]:
                     peer.running = True
+                    self._moved_at = self._clock.monotonic()
                     workers.add(asyncio.create_task(self._work(peer, partial)))
                 if not workers:
                     done = format_bytes(self._done_bytes)
@@ -494,6 +546,17 @@ class Download:
                     worker.result()
         finally:
             await _cancel([*workers, ticker])
+
+    def _free_places(self) -> int:
+        """How many holders may be asked beside those at work. One that is in trouble, or whose flights all crawl, holds
+        no place; and when nothing was done for a turn, there is one more."""
+        now = self._clock.monotonic()
+        flights = [flight for flights in self._flights.values() for flight in flights]
+        moving = {flight.peer.node for flight in flights if not flight.crawls(now)}
+        stuck = {flight.peer.node for flight in flights} - moving
+        at_work = [p for p in self._peers.values() if p.running and not p.strikes and not p.busy]
+        free = PEERS_AT_ONCE - sum(1 for peer in at_work if peer.node not in stuck)
+        return max(free, 1 if now - self._moved_at > TURN_S else 0)
 
     async def _tick(self) -> None:
         while True:
@@ -507,7 +570,7 @@ class Download:
             while peer.dropped is None and not self._got.complete:
                 changed = self._changed
                 while len(flying) < peer.lanes:
-                    index = self._choose(peer)
+                    index = self._choose(peer, first=not flying)
                     if index is None:
                         break
                     flying.add(self._take_off(peer, index, partial))
@@ -518,17 +581,19 @@ class Download:
             await _cancel(flying)
             self._pulse()
 
-    def _choose(self, peer: _Peer) -> int | None:
-        """The next piece to ask this holder for: one that nobody is asked for, else one that somebody is late with."""
+    def _choose(self, peer: _Peer, first: bool) -> int | None:
+        """The next piece to ask this holder for: one that nobody is asked for, else one that all who are asked are late
+        with. `first`: nothing is asked of it yet, so it may have a piece however many the others hold up."""
         now = self._clock.monotonic()
-        if now < peer.rests_until:
+        if now < peer.rests_until or not (first or sum(map(len, self._flights.values())) < PIECES_IN_FLIGHT):
             return None
         if self._pending:
-            return self._pending.popleft() if len(self._flights) < PIECES_IN_FLIGHT else None
+            return self._pending.popleft()
         late = [
             (flights[0].since, index)
             for index, flights in self._flights.items()
-            if len(flights) < COPIES_MAX and flights[0].peer is not peer and flights[0].late(now, peer.pace_s)
+            if (first or len(flights) < COPIES_MAX)
+            and all(flight.peer is not peer and flight.late(now, peer.pace_s) for flight in flights)
         ]
         return min(late)[1] if late else None
 
@@ -569,6 +634,7 @@ class Download:
                 other.task.cancel()
         if index not in self._got:
             self._got.add(index)
+            self._moved_at = self._clock.monotonic()
             peer.bytes += len(data)
             self._advance(len(data))
 
