@@ -23,6 +23,7 @@ from shoal.storage import (
     UnknownBlob,
 )
 from shoal.storage.download import COPIES_MAX, HEDGE_S, HOLDERS_MAX, PIECES_IN_FLIGHT, STALL_BYTES, _Flight, _Peer
+from shoal.storage.fetch import DOWNLOADS_AT_ONCE, SLOW_AT_ONCE, SMALL_AT_ONCE
 from shoal.storage.serve import READ_MAX_BYTES, READS_IN_ALL, READS_PER_PEER
 from shoal.transport.memory import Path
 from shoal.world import Body, DeadlineExceeded, FaultyDisk, HeldClock, MemoryDisk, Refused, Request
@@ -389,6 +390,32 @@ def test_a_slow_line_blames_nobody() -> None:
             me = await world.node(listens=False)
             fetch = asyncio.create_task(me.fetcher.fetch(ref_of(data), [node.holder for node in holders]))
             assert (await world.pass_time(fetch)).dropped == {}
+
+    play(scene())
+
+
+@pytest.mark.parametrize(("size", "count"), [(500_000, SMALL_AT_ONCE), (2 * CHUNK_BYTES, DOWNLOADS_AT_ONCE)])
+def test_blobs_that_drip_hold_no_place(size: int, count: int) -> None:
+    async def scene() -> None:
+        async with World(clock=HeldClock()) as world:
+            me = await world.node(listens=False, capacity_bytes=1 << 30)
+            dripped = []
+            for seed in range(count):
+                data = noise(size, seed)
+                (slow,) = await dripping(world, 1, data, ABOVE_THE_FLOOR)
+                dripped.append(asyncio.create_task(me.fetcher.fetch(ref_of(data), [slow.holder])))
+                await until(lambda slow=slow: any(isinstance(asked, BlobRead) for asked in slow.asked))
+            data = noise(size, count)
+            (honest,) = await world.holders(1, data)
+            fetch = asyncio.create_task(me.fetcher.fetch(ref_of(data), [honest.holder]))
+            await world.pass_time(asyncio.create_task(until(lambda: honest.asked)))
+            await fetch  # which needs no time
+            assert not any(task.done() for task in dripped)
+            for task in dripped:
+                task.cancel()
+            await asyncio.wait(dripped)
+            places = me.fetcher._small if size <= CHUNK_BYTES else me.fetcher._large
+            assert (places._value, me.fetcher._aside._value) == (count, SLOW_AT_ONCE), "all were given back"
 
     play(scene())
 

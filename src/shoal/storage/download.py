@@ -55,6 +55,9 @@ STALL_S = 10.0
 STALL_BYTES = 4096
 """So has one that sends less than this in STALL_S. It is a tenth of what each of 160 streams gets that share a line of
 5 Mbit/s, so a slow line of our own blames nobody."""
+SLOW_BYTES = 10 * STALL_BYTES
+"""A blob of which less than this comes in STALL_S takes no place from other downloads. Of a line of 5 Mbit/s, each of
+the eight large ones gets nearly twenty times as much."""
 TURN_S = 30.0
 """After so long without anything done, a further holder gets its turn. A line of 5 Mbit/s carries 16 pieces in it."""
 DIAL_S = 10.0
@@ -196,6 +199,8 @@ class Download:
         self._peers: dict[bytes, _Peer] = {}
         self._listeners: list[Progress] = []
         self._waiting = 0
+        self._received = 0
+        """Bytes that holders have sent, verified or not."""
         self._done_bytes = 0
         self._resumed_bytes = 0
         self._flights: dict[int, list[_Flight]] = {}
@@ -209,10 +214,28 @@ class Download:
 
     # Those who wait for it
 
-    def start(self, places: asyncio.Semaphore, ended: Callable[[], object]) -> None:
+    def start(self, places: asyncio.Semaphore, aside: asyncio.Semaphore, ended: Callable[[], object]) -> None:
+        """Begin once there is a place; the place is left for one `aside` when the blob comes too slowly."""
+        held = places
+
+        async def make_way() -> None:
+            nonlocal held
+            before = -SLOW_BYTES
+            while self._received - before >= SLOW_BYTES or aside.locked():
+                before = self._received
+                await self._clock.sleep(STALL_S)
+            await aside.acquire()  # free: returns at once
+            places.release()
+            held = aside
+
         async def run() -> FetchReport:
-            async with places:
+            await places.acquire()
+            way = asyncio.create_task(make_way())
+            try:
                 return await self._run()
+            finally:
+                way.cancel()
+                held.release()
 
         def end(task: asyncio.Task[FetchReport]) -> None:
             ended()
@@ -417,6 +440,7 @@ class Download:
         async with link.stream(kind, body, stall_s=STALL_S, max_bytes=length) as parts:
             async for part in parts:
                 data += part
+                self._received += len(part)
                 flight.took(len(part), self._clock.monotonic())
         if len(data) != length:
             raise BadPiece(f"{len(data)} bytes where {length} were asked for")

@@ -18,6 +18,9 @@ DOWNLOADS_AT_ONCE = 8
 SMALL_AT_ONCE = 32
 """Blobs of one piece under way at a time; they have places of their own, so that large ones do not hold them up."""
 
+SLOW_AT_ONCE = 32
+"""Blobs that came too slowly to keep their place, and go on beside the others."""
+
 
 class Fetcher:
     """Gets blobs from their holders into `store`. One per endpoint; close it before the endpoint.
@@ -34,6 +37,7 @@ class Fetcher:
         self._downloads: dict[bytes, Download] = {}
         self._large = asyncio.Semaphore(DOWNLOADS_AT_ONCE)
         self._small = asyncio.Semaphore(SMALL_AT_ONCE)
+        self._aside = asyncio.Semaphore(SLOW_AT_ONCE)
         endpoint.on_link(self._link_up)
 
     async def fetch(
@@ -64,7 +68,7 @@ class Fetcher:
             if download is None:
                 download = self._downloads[ref.hash] = Download(ref, self.endpoint, self.store, self.clock, self.dice)
                 places = self._small if piece_count(ref.size) <= 1 else self._large
-                download.start(places, lambda: self._downloads.pop(ref.hash, None))
+                download.start(places, self._aside, lambda: self._downloads.pop(ref.hash, None))
             if not download.cancelled and (download.ref.size, download.ref.chunks) == (ref.size, ref.chunks):
                 return await download.join(holders, progress)
             # It is stopping, or its reference gives the same hash another size: at most one of the two is right.
