@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import struct
@@ -157,6 +158,15 @@ def test_a_pipe_is_no_data_file(tmp_path: Path) -> None:
         os.mkfifo(tmp_path / name)
         with pytest.raises(BadData, match=f"{name} is not a plain file"):
             prepare(tmp_path, tmp_path / name)
+
+
+def test_a_full_disk_under_the_shards_is_told_from_other_failures(tmp_path: Path) -> None:
+    (tmp_path / "long.txt").write_text(some_text(20_000))
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "train-00000.tokens").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left") as caught:
+        prepare(tmp_path, tmp_path / "long.txt")
+    assert caught.value.errno == errno.ENOSPC
 
 
 def test_missing_data_and_too_little_of_it_are_sentences(tmp_path: Path) -> None:

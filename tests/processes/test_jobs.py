@@ -6,6 +6,7 @@ One shoal serves most of them: two hubs, two nodes that listen and one that does
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import shutil
@@ -54,6 +55,7 @@ from shoal.sdk import train as train_module
 from shoal.sdk.local import LocalProcess, LocalProcessFailed, LocalShoal
 from shoal.sdk.replay import replay_round
 from shoal.sdk.train import NothingToResume, plan, train
+from shoal.storage import StorageFull
 from shoal.transport import TlsEndpoint
 from shoal.verification.replay import Outcome
 from shoal.world import SystemClock, SystemDice
@@ -389,6 +391,18 @@ def test_a_killed_driver_goes_on_in_a_new_term(world: World, tmp_path: Path) -> 
         return after
 
     world.run(story())
+
+
+@pytest.mark.parametrize("full", [OSError(errno.ENOSPC, "No space left"), StorageFull("The disk is full.")])
+def test_a_disk_that_is_full_before_a_job_began_is_named(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: Exception
+) -> None:
+    def prepare(*_: object) -> None:
+        raise full
+
+    monkeypatch.setattr(train_module, "prepare", prepare)
+    with pytest.raises(FolderWriteFailed, match=rf"no room left .* {tmp_path / 'run'}; make room, then begin again"):
+        world.run(run_job(world.shoal, tmp_path))
 
 
 def test_a_run_that_is_killed_as_it_begins_can_be_resumed(

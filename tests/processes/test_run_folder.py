@@ -23,6 +23,7 @@ from shoal.driver.folder import (
     FolderUnreadable,
     FolderWriteFailed,
     RunFolder,
+    saying_room,
 )
 from shoal.driver.lines import Event, EventKind, RoundMetrics
 from shoal.driver.report import Figures, RoundChoice
@@ -42,6 +43,7 @@ from shoal.protocol.training import (
     RoundSettings,
     TrainJob,
 )
+from shoal.storage import StorageFull
 from shoal.world import DirectoryDisk, FaultyDisk
 
 KEY = KeyPair.from_seed(bytes(32))
@@ -372,6 +374,19 @@ def test_a_full_disk_is_said_and_costs_nothing_that_was_kept(failing: RunFolder,
         assert [body.round for _, body in folder.opened(Commit)] == [0, 1]
         assert folder.cut_bytes == 0
         assert [one.round for one in folder.notes(RoundMetrics)] == [0, 1]
+
+
+def test_a_full_disk_beneath_a_run_names_its_folder_and_what_to_do_then(run: Path) -> None:
+    full, other = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), OSError(errno.EACCES, os.strerror(errno.EACCES))
+    for begins, then in ((False, "begin again"), (True, "use --resume")):
+        if begins:
+            begun(run).close()
+        for error in (full, StorageFull("4.0 KiB were asked for.")):
+            said = f"no room left .* {run}; make room, then {then}"
+            with pytest.raises(FolderWriteFailed, match=said), saying_room(run):
+                raise error
+    with pytest.raises(PermissionError), saying_room(run):
+        raise other
 
 
 def test_after_a_failed_sync_nothing_more_is_promised(failing: RunFolder, fault: Fault) -> None:

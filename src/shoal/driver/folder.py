@@ -47,6 +47,7 @@ from shoal.errors import BadRecord, JobError, StorageError
 from shoal.identity import ENVELOPE_OVERHEAD_BYTES, Envelope, blake3_hash
 from shoal.protocol.messages import Record, open_record
 from shoal.protocol.training import TrainJob
+from shoal.storage import StorageFull
 from shoal.world import DirectoryDisk, Disk, DiskLock
 
 RECORD_BODY_MAX_BYTES = 1 << 20
@@ -632,8 +633,28 @@ def _settle_replaced(path: Path, disk: Disk) -> None:
 
 def _write_failure(path: Path, error: OSError) -> FolderWriteFailed:
     if error.errno in _NO_ROOM:
-        return FolderWriteFailed(f"There is no room left on the disk under {path}; make room, then use --resume.")
+        return FolderWriteFailed(f"There is no room left on the disk under {path}; make room, then {_go_on(path)}.")
     return FolderWriteFailed(f"{path} cannot be written: {error.strerror}.")
+
+
+def _go_on(path: Path) -> str:
+    return "use --resume" if (path / "job.record").exists() else "begin again"
+
+
+@contextlib.contextmanager
+def saying_room(path: Path) -> Iterator[None]:
+    """Of a full disk, whichever file beneath a run folder met it, it is said which folder needs room and what to do
+    then. Raises FolderWriteFailed."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _NO_ROOM:
+            raise _write_failure(path, error) from error
+        raise
+    except StorageFull as error:
+        raise FolderWriteFailed(
+            f"There is no room left for the blobs of {path}; make room, then {_go_on(path)}. {error.sentence}"
+        ) from error
 
 
 @contextlib.contextmanager

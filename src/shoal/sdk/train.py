@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 
 from shoal.driver.audit import Auditor
-from shoal.driver.folder import RunFolder
+from shoal.driver.folder import RunFolder, saying_room
 from shoal.driver.gang import LinkedNode, fastest_float32, find_gang, link_to_former
 from shoal.driver.lines import AuditLine, AuditVerdict, Evaluation, Event
 from shoal.driver.report import (
@@ -124,7 +124,7 @@ class Plan:
 
 async def train(job_file: JobFile, yaml: bytes, options: TrainOptions, folder: RunFolder | None = None) -> Report:
     """Run a job in a new folder, or in one that was just created. Raises ShoalError when it cannot start."""
-    with folder or RunFolder.create(options.folder, replace=options.replace) as folder:
+    with folder or RunFolder.create(options.folder, replace=options.replace) as folder, saying_room(folder.path):
         async with _Session(folder, options, load_or_create_key(folder.path / DRIVER_KEY)) as session:
             prepared, gang, length = await session.plan(job_file)
             job = session.sign_job(job_file, prepared, length, gang)
@@ -137,7 +137,7 @@ async def train(job_file: JobFile, yaml: bytes, options: TrainOptions, folder: R
 
 async def plan(job_file: JobFile, options: TrainOptions, scratch: Path) -> Plan:
     """What `train` would do: reads the data and asks the hubs, starts nothing. `scratch` is an empty directory."""
-    with RunFolder.create(scratch) as folder:
+    with RunFolder.create(scratch) as folder, saying_room(scratch):
         async with _Session(folder, options, KeyPair.generate()) as session:
             prepared, gang, length = await session.plan(job_file, waiting=False)
             rounds = job_file.rounds.resolved(length.inner_steps)
@@ -162,7 +162,7 @@ async def plan(job_file: JobFile, options: TrainOptions, scratch: Path) -> Plan:
 
 async def resume(job_file: JobFile, options: TrainOptions) -> Report:
     """Go on with the job in a folder, in a new term, from its newest Commit."""
-    with RunFolder.open(options.folder) as folder:
+    with RunFolder.open(options.folder) as folder, saying_room(folder.path):
         written = folder.read("report.json", Report)
         if written is not None and written.tokens_accepted >= folder.train_job().token_budget:
             write_missing_page(folder, written)
@@ -530,12 +530,18 @@ class _Session:
         if self.script is not None:
             return
         self.engine = await EngineProcess.start("the driver")
-        path = self.folder.path / "data" / "state.now"
-        await asyncio.to_thread(state.write, path)
+        path = await self._write_now(state)
         shards = tuple(
             ShardFile(str(self.store.path(shard.blob.hash)), shard.sequences) for shard in self.job.data.shards
         )
         await self.engine.prepare(Prepare(job=self.job, state=str(path), shards=shards, dtype="float32", measure=False))
+
+    async def _write_now(self, state: SharedState) -> Path:
+        """The file in which the engine finds a state."""
+        path = self.folder.data / "state.now"
+        with saying_room(self.folder.path):
+            await asyncio.to_thread(state.write, path)
+        return path
 
     def _committed(
         self,
@@ -597,9 +603,7 @@ class _Session:
         async with self._measuring:
             await self._starting_engine
             assert self.engine is not None
-            path = self.folder.path / "data" / "state.now"
-            await asyncio.to_thread(state.write, path)
-            held = await self.engine.load_state(path)
+            held = await self.engine.load_state(await self._write_now(state))
             done = await self.engine.evaluate(
                 Evaluate(state=held.state, shards=self._held_out(), samples_max=HELD_OUT_SAMPLES)
             )
@@ -666,9 +670,7 @@ class _Session:
             await asyncio.to_thread(parameters.write, self.folder.model / "model.safetensors")
             return None
         assert self.engine is not None
-        path = self.folder.path / "data" / "state.now"
-        await asyncio.to_thread(state.write, path)
-        held = await self.engine.load_state(path)
+        held = await self.engine.load_state(await self._write_now(state))
         completion = None
         tokenizer = self.private.tokenizer
         if self.options.prompt is not None:

@@ -198,7 +198,7 @@ class _ShardWriter:
     def _write(self, sequences: int) -> None:
         everything = np.concatenate(self._parts)
         path = self._directory / f"{self._name}-{len(self._shards):05d}.tokens"
-        everything[: sequences * self._sequence + 1].astype(self._dtype).tofile(path)
+        path.write_bytes(everything[: sequences * self._sequence + 1].astype(self._dtype).data)  # tofile has no errno
         self._shards.append(ShardFile(str(path), sequences))
         self._parts = [everything[sequences * self._sequence :]]
         self._held = self._parts[0].size
