@@ -44,7 +44,10 @@ from shoal.quantities import (
 
 DOCUMENT_MAX_BYTES = 256 * 1024
 DEPTH_MAX = 8
-LIST_MAX = 4096
+LIST_MAX = 1024
+"""Entries of a list."""
+SHOWN_CHARACTERS = 60
+"""How much of a text a sentence repeats."""
 
 
 class BadDocument(BadInput):
@@ -427,10 +430,10 @@ class _Reader:
             if len(nodes) > LIST_MAX:
                 raise BadValue(f"{self.name} line {_line(node)}: {field.path} has {len(nodes)} entries; at most "
                                f"{LIST_MAX} may stand here.")  # fmt: skip
-            return self._checked(tuple(self._scalar(part, field, [element]) for part in nodes), node, field)
+            return tuple(self._checked(self._scalar(part, field, [element]), part, field, element) for part in nodes)
         if isinstance(node, yaml.ScalarNode) and not node.style and node.value in _NULLS and _takes_none(field.kind):
             return None
-        return self._checked(self._scalar(node, field, options), node, field)
+        return self._checked(self._scalar(node, field, options), node, field, field.kind)
 
     def _scalar(self, node: yaml.Node, field: Field, options: list[Any]) -> Any:
         if not isinstance(node, yaml.ScalarNode):
@@ -446,14 +449,17 @@ class _Reader:
                 raise BadValue(f"{self.name} line {_line(node)}: {field.path}: {error}") from error
             if value is not None:
                 return value
-        raise self._bad(node, field, repr(text) if len(text) <= 60 else repr(text[:57] + "..."))
+        raise self._bad(node, field, repr(text) if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]!r}...")
 
-    def _checked(self, value: Any, node: yaml.Node, field: Field) -> Any:
+    def _checked(self, value: Any, node: yaml.Node, field: Field, kind: Any) -> Any:
         try:
-            return msgspec.convert(value, field.kind, strict=True)
+            return msgspec.convert(value, kind, strict=True)
         except msgspec.ValidationError as error:
-            found = "this" if isinstance(value, tuple) else _QUANTITIES[field.quantity][1](value) if (
-                field.quantity and not isinstance(value, str)) else repr(value)  # fmt: skip
+            if isinstance(value, str):
+                long = f"one of {len(value)} characters"
+                found = "an empty one" if not value else repr(value) if len(value) <= SHOWN_CHARACTERS else long
+            else:
+                found = _QUANTITIES[field.quantity][1](value) if field.quantity else repr(value)
             raise self._bad(node, field, found) from error
 
     def _bad(self, node: yaml.Node, field: Field, found: str) -> BadValue:

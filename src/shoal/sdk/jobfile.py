@@ -27,9 +27,8 @@ from shoal.protocol.training import (
     RoundSettings,
 )
 from shoal.sdk import documents
-from shoal.sdk.documents import DOCUMENT_MAX_BYTES, BadDocument, BadValue, Document
+from shoal.sdk.documents import DOCUMENT_MAX_BYTES, LIST_MAX, BadDocument, BadValue, Document
 
-PATHS_MAX = 1024
 PathText = Annotated[str, Meta(min_length=1, max_length=4096)]
 
 
@@ -68,7 +67,7 @@ class ModelSection(_Section, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 class DataSection(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What it is trained on; a script has data of its own."""
 
-    paths: Annotated[tuple[PathText, ...], Meta(max_length=PATHS_MAX)] = ()
+    paths: Annotated[tuple[PathText, ...], Meta(max_length=LIST_MAX)] = ()
     """Files, directories or patterns such as `books/*.txt`; relative ones start at the job file's directory. Needed
     unless there is a script."""
     format: Literal["auto", "text", "jsonl", "parquet"] = "auto"
