@@ -77,6 +77,7 @@ MISTAKES = [
     pytest.param(["hub", "--name", "a b"], "SH-114", "a b", id="no name"),
     pytest.param(["train"], "SH-103", "shoal train job.yaml", id="no job file"),
     pytest.param(["train", "gone.yaml"], "SH-120", "gone.yaml", id="a job file that is not there"),
+    pytest.param(["train", "x" * 300], "SH-120", "too long", id="a job file with too long a name"),
     pytest.param(["train", "."], "SH-120", "directory", id="a job file that is a directory"),
     pytest.param(["train", ".", "--resume"], "SH-105", "no run", id="nothing to resume"),
     pytest.param(["report", "gone"], "SH-105", "gone is not there", id="a run that is not there"),

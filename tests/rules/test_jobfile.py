@@ -161,6 +161,7 @@ def test_a_checkpoint_brings_its_own_tokenizer(folder: Path) -> None:
         ("data:\n  paths:\n  - words.txt\n  - ''\n", "SH-122", "a list of such, not an empty one."),
         (f"data: {{paths: [{'words.txt, ' * 1100}]}}\n", "SH-122", "line 1: data.paths has 1100 entries; at most 1024"),
         (f"data:\n  paths: {'x' * 5000}\n", "SH-122", "a list of such, not one of 5000 characters."),
+        (f"data:\n  paths: {'x' * 300}\n", "SH-124", "line 2: data.paths leads nowhere: File name too long"),
         ("name: x\n", "SH-122", "data.paths is missing"),
         ("data:\n", "SH-122", "data.paths is missing"),
         ("", "SH-120", "is empty"),

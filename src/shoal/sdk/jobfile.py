@@ -147,9 +147,9 @@ def load_job(path: Path) -> JobFile:
 
 def read_job_bytes(path: Path) -> bytes:
     """A job file's bytes, for `parse_job` and the run folder. Raises BadDocument."""
-    if path.is_dir():
-        raise BadDocument(f"{path} is a directory, not a job file; to go on with a run add --resume.")
     try:
+        if path.is_dir():
+            raise BadDocument(f"{path} is a directory, not a job file; to go on with a run add --resume.")
         with path.open("rb") as file:
             text = file.read(DOCUMENT_MAX_BYTES + 1)
     except OSError as error:
@@ -259,12 +259,15 @@ def _existing(document: Document[JobFile], field: str, text: str, directory: Pat
         path = directory / Path(text).expanduser()
     except RuntimeError as error:  # ~nobody
         raise MissingPath(f"{document.at(field)}: {text!r} leads to no home directory.") from error
-    if path.is_file():
-        if path.stat().st_size == 0:
-            raise MissingPath(f"{document.at(field)}: {path} is empty (0 bytes).")
-    elif not path.exists():
-        if not pattern or not glob.has_magic(text):
-            raise MissingPath(f"{document.at(field)}: there is no {path}.")
-        if next(glob.iglob(str(path), recursive=True), None) is None:  # noqa: PTH207 (an absolute pattern)
-            raise MissingPath(f"{document.at(field)}: no file fits {path}.")
+    try:
+        if path.is_file():
+            if path.stat().st_size == 0:
+                raise MissingPath(f"{document.at(field)}: {path} is empty (0 bytes).")
+        elif not path.exists():
+            if not pattern or not glob.has_magic(text):
+                raise MissingPath(f"{document.at(field)}: there is no {path}.")
+            if next(glob.iglob(str(path), recursive=True), None) is None:  # noqa: PTH207 (an absolute pattern)
+                raise MissingPath(f"{document.at(field)}: no file fits {path}.")
+    except OSError as error:  # a name that is too long, a directory that may not be looked into
+        raise MissingPath(f"{document.at(field)} leads nowhere: {error.strerror} ({path}).") from error
     return str(path)
