@@ -66,7 +66,7 @@ class Story:
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
-        self.owner = KeyPair.from_seed(bytes([200]) * 32)
+        self.owner, self.heir = (KeyPair.from_seed(bytes([number]) * 32) for number in (200, 201))
         self.keys = [KeyPair.from_seed(bytes([place + 1]) * 32) for place in range(len(self.names))]
         job = TrainJob(
             name="quickstart",
@@ -109,7 +109,8 @@ class Story:
 
     def _tell(self) -> None:
         job_id = self.job.record_id
-        grant = self.put(self.owner, Grant(job=job_id, drivers=(self.owner.node_id,), not_after_ms=1_800_000_000_000))
+        drivers = (self.owner.node_id, self.heir.node_id)
+        grant = self.put(self.owner, Grant(job=job_id, drivers=drivers, not_after_ms=1_800_000_000_000))
         self.put(self.owner, Term(job=job_id, number=1, grant=grant, head=job_id, head_round=-1))
         members = {place: self.join(place) for place in range(len(self.names)) if place != self.late}
         now, total, previous = 6.0, 0, job_id

@@ -11,6 +11,7 @@ import math
 import os
 import re
 from collections import Counter
+from collections.abc import Mapping
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 from report_story import Story, blob
 
 from shoal.driver.account import ReportImpossible, RunContents, read_contents
+from shoal.driver.chain import read_record
 from shoal.driver.folder import FolderWriteFailed, RunFolder
 from shoal.driver.lines import AuditVerdict, EventKind, Lane, LaneSegment
 from shoal.driver.report import (
@@ -39,10 +41,11 @@ from shoal.driver.report import (
     thin_lane,
 )
 from shoal.driver.report_page import group_exclusions, nice_ticks, render_page, time_ticks
+from shoal.driver.signers import ForgedRecord
 from shoal.driver.write_report import write_missing_page, write_report
 from shoal.identity import KeyPair, blake3_hash
-from shoal.protocol.messages import open_record, sign
-from shoal.protocol.training import Accepted, Commit, Contribution, Term
+from shoal.protocol.messages import Record, open_record, record_id_of, sign
+from shoal.protocol.training import Accepted, Assignment, Commit, Contribution, Grant, Member, Term
 from shoal.world import DirectoryDisk, FaultyDisk, MemoryDisk
 
 PROMISED = {"held_out_loss", "untrained_loss", "unigram_loss", "tokens_accepted", "rounds", "wall_s"}
@@ -147,7 +150,7 @@ def test_what_no_later_term_took_up_is_not_counted(tmp_path: Path) -> None:
     story = Story(rounds=9, killed=None, late=None, liar=None)
     commits = [(place, one) for place, (one, _) in enumerate(story.records) if one.kind == Commit.KIND]
     old = open_record(commits[8][1], Commit)
-    heir = story.keys[0]
+    heir = story.heir
     members = [one for one, _ in story.records if one.kind == "train.member"]
     grant = next(one for one, _ in story.records if one.kind == "train.grant")
     head = commits[7][1].record_id
@@ -194,6 +197,63 @@ def test_a_contribution_that_its_member_did_not_sign_is_not_believed(tmp_path: P
     story.records[commit_place] = (sign(story.owner, msgspec.structs.replace(body, accepted=accepted)), True)
     with pytest.raises(ReportImpossible, match="did not sign"):
         contents_of(story, tmp_path)
+
+
+STRANGER = KeyPair.from_seed(bytes([98]) * 32)
+
+
+def forgeries(story: Story) -> Mapping[str, list[Record]]:
+    """What a stranger may add to a folder that passed through its hands, to shift work or blame."""
+    newest = {one.kind: one for one, _ in story.records}
+    grant, contribution = open_record(newest[Grant.KIND], Grant), open_record(newest[Contribution.KIND], Contribution)
+    member = open_record(next(one for one, _ in story.records if one.record_id == contribution.member), Member)
+    commit = open_record(newest[Commit.KIND], Commit)
+    term = Term(job=story.job.record_id, number=2, grant=newest[Grant.KIND].record_id, head=bytes(32), head_round=0)
+    later = msgspec.structs.replace(commit, term=7, tokens_total=commit.tokens_total + 10**9)
+    again = msgspec.structs.replace(member, session=bytes([9]) * 16)
+    own_grant = msgspec.structs.replace(grant, drivers=(STRANGER.node_id,), serial=2)
+    return {
+        "Contribution of round": [msgspec.structs.replace(contribution, term=2, loss_last=9.0)],
+        "Member": [again, msgspec.structs.replace(contribution, member=record_id_of(again, STRANGER.node_id))],
+        "Commit of round": [later],
+        "Assignment of round": [msgspec.structs.replace(open_record(newest[Assignment.KIND], Assignment), term=2)],
+        "Term 2": [term, msgspec.structs.replace(later, term=2)],
+        "Grant": [
+            own_grant,
+            msgspec.structs.replace(term, grant=record_id_of(own_grant, STRANGER.node_id)),
+            msgspec.structs.replace(later, term=2),
+        ],
+    }
+
+
+FORGED = ("Contribution of round", "Member", "Commit of round", "Assignment of round", "Term 2", "Grant")
+
+
+@pytest.mark.parametrize("what", FORGED)
+def test_a_record_that_a_stranger_wrote_into_the_folder_is_named_and_blames_nobody(tmp_path: Path, what: str) -> None:
+    story = Story(rounds=4, killed=None, late=None, liar=None)
+    for record in forgeries(story)[what]:
+        story.put(STRANGER, record, durable=True)
+    said = rf"The {what}.*is forged: {STRANGER.node_id.hex()[:8]} signed it"
+    with RunFolder.create(tmp_path, disk=MemoryDisk()) as folder:
+        story.write(folder)
+        with pytest.raises(ForgedRecord, match=said):
+            read_record(folder)
+        if what in ("Contribution of round", "Assignment of round"):  # no Commit names it, so nothing of it is counted
+            assert read_contents(folder).tokens_total == story.total
+        else:
+            with pytest.raises(ForgedRecord, match=said):
+                read_contents(folder)
+
+
+def test_a_record_of_another_job_does_not_count(tmp_path: Path) -> None:
+    story, other = (Story(rounds=1, killed=None, late=None, liar=None, seed=seed) for seed in (1, 2))
+    story.records.append(other.records[-1])
+    with RunFolder.create(tmp_path, disk=MemoryDisk()) as folder:
+        story.write(folder)
+        for read in (read_record, read_contents):
+            with pytest.raises(ForgedRecord, match="Commit of round 0 in the folder.*belongs to another job"):
+                read(folder)
 
 
 def test_work_that_is_counted_twice_is_not_believed(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@
     audit         replays contributions while the job runs; `replay` is how one is replayed, at any time
     takeover      a driver that died starts again from the chain of Commits, in a new term
     folder        the run folder: every signed record, lines of metrics, lanes and events; survives a kill
+    signers       whose word each record in a folder has to be: owner, driver of a term, node of a member
     account, report, report_page   who did what, as numbers and as one page that needs no network
 
 Invariants. A Commit is on disk before anyone hears of it. What is in a report follows from the folder alone. The driver

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 
 from shoal.driver.folder import RunFolder
 from shoal.driver.lines import AuditLine, Evaluation, Event, LaneSegment, RoundMetrics
+from shoal.driver.signers import Signers
 from shoal.errors import JobError
 from shoal.identity import Envelope
 from shoal.protocol.messages import open_record
-from shoal.protocol.training import Commit, Contribution, Member, Term, TrainJob
+from shoal.protocol.training import Commit, Contribution, Grant, Member, Term, TrainJob
 
 
 class ReportImpossible(JobError):
@@ -55,12 +56,12 @@ class RunContents:
 
 
 def read_contents(folder: RunFolder) -> RunContents:
-    """Everything a report needs from a folder. Members, Terms and Commits are verified, and so is every Contribution
-    that a Commit of the chain names. Raises BadRecord, FolderDamaged, ReportImpossible."""
+    """Everything a report needs from a folder. Grants, Terms, Members and Commits are verified, and so is every
+    Contribution that a Commit of the chain names. Raises BadRecord, FolderDamaged, ForgedRecord, ReportImpossible."""
     job = folder.train_job()
     metrics = tuple(folder.notes(RoundMetrics))  # first: a driver may be committing more meanwhile
-    chain = _Chain(folder.job)
-    for envelope in folder.records(Member, Term, Contribution, Commit):
+    chain = _Chain(folder.job, Signers(folder.job))
+    for envelope in folder.records(Grant, Term, Member, Contribution, Commit):
         chain.take(envelope)
     older = say_if_older(folder, metrics, (one.commit for one in chain.commits.values()))
     if older is not None:
@@ -107,6 +108,7 @@ class _Chain:
     """Records of one job, put in order. A Contribution is looked into when a Commit names it."""
 
     job: Envelope
+    signers: Signers
     members: dict[bytes, Member] = field(default_factory=dict)
     terms: list[tuple[bytes, Term]] = field(default_factory=list)
     commits: dict[bytes, _CommittedRound] = field(default_factory=dict)
@@ -116,15 +118,16 @@ class _Chain:
     """Those that one has: an heir may accept again what an older term's driver accepted alone."""
 
     def take(self, envelope: Envelope) -> None:
-        network = self.job.network
-        if envelope.kind == Member.KIND:
-            self.members[envelope.record_id] = open_record(envelope, Member, network)
+        if envelope.kind == Grant.KIND:
+            self.signers.open(envelope, Grant)
+        elif envelope.kind == Member.KIND:
+            self.members[envelope.record_id] = self.signers.open(envelope, Member)
         elif envelope.kind == Term.KIND:
-            self.terms.append((envelope.signer, open_record(envelope, Term, network)))
+            self.terms.append((envelope.signer, self.signers.open(envelope, Term)))
         elif envelope.kind == Contribution.KIND:
             self.waiting[envelope.record_id] = envelope
         else:
-            commit = open_record(envelope, Commit, network)
+            commit = self.signers.open(envelope, Commit)
             work = tuple(self._work(commit))
             self.commits[envelope.record_id] = _CommittedRound(envelope.record_id, commit, work)
 

@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 
 from shoal.driver.folder import RunFolder
 from shoal.driver.replay import Record
+from shoal.driver.signers import Signers
 from shoal.identity import Envelope
-from shoal.protocol.messages import open_record
 from shoal.protocol.training import Assignment, Commit, Contribution, Grant, Member, Term
 
 
 @dataclass
 class Chain:
-    """A job's records, verified."""
+    """A job's records, verified: each is by the one who could say what it says."""
 
     record: Record
     members: dict[bytes, Member] = field(default_factory=dict)
@@ -34,25 +34,26 @@ class Chain:
 
 
 def read_record(folder: RunFolder) -> Chain:
-    """Read and verify all records of a job. Raises BadRecord, FolderDamaged."""
-    network = folder.job.network
+    """Read and verify all records of a job. Raises BadRecord, FolderDamaged, ForgedRecord."""
+    signers = Signers(folder.job)
     chain = Chain(Record(folder.train_job(), folder.job.record_id))
     record = chain.record
     commits: dict[bytes, tuple[Commit, Envelope]] = {}
     for envelope in folder.records(Grant, Term, Member, Assignment, Contribution, Commit):
         match envelope.kind:
             case Grant.KIND:
+                signers.open(envelope, Grant)
                 chain.grant = envelope
             case Term.KIND:
-                chain.term_number = max(chain.term_number, open_record(envelope, Term, network).number)
+                chain.term_number = max(chain.term_number, signers.open(envelope, Term).number)
             case Member.KIND:
-                chain.members[envelope.record_id] = open_record(envelope, Member, network)
+                chain.members[envelope.record_id] = signers.open(envelope, Member)
             case Assignment.KIND:
-                record.assignments[envelope.record_id] = open_record(envelope, Assignment, network)
+                record.assignments[envelope.record_id] = signers.open(envelope, Assignment)
             case Contribution.KIND:
-                record.contributions[envelope.record_id] = open_record(envelope, Contribution, network)
+                record.contributions[envelope.record_id] = signers.open(envelope, Contribution)
             case _:
-                commits[envelope.record_id] = (open_record(envelope, Commit, network), envelope)
+                commits[envelope.record_id] = (signers.open(envelope, Commit), envelope)
     newest = max(commits.values(), key=lambda one: (one[0].term, one[0].round), default=None)
     while newest is not None:
         commit, envelope = newest
