@@ -25,6 +25,7 @@ from shoal.driver.account import ReportImpossible, RunContents, read_contents
 from shoal.driver.chain import read_record
 from shoal.driver.folder import FolderWriteFailed, RunFolder
 from shoal.driver.lines import AuditVerdict, EventKind, Lane, LaneSegment
+from shoal.driver.replay import find_contribution
 from shoal.driver.report import (
     PIECES_MAX,
     CurvePoint,
@@ -254,6 +255,20 @@ def test_a_record_of_another_job_does_not_count(tmp_path: Path) -> None:
         for read in (read_record, read_contents):
             with pytest.raises(ForgedRecord, match="Commit of round 0 in the folder.*belongs to another job"):
                 read(folder)
+
+
+def test_the_contribution_that_was_accepted_is_the_one_that_is_replayed(tmp_path: Path) -> None:
+    """A member that answered twice is judged by what counts."""
+    story = Story(rounds=2, killed=None, late=None, liar=None)
+    place, envelope = next((i, one) for i, (one, _) in enumerate(story.records) if one.kind == Contribution.KIND)
+    accepted = open_record(envelope, Contribution)
+    other = sign(story.keys[0], msgspec.structs.replace(accepted, term=2))
+    story.records.insert(place + 1, (other, False))
+    with RunFolder.create(tmp_path, disk=MemoryDisk()) as folder:
+        story.write(folder)
+        chain = read_record(folder)
+    assert other.record_id in chain.record.contributions
+    assert find_contribution(chain.record, chain.node_of, 0, story.keys[0].node_id) == accepted
 
 
 def test_work_that_is_counted_twice_is_not_believed(tmp_path: Path) -> None:

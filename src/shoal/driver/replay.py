@@ -329,12 +329,17 @@ def _distance(claimed: Update, replayed: Update) -> float:
 
 
 def find_contribution(record: Record, members: Mapping[bytes, bytes], round_number: int, node: bytes) -> Contribution:
-    """The Contribution of a node to a round; `members` maps MemberId to NodeId. Raises NoSuchRound."""
+    """The Contribution of a node to a round, the accepted one when there are several; `members` maps MemberId to
+    NodeId. Raises NoSuchRound."""
     found = [
-        one for one in record.contributions.values() if one.round == round_number and members.get(one.member) == node
+        (name, one)
+        for name, one in record.contributions.items()
+        if one.round == round_number and members.get(one.member) == node
     ]
     if not found:
         rounds = sorted({one.round for one in record.contributions.values() if members.get(one.member) == node})
         known = f"it contributed to rounds {rounds[0]} to {rounds[-1]}" if rounds else "it contributed to none"
         raise NoSuchRound(f"Node {node.hex()[:8]} has no contribution in round {round_number}; {known}.")
-    return max(found, key=lambda one: one.term)
+    commit = record.commits.get(round_number)
+    accepted = {entry.contribution for entry in commit.accepted} if commit else set()
+    return max(found, key=lambda each: (each[0] in accepted, each[1].term))[1]
