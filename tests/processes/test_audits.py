@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
-from engine_pieces import make_setting
+from engine_pieces import SEQUENCE, make_setting
 
 from shoal.driver.audit import (
     OPEN_DEADLINE_S,
@@ -19,13 +21,28 @@ from shoal.driver.audit import (
     open_from_member,
 )
 from shoal.driver.lines import RoundMetrics
+from shoal.driver.replay import Record, Replayed, Replayer
 from shoal.driver.training import BYTES_CLAIMED_MAX
 from shoal.errors import ShoalError
-from shoal.identity import KeyPair
+from shoal.identity import KeyPair, blake3_hash
 from shoal.protocol.blobs import BlobChunkList, BlobRead, BlobRef
 from shoal.protocol.messages import encode
-from shoal.protocol.training import MEMBERS_MAX, Contribution, Engine, NodeWork, OpenPrivate, PrivateOpened
+from shoal.protocol.training import (
+    MEMBERS_MAX,
+    Accepted,
+    Assignment,
+    Commit,
+    Contribution,
+    DataShard,
+    Engine,
+    NodeWork,
+    OpenPrivate,
+    PrivateOpened,
+    Share,
+)
 from shoal.storage import BlobStore, Fetcher, serve
+from shoal.training.commands import ApplyCommit, CommittedUpdate
+from shoal.training.engine import LanguageEngine
 from shoal.transport.memory import MemoryNetwork
 from shoal.world import HeldClock, Request, SeededDice, SystemClock
 
@@ -47,6 +64,147 @@ def a_contribution() -> Contribution:
         sketches=b"",
         engine=Engine("a", "b", 1, 1),
     )
+
+
+@dataclass
+class Worked:
+    """What one member did in the rounds between two kept states, as records and blobs."""
+
+    record: Record
+    blobs: dict[bytes, Path]
+    last: Contribution
+
+
+def work(folder: Path, alter: str, engine_named: Callable[[Engine], Engine] = lambda own: own) -> Worked:
+    """Rounds with lag 1 from the very first, as many as members do between two kept states by default, by one member of
+    one thread; in the last one a step is altered."""
+    setting = make_setting(folder)
+    blobs = {setting.start.hash: folder / "start"}
+    shards = []
+    for shard in setting.data.train:
+        data = Path(shard.path).read_bytes()
+        blobs[blake3_hash(data)] = Path(shard.path)
+        shards.append(DataShard(BlobRef(blake3_hash(data), len(data)), shard.sequences))
+    job = msgspec.structs.replace(setting.job, data=msgspec.structs.replace(setting.job.data, shards=tuple(shards)))
+    engine = LanguageEngine(msgspec.structs.replace(setting.prepare(), job=job), SystemClock())
+    named = engine_named(asyncio.run(engine.prepared(False)).engine)
+    job_id = bytes(32)
+    record = Record(job, job_id)
+    states, commits, last = [setting.start.hash], [job_id], None
+    for number in range(job.replay.snapshot_every):
+        command = setting.run_round(
+            number,
+            states[max(0, number - 1)],
+            in_flight=str(folder / f"update-{number - 1}") if number else None,
+            rounds_in_flight=min(number, 1),
+            tokens_done=max(0, number - 1) * 24 * SEQUENCE,
+        )
+        if number == job.replay.snapshot_every - 1:
+            alter_a_step(engine, alter)
+        done = asyncio.run(engine.run_round(command))
+        update = BlobRef(done.update_hash, done.update_bytes)
+        blobs[update.hash] = Path(command.update)
+        assignment_id = blake3_hash(b"assignment %d" % number)
+        record.assignments[assignment_id] = Assignment(
+            job=job_id,
+            round=number,
+            term=1,
+            previous=commits[max(0, number - 1)],
+            base_state=command.base_state,
+            step=command.step,
+            deadline_ms=1000,
+            shares=(Share(command.member, command.ranges),),
+        )
+        last = Contribution(
+            job=job_id,
+            round=number,
+            term=1,
+            assignment=assignment_id,
+            member=command.member,
+            base_state=command.base_state,
+            builds_on=blake3_hash(b"contribution %d" % (number - 1)) if number else None,
+            update=update,
+            work=(NodeWork(bytes(32), done.samples, done.tokens, 1),),
+            private_before=done.private_before,
+            private_after=done.private_after,
+            loss_first=done.loss_first,
+            loss_last=done.loss_last,
+            sketches=done.sketches,
+            engine=named,
+        )
+        record.contributions[blake3_hash(b"contribution %d" % number)] = last
+        accepted = CommittedUpdate(command.update, 1_000_000, 1_000_000)
+        state = engine.apply_commit(ApplyCommit(round=number, previous=states[-1], accepted=(accepted,))).state
+        record.commits[number] = Commit(
+            job=job_id,
+            round=number,
+            term=1,
+            previous=commits[-1],
+            assignment=assignment_id,
+            accepted=(
+                Accepted(
+                    member=command.member,
+                    contribution=blake3_hash(b"contribution %d" % number),
+                    update=update,
+                    weight_ppm=1_000_000,
+                    samples=done.samples,
+                    tokens=done.tokens,
+                ),
+            ),
+            state=state,
+            tokens_total=(number + 1) * done.tokens,
+        )
+        states.append(state)
+        commits.append(blake3_hash(b"commit %d" % number))
+    assert last is not None
+    return Worked(record, blobs, last)
+
+
+def alter_a_step(engine: LanguageEngine, alter: str) -> None:
+    compute, count = engine._step, 0
+
+    def step(batch: np.ndarray, batch_size: int, rate: float) -> None:  # type: ignore[type-arg]
+        nonlocal count
+        count += 1
+        if count == 4 and alter == "rate":
+            rate *= 0.9
+        if count == 4 and alter == "sample":
+            batch = np.concatenate([batch[:-1], (batch[-1:] + 100) % 300])
+        compute(batch, batch_size, rate)
+
+    engine._step = step  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("elsewhere", ["other threads", "other device named"])
+@pytest.mark.parametrize(("alter", "outcome"), [("", "match"), ("rate", "mismatch"), ("sample", "mismatch")])
+def test_on_another_engine_the_last_round_before_the_next_kept_state_is_decided(
+    tmp_path: Path, elsewhere: str, alter: str, outcome: str
+) -> None:
+    def named(own: Engine) -> Engine:
+        return msgspec.structs.replace(own, device="cpu riscv64") if "device" in elsewhere else own
+
+    worked = work(tmp_path, alter, named)
+
+    async def find(name: bytes) -> Path:
+        return worked.blobs[name]
+
+    async def refuse(contribution: Contribution, private: bytes) -> Path:
+        raise ShoalError("It is not opened.")
+
+    async def story() -> Replayed:
+        scratch = tmp_path / "scratch"
+        scratch.mkdir()
+        threads = 2 if "threads" in elsewhere else None
+        replayer = Replayer(worked.record, find_blob=find, open_private=refuse, scratch=scratch, threads=threads)
+        try:
+            return await replayer.replay(worked.last)
+        finally:
+            await replayer.close()
+
+    replayed = asyncio.run(story())
+    assert replayed.rounds == worked.record.job.replay.snapshot_every
+    assert replayed.verdict.outcome.value == outcome, replayed.verdict.sentence
+    assert "replayed on another engine" in replayed.verdict.sentence
 
 
 def test_a_private_state_is_opened_up_to_the_size_that_the_model_needs(tmp_path: Path) -> None:

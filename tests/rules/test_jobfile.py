@@ -12,6 +12,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shoal.driver.replay import CHAIN_ELSEWHERE_MAX
 from shoal.errors import BadInput
 from shoal.models.configs import PRESETS
 from shoal.models.tokenizers import load_tokenizer
@@ -27,6 +28,7 @@ from shoal.sdk.jobfile import (
     parse_job,
     schema,
 )
+from shoal.sdk.train import say_undecided
 
 ROOT = Path(__file__).parents[2]
 DATA = "data:\n  paths: words.txt\n"
@@ -249,6 +251,13 @@ def test_every_setting_of_the_protocol_can_be_written(
         field.attribute for field in explain() if field.path.startswith(f"{section}.")
     }
     assert load(folder, f"{DATA}{section}:\n{''.join(lines)}") == load(folder, DATA)
+
+
+def test_a_job_is_told_which_rounds_a_replay_elsewhere_cannot_decide(folder: Path) -> None:
+    assert ReplaySettings().snapshot_every <= CHAIN_ELSEWHERE_MAX
+    assert say_undecided(load(folder, DATA)) == ""
+    said = say_undecided(load(folder, DATA + f"replay: {{snapshot_every: {CHAIN_ELSEWHERE_MAX + 2}}}\n"))
+    assert "decides nothing about 2 of them" in said and f"at most {CHAIN_ELSEWHERE_MAX}" in said
 
 
 def test_every_field_says_what_it_is_for() -> None:

@@ -173,6 +173,7 @@ def _plan_fields(made: Plan) -> dict[str, object]:
         "nodes_min": made.nodes_min,
         "token_budget": made.token_budget,
         "dtype": made.dtype,
+        "caution": made.caution,
     }
 
 
@@ -187,6 +188,8 @@ def print_plan(made: Plan) -> None:
             f"Held out: {made.held_out_tokens:,} tokens; a unigram model has {made.unigram_loss:.3f} nats per token there."
         )
     out.print(f"An update takes {format_bytes(made.update_bytes)}. {made.length.reason}", markup=False)
+    if made.caution:
+        out.print(made.caution, markup=False, style="yellow")
     for name, device, flops in sorted(made.nodes, key=lambda node: -node[2]):
         out.print(f"  {name:<16} {shown(device)}  {flops / 1e9:.1f} GFLOP/s in float32", markup=False)
     if len(made.nodes) < made.nodes_min:

@@ -34,7 +34,8 @@ CHAIN_MAX = 10_000
 
 CHAIN_ELSEWHERE_MAX = 3
 """After more rounds than this on another engine, a difference says nothing: rounding grows about fivefold with each
-(docs/training.md has the figures)."""
+(docs/training.md has the figures). `ReplaySettings.snapshot_every` is no more by default: whichever engine a member
+names, each of its rounds can be decided."""
 
 FindBlob = Callable[[bytes], Awaitable[Path]]
 """The file of the blob with this hash. Raises ShoalError when nobody has it."""

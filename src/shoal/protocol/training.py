@@ -119,9 +119,10 @@ class RoundSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 class ReplaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """What members keep so that anyone can repeat their work."""
 
-    snapshot_every: Annotated[int, Meta(ge=1, le=10_000)] = 5
-    """A member keeps its private state after every so many of its accepted contributions; a replay starts at the
-    newest one before the round in question."""
+    snapshot_every: Annotated[int, Meta(ge=1, le=10_000)] = 3
+    """A member keeps its private state, 12 bytes a parameter, after every so many of its accepted contributions; a
+    replay starts at the newest one before the round in question. With more than 3, a replay on another kind of machine
+    cannot tell a lie in the rounds after the third from rounding; which kind a member has is its own word."""
     window_rounds: Annotated[int, Meta(ge=0, le=ROUNDS_MAX)] = 1_000
     """For so many rounds a member keeps what a replay of its work needs."""
     audit_rate: Fraction = 0.02

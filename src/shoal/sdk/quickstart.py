@@ -53,7 +53,6 @@ optimizer:
 rounds:
   grace: 4 s
 replay:
-  snapshot_every: 4
   audit_rate: 0.05
 requirements:
   nodes_min: {nodes}

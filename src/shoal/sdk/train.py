@@ -20,6 +20,7 @@ from shoal.driver.audit import Auditor
 from shoal.driver.folder import RunFolder, saying_room
 from shoal.driver.gang import LinkedNode, fastest_float32, find_gang, link_to_former
 from shoal.driver.lines import AuditLine, AuditVerdict, Evaluation, Event
+from shoal.driver.replay import CHAIN_ELSEWHERE_MAX
 from shoal.driver.report import (
     Completion,
     Figures,
@@ -120,6 +121,8 @@ class Plan:
     """How many the job needs before it begins."""
     token_budget: int
     dtype: str
+    caution: str
+    """What the job gives up by its settings; empty when nothing."""
 
 
 async def train(job_file: JobFile, yaml: bytes, options: TrainOptions, folder: RunFolder | None = None) -> Report:
@@ -157,6 +160,7 @@ async def plan(job_file: JobFile, options: TrainOptions, scratch: Path) -> Plan:
                 nodes_min=job_file.requirements.nodes_min,
                 token_budget=job_file.tokens,
                 dtype=choose_dtype([one.offer for one in gang]) if job_file.dtype == "auto" else job_file.dtype,
+                caution=say_undecided(job_file),
             )
 
 
@@ -204,6 +208,18 @@ async def resume(job_file: JobFile, options: TrainOptions) -> Report:
             return await session.drive(
                 taken.records, taken.standing, taken.state, gang, taken.retired, job_file, wanted=wanted
             )
+
+
+def say_undecided(job_file: JobFile) -> str:
+    """Which rounds a replay elsewhere will not be able to decide, if any."""
+    every = job_file.replay.snapshot_every
+    if every <= CHAIN_ELSEWHERE_MAX:
+        return ""
+    return (
+        f"Members keep their state every {every} rounds (replay.snapshot_every): a replay on another kind of machine "
+        f"than a member names decides nothing about {every - CHAIN_ELSEWHERE_MAX} of them, as rounding has grown too "
+        f"large. With strangers' nodes choose at most {CHAIN_ELSEWHERE_MAX}."
+    )
 
 
 def slowest_round_trip_ms(gang: Sequence[LinkedNode]) -> float | None:
@@ -431,6 +447,8 @@ class _Session:
         )
         self.job_envelope = sign(self.options.key, job)
         self.options.say(length.reason)
+        if say_undecided(job_file):
+            self.options.say(say_undecided(job_file))
         return self.job_envelope
 
     def keep_for_later(self, prepared: Prepared, length: RoundLength, gang: Sequence[LinkedNode]) -> None:
