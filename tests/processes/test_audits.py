@@ -25,7 +25,7 @@ from shoal.driver.replay import Record, Replayed, Replayer
 from shoal.driver.training import BYTES_CLAIMED_MAX
 from shoal.errors import ShoalError
 from shoal.identity import KeyPair, blake3_hash
-from shoal.protocol.blobs import BlobChunkList, BlobRead, BlobRef
+from shoal.protocol.blobs import BlobRead, BlobRef
 from shoal.protocol.messages import encode
 from shoal.protocol.training import (
     MEMBERS_MAX,
@@ -44,7 +44,7 @@ from shoal.storage import BlobStore, Fetcher, serve
 from shoal.training.commands import ApplyCommit, CommittedUpdate
 from shoal.training.engine import LanguageEngine
 from shoal.transport.memory import MemoryNetwork
-from shoal.world import HeldClock, Request, SeededDice, SystemClock
+from shoal.world import HeldClock, MemoryDisk, Request, SeededDice, SystemClock
 
 
 def a_contribution() -> Contribution:
@@ -247,44 +247,47 @@ def test_a_private_state_that_drips_holds_no_audit_up(tmp_path: Path) -> None:
         clock, dice = HeldClock(), SeededDice(1)
         network = MemoryNetwork(clock, dice=dice)
         driver, member = network.endpoint(KeyPair.generate()), network.endpoint(KeyPair.generate())
-        store = BlobStore(tmp_path / "driver", 1 << 30, clock)
-        ref = BlobRef(bytes(32), 4 << 20, chunks=bytes(32))
+        stores = [BlobStore(MemoryDisk(), 1 << 26, clock) for _ in range(2)]
+        ref = stores[1].put(bytes(4 << 20), "application/x-shoal-private")
+        serve(member, stores[1])
         given = 0
 
         async def opened(request: Request) -> bytes:
             return encode(PrivateOpened(blob=ref), request.version)
 
         async def drip(request: Request) -> AsyncIterator[bytes]:
-            async def bytes_one_by_one() -> AsyncIterator[bytes]:
+            async def part_by_part() -> AsyncIterator[bytes]:
                 nonlocal given
                 while True:
                     given += 1
-                    yield b"."
+                    yield bytes(1024)
                     await clock.sleep(1.0)
 
-            return bytes_one_by_one()
+            return part_by_part()
 
         member.handle(OpenPrivate.KIND, opened)
-        member.handle(BlobChunkList.KIND, drip)
         member.handle(BlobRead.KIND, drip)
         await member.listen("tcp://member:0")
         await driver.dial(member.node_id, member.addresses)
-        fetcher = Fetcher(driver, store, clock, dice)
+        fetcher = Fetcher(driver, stores[0], clock, dice)
         opening = asyncio.create_task(
             open_from_member(
                 a_contribution(), ref.hash, member.node_id, job=job, job_id=bytes(32), endpoint=driver, fetcher=fetcher
             )
         )
+        while not given:
+            await asyncio.sleep(0)
         while not opening.done():
             await asyncio.sleep(0)
             await clock.advance(0.25)
         deadline_s = OPEN_DEADLINE_S + ref.size / OPENED_BYTES_PER_S
         with pytest.raises(ShoalError, match=rf"4.0 MiB, did not come within {deadline_s:.0f} s"):
             opening.result()
-        assert given > 10  # it dripped all the while: no stall ended it
+        assert given > 10  # it dripped all the while, too fast to have stalled
         await driver.close()
         await member.close()
-        store.close()
+        for store in stores:
+            store.close()
 
     asyncio.run(story())
 
