@@ -233,8 +233,8 @@ def test_another_state_hash_stops_the_member_and_says_so():
 CONTRADICTIONS = {
     "twice": ({"accepted": (accepted(OTHER), accepted(OTHER)), "tokens_total": 12}, "accepts a member twice"),
     "weights": (
-        {"accepted": (msgspec.structs.replace(accepted(OTHER), weight_ppm=7),)},
-        "add up to 7, not 1000000",
+        {"accepted": (accepted(OTHER), msgspec.structs.replace(accepted(b"t" * 32), weight_ppm=7)), "tokens_total": 12},
+        "add up to 1000007, above 1000000",
     ),
     "empty": ({"accepted": (), "tokens_total": 0}, "accepts nothing and yet names another state"),
     "tokens": ({"tokens_total": 7}, "miscounts the tokens"),

@@ -266,6 +266,35 @@ def test_the_order_of_members_does_not_matter(seed, order):
     assert np.allclose(mixed, plain[order], atol=2e-3)
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    st.integers(0, 2**32),
+    st.integers(4, 13),
+    st.integers(1, 4),
+    st.sampled_from([0.08, 0.2, 0.25, 0.3, 0.34]),
+    st.sampled_from([0.0, 0.3, 1.0, 3.0]),
+    st.sampled_from([1.0, 2.0, 3.0]),
+)
+def test_no_weight_is_above_the_cap_whatever_was_filtered(seed, count, spread, cap, signal, push):
+    rng = np.random.default_rng(seed)
+    work = [int(1000 * 2.0 ** rng.integers(0, spread)) for _ in range(count)]
+    common, pushed = signal * rng.standard_normal(2000), push * rng.standard_normal(2000)
+    liars = int(rng.integers(0, count // 3 + 1))
+    updates = np.array([
+        (pushed + 0.05 * rng.standard_normal(2000) if at < liars else common + rng.standard_normal(2000)) * part**0.75
+        for at, part in enumerate(work)
+    ])  # fmt: skip
+    result = judged(updates, work, cap)
+    given_ppm = [member.weight_ppm for member in result.members]
+    assert max(given_ppm) <= max(cap, 1 / count) * PARTS_PER_MILLION + 1
+    nobodys = PARTS_PER_MILLION - sum(given_ppm)
+    assert nobodys >= 0 and (nobodys <= 1 or "nobody's" in result.reason)
+    full = max(cap, 1 / count) * PARTS_PER_MILLION - 2
+    uncut = [member.weight_ppm for member in result.members if "was cut" not in member.reason]
+    assert nobodys <= 1 or min(uncut, default=full) >= full  # only what there is no room for
+    assert cap * count >= 1 or "it was relaxed" in result.reason
+
+
 def test_weights_stay_as_they_are():
     """Frozen: the driver's weights are part of the Commit, and anyone may compute them again."""
     liars = {7, 8, 9}

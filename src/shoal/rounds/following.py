@@ -784,8 +784,8 @@ class _Turn:
         total = sum(entry.weight_ppm for entry in commit.accepted)
         if len(set(members)) != len(members):
             return f"The Commit of round {commit.round} accepts a member twice."
-        if members and total not in (0, PARTS_PER_MILLION):
-            return f"The weights in the Commit of round {commit.round} add up to {total}, not {PARTS_PER_MILLION}."
+        if total > PARTS_PER_MILLION:
+            return f"The weights in the Commit of round {commit.round} add up to {total}, above {PARTS_PER_MILLION}."
         if not members and commit.state != head.state:
             return f"The Commit of round {commit.round} accepts nothing and yet names another state."
         if commit.tokens_total != head.tokens_total + sum(entry.tokens for entry in commit.accepted):

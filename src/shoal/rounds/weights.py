@@ -8,7 +8,8 @@ coordinate is trimmed, and distances between pairs, which are all alike here, de
 
 **What is done**, from the members' work and the Gram matrix of their updates alone:
 
-1. Weight in proportion to work, at most `weight_cap` (what is above is spread over the others by water-filling).
+1. Weight in proportion to work, at most `weight_cap` (what is above is spread over the others by water-filling). What
+   the filter below takes goes to the others, within the cap too; what they have no room for is nobody's.
 2. Norm relative to work. An update that is more than `norm_ratio_max` times the median (by weight) of
    norm / work ** 0.75 is shortened to it. Progress along a constant gradient grows with the work, a random walk with
    its root; sparse, sign-like updates with error feedback lie between. 0.75 is the middle: whichever is true, an
@@ -142,6 +143,12 @@ def weigh(work: Sequence[int], gram: Sequence[Sequence[float]], *, weight_cap: f
         for at, reason in zip(usable, why, strict=True):
             reasons[at] = f"{reasons[at]} {reason}".strip()
         weights = _redistributed(filtered, untouched, weight_cap)
+        nobodys = 1 - math.fsum(weights)
+        if nobodys > 1 / PARTS_PER_MILLION:
+            note = (
+                f"{note} The weight cap of {weight_cap:.3g} leaves no room for {nobodys:.1%} of the weight, which the "
+                "filter took: it is nobody's, and the step is the shorter."
+            ).strip()
 
     whole = _parts_per_million(weights)
     ppm = dict(zip(usable, whole, strict=True))
@@ -336,24 +343,27 @@ def _top(centred: list[list[float]], weights: list[float]) -> tuple[float, list[
 
 
 def _redistributed(weights: list[float], untouched: list[bool], cap: float) -> list[float]:
-    """What the filter took goes to those it left alone, within the cap if that is possible."""
+    """What the filter took goes to those it left alone, up to the cap. What is still left then is nobody's: the weights
+    add up to less than 1, and the step is the shorter."""
+    cap = max(cap, 1 / len(weights))
+    result = [min(cap, weight) for weight in weights]
     free = [at for at, alone in enumerate(untouched) if alone]
-    if len(free) == len(weights) or not free:
-        return weights
-    rest = 1 - math.fsum(weights[at] for at in range(len(weights)) if not untouched[at])
-    shared, _ = _capped([weights[at] for at in free], cap / rest)
-    result = list(weights)
-    for at, weight in zip(free, shared, strict=True):
-        result[at] = weight * rest
+    rest = 1 - math.fsum(result[at] for at in range(len(weights)) if not untouched[at])
+    if free:
+        shared, _ = _capped([weights[at] for at in free], cap / rest)
+        for at, weight in zip(free, shared, strict=True):
+            result[at] = min(cap, weight * rest)
     return result
 
 
 def _parts_per_million(weights: Sequence[float]) -> list[int]:
-    """Round to parts per million that add up to a million, by largest remainder."""
+    """Round to parts per million, by largest remainder, so that all of a million are given where the weights add up
+    to 1."""
+    whole_sum = round(min(1.0, math.fsum(weights)) * PARTS_PER_MILLION)
     total = math.fsum(weights)
-    exact = [weight / total * PARTS_PER_MILLION for weight in weights]
+    exact = [weight / total * whole_sum for weight in weights]
     whole = [int(part) for part in exact]
     order = sorted(range(len(exact)), key=lambda at: (whole[at] - exact[at], at))
-    for at in order[: PARTS_PER_MILLION - sum(whole)]:
+    for at in order[: whole_sum - sum(whole)]:
         whole[at] += 1
     return whole
