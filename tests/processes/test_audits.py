@@ -227,6 +227,10 @@ def test_a_private_state_is_opened_up_to_the_size_that_the_model_needs(tmp_path:
         await driver.dial(member.node_id, member.addresses)
         fetcher = Fetcher(driver, stores[0], clock, dice)
         ask = (a_contribution(), ref.hash, member.node_id)
+        with pytest.raises(ShoalError, match="opened another private state than was asked for"):
+            wrong = (ask[0], bytes(32), ask[2])
+            await open_from_member(*wrong, job=job, job_id=bytes(32), endpoint=driver, fetcher=fetcher)
+        assert not stores[0].has(ref.hash)
         with pytest.raises(ShoalError, match="needs at most"):
             await open_from_member(*ask, job=small, job_id=bytes(32), endpoint=driver, fetcher=fetcher)
         assert not stores[0].has(ref.hash)

@@ -24,6 +24,7 @@ from shoal.identity import (
     node_id_from_hex,
     seal,
 )
+from shoal.identity.keys import verify
 
 KEY = KeyPair.from_seed(b"k" * 32)
 OTHER = KeyPair.from_seed(b"o" * 32)
@@ -35,6 +36,21 @@ def test_an_envelope_survives_its_journey() -> None:
     arrived.verify()
     assert arrived == envelope
     assert arrived.record_id == envelope.record_id
+
+
+SIGNER = bytes.fromhex("8320a51977d8c38ca8a4927c670df5821e449761945e15e9efb26a1509d230ea")
+SIGNED = b"shoal/envelope/1\x00" + b"\x05shoal" + b"\x05offer" + b"\x01\x02" + SIGNER + b"body"
+
+
+def test_what_is_signed_never_changes() -> None:
+    """Frozen: records that were signed once are verified for ever. Written out here byte by byte, not by the code."""
+    envelope = seal(KEY, "shoal", "offer", 0x0102, b"body")
+    assert envelope.signer == SIGNER
+    assert verify(SIGNER, envelope.signature, SIGNED)
+    assert envelope.record_id == blake3_hash(SIGNED)
+    packed = b"\x96\xa5shoal\xa5offer\xcd\x01\x02\xc4\x20" + SIGNER + b"\xc4\x04body\xc4\x40" + envelope.signature
+    assert envelope.to_bytes() == packed
+    assert Envelope.from_bytes(packed, 4) == envelope
 
 
 @pytest.mark.parametrize(

@@ -282,6 +282,20 @@ def test_a_fork_is_evidence_and_ends_the_term_for_this_member():
     assert node.state.head.round == 1
 
 
+def test_no_work_is_begun_for_a_driver_that_was_seen_to_fork():
+    node = Node()
+    root = node.tip
+    one = node.write(accepted(OTHER))
+    other = node.write(accepted(OTHER, b"d" * 32), on=root)
+    node.feed(Arrived(one))
+    node.apply()
+    assert of(node.feed(Arrived(other)), ReportFork)
+    node.tip = (0, one.record_id, node.state.head.state, 6)
+    assert not of(node.assign(1), BeginWork)
+    node.begin_term(2, pen=SECOND, head=one.record_id, head_round=0)
+    assert of(node.assign(1, pen=SECOND, term=2), BeginWork)
+
+
 def test_after_a_fork_that_was_not_applied_the_successor_picks_the_side():
     for side in (0, 1):
         node = Node()
