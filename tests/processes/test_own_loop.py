@@ -477,6 +477,15 @@ def test_an_owner_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
             "for batch in shoal.join('x', model, torch.optim.SGD(model.parameters(), lr=0.1), samples=4): pass",
             "running statistics",
         ),
+        (
+            "import shoal, torch\nmodel = torch.nn.Linear(2, 2)\n"
+            "optimizer = torch.optim.SGD(model.parameters(), lr=0.1)\n"
+            "schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)\n"
+            "member = shoal.join('x', model, optimizer, samples=4)\n"
+            "for batch in member:\n"
+            "    optimizer.step(); schedule.step(); member.stepped(0.0)",
+            "member.progress stood still: a scheduler counts steps",
+        ),
     ],
 )
 def test_a_script_that_is_no_loop_is_refused_with_its_reason(tmp_path: Path, text: str, sentence: str) -> None:

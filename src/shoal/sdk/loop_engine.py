@@ -99,6 +99,26 @@ def trained_parameters(model: nn.Module) -> Mapping[str, nn.Parameter]:
     return found
 
 
+class SteadyRates:
+    """Sees to it that a loop's learning rates follow from `member.progress`: while that stands still, so do they. A
+    scheduler that counts steps would count those that are undone too, and no replay would find the same numbers."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+        self._seen: list[float] | None = None
+
+    def stepped(self) -> None:
+        """After a step at a progress that stands still. Raises BadLoop."""
+        rates = [float(group["lr"]) for group in self._optimizer.param_groups if "lr" in group]
+        if self._seen is not None and rates != self._seen:
+            raise BadLoop(
+                f"The learning rate went from {self._seen} to {rates} from one step to the next, while member.progress "
+                "stood still: a scheduler counts steps. Steps may be undone, and others do more of them; set the rate "
+                "from member.progress instead, as in: group['lr'] = base * (1 - member.progress)."
+            )
+        self._seen = rates
+
+
 class LoopEngine:
     """One member of a job whose steps are a user's own. `batches` may be iterated once; not thread-safe."""
 
@@ -115,6 +135,7 @@ class LoopEngine:
         self._name = name
         self._parameters = FlatParameters(trained_parameters(model))
         self._optimizer = TorchOptimizer(optimizer)
+        self._rates = SteadyRates(optimizer)
         self._samples = samples
         self._orders = orders
         self._monotonic = monotonic
@@ -153,6 +174,8 @@ class LoopEngine:
         if not self._awaited:
             raise BadLoop("member.stepped was called twice for one batch; call it once, after optimizer.step().")
         self._awaited = False
+        if self.round < 0:  # while the speed is measured
+            self._rates.stepped()
         if self._engine is not None:
             self._engine.member.stepped(loss)
 

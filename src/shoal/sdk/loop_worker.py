@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from shoal.errors import ShoalError
-from shoal.sdk.loop_engine import ORDERS_MAX, BadLoop, LoopEngine, Order, Orders, Over, trained_parameters
+from shoal.sdk.loop_engine import ORDERS_MAX, BadLoop, LoopEngine, Order, Orders, Over, SteadyRates, trained_parameters
 from shoal.sdk.loop_script import LOOKED_FILE, START_FILE, STATE_FILE, WANTED_FILE, Looked, LookWanted
 from shoal.sdk.own_loop import LoopMember, run_in
 from shoal.training.commands import FRAME, FRAME_MAX_BYTES, Answered, Asked, Reply, Stop
@@ -40,8 +40,11 @@ class Look:
     """A loop that is only looked at: it hands out a few batches to measure the time of a step, or none, and what the
     script does after it is done with the start state or with a given one."""
 
-    def __init__(self, folder: Path, job: str, model: nn.Module, samples: int) -> None:
+    def __init__(
+        self, folder: Path, job: str, model: nn.Module, optimizer: torch.optim.Optimizer, samples: int
+    ) -> None:
         self.round, self.progress, self.ended = -1, 0.0, "The loop was only looked at."
+        self._rates = SteadyRates(optimizer)
         self._parameters = FlatParameters(trained_parameters(model))
         self._folder = folder
         self._wanted = msgspec.json.decode((folder / WANTED_FILE).read_bytes(), type=LookWanted)
@@ -81,6 +84,7 @@ class Look:
         if not self._awaited:
             raise BadLoop("member.stepped was called twice for one batch; call it once, after optimizer.step().")
         self._awaited = False
+        self._rates.stepped()
 
     def held_out(self, loss: float) -> None:
         self._note(held_out_loss=loss)
@@ -121,8 +125,8 @@ def read_orders(commands: IO[bytes], replies: IO[bytes], orders: Orders) -> None
 
 
 def look(folder: Path) -> None:
-    def setting(job: str, model: nn.Module, _: torch.optim.Optimizer, samples: int) -> LoopMember:
-        seen = Look(folder, job, model, samples)
+    def setting(job: str, model: nn.Module, optimizer: torch.optim.Optimizer, samples: int) -> LoopMember:
+        seen = Look(folder, job, model, optimizer, samples)
         return LoopMember(seen, seen.name, held_out=seen.held_out)
 
     run_in(setting)
