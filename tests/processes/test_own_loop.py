@@ -42,7 +42,7 @@ from shoal.protocol.training import (
 from shoal.sdk.jobfile import parse_job
 from shoal.sdk.local import LocalShoal
 from shoal.sdk.loop_engine import BadLoop, LoopEngine, Order, Orders, Over
-from shoal.sdk.loop_node import LoopNode, LoopPlace, NotOurs
+from shoal.sdk.loop_node import LoopNode, LoopPlace, NotOurs, TooManyProcesses
 from shoal.sdk.loop_script import NoScript, ScriptFailed, look_at
 from shoal.sdk.own_loop import LoopMember
 from shoal.sdk.places import user_key
@@ -429,6 +429,27 @@ def test_a_model_that_cannot_be_shared_is_refused(model: nn.Module, sentence: st
 
 
 # --- whose loop it is -----------------------------------------------------------------------------------------------
+
+
+def test_two_processes_of_one_name_are_told_so(tmp_path: Path) -> None:
+    def node() -> LoopNode:
+        place = LoopPlace(
+            job="tiny",
+            owner=bytes(32),
+            hubs=[],
+            folder=tmp_path,
+            name="twin",
+            listen=None,
+            threads=1,
+            device=torch.device("cpu"),
+            storage_bytes=1 << 20,
+        )
+        return LoopNode(place, queue.Queue(), SystemClock(), SystemDice())
+
+    _, _, store = node()._take_folder()
+    with pytest.raises(TooManyProcesses, match="is called 'twin' on this machine; give this one a name of its own"):
+        node()._take_folder()
+    store.close()
 
 
 def test_only_the_owner_s_job_is_worked_for(tmp_path: Path) -> None:

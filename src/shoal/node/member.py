@@ -188,6 +188,8 @@ def pin_of(job: bytes) -> str:
 class MemberRun:
     """One member of one job. `run` returns the sentence with which it ended."""
 
+    driver_silence_s = DRIVER_SILENCE_S
+
     def __init__(
         self,
         invitation: Invitation,
@@ -478,8 +480,8 @@ class MemberRun:
                 if died.done():
                     raise died.result()
                 if not waiting.done():
-                    if self._clock.monotonic() - self._heard_s >= DRIVER_SILENCE_S:
-                        return f"No driver was heard of for {DRIVER_SILENCE_S:.0f} s."
+                    if self._clock.monotonic() - self._heard_s >= self.driver_silence_s:
+                        return f"No driver was heard of for {self.driver_silence_s:.0f} s."
                     number = self._following.head.round + 1
                     self._ask_commits(following.AskCommits(number, number))
                     continue

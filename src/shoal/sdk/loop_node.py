@@ -63,7 +63,7 @@ class NotOurs(BadInput):
 
 
 class TooManyProcesses(BadInput):
-    """More processes of one job than a machine runs."""
+    """More processes of one job than a machine runs, or two of one name."""
 
     code = "SH-146"
 
@@ -163,7 +163,10 @@ class LoopNode:
                 return name, folder, BlobStore(folder / "blobs", place.storage_bytes, self._clock)
             except StoreInUse:
                 if place.name:
-                    raise
+                    raise TooManyProcesses(
+                        f"Another process of job {place.job!r} is called {name!r} on this machine; give this one a name "
+                        "of its own (SHOAL_NAME, or name=), or none."
+                    ) from None
         raise TooManyProcesses(f"{PROCESSES_MAX} processes of job {place.job!r} run on this machine already.")
 
     async def _capability(self, **_: object) -> Capability:
@@ -202,6 +205,9 @@ class LoopNode:
 
 class _LoopMember(MemberRun):
     """A membership; when it ends, and no other follows at once, the loop ends."""
+
+    driver_silence_s = 900.0
+    """Nobody else waits for this process, and its owner would have to start it anew."""
 
     def __init__(self, *arguments: Any, over: Callable[[str], None], **pieces: Any) -> None:
         super().__init__(*arguments, **pieces)
