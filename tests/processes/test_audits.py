@@ -44,6 +44,7 @@ from shoal.storage import BlobStore, Fetcher, serve
 from shoal.training.commands import ApplyCommit, CommittedUpdate
 from shoal.training.engine import LanguageEngine
 from shoal.transport.memory import MemoryNetwork
+from shoal.verification.replay import Outcome
 from shoal.world import HeldClock, MemoryDisk, Request, SeededDice, SystemClock
 
 
@@ -175,6 +176,26 @@ def alter_a_step(engine: LanguageEngine, alter: str) -> None:
     engine._step = step  # type: ignore[method-assign]
 
 
+def replay(worked: Worked, scratch: Path, threads: int | None = None) -> Replayed:
+    """The last round, with nothing opened."""
+    scratch.mkdir()
+
+    async def find(name: bytes) -> Path:
+        return worked.blobs[name]
+
+    async def refuse(contribution: Contribution, private: bytes) -> Path:
+        raise ShoalError("It is not opened.")
+
+    async def story() -> Replayed:
+        replayer = Replayer(worked.record, find_blob=find, open_private=refuse, scratch=scratch, threads=threads)
+        try:
+            return await replayer.replay(worked.last)
+        finally:
+            await replayer.close()
+
+    return asyncio.run(story())
+
+
 @pytest.mark.parametrize("elsewhere", ["other threads", "other device named"])
 @pytest.mark.parametrize(("alter", "outcome"), [("", "match"), ("rate", "mismatch"), ("sample", "mismatch")])
 def test_on_another_engine_the_last_round_before_the_next_kept_state_is_decided(
@@ -184,27 +205,22 @@ def test_on_another_engine_the_last_round_before_the_next_kept_state_is_decided(
         return msgspec.structs.replace(own, device="cpu riscv64") if "device" in elsewhere else own
 
     worked = work(tmp_path, alter, named)
-
-    async def find(name: bytes) -> Path:
-        return worked.blobs[name]
-
-    async def refuse(contribution: Contribution, private: bytes) -> Path:
-        raise ShoalError("It is not opened.")
-
-    async def story() -> Replayed:
-        scratch = tmp_path / "scratch"
-        scratch.mkdir()
-        threads = 2 if "threads" in elsewhere else None
-        replayer = Replayer(worked.record, find_blob=find, open_private=refuse, scratch=scratch, threads=threads)
-        try:
-            return await replayer.replay(worked.last)
-        finally:
-            await replayer.close()
-
-    replayed = asyncio.run(story())
+    replayed = replay(worked, tmp_path / "scratch", threads=2 if "threads" in elsewhere else None)
     assert replayed.rounds == worked.record.job.replay.snapshot_every
     assert replayed.verdict.outcome.value == outcome, replayed.verdict.sentence
     assert "replayed on another engine" in replayed.verdict.sentence
+
+
+def test_a_refused_opening_is_said_where_an_older_state_does(tmp_path: Path) -> None:
+    worked = work(tmp_path, "")
+    before = worked.record.predecessor(worked.last)
+    assert before is not None
+    name = next(name for name, one in worked.record.contributions.items() if one is before)
+    worked.record.contributions[name] = msgspec.structs.replace(before, snapshot=True)
+    replayed = replay(worked, tmp_path / "scratch")
+    assert replayed.verdict.outcome is Outcome.MATCH and replayed.rounds == worked.last.round + 1
+    said = f"Not opened: the state before round {worked.last.round}: It is not opened."
+    assert replayed.verdict.sentence.endswith(said)
 
 
 def test_a_private_state_is_opened_up_to_the_size_that_the_model_needs(tmp_path: Path) -> None:

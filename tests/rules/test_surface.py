@@ -17,7 +17,7 @@ SURFACE = {
     "shoal down": "--json",
     "shoal train": "[JOB.YAML] --hub --runs --resume --replace --dry-run --prompt --listen --fields --json",
     "shoal report": "RUN --json",
-    "shoal replay": "RUN --round -r --node -n --threads --device --script --hub --json",
+    "shoal replay": "RUN --round -r --node -n --threads --device --script --hub --listen --json",
     "shoal hub": "--listen --http --data --name --public --json",
     "shoal node": "",
     "shoal node start": "--hub --name --max-speed --threads --device --processes --listen --storage --data --json",

@@ -127,6 +127,14 @@ def replay(
         typer.Option(help="The script of a loop of your own; it is run on this machine.", show_default=False),
     ] = None,
     hub: HubFlag = None,
+    listen: Annotated[
+        str,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Where a node that cannot be dialled links to this replay: tcp://HOST:PORT with an address of this "
+            "machine that it can reach. Empty for none.",
+        ),
+    ] = "tcp://127.0.0.1:0",
     json: JsonFlag = False,
 ) -> None:
     """Recompute a node's work of one round, and say whether it is what the node claimed.
@@ -141,6 +149,7 @@ def replay(
 
     if threads is not None and threads < 1:
         raise BadFlag(f"--threads {threads} cannot be used: at least one is needed.")
+    places.refuse_wildcard(listen, "use an address of this machine, or --listen '' where the node can be dialled")
     places.find_run(run_folder)
     tickets = []
     with contextlib.suppress(BadInput):
@@ -154,6 +163,7 @@ def replay(
                 node,
                 key=KeyPair.generate(),
                 hubs=tickets,
+                listen=listen or None,
                 threads=threads,
                 device=device,
                 script=script,

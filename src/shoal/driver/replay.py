@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +32,8 @@ PROCESSES_MAX = 8
 CHAIN_MAX = 10_000
 """Longest chain of a member's own rounds that is walked back to find where a replay can start."""
 
+REFUSALS_SHOWN = 3
+"""States that were not opened, in the sentence of one verdict."""
 CHAIN_ELSEWHERE_MAX = 3
 """After more rounds than this on another engine, a difference says nothing: rounding grows about fivefold with each
 (docs/training.md has the figures). `ReplaySettings.snapshot_every` is no more by default: whichever engine a member
@@ -129,9 +131,10 @@ class Replayer:
     async def replay(self, contribution: Contribution, say: Callable[[str], None] = lambda _: None) -> Replayed:
         """Recompute one Contribution and judge it. What cannot be had makes it not replayable, with the reason."""
         opened, done = 0, 0
+        refusals: list[str] = []
         try:
             engine = await self._engine_for(contribution)
-            chain, private = await self._chain(contribution)
+            chain, private = await self._chain(contribution, refusals)
             if private is not None:
                 opened = private.stat().st_size
             await engine.load_private(private)
@@ -160,6 +163,9 @@ class Replayer:
             verdict = not_replayable(error.sentence)
             if isinstance(error, EngineError):
                 await self.close()  # the next replay shall not suffer from what this one did to the engine
+        if refusals:
+            sentence = f"{verdict.sentence} Not opened: {' '.join(refusals[:REFUSALS_SHOWN])}"
+            verdict = replace(verdict, sentence=sentence)
         return Replayed(verdict, done, opened)
 
     # ---- the pieces ----
@@ -191,10 +197,10 @@ class Replayer:
         self._fresh_private = prepared.private
         return self._engine
 
-    async def _chain(self, contribution: Contribution) -> tuple[list[Contribution], Path | None]:
-        """The member's Contributions to repeat, oldest first, and the private state that the first goes on from."""
+    async def _chain(self, contribution: Contribution, refusals: list[str]) -> tuple[list[Contribution], Path | None]:
+        """The member's Contributions to repeat, oldest first, and the private state that the first goes on from. What
+        it did not open on the way back to that goes into `refusals`."""
         chain = [contribution]
-        refusals: list[str] = []
         for _ in range(CHAIN_MAX):
             first = chain[0]
             if first.private_before == self._fresh_private:
@@ -204,13 +210,11 @@ class Replayer:
                 try:
                     return chain, await self._open_private(contribution, first.private_before)
                 except ShoalError as error:
-                    refusals.append(f"round {first.round}: {error.sentence}")
+                    refusals.append(f"the state before round {first.round}: {error.sentence}")
             if before is None:
                 break
             chain.insert(0, before)
-        raise NotOpened(
-            f"The private state before round {contribution.round} could not be had: {' '.join(refusals[:3])}"
-        )
+        raise NotOpened(f"The private state before round {contribution.round} could not be had.")
 
     async def _repeat(self, engine: EngineProcess, claimed: Contribution) -> Verdict:
         record = self._record

@@ -11,6 +11,7 @@ import msgspec
 from shoal.driver.audit import open_from_member
 from shoal.driver.chain import Chain, read_record
 from shoal.driver.folder import RunFolder
+from shoal.driver.gang import link_to
 from shoal.driver.replay import NotOpened, Replayer, find_contribution
 from shoal.errors import BadInput, ShoalError
 from shoal.hub import HubClient
@@ -57,14 +58,16 @@ async def replay_round(
     hubs: Sequence[HubTicket],
     clock: Clock,
     dice: Dice,
+    listen: str | None = "tcp://127.0.0.1:0",
     threads: int | None = None,
     device: str = "cpu",
     script: Path | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> ReplayResult:
     """Replay a node's contribution to a round. Private state comes from the run's own folder, from node folders beneath
-    it, or from the node itself, found through `hubs`. A user's own loop is replayed by running its `script`. Raises
-    BadInput for a round or node that the run does not have, and NoScript."""
+    it, or from the node itself, found through `hubs`; one that cannot be dialled links to this side at `listen`. A
+    user's own loop is replayed by running its `script`. Raises BadInput for a round or node that the run does not have,
+    and NoScript."""
     with RunFolder.open(run_folder, read_only=True) as folder:
         chain = read_record(folder)
     node_id, name = find_node(chain, node)
@@ -74,7 +77,7 @@ async def replay_round(
     if script is not None:  # processes of this job on this machine
         stores += sorted(loops_folder(chain.record.job.name).glob("*/blobs"))
     with tempfile.TemporaryDirectory(prefix="shoal-replay-") as scratch:
-        opener = _Opener(chain, stores, node_id, name, key, hubs, clock, dice, Path(scratch))
+        opener = _Opener(chain, stores, node_id, name, key, hubs, listen, clock, dice, Path(scratch))
         replayer = Replayer(
             chain.record,
             find_blob=opener.find,
@@ -130,6 +133,7 @@ class _Opener:
         name: str,
         key: KeyPair,
         hubs: Sequence[HubTicket],
+        listen: str | None,
         clock: Clock,
         dice: Dice,
         scratch: Path,
@@ -140,12 +144,14 @@ class _Opener:
         self._name = name
         self._key = key
         self._hubs = hubs
+        self._listen = listen
         self._clock = clock
         self._dice = dice
         self._scratch = scratch
         self._endpoint: TlsEndpoint | None = None
         self._client: HubClient | None = None
         self._store: BlobStore | None = None
+        self._unreached: ShoalError | None = None
 
     async def close(self) -> None:
         if self._client is not None:
@@ -171,7 +177,13 @@ class _Opener:
                     f"Node {self._name} keeps the private state {private.hex()[:12]}, if anyone does, and no hub is "
                     "known through which to reach it; name one with --hub."
                 ) from None
-        endpoint, fetcher = await self._reach()
+        if self._unreached is not None:
+            raise self._unreached
+        try:
+            endpoint, fetcher = await self._reach()
+        except ShoalError as error:
+            self._unreached = error  # trying takes seconds, and there may be hundreds of older states to ask for
+            raise
         return await open_from_member(
             contribution,
             private,
@@ -185,13 +197,18 @@ class _Opener:
     async def _reach(self) -> tuple[TlsEndpoint, Fetcher]:
         if self._endpoint is None:
             self._endpoint = TlsEndpoint(self._key, clock=self._clock, dice=self._dice)
+        if self._client is None:
+            if self._listen is not None:
+                await self._endpoint.listen(self._listen)
             self._client = HubClient(self._endpoint, self._hubs, clock=self._clock, dice=self._dice)
             await self._client.start()
+        if self._store is None:
             self._store = BlobStore(self._scratch / "blobs", STORE_BYTES, self._clock)
-        assert self._client is not None and self._store is not None
         if self._node not in self._endpoint.links():
             found = await self._client.find(OfferFind(node=self._node))
             if not found:
                 raise ShoalError(f"Node {self._name} is not offered at the hubs, so it cannot open its private state.")
-            await self._endpoint.dial(self._node, found[0].offer.addresses)
+            await link_to(
+                self._node, found[0].offer, endpoint=self._endpoint, directory=self._client, clock=self._clock
+            )
         return self._endpoint, Fetcher(self._endpoint, self._store, self._clock, self._dice)
