@@ -12,21 +12,27 @@ import numpy as np
 import pytest
 from engine_pieces import SEQUENCE, make_setting
 
+from shoal.driver import audit
 from shoal.driver.audit import (
+    FINISH_S,
     OPEN_DEADLINE_S,
     OPENED_BYTES_PER_S,
     OPENED_PIN,
     PRIVATE_BYTES_EXTRA,
     PRIVATE_BYTES_PER_PARAMETER,
+    WAITING_MAX,
+    Auditor,
     open_from_member,
 )
-from shoal.driver.lines import RoundMetrics
+from shoal.driver.folder import RunFolder
+from shoal.driver.lines import AuditLine, RoundMetrics
 from shoal.driver.replay import Record, Replayed, Replayer
+from shoal.driver.report import AuditCount
 from shoal.driver.training import BYTES_CLAIMED_MAX
 from shoal.errors import ShoalError
 from shoal.identity import KeyPair, blake3_hash
 from shoal.protocol.blobs import BlobRead, BlobRef
-from shoal.protocol.messages import encode
+from shoal.protocol.messages import encode, sign
 from shoal.protocol.training import (
     MEMBERS_MAX,
     Accepted,
@@ -35,6 +41,8 @@ from shoal.protocol.training import (
     Contribution,
     DataShard,
     Engine,
+    Member,
+    MemberNode,
     NodeWork,
     OpenPrivate,
     PrivateOpened,
@@ -44,7 +52,7 @@ from shoal.storage import BlobStore, Fetcher, serve
 from shoal.training.commands import ApplyCommit, CommittedUpdate
 from shoal.training.engine import LanguageEngine
 from shoal.transport.memory import MemoryNetwork
-from shoal.verification.replay import Outcome
+from shoal.verification.replay import Outcome, Verdict
 from shoal.world import HeldClock, MemoryDisk, Request, SeededDice, SystemClock
 
 
@@ -221,6 +229,85 @@ def test_a_refused_opening_is_said_where_an_older_state_does(tmp_path: Path) -> 
     assert replayed.verdict.outcome is Outcome.MATCH and replayed.rounds == worked.last.round + 1
     said = f"Not opened: the state before round {worked.last.round}: It is not opened."
     assert replayed.verdict.sentence.endswith(said)
+
+
+class HeldReplayer:
+    """Replays as soon as it is let to, and finds everything well."""
+
+    gate: asyncio.Event
+
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    def hold_state(self, *_: object) -> None:
+        pass
+
+    async def replay(self, contribution: Contribution) -> Replayed:
+        await self.gate.wait()
+        return Replayed(Verdict(Outcome.MATCH, "Match."), 1, 0)
+
+    async def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_what_was_chosen_and_not_replayed_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast: bool
+) -> None:
+    """40 contributions come while nothing can be replayed; at the end there is a minute, for a driver that can and for
+    one that cannot."""
+    monkeypatch.setattr(audit, "Replayer", HeldReplayer)
+    setting = make_setting(tmp_path / "setting")
+    key = KeyPair.generate()
+
+    async def story() -> tuple[AuditCount, int]:
+        clock, dice = HeldClock(), SeededDice(1)
+        HeldReplayer.gate = asyncio.Event()
+        endpoint = MemoryNetwork(clock, dice=dice).endpoint(key)
+        store = BlobStore(tmp_path / "blobs", 1 << 30, clock)
+        with RunFolder.create(tmp_path / "run") as folder:
+            folder.begin(sign(key, setting.job), b"")
+            node = MemberNode(key.node_id, "whole", 1_000_000)
+            member = sign(key, Member(job=folder.job.record_id, nodes=(node,), session=bytes(16), name="eel"))
+            folder.append(member)
+            auditor = Auditor(
+                folder,
+                endpoint=endpoint,
+                store=store,
+                fetcher=Fetcher(endpoint, store, clock, dice),
+                dice=dice,
+                rate=1.0,
+                known=AuditCount(chosen=5, replayed=3),
+                on_verdict=lambda *_: None,
+            )
+            contribution = msgspec.structs.replace(a_contribution(), member=member.record_id)
+            commit = Commit(
+                job=bytes(32), round=0, term=1, previous=bytes(32), assignment=bytes(32), accepted=(), state=bytes(32),
+                tokens_total=0,
+            )  # fmt: skip
+            given = [(blake3_hash(b"%d" % number), contribution) for number in range(40)]
+            auditor.committed(commit, given, setting.start)
+            assert auditor.count == AuditCount(chosen=45, replayed=3, dropped=2 + 40 - WAITING_MAX)
+            assert auditor.waiting == WAITING_MAX
+            if fast:
+                HeldReplayer.gate.set()
+            finishing, waited_s = asyncio.create_task(auditor.finish()), 0.0
+            while not finishing.done():
+                await asyncio.sleep(0)
+                if not fast:
+                    await clock.advance(1.0)
+                    waited_s += 1.0
+            await finishing
+            assert waited_s <= FINISH_S + 1
+            await auditor.close()
+            lines = len(list(folder.notes(AuditLine)))
+        store.close()
+        return auditor.count, lines
+
+    count, lines = asyncio.run(story())
+    assert (lines, count.replayed) == ((WAITING_MAX, 3 + WAITING_MAX) if fast else (0, 3))
+    assert count.dropped == 45 - count.replayed
+    assert count.sentence.endswith(f"{count.replayed} were; the driver was too slow for the rest.")
 
 
 def test_a_private_state_is_opened_up_to_the_size_that_the_model_needs(tmp_path: Path) -> None:

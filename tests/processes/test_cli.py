@@ -19,7 +19,7 @@ from rich.console import Console
 
 from shoal.cli.main import main
 from shoal.cli.tables import print_report
-from shoal.driver.report import NodeReport, NodeStatus, Report
+from shoal.driver.report import AuditCount, NodeReport, NodeStatus, Report
 from shoal.identity import KeyPair
 from shoal.sdk.jobfile import schema
 
@@ -279,8 +279,11 @@ def node(name: str, status: NodeStatus, reason: str = "") -> NodeReport:
 def test_the_closing_table_keeps_reasons_readable(columns: int, capsys: pytest.CaptureFixture[str]) -> None:
     reason = "found by replay of round 4: " + "the update is not the one that the assignment gives, " * 4
     nodes = (node("amber", NodeStatus.FINISHED), node("dune", NodeStatus.EXCLUDED, reason + "\x1b[31m[bold]"))
-    print_report(a_report(nodes), console=Console(width=columns, force_terminal=False, highlight=False))
+    report = msgspec.structs.replace(a_report(nodes), audit_count=AuditCount(chosen=228, replayed=7, dropped=221))
+    print_report(report, console=Console(width=columns, force_terminal=False, highlight=False))
     lines = capsys.readouterr().out.splitlines()
+    said = "Of 228 contributions chosen to be replayed, 7 were; the driver was too slow for the rest."
+    assert said in " ".join(" ".join(lines).split())
     assert max(map(len, lines)) <= columns
     assert sum(line.startswith("amber") for line in lines) == 1
     first = next(index for index, line in enumerate(lines) if line.startswith("dune  Found by replay"))

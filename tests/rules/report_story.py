@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from shoal.driver.folder import RunFolder
 from shoal.driver.lines import AuditLine, AuditVerdict, Evaluation, Event, EventKind, Lane, LaneSegment, RoundMetrics
-from shoal.driver.report import Completion, Figures, Goal, NodeFigures, NodeStatus, ReplayCost, RoundChoice
+from shoal.driver.report import AuditCount, Completion, Figures, Goal, NodeFigures, NodeStatus, ReplayCost, RoundChoice
 from shoal.identity import Envelope, KeyPair, blake3_hash
 from shoal.protocol.blobs import BlobRef
 from shoal.protocol.messages import sign
@@ -316,6 +316,7 @@ class Story:
                 round_trip_ms=0.4,
                 rate_bps=4.1e9,
             ),
+            audit_count=AuditCount(chosen=30, replayed=9, dropped=21),
             replay_cost=ReplayCost(disk_bytes=182_000_000, opened_bytes=48_000_000),
             completion=Completion(
                 prompt="def read(self, size):\n",

@@ -428,6 +428,7 @@ def test_the_page_shows_what_the_report_says(report: Report) -> None:
         assert one.reason in text
     assert f"{report.held_out_loss:.3f}" in text and "0.75 of the unigram" in text
     assert "mismatch" in text and "8 match, 1 mismatch" in text
+    assert "Of 30 contributions chosen to be replayed, 9 were; the driver was too slow for the rest." in text
     lie = next(audit for audit in report.audits if audit.verdict is AuditVerdict.MISMATCH)
     assert f"--round {lie.round} --node {lie.name}" in text
     assert report.completion is not None and " ".join(report.completion.text.split()) in text

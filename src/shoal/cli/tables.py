@@ -133,6 +133,8 @@ def print_report(report: Report, *, console: Console = out) -> None:
         f"{report.tokens_accepted:,} tokens in {report.rounds} rounds and {format_duration_s(report.wall_s)}; "
         f"{report.compute_fraction:.0%} of the members' time was computing."
     )
+    if report.audit_count.chosen:
+        console.print(report.audit_count.sentence)
     loss = _loss_line(report)
     if loss:
         console.print(loss)

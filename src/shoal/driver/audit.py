@@ -8,10 +8,12 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import msgspec
+
 from shoal.driver.folder import RunFolder
 from shoal.driver.lines import AuditLine, AuditVerdict
 from shoal.driver.replay import Record, Replayer, StartEngine
-from shoal.driver.report import ReplayCost
+from shoal.driver.report import AuditCount, ReplayCost
 from shoal.errors import ShoalError
 from shoal.identity import Envelope
 from shoal.protocol.blobs import BlobHolder
@@ -37,6 +39,8 @@ _log = logging.getLogger(__name__)
 WAITING_MAX = 16
 """Contributions waiting to be replayed; when there are more, the newest choice is dropped: replaying must not fall
 behind the job by much, and the choice stays unpredictable."""
+FINISH_S = 60.0
+"""For so long at the end of a job what still waits is replayed; the members are kept waiting for it."""
 CONTRIBUTIONS_KEPT = 16 * 1024
 """The newest ones, among which members' work is chosen; older ones are only in the folder."""
 OPEN_DEADLINE_S = 15.0
@@ -94,10 +98,13 @@ class Auditor:
         fetcher: Fetcher,
         dice: Dice,
         rate: float,
+        known: AuditCount,
         on_verdict: Callable[[Contribution, AuditLine], None],
         threads: int | None = None,
         start_engine: StartEngine = EngineProcess.start,
     ) -> None:
+        """`known` was counted before the driver was started anew; what waited then waits no more."""
+        self.count = msgspec.structs.replace(known, dropped=known.chosen - known.replayed)
         self._folder = folder
         self._endpoint = endpoint
         self._store = store
@@ -134,6 +141,7 @@ class Auditor:
         self._work.cancel()
         await asyncio.gather(self._work, return_exceptions=True)
         await self._replayer.close()
+        self.count = msgspec.structs.replace(self.count, dropped=self.count.chosen - self.count.replayed)
         return ReplayCost(disk_bytes=sum(self._snapshot_bytes.values()), opened_bytes=self._opened_bytes)
 
     def committed(self, commit: Commit, given: Sequence[tuple[bytes, Contribution]], state: SharedState) -> None:
@@ -144,8 +152,11 @@ class Auditor:
             if contribution.snapshot:
                 kept = self._snapshot_bytes.get(contribution.member, 0)
                 self._snapshot_bytes[contribution.member] = kept + 12 * state.layout.size
-            if audited(self._secret, contribution_id, self._rate) and not self._waiting.full():
-                self._waiting.put_nowait(contribution)
+            if audited(self._secret, contribution_id, self._rate):
+                full = self._waiting.full()
+                if not full:
+                    self._waiting.put_nowait(contribution)
+                self._counted(chosen=1, dropped=int(full))
 
     def recorded(self, envelope: Envelope) -> None:
         """A record was added to the folder."""
@@ -162,6 +173,28 @@ class Auditor:
         elif envelope.kind == Commit.KIND:
             commit = open_record(envelope, Commit, network)
             self._record.commits[commit.round] = commit
+
+    async def finish(self) -> None:
+        """Replay what still waits, before the members are let go, for FINISH_S at most."""
+        done = asyncio.create_task(self._waiting.join())
+        ended = asyncio.wait({done, self._work}, return_when=asyncio.FIRST_COMPLETED)
+        try:
+            await within(self._fetcher.clock, FINISH_S, ended)
+        except TimeoutError:
+            _log.info("%d contributions that were chosen are not replayed", self.waiting)
+        finally:
+            done.cancel()
+
+    @property
+    def waiting(self) -> int:
+        """How many contributions that were chosen are yet to be replayed."""
+        return self.count.chosen - self.count.replayed - self.count.dropped
+
+    def _counted(self, *, chosen: int = 0, replayed: int = 0, dropped: int = 0) -> None:
+        now = self.count
+        self.count = AuditCount(
+            chosen=now.chosen + chosen, replayed=now.replayed + replayed, dropped=now.dropped + dropped
+        )
 
     async def audit_each(self) -> None:
         """Replay one accepted contribution of every member, before the members are let go: of those that none of was
@@ -180,6 +213,8 @@ class Auditor:
     async def _replay_all(self) -> None:
         while True:
             await self._replay(await self._waiting.get())
+            self._counted(replayed=1)
+            self._waiting.task_done()
 
     async def _replay(self, contribution: Contribution) -> None:
         async with self._one_at_a_time:

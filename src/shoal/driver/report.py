@@ -74,6 +74,26 @@ class ReplayCost(msgspec.Struct, frozen=True, kw_only=True):
     """Private state sent to whoever replayed."""
 
 
+class AuditCount(msgspec.Struct, frozen=True, kw_only=True):
+    """How far the driver came with the replays that it meant to make. Counted since the job's first start."""
+
+    chosen: int = 0
+    replayed: int = 0
+    """Of those chosen, whatever the verdict."""
+    dropped: int = 0
+    """Of those chosen: the driver was too slow for them. What is missing to `chosen` still waits."""
+
+    @property
+    def sentence(self) -> str:
+        if not self.dropped:
+            return f"Of {self.chosen} contributions chosen to be replayed, {self.replayed} were."
+        rest = "the rest" if self.replayed + self.dropped == self.chosen else f"{self.dropped}"
+        return (
+            f"Of {self.chosen} contributions chosen to be replayed, {self.replayed} were; the driver was too slow for "
+            f"{rest}."
+        )
+
+
 class Completion(msgspec.Struct, frozen=True, kw_only=True):
     prompt: str
     text: str
@@ -97,6 +117,7 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     nodes: tuple[NodeFigures, ...] = ()
     round_choice: RoundChoice = RoundChoice()
     replay_cost: ReplayCost = ReplayCost()
+    audit_count: AuditCount = AuditCount()
     completion: Completion | None = None
     goal: Goal | None = None
 
@@ -205,6 +226,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     exclusions_count: int
     audits: tuple[AuditReport, ...]
     audits_count: int
+    audit_count: AuditCount = AuditCount()
+    """Of those that were drawn while the job ran; `audits` has those made at its end as well."""
     round_choice: RoundChoice
     replay_cost: ReplayCost
     settings: dict[str, dict[str, Setting]]
@@ -311,6 +334,7 @@ def build_report(contents: RunContents, figures: Figures) -> Report:
             for line in _most_telling(contents.audits)
         ),
         audits_count=len(contents.audits),
+        audit_count=figures.audit_count,
         round_choice=figures.round_choice,
         replay_cost=figures.replay_cost,
         settings={

@@ -455,8 +455,10 @@ def group_exclusions(exclusions: Sequence[ExclusionReport]) -> list[tuple[int, i
 
 
 def _audits(report: Report) -> str:
+    drawn = report.audit_count.sentence if report.audit_count.chosen else ""
     if not report.audits:
-        return _section("audits", "Replays", '<p class="soft">No contribution was replayed while the job ran.</p>')
+        none = "No contribution was replayed while the job ran."
+        return _section("audits", "Replays", f'<p class="soft">{none} {drawn}</p>')
     rows = []
     for audit in report.audits[:ROWS_MAX]:
         tone, icon = _VERDICT[audit.verdict]
@@ -480,7 +482,7 @@ def _audits(report: Report) -> str:
         f"""<table><thead><tr><th class="number">round</th><th>node</th><th>verdict</th>
 <th class="number">difference</th><th class="number">threshold</th><th>in words</th></tr></thead>
 <tbody>{"".join(rows)}</tbody></table>{_more(report.audits_count, min(ROWS_MAX, len(report.audits)))}""",
-        f"{_few(report.audits_count, 'contribution')} computed again from committed state: {', '.join(found)}.",
+        f"{_few(report.audits_count, 'contribution')} computed again from committed state: {', '.join(found)}. {drawn}",
     )
 
 

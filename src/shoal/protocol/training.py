@@ -126,7 +126,9 @@ class ReplaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     window_rounds: Annotated[int, Meta(ge=0, le=ROUNDS_MAX)] = 1_000
     """For so many rounds a member keeps what a replay of its work needs."""
     audit_rate: Fraction = 0.02
-    """Share of contributions the driver has replayed while the job runs."""
+    """Share of accepted contributions that the driver chooses to replay while the job runs, one at a time. What comes
+    faster than it can replay, beyond 16 that wait, is dropped; when training ends, those that wait are replayed for up
+    to a minute. The report says how many were chosen and how many replayed."""
 
 
 class ModelRef(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):

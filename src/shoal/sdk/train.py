@@ -16,12 +16,13 @@ from pathlib import Path
 
 import msgspec
 
-from shoal.driver.audit import Auditor
+from shoal.driver.audit import FINISH_S, Auditor
 from shoal.driver.folder import RunFolder, saying_room
 from shoal.driver.gang import LinkedNode, fastest_float32, find_gang, link_to_former
 from shoal.driver.lines import AuditLine, AuditVerdict, Evaluation, Event
 from shoal.driver.replay import CHAIN_ELSEWHERE_MAX
 from shoal.driver.report import (
+    AuditCount,
     Completion,
     Figures,
     Goal,
@@ -489,6 +490,7 @@ class _Session:
         wanted: OfferFind | None = None,
     ) -> Report:
         options, folder = self.options, self.folder
+        known = folder.read("figures.json", Figures)
         auditor = Auditor(
             folder,
             endpoint=self.endpoint,
@@ -496,10 +498,10 @@ class _Session:
             fetcher=self.fetcher,
             dice=self.dice,
             rate=self.job.replay.audit_rate if options.audits else 0.0,
+            known=known.audit_count if known else AuditCount(),
             on_verdict=self._audited,
             start_engine=engine_for(self.job, self.script),
         )
-        known = folder.read("figures.json", Figures)
         self.driver = TrainingDriver(
             records,
             standing,
@@ -537,7 +539,7 @@ class _Session:
         finally:
             cost = await auditor.close()
             await asyncio.gather(*self._evaluations, self._starting_engine, return_exceptions=True)
-        return await self._finish(outcome, cost)
+        return await self._finish(outcome, cost, auditor.count)
 
     async def _start_state(self) -> SharedState:
         return await asyncio.to_thread(SharedState.read, self.store.path(self.job.model.start.hash))
@@ -569,21 +571,21 @@ class _Session:
         state: SharedState,
     ) -> None:
         auditor.committed(commit, given, state)
-        self._keep_figures()
+        self._keep_figures(auditor.count)
         if commit.tokens_total >= self._next_evaluation and commit.tokens_total < self.job.token_budget:
             self._next_evaluation += self.job.token_budget / (EVALUATIONS + 1)
             if self.script is not None:
                 return  # it reads its data anew each time
             self._evaluate_beside(commit.round, commit.tokens_total, state)
 
-    def _keep_figures(self) -> None:
+    def _keep_figures(self, count: AuditCount) -> None:
         """Write down what no record holds, now and then, so that a driver that is killed can go on with it."""
         assert self.driver is not None
         now = self.driver.elapsed_s()
         if now - self._figures_s >= FIGURES_EVERY_S:
             self._figures_s = now
             nodes = tuple(self.driver.nodes.values())
-            self.folder.write("figures.json", msgspec.json.encode(Figures(wall_s=now, nodes=nodes)))
+            self.folder.write("figures.json", msgspec.json.encode(Figures(wall_s=now, nodes=nodes, audit_count=count)))
 
     def _evaluate_beside(self, round_number: int, tokens: int, state: SharedState) -> None:
         task = asyncio.create_task(self._evaluate(round_number, tokens, state))
@@ -598,6 +600,9 @@ class _Session:
             self.options.say(f"The model could not be measured: {error}")
 
     async def _close_out(self, auditor: Auditor) -> None:
+        if auditor.waiting:
+            self.options.say(f"Replaying what was chosen and waits ({auditor.waiting}), for up to {FINISH_S:.0f} s.")
+            await auditor.finish()
         if self.options.closing_audit:
             self.options.say("Replaying a round of every member whose work was not looked at yet.")
             await auditor.audit_each()
@@ -652,7 +657,7 @@ class _Session:
 
     # ---- afterwards ----
 
-    async def _finish(self, outcome: Outcome, cost: ReplayCost) -> Report:
+    async def _finish(self, outcome: Outcome, cost: ReplayCost, count: AuditCount) -> Report:
         assert self.driver is not None
         await self._starting_engine
         self.options.say("Measuring the model and writing the report.")
@@ -672,6 +677,7 @@ class _Session:
                 rate_bps=self.private.rate_bps,
             ),
             replay_cost=cost,
+            audit_count=count,
             completion=completion,
             goal=Goal(reached=outcome.reached, sentence=outcome.sentence),
         )
