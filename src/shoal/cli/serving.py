@@ -119,7 +119,9 @@ def node_start(
             help="The share of time in which it may compute, above 0 up to 1. What it measures and offers is the limited speed.",
         ),
     ] = 1.0,
-    threads: Annotated[int | None, typer.Option(help="CPU threads to compute with.", show_default="all cores")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads to compute with.", show_default="all physical cores")
+    ] = None,
     device: Annotated[
         str, typer.Option(help="A torch device such as cpu, cuda, cuda:1 or mps; auto takes the best there is.")
     ] = "auto",

@@ -10,7 +10,7 @@ start state, and the first Commit's `previous` is the job's id.
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import msgspec
 from msgspec import Meta
@@ -89,8 +89,8 @@ class RoundSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     hides behind the computing of the next."""
     codec: Codec = Codec.SPARSE2
     """How a pseudo-gradient becomes bytes."""
-    sparse_keep: Annotated[int, Meta(ge=8, le=1024)] = 64
-    """How many values of each 4096 the codec `sparse2` keeps; a power of two."""
+    sparse_keep: Literal[8, 16, 32, 64, 128, 256, 512, 1024] = 64
+    """How many values of each 4096 the codec `sparse2` keeps."""
     residual_decay: Fraction = 0.95
     """How much of what a codec left out is kept for the next round."""
     own_ahead: Annotated[float, Meta(ge=0, le=2)] = 1.0

@@ -469,7 +469,7 @@ class _Reader:
 def _read_scalar(text: str, plain: bool, kind: Any, quantity: str | None) -> Any:
     """A scalar as a `kind`, or None when it is none. Bounds are checked later. Raises BadQuantity."""
     if get_origin(kind) is Literal:
-        return text if text in get_args(kind) else None
+        return next((option for option in get_args(kind) if str(option) == text), None)
     if isinstance(kind, type) and issubclass(kind, Enum):
         return next((option for option in kind if option.value == text), None)
     if kind is str:

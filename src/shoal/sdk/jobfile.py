@@ -132,7 +132,7 @@ class JobFile(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     batch_samples: Annotated[int, Meta(ge=1, le=1 << 20)] = 16
     """Samples in one inner step."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """What members compute in; auto takes bfloat16 only when every member is fast at it."""
+    """What members compute in; auto takes bfloat16 when every member has an accelerator that is fast at it."""
     optimizer: OptimizerSettings = OptimizerSettings()
     rounds: RoundsSection = RoundsSection()
     replay: ReplaySettings = ReplaySettings()

@@ -164,8 +164,8 @@ class LoopNode:
             except StoreInUse:
                 if place.name:
                     raise TooManyProcesses(
-                        f"Another process of job {place.job!r} is called {name!r} on this machine; give this one a name "
-                        "of its own (SHOAL_NAME, or name=), or none."
+                        f"Another process of job {place.job!r} is called {name!r} on this machine; give this one a "
+                        "name of its own (SHOAL_NAME, or name=), or none."
                     ) from None
         raise TooManyProcesses(f"{PROCESSES_MAX} processes of job {place.job!r} run on this machine already.")
 
