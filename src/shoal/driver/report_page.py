@@ -166,6 +166,7 @@ def _header(report: Report) -> str:
         if baseline and report.held_out_loss is not None
     ]
     per_token = report.bytes_sent / report.tokens_accepted if report.tokens_accepted else 0.0
+    per_token_text = f"{per_token:,.0f}" if per_token >= 10 else f"{per_token:.2f}"
     tiles = (
         ("Held-out loss", _loss_text(report.held_out_loss), "; ".join(against) or "nats per token"),
         ("Tokens accepted", format_count(report.tokens_accepted), f"budget {format_count(report.token_budget)}"),
@@ -175,7 +176,7 @@ def _header(report: Report) -> str:
         (
             "Bytes sent",
             format_bytes(report.bytes_sent),
-            f"{per_token:,.{0 if per_token >= 10 else 2}f} bytes per accepted token",
+            f"{per_token_text} bytes per accepted token",
         ),
     )
     shown = "".join(

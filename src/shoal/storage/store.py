@@ -634,8 +634,8 @@ class BlobStore:
         by = f" by {_names(owners)}" if owners else ""
         return StorageFull(
             f"The blob store in {self.place} has no room: {format_bytes(need)} were asked for, of its capacity of "
-            f"{format_bytes(self.capacity_bytes)}, {format_bytes(free)} are free, {format_bytes(pinned)} are pinned{by} "
-            f"and {format_bytes(evictable)} could be evicted. Raise the capacity, or end a job that pins blobs there."
+            f"{format_bytes(self.capacity_bytes)}, {format_bytes(free)} are free, {format_bytes(pinned)} are pinned"
+            f"{by} and {format_bytes(evictable)} could be evicted. Raise the capacity, or end a job that pins blobs there."
         )
 
     # Use
