@@ -635,7 +635,8 @@ class BlobStore:
         return StorageFull(
             f"The blob store in {self.place} has no room: {format_bytes(need)} were asked for, of its capacity of "
             f"{format_bytes(self.capacity_bytes)}, {format_bytes(free)} are free, {format_bytes(pinned)} are pinned"
-            f"{by} and {format_bytes(evictable)} could be evicted. Raise the capacity, or end a job that pins blobs there."
+            f"{by} and {format_bytes(evictable)} could be evicted. Raise the capacity, or end a job that pins blobs "
+            f"there."
         )
 
     # Use
