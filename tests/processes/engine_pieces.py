@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
 
+from shoal.identity import blake3_hash
 from shoal.models.architectures import build_model, parameters_of
 from shoal.models.configs import canonical_config, preset_config
 from shoal.protocol.blobs import BlobRef
 from shoal.protocol.training import (
     DataRef,
+    DataShard,
     ModelRef,
     OptimizerSettings,
     ReplaySettings,
@@ -69,6 +71,16 @@ class Setting:
             update=str(self.folder / f"update-{number}"),
         )
         return msgspec.structs.replace(command, **changes)
+
+
+def with_shards(setting: Setting) -> tuple[Setting, dict[bytes, Path]]:
+    """The same, with the token files named as blobs: their hashes and files."""
+    files = {blake3_hash(Path(shard.path).read_bytes()): shard for shard in setting.data.train}
+    shards = tuple(
+        DataShard(BlobRef(name, Path(shard.path).stat().st_size), shard.sequences) for name, shard in files.items()
+    )
+    job = msgspec.structs.replace(setting.job, data=msgspec.structs.replace(setting.job.data, shards=shards))
+    return replace(setting, job=job), {name: Path(shard.path) for name, shard in files.items()}
 
 
 def make_setting(folder: Path, *, config: str | None = None, batch_samples: int = 4, **rounds: object) -> Setting:

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from engine_pieces import SEQUENCE, make_setting
+from engine_pieces import SEQUENCE, make_setting, with_shards
 
 from shoal.driver import audit
 from shoal.driver.audit import (
@@ -39,7 +39,6 @@ from shoal.protocol.training import (
     Assignment,
     Commit,
     Contribution,
-    DataShard,
     Engine,
     Member,
     MemberNode,
@@ -87,15 +86,10 @@ class Worked:
 def work(folder: Path, alter: str, engine_named: Callable[[Engine], Engine] = lambda own: own) -> Worked:
     """Rounds with lag 1 from the very first, as many as members do between two kept states by default, by one member of
     one thread; in the last one a step is altered."""
-    setting = make_setting(folder)
-    blobs = {setting.start.hash: folder / "start"}
-    shards = []
-    for shard in setting.data.train:
-        data = Path(shard.path).read_bytes()
-        blobs[blake3_hash(data)] = Path(shard.path)
-        shards.append(DataShard(BlobRef(blake3_hash(data), len(data)), shard.sequences))
-    job = msgspec.structs.replace(setting.job, data=msgspec.structs.replace(setting.job.data, shards=tuple(shards)))
-    engine = LanguageEngine(msgspec.structs.replace(setting.prepare(), job=job), SystemClock())
+    setting, blobs = with_shards(make_setting(folder))
+    blobs[setting.start.hash] = folder / "start"
+    job = setting.job
+    engine = LanguageEngine(setting.prepare(), SystemClock())
     named = engine_named(asyncio.run(engine.prepared(False)).engine)
     job_id = bytes(32)
     record = Record(job, job_id)

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from engine_pieces import Setting, make_setting
+from engine_pieces import Setting, make_setting, with_shards
 from hub_world import a_key, an_offer
 
 from shoal.driver.folder import RunFolder
@@ -40,6 +40,7 @@ from shoal.protocol.training import (
     DataShard,
     Deliver,
     Engine,
+    Excluded,
     Grant,
     HeadAsk,
     JobEnd,
@@ -50,6 +51,8 @@ from shoal.protocol.training import (
     MemberNode,
     MemberReady,
     NodeWork,
+    SampleRange,
+    Share,
     Term,
     Turn,
 )
@@ -768,6 +771,84 @@ def test_two_commits_for_one_round_are_kept(tmp_path: Path) -> None:
             await asyncio.sleep(0.01)
         kept = {scene.store.read(name) for name in scene.store.pins(EVIDENCE_PIN)}
         assert kept == {rival.to_bytes() for rival in rivals}
+        await scene.agent.close()
+
+    play(story())
+
+
+def test_a_member_keeps_its_state_anew_after_its_work_did_not_count(tmp_path: Path) -> None:
+    """The state that it kept last may be the one that does not count, and no more than so many rounds may lie between
+    two that do."""
+
+    async def story() -> None:
+        scene = await a_node(tmp_path)
+        setting, files = with_shards(scene.setting)
+        driver = a_key(160)
+        endpoint = scene.network.endpoint(driver)
+        at = await endpoint.listen("tcp://driver:0")
+        store = BlobStore(MemoryDisk(), 1 << 26, CLOCK)
+        serve(endpoint, store)
+        for data in (setting.start.to_bytes(), *(path.read_bytes() for path in files.values())):
+            store.put(data)
+        ready, delivered = asyncio.Event(), asyncio.Queue[Contribution]()
+
+        async def is_ready(request: Request) -> bytes:
+            ready.set()
+            return encode(Done(), request.version)
+
+        async def delivers(request: Request) -> bytes:
+            packed = decode(Deliver, request.body, request.version).contribution
+            delivered.put_nowait(open_record(_envelope(packed), Contribution))
+            return encode(Done(), request.version)
+
+        async def no_commits(request: Request) -> bytes:
+            return encode(CommitsGiven(commits=()), request.version)
+
+        endpoint.handle(MemberReady.KIND, is_ready)
+        endpoint.handle(CommitsAsk.KIND, no_commits)
+        endpoint.handle(Deliver.KIND, delivers)
+        link = await endpoint.dial(scene.node.node_id, scene.node.addresses)
+        invite = an_invitation(setting, driver, holders=(BlobHolder(driver.node_id, (at,)),))
+        answer = await link.request(MemberInvite.KIND, encode(invite), reply_max_bytes=1 << 17)
+        member = _envelope(decode(MemberAnswer, answer).member)
+        await ready.wait()
+        job = _record_id(invite.job)
+        previous, kept = job, []
+        for number in range(2):
+            share = Share(member.record_id, (SampleRange(0, 24 * number, 24 * number + 24),))
+            assignment = sign(
+                driver,
+                Assignment(
+                    job=job,
+                    round=number,
+                    term=1,
+                    previous=previous,
+                    base_state=setting.start.hash,
+                    step=0,
+                    deadline_ms=60_000,
+                    shares=(share,),
+                ),
+            )
+            await link.request(Turn.KIND, encode(Turn(job=job, assignment=assignment.to_bytes())))
+            kept.append((await delivered.get()).snapshot)
+            commit = sign(
+                driver,
+                Commit(
+                    job=job,
+                    round=number,
+                    term=1,
+                    previous=previous,
+                    assignment=assignment.record_id,
+                    accepted=(),
+                    excluded=(Excluded(member=member.record_id, reason="It came too late."),),
+                    state=setting.start.hash,
+                    tokens_total=0,
+                ),
+            )
+            await link.request(Turn.KIND, encode(Turn(job=job, commit=commit.to_bytes())))
+            previous = commit.record_id
+        assert setting.job.replay.snapshot_every > 2
+        assert kept == [False, True]
         await scene.agent.close()
 
     play(story())

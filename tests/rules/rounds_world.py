@@ -115,6 +115,7 @@ def make_contribution(
         work=(NodeWork(node, share.samples, share.samples * per_sample, compute_ms),),
         private_before=private_hash(lineage),
         private_after=private_hash((*lineage, work)),
+        snapshot=(len(lineage) + 1) % job.replay.snapshot_every == 0,
         loss_first=2.0,
         loss_last=1.0,
         sketches=b"",

@@ -13,6 +13,7 @@ from rounds_world import (
     state_after,
 )
 
+from shoal.identity import hash_of_parts
 from shoal.protocol.blobs import BlobRef
 from shoal.protocol.messages import sign
 from shoal.protocol.training import Accepted, DataRef, Excluded, NodeWork, RoundSettings
@@ -83,7 +84,7 @@ class Desk:
         made = make_contribution(
             self.job, opened.assignment, opened.assignment_id, member_id, key.node_id, compute_ms=compute_ms
         )
-        return msgspec.structs.replace(made, **changes)
+        return msgspec.structs.replace(made, **{"snapshot": True, **changes})
 
     def hand_in(self, name, contribution, signer=None):
         key = signer or self.names[name][0]
@@ -327,6 +328,29 @@ def test_what_contradicts_its_assignment_makes_the_share_void(what):
     again = of(desk.effects, Assign)[-1].assignment
     assert desk.id("a") in {share.member for share in again.shares}
     assert min(piece.start for share in again.shares for piece in share.ranges) < 12
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a_member_that_keeps_no_state_is_heard_no_longer_than_a_replay_can_bridge(lag):
+    """Else nothing of what it does later could be told from rounding on another engine."""
+    desk = Desk("a", "b", members_min=2, rounds=msgspec.structs.replace(ROUNDS, lag=lag))
+
+    def deliver(name, number, kept):
+        share = desk.round(number).shares[desk.id(name)]
+        private = share.private if share.private is not None else bytes(32)
+        return desk.deliver(
+            name, number, builds_on=share.builds_on, private_before=private,
+            private_after=hash_of_parts("after", [desk.id(name), bytes([number])]), snapshot=kept,
+        )  # fmt: skip
+
+    for number, kept in enumerate([False, False, True, False, False]):
+        for name in ("a", "b"):
+            assert of(deliver(name, number, kept), FetchUpdate)
+        desk.aggregate()
+    said = "Its member keeps no private state after it, nor after the 2 before it; the job asks for one every 3 contri"
+    assert refused(deliver("a", 5, kept=False)).startswith(said)
+    assert desk.round(5).shares[desk.id("a")].phase is Phase.VOID
+    assert of(deliver("b", 5, kept=True), FetchUpdate)
 
 
 def test_a_second_contribution_is_refused_and_the_same_one_is_not_counted_twice():

@@ -568,8 +568,7 @@ class MemberRun:
     async def _compute(self, work: following.BeginWork, base: _Base) -> None:
         assignment, started = work.assignment, self._clock.monotonic()
         waited_ms = round((started - self._idle_since) * 1000)
-        self._contributed += 1
-        keep = self._contributed % self.job.replay.snapshot_every == 0
+        keep = (self._contributed + 1) % self.job.replay.snapshot_every == 0
         update_path = self._scratch / f"update-{assignment.round}"
         snapshot_path = self._scratch / f"private-{assignment.round}" if keep else None
         in_flight = self._own[work.builds_on].update if work.builds_on is not None else None
@@ -602,6 +601,7 @@ class MemberRun:
         finally:
             self._idle_since = self._clock.monotonic()
         self._failures = 0
+        self._contributed += 1
         contribution = self._contribution(work, done, base.state, update_path, snapshot=keep)
         envelope = sign(self._key, contribution, self._network)
         own = _Own(assignment.round, envelope, contribution.update, done.private_after, max(0, waited_ms))
@@ -669,6 +669,7 @@ class MemberRun:
         _log.info("%s: %s", self.name, effect.sentence)
         private = self._own[effect.to].private_after if effect.to is not None else self._first_private
         await self._engine.roll_back(private)
+        self._contributed = self.job.replay.snapshot_every - 1  # the next is kept: a kept one may have become void
         after = self._own[effect.to].round if effect.to is not None else -1
         for contribution_id, own in list(self._own.items()):
             if own.round > after:

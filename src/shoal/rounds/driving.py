@@ -303,6 +303,8 @@ class Participant:
     speed: Speed
     private: bytes | None = None
     """Hash of its private state after its last accepted Contribution; None when not known."""
+    unkept: int = 0
+    """How many of its Contributions were accepted since the last one after which it keeps its private state."""
     late_in_a_row: int = 0
     delivered_ms: int = 0
     """When it delivered last."""
@@ -592,7 +594,23 @@ class _Turn:
             )
         if share.private is not None and contribution.private_before != share.private:
             return "Its private state before the round is not the one after its member's last counted Contribution."
+        every, unkept = self.state.job.replay.snapshot_every, self._unkept(contribution)
+        if not contribution.snapshot and unkept + 1 >= every:
+            return (
+                f"Its member keeps no private state after it, nor after the {unkept} before it; the job asks for one "
+                f"every {every} contributions, so that each can be replayed."
+            )
         return ""
+
+    def _unkept(self, contribution: Contribution) -> int:
+        """How many Contributions lie between this one and the last one before it after which its member keeps its
+        private state."""
+        count = self.state.members[contribution.member].unkept
+        for opened in self.state.rounds:
+            earlier = opened.shares.get(contribution.member)
+            if opened.number < contribution.round and earlier is not None and earlier.phase is not Phase.VOID:
+                count = _unkept_after(count, earlier.contribution)
+        return count
 
     def _expect(self, at: int, member_id: bytes, builds_on: bytes, private: bytes) -> None:
         """The member's Contribution of an earlier open round has arrived: the one of round `at` has to build on it."""
@@ -789,7 +807,13 @@ class _Turn:
             return
         compute_ms = max(part.compute_ms for part in contribution.work)
         speed = participant.speed.measured(observed(contribution.samples, compute_ms, share.elapsed_ms))
-        participant = replace(participant, speed=speed, private=contribution.private_after, late_in_a_row=0)
+        participant = replace(
+            participant,
+            speed=speed,
+            private=contribution.private_after,
+            unkept=_unkept_after(participant.unkept, contribution),
+            late_in_a_row=0,
+        )
         self._set_members({**self.state.members, member_id: participant})
 
     def _assign(self) -> bool:
@@ -914,6 +938,12 @@ def _remember(known: Mapping[bytes, _V], key: bytes, value: _V) -> Mapping[bytes
 
 def _named(member: Member, member_id: bytes) -> str:
     return f"{member.name} ({short_id(member_id)})"
+
+
+def _unkept_after(unkept: int, contribution: Contribution | None) -> int:
+    if contribution is None:
+        return unkept
+    return 0 if contribution.snapshot else unkept + 1
 
 
 def _maybe(contribution_id: bytes | None) -> str:
