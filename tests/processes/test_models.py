@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from shoal.models.architectures import build_model, parameters_of, parse_config, refuse_depth
+from shoal.models.architectures import _one_line, build_model, parameters_of, parse_config, refuse_depth
 from shoal.models.checkpoints import read_checkpoint, write_checkpoint
 from shoal.models.configs import (
     PRESETS,
@@ -92,6 +92,12 @@ def test_a_config_is_canonical_and_runs_no_code(tmp_path: Path) -> None:
     for bad in ('{"model_type":"no such"}', '{"model_type":"llama","hidden_size":"wide"}', '{"model_type":"vit"}'):
         with pytest.raises(BadModel):
             build_model(bad)
+
+
+def test_a_model_that_cannot_be_trained_is_refused_in_whole_words() -> None:
+    with pytest.raises(BadModel, match=r"A mamba model cannot be trained: .* such as llama, .* or gpt2\.$"):
+        build_model('{"model_type":"mamba","hidden_size":8,"num_hidden_layers":1,"vocab_size":16}')
+    assert _one_line(ValueError("word " * 100)).endswith("word word [...]")
 
 
 def test_others_load_what_is_written(checkpoint: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any
 
 import msgspec
@@ -50,6 +51,12 @@ def build_model(config: str, *, seed: int | None = None) -> CausalModel:
             parsed, attn_implementation="sdpa", dtype=torch.float32, trust_remote_code=False
         )
     except Exception as error:
+        if "scaled_dot_product_attention" in str(error):
+            raise BadModel(
+                f"A {parsed.model_type} model cannot be trained: in transformers it has no attention through torch's "
+                "scaled_dot_product_attention. Choose a causal language model that has, such as llama, qwen2, mistral, "
+                "gemma or gpt2."
+            ) from error
         raise BadModel(f"No causal language model can be built from this config: {_one_line(error)}.") from error
     return model.train()
 
@@ -74,4 +81,4 @@ def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300].rstrip(".")
+    return textwrap.shorten(str(error), 300).rstrip(".")
