@@ -42,12 +42,13 @@ from shoal.protocol.training import (
 from shoal.sdk.jobfile import parse_job
 from shoal.sdk.local import LocalShoal
 from shoal.sdk.loop_engine import BadLoop, LoopEngine, Order, Orders, Over
-from shoal.sdk.loop_node import LoopNode, LoopPlace, NotOurs, TooManyProcesses
+from shoal.sdk.loop_node import LoopNode, LoopPlace, NotOurs
 from shoal.sdk.loop_script import NoScript, ScriptFailed, look_at
 from shoal.sdk.own_loop import LoopMember
 from shoal.sdk.places import user_key
 from shoal.sdk.replay import ReplayResult, replay_round
 from shoal.sdk.train import TrainOptions, train
+from shoal.storage import BlobStore
 from shoal.training.commands import (
     ApplyCommit,
     CancelRound,
@@ -431,27 +432,6 @@ def test_a_model_that_cannot_be_shared_is_refused(model: nn.Module, sentence: st
 # --- whose loop it is -----------------------------------------------------------------------------------------------
 
 
-def test_two_processes_of_one_name_are_told_so(tmp_path: Path) -> None:
-    def node() -> LoopNode:
-        place = LoopPlace(
-            job="tiny",
-            owner=bytes(32),
-            hubs=[],
-            folder=tmp_path,
-            name="twin",
-            listen=None,
-            threads=1,
-            device=torch.device("cpu"),
-            storage_bytes=1 << 20,
-        )
-        return LoopNode(place, queue.Queue(), SystemClock(), SystemDice())
-
-    _, _, store = node()._take_folder()
-    with pytest.raises(TooManyProcesses, match="is called 'twin' on this machine; give this one a name of its own"):
-        node()._take_folder()
-    store.close()
-
-
 def test_only_the_owner_s_job_is_worked_for(tmp_path: Path) -> None:
     loop = Loop(tmp_path / "loop")
     owner, stranger = KeyPair.generate(), KeyPair.generate()
@@ -476,6 +456,43 @@ def test_only_the_owner_s_job_is_worked_for(tmp_path: Path) -> None:
     for key, name in ((stranger, "tiny"), (owner, "another")):
         with pytest.raises(NotOurs):
             node._make_member(invitation(key, name))
+
+
+def run_by_hand(home: Path, text: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    hub = f"shoal://{KeyPair.generate().node_id.hex()}@127.0.0.1:9"
+    return subprocess.run(
+        [sys.executable, "-c", text],
+        env={**os.environ, "SHOAL_HOME": str(home), "SHOAL_HUB": hub, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_a_second_process_of_the_same_name_ends_with_a_sentence(tmp_path: Path) -> None:
+    text = (
+        "import shoal, torch\nmodel = torch.nn.Linear(2, 2)\n"
+        "shoal.join('x', model, torch.optim.SGD(model.parameters(), lr=0.1), samples=4)"
+    )
+    first = BlobStore(tmp_path / "loops" / "x" / "ann" / "blobs", 1 << 20, SystemClock())
+    second = run_by_hand(tmp_path, text, SHOAL_NAME="ann")
+    first.close()
+    assert second.returncode == 1
+    assert second.stderr == (
+        "SH-146: Another process of job 'x' is called 'ann' on this machine; give this one a name of its own "
+        "(SHOAL_NAME, or name=), or none.\n"
+    )
+
+
+def test_other_errors_of_a_script_keep_their_traceback(tmp_path: Path) -> None:
+    text = (
+        "import shoal, torch\n"
+        "try:\n    shoal.join('x', torch.nn.Linear(1, 1), None, samples=0)\n"
+        "except shoal.sdk.own_loop.BadLoop:\n    raise KeyError('mine') from None"
+    )
+    ended = run_by_hand(tmp_path, text)
+    assert ended.returncode == 1 and "Traceback" in ended.stderr and "KeyError: 'mine'" in ended.stderr
 
 
 def test_an_owner_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,7 @@ import queue
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Protocol
 
 import numpy as np
@@ -36,7 +37,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from shoal.errors import BadInput
+from shoal.errors import BadInput, ShoalError
 from shoal.identity import HASH_BYTES
 from shoal.protocol.hubs import HubTicket
 from shoal.sdk.loop_engine import ORDERS_MAX, BadLoop, LoopEngine, Orders, trained_parameters
@@ -161,8 +162,10 @@ def join(
     this user's own key. `name` is what this process is called: SHOAL_NAME, else the machine's name and a number;
     `folder` keeps its key and blobs. `threads` is how many CPU threads compute; a replay takes as many.
 
-    Raises BadLoop, BadOwner, NoHub, and other ShoalErrors for what cannot work.
+    Raises BadLoop, BadOwner, NoHub, and other ShoalErrors for what cannot work. One that the script does not catch ends
+    it with its sentence and exit code 1.
     """
+    _say_what_ends_it()
     if samples < 1:
         raise BadLoop(f"A loop over {samples} samples has nothing to train on.")
     if _setting is not None:
@@ -192,6 +195,19 @@ def join(
     atexit.register(node.close)
     print(f"{called} waits for job {job!r}: it begins when its owner runs `shoal train`.", file=sys.stderr)
     return LoopMember(engine, called, close=node.close)
+
+
+def _say_what_ends_it() -> None:
+    """A ShoalError that a script does not catch is a sentence for whoever started it, without a traceback."""
+    before = sys.excepthook
+
+    def say(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if isinstance(error, ShoalError):
+            print(f"{error.code}: {error}", file=sys.stderr)
+        else:
+            before(kind, error, trace)
+
+    sys.excepthook = say
 
 
 def _tickets(hubs: Sequence[str] | None) -> list[HubTicket]:
