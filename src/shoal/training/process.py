@@ -250,8 +250,9 @@ class EngineProcess:
         assert stdin is not None
         try:
             with contextlib.suppress(ConnectionError):  # it died: the future then says how
-                stdin.write(FRAME.pack(len(body)) + body)
-                await stdin.drain()
+                if not stdin.is_closing():  # the fast loop refuses to write to what is closed with an error of its own
+                    stdin.write(FRAME.pack(len(body)) + body)
+                    await stdin.drain()
             return await future
         finally:
             self._waiting.pop(number, None)
