@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from shoal.identity import KeyPair, seal
 from shoal.protocol import messages, offers, training
+from shoal.protocol.blobs import BlobRef
 from shoal.protocol.messages import (
     BadMessage,
     Message,
@@ -21,6 +22,7 @@ from shoal.protocol.messages import (
     open_record,
     sign,
 )
+from shoal.training.commands import SKETCHED_STEPS_MAX
 
 KEY = KeyPair.from_seed(b"k" * 32)
 
@@ -53,6 +55,17 @@ def test_what_only_the_newer_version_can_say_is_not_said_in_the_older() -> None:
         decode(New, encode(New(a=1, b=2), version=2), version=1)
     with pytest.raises(BadMessage):
         decode(Old, encode(New(a=1, b=2), version=2))
+
+
+def test_a_contribution_has_room_for_the_sketches_of_every_round() -> None:
+    most = max(-(-steps // -(-steps // SKETCHED_STEPS_MAX)) for steps in range(1, training.STEPS_MAX + 1))
+    contribution = training.Contribution(
+        job=bytes(32), round=0, term=1, assignment=bytes(32), member=bytes(32), base_state=bytes(32),
+        update=BlobRef(bytes(32), 10), work=(training.NodeWork(bytes(32), 1, 1, 1),), private_before=bytes(32),
+        private_after=bytes(32), loss_first=1.0, loss_last=1.0, sketches=bytes(most * 4 * (1 + training.SKETCH_WIDTH)),
+        engine=training.Engine("a", "b", 1, 1),
+    )  # fmt: skip
+    assert decode(training.Contribution, encode(contribution)) == contribution
 
 
 def test_the_common_version_is_the_newest_of_both() -> None:

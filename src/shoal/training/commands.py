@@ -28,8 +28,9 @@ from shoal.protocol.training import (
 
 FRAME_MAX_BYTES = 4 << 20
 FRAME = struct.Struct(">I")
-SKETCHED_STEPS_MAX = 512
-"""A contribution carries at most this many sketches; longer rounds sketch every second, third, ... step."""
+SKETCHED_STEPS_MAX = STEPS_MAX // (1 + SKETCH_WIDTH)
+"""A contribution carries at most this many sketches, 455: what the protocol has room for. Longer rounds sketch every
+second, third, ... step."""
 
 FilePath = Annotated[str, Meta(min_length=1, max_length=4096)]
 Threads = Annotated[int, Meta(ge=1, le=4096)]
