@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 from hub_world import an_offer
 
-from shoal.driver.gang import DIALS_AT_ONCE, LinkedNode, TooFewNodes, find_gang
+from shoal.driver.gang import DIALS_AT_ONCE, Backoff, LinkedNode, TooFewNodes, find_gang
 from shoal.errors import LinkError
 from shoal.identity import KeyPair
 from shoal.market import fits
@@ -120,6 +120,26 @@ def test_a_gang_begins_without_those_that_let_it_wait() -> None:
         gang = await scene.gang(1)
         assert [one.node for one in gang] == [honest] and scene.clock.monotonic() < 5
         await scene.close()
+
+    asyncio.run(story())
+
+
+def test_who_was_tried_in_vain_is_left_alone_longer_each_time_and_for_weeks() -> None:
+    async def story() -> None:
+        clock = HeldClock()
+        backoff, node = Backoff(clock, 4.0, 300.0), bytes(32)
+        for rest_s in (4.0, 8.0, 16.0):
+            backoff.tried(node)
+            await clock.advance(rest_s - 0.1)
+            assert backoff.rests(node)
+            await clock.advance(0.1)
+            assert not backoff.rests(node)
+        for _ in range(2000):
+            backoff.tried(node)
+        await clock.advance(299.9)
+        assert backoff.rests(node) and backoff.times(node) == 2003
+        backoff.succeeded(node)
+        assert not backoff.rests(node) and backoff.times(node) == 0
 
     asyncio.run(story())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
@@ -24,7 +25,9 @@ SETTLE_S = 2.0
 """How long dials that are under way are waited for once there are enough nodes; those that come later join later."""
 REST_S, REST_MAX_S = 4.0, 300.0
 """How long a node that did not answer is left alone: the first time, and at most; each time twice as long."""
-UNREACHED_MAX = 4096
+TRIED_REMEMBERED_MAX = 4096
+DOUBLINGS_MAX = 60
+"""More would overflow some day: a job may last for weeks beside an offer with nobody behind it."""
 TROUBLES_SHOWN = 8
 """Nodes whose troubles a sentence names."""
 FORMER_MAX = 16
@@ -81,30 +84,30 @@ async def link_to(node: bytes, offer: Offer, *, endpoint: Endpoint, directory: D
     raise LinkError(f"Node {offer.name} ({short_id(node)}) was asked to call back and did not.")
 
 
-class Unreached:
-    """Nodes that did not answer, and how long each is left alone: an offer with nobody behind it takes no turn from
-    one that has somebody, however fast it says to be."""
+class Backoff:
+    """Nodes that were tried in vain, and how long each is left alone: `first_s`, then twice as long each time, at most
+    `most_s`. So an offer with nobody behind it takes no turn from one that has somebody, however fast it says to be."""
 
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self._failed: dict[bytes, tuple[int, float]] = {}
+    def __init__(self, clock: Clock, first_s: float, most_s: float = math.inf) -> None:
+        self._clock, self._first_s, self._most_s = clock, first_s, most_s
+        self._tried: dict[bytes, tuple[int, float]] = {}
         """NodeId -> times in a row, and before when it is not tried again."""
 
     def rests(self, node: bytes) -> bool:
-        return self._clock.monotonic() < self._failed.get(node, (0, 0.0))[1]
+        return self._clock.monotonic() < self._tried.get(node, (0, 0.0))[1]
 
     def times(self, node: bytes) -> int:
-        return self._failed.get(node, (0, 0.0))[0]
+        return self._tried.get(node, (0, 0.0))[0]
 
-    def failed(self, node: bytes) -> None:
-        times = self.times(node) + 1
-        self._failed.pop(node, None)
-        self._failed[node] = (times, self._clock.monotonic() + min(REST_MAX_S, REST_S * 2.0 ** (times - 1)))
-        while len(self._failed) > UNREACHED_MAX:
-            del self._failed[next(iter(self._failed))]
+    def tried(self, node: bytes) -> None:
+        times, _ = self._tried.pop(node, (0, 0.0))
+        rest_s = min(self._most_s, self._first_s * 2.0 ** min(times, DOUBLINGS_MAX))
+        self._tried[node] = (times + 1, self._clock.monotonic() + rest_s)
+        while len(self._tried) > TRIED_REMEMBERED_MAX:
+            del self._tried[next(iter(self._tried))]
 
-    def answered(self, node: bytes) -> None:
-        self._failed.pop(node, None)
+    def succeeded(self, node: bytes) -> None:
+        self._tried.pop(node, None)
 
 
 class Lookout:
@@ -134,8 +137,9 @@ class Dials:
         self._endpoint, self._directory, self._clock = endpoint, directory, clock
         self._under_way: dict[bytes, tuple[Offer, asyncio.Task[LinkedNode]]] = {}
         self._linked: dict[bytes, LinkedNode] = {}
-        self._unreached = Unreached(clock)
+        self._unreached = Backoff(clock, REST_S, REST_MAX_S)
         self.troubles: dict[bytes, str] = {}
+        """Of TROUBLES_SHOWN nodes at most."""
 
     @property
     def linked(self) -> list[LinkedNode]:
@@ -170,10 +174,11 @@ class Dials:
             try:
                 self._linked[node] = dial.result()
             except ShoalError as error:  # whatever is wrong with one offer, the search goes on
-                self._unreached.failed(node)
-                self.troubles[node] = f"{offer.name}: {error}"
+                self._unreached.tried(node)
+                if node in self.troubles or len(self.troubles) < TROUBLES_SHOWN:
+                    self.troubles[node] = f"{offer.name}: {error}"
             else:
-                self._unreached.answered(node)
+                self._unreached.succeeded(node)
                 self.troubles.pop(node, None)
 
     async def close(self) -> None:
@@ -225,7 +230,7 @@ async def find_gang(
         await dials.close()
     needed = "1 node" if nodes_min == 1 else f"{nodes_min} nodes"
     seen = f"{len(found)} fitting and idle offers at the hubs, {len(dials.linked)} of them answered"
-    hint = " ".join(list(dials.troubles.values())[:TROUBLES_SHOWN]) or advice
+    hint = " ".join(dials.troubles.values()) or advice
     raise TooFewNodes(
         f"The job needs {needed}; {seen} within {wait_s:.0f} s. {hint}{await _say_busy(directory, wanted)}"
     )

@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from shoal.driver.folder import RunFolder
-from shoal.driver.gang import DIALS_AT_ONCE, LinkedNode, Lookout, Unreached, link_to
+from shoal.driver.gang import DIALS_AT_ONCE, REST_MAX_S, REST_S, Backoff, LinkedNode, Lookout, link_to
 from shoal.driver.lanes import NodeLane
 from shoal.driver.lines import Event, EventKind, Lane, RoundMetrics
 from shoal.driver.members import MemberLine, MemberLines, NotOfThisJob
@@ -72,7 +72,6 @@ BETWEEN_INVITES_S = 10.0
 """A node that refused an invitation, or left, is not asked again before; each further time it is twice as long."""
 INVITES_MAX = 8
 """Times in a row that a node is invited without any of its work being accepted."""
-INVITED_REMEMBERED_MAX = 4096
 UNANSWERED_MAX = 4
 """Contributions of one member that may wait for the driver at a time: lag + 1, and some sent twice."""
 NOT_BACK = "It has not come back since the driver was started anew."
@@ -227,11 +226,10 @@ class TrainingDriver:
         self._lines = MemberLines(endpoint, directory, clock, self._lost)
         self._members: dict[bytes, tuple[Member, Envelope, LinkedNode]] = {}
         self._side_work: set[asyncio.Task[None]] = set()
-        self._invited: dict[bytes, tuple[int, float]] = {}
-        """NodeId -> how often it was invited, and before when it is not again."""
+        self._invited = Backoff(clock, BETWEEN_INVITES_S)
         self._being_invited = 0
         self._dialled: set[bytes] = set()
-        self._unreached = Unreached(clock)
+        self._unreached = Backoff(clock, REST_S, REST_MAX_S)
         self.nodes: dict[bytes, NodeFigures] = {}
         for figures in known:  # of earlier terms
             if figures.status is NodeStatus.WORKING:
@@ -509,10 +507,7 @@ class TrainingDriver:
     # ---- members ----
 
     async def _invite(self, node: LinkedNode) -> None:
-        times, _ = self._invited.pop(node.node, (0, 0.0))
-        self._invited[node.node] = (times + 1, self._clock.monotonic() + BETWEEN_INVITES_S * 2**times)
-        while len(self._invited) > INVITED_REMEMBERED_MAX:
-            del self._invited[next(iter(self._invited))]
+        self._invited.tried(node.node)
         state, head = self._offered
         ref = await asyncio.to_thread(self._store.put, state.to_bytes(), SharedState.MEDIA_TYPE)
         invite = MemberInvite(
@@ -711,20 +706,19 @@ class TrainingDriver:
                 one.node, one.offer, endpoint=self._endpoint, directory=self._directory, clock=self._clock
             )
         except ShoalError as error:  # whatever is wrong with one offer, the job goes on
-            self._unreached.failed(one.node)
+            self._unreached.tried(one.node)
             _log.info("%s could not be reached: %s", one.offer.name, error)
             return
         finally:
             self._dialled.discard(one.node)
-        self._unreached.answered(one.node)
+        self._unreached.succeeded(one.node)
         if len(self._lines.by_member) + self._being_invited < self._nodes_max:
             await self._invite(node)
 
     def _may_invite(self, node: bytes) -> bool:
-        times, not_before = self._invited.get(node, (0, 0.0))
-        if times >= INVITES_MAX or self._clock.monotonic() < not_before:
+        if self._invited.times(node) >= INVITES_MAX or node in self._dialled:
             return False
-        if node in self._dialled or self._unreached.rests(node):
+        if self._invited.rests(node) or self._unreached.rests(node):
             return False
         return self._lines.of_node(node) is None and node not in self._driving.retired
 
@@ -797,8 +791,8 @@ class TrainingDriver:
         given = [self._given[entry.contribution].contribution for entry in commit.accepted]
         for entry in commit.accepted:
             line = self._lines.by_member.get(entry.member)
-            if line is not None and line.node.node in self._invited:
-                self._invited[line.node.node] = (0, 0.0)
+            if line is not None:
+                self._invited.succeeded(line.node.node)
         tokens = sum(one.tokens for one in given)
         loss = None
         if tokens:
