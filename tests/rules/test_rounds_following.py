@@ -258,7 +258,8 @@ def test_who_is_not_granted_to_drive_is_not_followed(pen):
     assert "has not granted to drive" in said(node.commit(pen=pen, apply=False))
 
 
-def test_a_fork_is_evidence_and_ends_the_term_for_this_member():
+def forked():
+    """A member that applied one Commit of round 0 and then saw another: (member, both, what it said of them)."""
     node = Node()
     root = node.tip
     one = node.write(accepted(OTHER))
@@ -266,11 +267,16 @@ def test_a_fork_is_evidence_and_ends_the_term_for_this_member():
     node.feed(Arrived(one))
     node.apply()
     (fork,) = of(node.feed(Arrived(other)), ReportFork)
+    node.tip = (0, one.record_id, node.state.head.state, 6)
+    return node, one, other, fork
+
+
+def test_a_fork_is_evidence_and_ends_the_term_for_this_member():
+    node, one, other, fork = forked()
     assert (fork.first, fork.second) == (one, other)
     for envelope in (fork.first, fork.second):
         envelope.verify()
     assert "signed two Commits for round 0 in term 1" in fork.sentence
-    node.tip = (0, one.record_id, node.state.head.state, 6)
     node.commit(accepted(OTHER), apply=False)
     assert node.state.applying is None and node.state.head.round == 0
     # Its successor need not wait, and decides which side counts.
@@ -283,14 +289,7 @@ def test_a_fork_is_evidence_and_ends_the_term_for_this_member():
 
 
 def test_no_work_is_begun_for_a_driver_that_was_seen_to_fork():
-    node = Node()
-    root = node.tip
-    one = node.write(accepted(OTHER))
-    other = node.write(accepted(OTHER, b"d" * 32), on=root)
-    node.feed(Arrived(one))
-    node.apply()
-    assert of(node.feed(Arrived(other)), ReportFork)
-    node.tip = (0, one.record_id, node.state.head.state, 6)
+    node, one, _, _ = forked()
     assert not of(node.assign(1), BeginWork)
     node.begin_term(2, pen=SECOND, head=one.record_id, head_round=0)
     assert of(node.assign(1, pen=SECOND, term=2), BeginWork)

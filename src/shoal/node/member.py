@@ -293,12 +293,7 @@ class MemberRun:
             return False
         envelope = Envelope.from_bytes(packed, Grant.MAX_BYTES)
         grant = open_record(envelope, Grant, self._network)
-        return (
-            envelope.signer == self._following.owner
-            and grant.job == self.job_id
-            and grant.serial > self._following.grant.serial
-            and sender in grant.drivers
-        )
+        return sender in grant.drivers and not self._following.refuses_grant(grant, envelope.signer)
 
     async def newest_commit(self, asker: bytes, term: int | None, deadline_s: float) -> Envelope | None:
         """The newest Commit this member knows, for a driver that takes over; with `term`, a promise to it. Raises

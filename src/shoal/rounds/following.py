@@ -300,6 +300,14 @@ class Following:
     def working(self) -> bool:
         return any(own.stage is Stage.COMPUTING for own in self.own)
 
+    def refuses_grant(self, grant: Grant, signer: bytes) -> str:
+        """Why a grant does not take the place of the newest one; empty when it does."""
+        if signer != self.owner or grant.job != self.job_id:
+            return f"A grant signed by {short_id(signer)} is not one by the owner for this job."
+        if grant.serial <= self.grant.serial:
+            return f"Grant {grant.serial} does not replace grant {self.grant.serial}."
+        return ""
+
 
 def follow(
     job: TrainJob,
@@ -412,13 +420,11 @@ class _Turn:
             self.ignore(error.sentence)
 
     def _grant(self, grant: Grant, envelope: Envelope) -> None:
-        state = self.state
-        if envelope.signer != state.owner or grant.job != state.job_id:
-            self.ignore(f"A grant signed by {short_id(envelope.signer)} is not one by the owner for this job.")
-        elif grant.serial <= state.grant.serial:
-            self.ignore(f"Grant {grant.serial} does not replace grant {state.grant.serial}.")
+        refused = self.state.refuses_grant(grant, envelope.signer)
+        if refused:
+            self.ignore(refused)
         else:
-            self.state = replace(state, grant=grant, grant_id=envelope.record_id)
+            self.state = replace(self.state, grant=grant, grant_id=envelope.record_id)
 
     def _term(self, term: Term, envelope: Envelope) -> None:
         state, current = self.state, self.state.term
