@@ -16,7 +16,6 @@ from shoal.driver import audit
 from shoal.driver.audit import (
     FINISH_S,
     OPEN_DEADLINE_S,
-    OPENED_BYTES_PER_S,
     OPENED_PIN,
     PRIVATE_BYTES_EXTRA,
     PRIVATE_BYTES_PER_PARAMETER,
@@ -47,7 +46,7 @@ from shoal.protocol.training import (
     PrivateOpened,
     Share,
 )
-from shoal.storage import BlobStore, Fetcher, serve
+from shoal.storage import BlobStore, Fetcher, patience_s, serve
 from shoal.training.commands import ApplyCommit, CommittedUpdate
 from shoal.training.engine import LanguageEngine
 from shoal.transport.memory import MemoryNetwork
@@ -381,7 +380,7 @@ def test_a_private_state_that_drips_holds_no_audit_up(tmp_path: Path) -> None:
         while not opening.done():
             await asyncio.sleep(0)
             await clock.advance(0.25)
-        deadline_s = OPEN_DEADLINE_S + ref.size / OPENED_BYTES_PER_S
+        deadline_s = patience_s(ref.size, OPEN_DEADLINE_S)
         with pytest.raises(ShoalError, match=rf"4.0 MiB, did not come within {deadline_s:.0f} s"):
             opening.result()
         assert given > 10  # it dripped all the while, too fast to have stalled

@@ -670,7 +670,7 @@ async def _reason_of_leaving(scene: NodeScene, *, serving: bool) -> str:
 
 def test_a_job_whose_data_does_not_come_holds_no_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(node_member, "FETCH_PATIENCE_S", 0.0)
-    monkeypatch.setattr(node_member, "FETCH_BYTES_PER_S", 1 << 40)
+    monkeypatch.setattr("shoal.storage.fetch.BYTES_PER_S_LEAST", 1 << 40)
 
     async def story() -> None:
         scene = await a_node(tmp_path)

@@ -28,7 +28,7 @@ from shoal.protocol.training import (
     TrainJob,
 )
 from shoal.quantities import format_bytes
-from shoal.storage import BlobStore, Fetcher
+from shoal.storage import BlobStore, Fetcher, patience_s
 from shoal.training.process import EngineProcess
 from shoal.training.state import SharedState
 from shoal.verification.audits import audited
@@ -44,9 +44,8 @@ FINISH_S = 60.0
 CONTRIBUTIONS_KEPT = 16 * 1024
 """The newest ones, among which members' work is chosen; older ones are only in the folder."""
 OPEN_DEADLINE_S = 15.0
-OPENED_BYTES_PER_S = 64 * 1024
-"""A member that gives its private state more slowly than this over all of it has not opened it: audits happen one at a
-time, and nobody may hold them up. A tenth of a poor home link (5 Mbit/s up)."""
+"""And by `patience_s` longer for the bytes: a member that gives its private state more slowly has not opened it. Audits
+happen one at a time, and nobody may hold them up."""
 OPENED_PIN = "opened"
 PRIVATE_BYTES_PER_PARAMETER = 32
 PRIVATE_BYTES_EXTRA = 1 << 24
@@ -76,7 +75,7 @@ async def open_from_member(
         raise ShoalError(
             f"The member's private state would be {ref.size} bytes; a model of this size needs at most {most}."
         )
-    deadline_s = OPEN_DEADLINE_S + ref.size / OPENED_BYTES_PER_S
+    deadline_s = patience_s(ref.size, OPEN_DEADLINE_S)
     try:
         await within(fetcher.clock, deadline_s, fetcher.fetch(ref, [BlobHolder(node)], owner=OPENED_PIN))
     except TimeoutError:

@@ -42,16 +42,16 @@ from shoal.protocol.training import (
 from shoal.quantities import format_bytes
 from shoal.rounds import following
 from shoal.rounds.joining import is_offered
-from shoal.storage import BlobStore, Fetcher, FetchFailed
+from shoal.storage import BlobStore, Fetcher, FetchFailed, patience_s
 from shoal.training.commands import ApplyCommit, CommittedUpdate, Prepare, Prepared, RoundDone, RunRound, ShardFile
 from shoal.training.process import EngineDied, EngineFailed, EngineProcess, RoundCancelledError
 from shoal.training.updates import UPDATE_MEDIA_TYPE
 from shoal.verification.retention import Retention
 from shoal.world import Clock, Dice, Endpoint, Refused, within
 
-FETCH_PATIENCE_S, FETCH_BYTES_PER_S = 120.0, 64 * 1024
-"""A job's model and data must come within that time and at that rate (a tenth of a poor home link's 5 Mbit/s): a node
-is not held by a job that never begins."""
+FETCH_PATIENCE_S = 120.0
+"""A job's model and data must come within that time, and by `patience_s` longer for their bytes: a node is not held by
+a job that never begins."""
 PREPARE_DEADLINE_S = 900.0
 """Building and measuring a model takes minutes at most; a job that takes longer would keep a node busy for nothing."""
 INBOX_MAX = 256
@@ -392,13 +392,13 @@ class MemberRun:
         job, invitation = self.job, self.invitation
         blobs = [invitation.state, *(shard.blob for shard in job.data.shards)]
         size = sum(ref.size for ref in blobs)
-        patience_s = FETCH_PATIENCE_S + size / FETCH_BYTES_PER_S
+        deadline_s = patience_s(size, FETCH_PATIENCE_S)
         try:
-            await within(self._clock, patience_s, self._have_all(blobs))
+            await within(self._clock, deadline_s, self._have_all(blobs))
         except TimeoutError:
             raise FetchFailed(
                 f"Node {self.name} could not get the model and the data, {format_bytes(size)}, within "
-                f"{patience_s / 60:.0f} minutes."
+                f"{deadline_s / 60:.0f} minutes."
             ) from None
         self._engine = await self._start_engine(self.name, threads=self._settings.threads)
         try:

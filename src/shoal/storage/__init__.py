@@ -12,7 +12,7 @@ What holds, always:
 
 from shoal.storage.download import FetchFailed, FetchProgress, FetchReport
 from shoal.storage.faults import DiskFailed, StorageFull
-from shoal.storage.fetch import Fetcher
+from shoal.storage.fetch import Fetcher, patience_s
 from shoal.storage.find import find_blob
 from shoal.storage.partial import BadPiece, BadReference
 from shoal.storage.pieces import hash_pieces
@@ -49,5 +49,6 @@ __all__ = [
     "UnknownBlob",
     "find_blob",
     "hash_pieces",
+    "patience_s",
     "serve",
 ]

@@ -22,6 +22,15 @@ SLOW_AT_ONCE = 32
 """Blobs that came too slowly to keep their place, and go on beside the others."""
 
 
+BYTES_PER_S_LEAST = 64 * 1024
+"""A tenth of a poor home link (5 Mbit/s up): who waits for bytes that come more slowly may give up."""
+
+
+def patience_s(size: int, least_s: float) -> float:
+    """How long to wait for so many bytes, from holders who may have every reason to be slow."""
+    return least_s + size / BYTES_PER_S_LEAST
+
+
 class Fetcher:
     """Gets blobs from their holders into `store`. One per endpoint; close it before the endpoint.
 
