@@ -328,7 +328,7 @@ def test_idle_time_before_the_work_earns_nothing_and_full_speed_never_waits() ->
 def test_a_job_that_wants_more_memory_than_there_is_ends_its_engine_with_an_error() -> None:
     script = """
 import torch
-from shoal.training.lifetime import stay_within_memory
+from shoal.world.processes import stay_within_memory
 stay_within_memory(1 << 30)
 kept = torch.empty(1 << 29, dtype=torch.uint8)
 print("some", flush=True)

@@ -173,11 +173,7 @@ def _header(report: Report) -> str:
         ("Speed", f"{format_count(report.tokens_per_s)}/s", "accepted tokens"),
         ("Time", format_duration_s(report.wall_s), _few(report.rounds, "round")),
         ("Time computing", _percent(report.compute_fraction), "of all members' time"),
-        (
-            "Bytes sent",
-            format_bytes(report.bytes_sent),
-            f"{per_token_text} bytes per accepted token",
-        ),
+        ("Bytes sent", format_bytes(report.bytes_sent), f"{per_token_text} bytes per accepted token"),
     )
     shown = "".join(
         f'<div><dt>{name}</dt><dd class="figure">{escape(value)}</dd><dd class="soft small">{escape(note)}</dd></div>'

@@ -51,6 +51,10 @@ class RateLimit:
             )
 
 
+FINDS_PER_SOURCE = 8
+"""Searches under way at once from one address, over links and by HTTP each, whatever keys ask."""
+
+
 class AtOnce:
     """So many requests under way for each source: keys cost nothing, addresses do."""
 

@@ -6,7 +6,7 @@ from importlib.metadata import version
 
 from shoal.errors import LinkError
 from shoal.hub.index import OFFERS_MAX, Arrival, OfferIndex
-from shoal.hub.rates import AtOnce, RateLimit
+from shoal.hub.rates import FINDS_PER_SOURCE, AtOnce, RateLimit
 from shoal.identity import short_id
 from shoal.protocol.hubs import TICKET_ADDRESSES_MAX, AskHub, HubInfo, ProbeHub
 from shoal.protocol.messages import DEFAULT_NETWORK, OLDEST_VERSION, PROTOCOL_VERSION, decode, encode
@@ -18,8 +18,6 @@ FIND_PER_S, FIND_BURST = 10.0, 100
 INTRODUCE_PER_S, INTRODUCE_BURST = 2.0, 40
 PROBE_PER_S, PROBE_BURST = 0.1, 40
 """What one peer may ask for."""
-FINDS_PER_SOURCE = 8
-"""Searches under way at once from one address, whatever keys ask."""
 DIAL_DEADLINE_S = 5.0
 """How long a node may take to say that it will dial."""
 

@@ -20,15 +20,14 @@ from litestar.params import Parameter
 
 from shoal.errors import BadInput, LinkError, ShoalError
 from shoal.hub.index import KeptOffer, OfferIndex
-from shoal.hub.rates import AtOnce, HubBusy, RateLimit, TooManyRequests
+from shoal.hub.rates import FINDS_PER_SOURCE, AtOnce, HubBusy, RateLimit, TooManyRequests
 from shoal.identity import node_id_from_hex, short_id
 from shoal.protocol.hubs import HubInfo
 from shoal.protocol.offers import FOUND_MAX, Capability, OfferFind
 from shoal.world import Clock, source_of
 
 READ_PER_S, READ_BURST = 20.0, 200
-FINDS_PER_CLIENT = 8
-"""What one client's address may ask for; searches at once."""
+"""What one client's address may ask for."""
 
 
 class BadQuery(BadInput):
@@ -128,8 +127,7 @@ def _wanted(query: dict[str, Any]) -> OfferFind:
 def make_app(index: OfferIndex, info: Callable[[], Awaitable[HubInfo]], clock: Clock) -> Litestar:
     """The ASGI application over an index and what the hub says about itself."""
     reading = RateLimit(clock, READ_PER_S, READ_BURST)
-
-    searches = AtOnce(FINDS_PER_CLIENT)
+    searches = AtOnce(FINDS_PER_SOURCE)
 
     def source(request: Request[Any, Any, Any]) -> str:
         return source_of(request.client.host) if request.client else "?"

@@ -345,6 +345,8 @@ def _top(centred: list[list[float]], weights: list[float]) -> tuple[float, list[
 def _redistributed(weights: list[float], untouched: list[bool], cap: float) -> list[float]:
     """What the filter took goes to those it left alone, up to the cap. What is still left then is nobody's: the weights
     add up to less than 1, and the step is the shorter."""
+    if all(untouched):
+        return weights
     cap = max(cap, 1 / len(weights))
     result = [min(cap, weight) for weight in weights]
     free = [at for at, alone in enumerate(untouched) if alone]
@@ -359,8 +361,8 @@ def _redistributed(weights: list[float], untouched: list[bool], cap: float) -> l
 def _parts_per_million(weights: Sequence[float]) -> list[int]:
     """Round to parts per million, by largest remainder, so that all of a million are given where the weights add up
     to 1."""
-    whole_sum = round(min(1.0, math.fsum(weights)) * PARTS_PER_MILLION)
     total = math.fsum(weights)
+    whole_sum = round(min(1.0, total) * PARTS_PER_MILLION)
     exact = [weight / total * whole_sum for weight in weights]
     whole = [int(part) for part in exact]
     order = sorted(range(len(exact)), key=lambda at: (whole[at] - exact[at], at))

@@ -448,8 +448,9 @@ class _Session:
         )
         self.job_envelope = sign(self.options.key, job)
         self.options.say(length.reason)
-        if say_undecided(job_file):
-            self.options.say(say_undecided(job_file))
+        caution = say_undecided(job_file)
+        if caution:
+            self.options.say(caution)
         return self.job_envelope
 
     def keep_for_later(self, prepared: Prepared, length: RoundLength, gang: Sequence[LinkedNode]) -> None:

@@ -39,11 +39,12 @@ from shoal.training.commands import (
     WriteState,
 )
 from shoal.training.engine import LanguageEngine
-from shoal.training.lifetime import die_with_parent, stay_within_memory
+from shoal.training.lifetime import die_with_parent
 from shoal.training.member import OutOfTurn
 from shoal.training.member_engine import FAILURES, failed
 from shoal.training.ranks import RankLost
 from shoal.world import Clock, SystemClock
+from shoal.world.processes import stay_within_memory
 
 _decoder = msgspec.msgpack.Decoder(Asked)
 _encoder = msgspec.msgpack.Encoder()

@@ -1,4 +1,5 @@
-"""What this process asks of the system: children that do not outlive it, and as many open files as it may have."""
+"""What this process asks of the system: to end with its parent, as many open files as it may have, and no more memory
+than is free."""
 
 from __future__ import annotations
 
@@ -10,12 +11,17 @@ import sys
 import threading
 import time
 
+import psutil
+
 _PR_SET_PDEATHSIG = 1
 _POLL_S = 1.0
 OPEN_FILES_WANTED = 1 << 16
 """More than all links, handshakes and blobs together; the system's default of 1024 or 256 is less."""
 OPEN_FILES_ASSUMED = 1 << 13
 """Where the system has no such limit to ask for."""
+MEMORY_SHARE = 0.9
+"""Of the memory that is free when an engine begins, as much may it take: what a stranger's job asks for beyond ends the
+engine with an error, instead of having the kernel choose whom to kill."""
 
 
 def die_with_parent(parent_pid: int, signal_number: int = signal.SIGTERM) -> None:
@@ -58,3 +64,19 @@ def allow_open_files() -> None:
     if soft != resource.RLIM_INFINITY and soft < wanted:
         with contextlib.suppress(OSError, ValueError):  # macOS allows less than it says
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def stay_within_memory(available_bytes: int | None = None) -> None:
+    """Let this process, and each child of it, take MEMORY_SHARE of the main memory that is free now (or of
+    `available_bytes`) beside what it has; an allocation beyond fails. Linux only; a user's own lower limit stays."""
+    if not sys.platform.startswith("linux"):
+        return
+    import resource
+
+    available = psutil.virtual_memory().available if available_bytes is None else available_bytes
+    wanted = int(psutil.Process().memory_info().data + MEMORY_SHARE * available)
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    for limit in (soft, hard):
+        if limit != resource.RLIM_INFINITY:
+            wanted = min(wanted, limit)
+    resource.setrlimit(resource.RLIMIT_DATA, (wanted, hard))
