@@ -61,11 +61,12 @@ def machine() -> dict[str, object]:
 
 
 def commit() -> str:
-    """The commit that was measured; `+changes` when tracked files differed from it."""
+    """The commit that was measured; `+changes` when tracked files, other than kept results, differed from it."""
     head = _git("rev-parse", "--short=12", "HEAD")
     if not head:
         return "unknown"
-    return head + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else "")
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,top)benchmarks/results")
+    return head + ("+changes" if changed else "")
 
 
 def command() -> str:

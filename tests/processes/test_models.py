@@ -12,9 +12,9 @@ import torch
 from engine_pieces import small_config
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from shoal.models.architectures import _one_line, build_model, parameters_of, parse_config, refuse_depth
+from shoal.models.architectures import build_model, one_line, parameters_of, parse_config, refuse_depth
 from shoal.models.checkpoints import read_checkpoint, write_checkpoint
 from shoal.models.configs import (
     PRESETS,
@@ -97,7 +97,7 @@ def test_a_config_is_canonical_and_runs_no_code(tmp_path: Path) -> None:
 def test_a_model_that_cannot_be_trained_is_refused_in_whole_words() -> None:
     with pytest.raises(BadModel, match=r"A mamba model cannot be trained: .* such as llama, .* or gpt2\.$"):
         build_model('{"model_type":"mamba","hidden_size":8,"num_hidden_layers":1,"vocab_size":16}')
-    assert _one_line(ValueError("word " * 100)).endswith("word word [...]")
+    assert one_line(ValueError("word " * 100)).endswith("word word [...]")
 
 
 def test_others_load_what_is_written(checkpoint: Path) -> None:
@@ -133,6 +133,53 @@ def test_a_tied_weight_is_one_tensor(tmp_path: Path) -> None:
     assert read_checkpoint(tmp_path / "tied").tensors.keys() == tensors.keys()
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "tied")
     assert np.array_equal(theirs.lm_head.weight.detach().numpy(), tensors["model.embed_tokens.weight"])
+
+
+SMALL = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [
+        ("gpt2", {}),
+        ("gpt_neox", {}),
+        ("llama", {}),
+        ("mistral", {}),
+        ("qwen2", {"tie_word_embeddings": True}),
+        ("qwen3", {"head_dim": 8}),
+        ("gemma", {"head_dim": 8}),
+        ("phi3", {}),
+        ("olmo2", {}),
+        ("mixtral", {"num_local_experts": 3}),
+        (
+            "qwen2_moe",
+            {
+                "num_experts": 3,
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 16,
+                "shared_expert_intermediate_size": 16,
+            },
+        ),
+        ("qwen3_moe", {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}),
+    ],
+)
+def test_a_checkpoint_is_read_as_its_family_stores_it(tmp_path: Path, family: str, more: dict[str, object]) -> None:
+    """Some are stored under other names than the module has, or in parts that it holds as one."""
+    torch.manual_seed(5)
+    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**SMALL, **more})).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    read = read_checkpoint(tmp_path / "theirs")
+    expected = {name: value.detach().numpy() for name, value in theirs.named_parameters()}
+    assert read.tensors.keys() == expected.keys()
+    assert all(np.array_equal(read.tensors[name], expected[name]) for name in expected)
+    write_checkpoint(tmp_path / "ours", read.config, read.tensors)
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(ours(ids).logits, theirs(ids).logits)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "weights.pt", "model.pth", "all.ckpt", "model.pkl"])

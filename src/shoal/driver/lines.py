@@ -41,6 +41,8 @@ class RoundMetrics(Line, frozen=True, kw_only=True, forbid_unknown_fields=True, 
     inner_steps: Count = 0
     state: str = ""
     """Hash of the shared state that the Commit names, in hexadecimal digits."""
+    weighing: Annotated[str, Meta(max_length=1000)] = ""
+    """What the weighing of the updates remarked about the round as a whole."""
 
 
 class Evaluation(Line, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):

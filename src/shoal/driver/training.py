@@ -213,7 +213,8 @@ class TrainingDriver:
             retired=retired,
         )
         self._outer = OuterStep(self.job.rounds)
-        self._next: dict[tuple[int, int], SharedState] = {}
+        self._next: dict[tuple[int, int], tuple[SharedState, str]] = {}
+        """(Round, attempt) -> the state after it, and what its weighing remarked."""
         self._given: dict[bytes, _Given] = {}
         self._commits: OrderedDict[int, Envelope] = OrderedDict()
         for envelope in records.commits[-COMMITS_KEPT:]:
@@ -401,19 +402,21 @@ class TrainingDriver:
         self._commits[commit.round] = envelope
         while len(self._commits) > COMMITS_KEPT:
             self._commits.popitem(last=False)
+        weighing = ""
         for entry in commit.accepted:
             self._store.pin(PIN, entry.update.hash)  # a driver that takes over computes the state from them
         if commit.accepted:
-            self.state = next(state for (number, _), state in self._next.items() if number == commit.round
-                              and state.hash == commit.state)  # fmt: skip
-        self._next = {key: state for key, state in self._next.items() if key[0] > commit.round}
+            self.state, weighing = next(
+                found for key, found in self._next.items() if key[0] == commit.round and found[0].hash == commit.state
+            )
+        self._next = {key: found for key, found in self._next.items() if key[0] > commit.round}
         size = self.state.size
         if size > OFFERED_MAX_BYTES or is_offered(commit.round, size, self.job.rounds):
             self._offered = (self.state, envelope)
         attached = {}
         if sum(entry.update.size for entry in commit.accepted) <= ATTACH_MAX_BYTES:
             attached = {entry.member: self._store.read(entry.update.hash) for entry in commit.accepted}
-        self._note_commit(commit)
+        self._note_commit(commit, weighing)
         given = [(entry.contribution, self._given[entry.contribution].contribution) for entry in commit.accepted]
         for key in [key for key, one in self._given.items() if one.contribution.round <= commit.round]:
             fetching = self._given.pop(key).fetching
@@ -452,13 +455,15 @@ class TrainingDriver:
     async def _aggregate(self, effect: driving.Aggregate, base: SharedState, checked: Sequence[Update | None]) -> None:
         updates = [update for update in checked if update is not None]
         assert len(updates) == len(effect.candidates), "candidates were checked"
-        accepted, excluded, state = await asyncio.to_thread(self._weigh_and_step, base, effect.candidates, updates)
-        self._next[effect.round, effect.attempt] = state
+        accepted, excluded, state, weighing = await asyncio.to_thread(
+            self._weigh_and_step, base, effect.candidates, updates
+        )
+        self._next[effect.round, effect.attempt] = state, weighing
         self._tell(driving.Aggregated(effect.round, effect.attempt, accepted, excluded, state.hash))
 
     def _weigh_and_step(
         self, base: SharedState, candidates: Sequence[driving.Candidate], updates: Sequence[Update]
-    ) -> tuple[tuple[Accepted, ...], tuple[Excluded, ...], SharedState]:
+    ) -> tuple[tuple[Accepted, ...], tuple[Excluded, ...], SharedState, str]:
         rounds = self.job.rounds
         weights = weigh(
             [candidate.contribution.tokens for candidate in candidates],
@@ -486,7 +491,7 @@ class TrainingDriver:
                 )
             )
             weighed.append(WeighedUpdate(update, weight.weight_ppm, weight.scale_ppm))
-        return tuple(accepted), tuple(excluded), self._outer.apply(base, weighed)
+        return tuple(accepted), tuple(excluded), self._outer.apply(base, weighed), weights.reason
 
     def _catch_up(self, effect: driving.CatchUp) -> None:
         line = self._lines.by_member.get(effect.member_id)
@@ -786,7 +791,7 @@ class TrainingDriver:
             bytes_received=min(BYTES_CLAIMED_MAX, figures.bytes_received + max(0, received)),
         )
 
-    def _note_commit(self, commit: Commit) -> None:
+    def _note_commit(self, commit: Commit, weighing: str) -> None:
         now = self.elapsed_s()
         given = [self._given[entry.contribution].contribution for entry in commit.accepted]
         for entry in commit.accepted:
@@ -816,6 +821,7 @@ class TrainingDriver:
                 bytes_received=max(0, received - self._counted[1]),
                 inner_steps=self.job.rounds.inner_steps,
                 state=commit.state.hex(),
+                weighing=weighing[:1000],
             )
         )
         self._counted = (sent, received)

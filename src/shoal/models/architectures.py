@@ -27,14 +27,14 @@ def parse_config(config: str) -> Any:
     try:
         fields: dict[str, Any] = msgspec.json.decode(config)
     except (msgspec.DecodeError, RecursionError) as error:
-        raise BadModel(f"The model config is not JSON, or too deep: {_one_line(error)}.") from error
+        raise BadModel(f"The model config is not JSON, or too deep: {one_line(error)}.") from error
     refuse_code(fields, "The model config")
     model_type = fields.pop("model_type", None)
     try:
         return AutoConfig.for_model(model_type, **fields)
     except Exception as error:
         raise BadModel(
-            f"The installed transformers cannot read this {model_type} config: {_one_line(error)}."
+            f"The installed transformers cannot read this {model_type} config: {one_line(error)}."
         ) from error
 
 
@@ -57,7 +57,7 @@ def build_model(config: str, *, seed: int | None = None) -> CausalModel:
                 "scaled_dot_product_attention. Choose a causal language model that has, such as llama, qwen2, mistral, "
                 "gemma or gpt2."
             ) from error
-        raise BadModel(f"No causal language model can be built from this config: {_one_line(error)}.") from error
+        raise BadModel(f"No causal language model can be built from this config: {one_line(error)}.") from error
     return model.train()
 
 
@@ -80,5 +80,6 @@ def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
     return named
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """What an error of a library says, short enough to stand within a sentence."""
     return textwrap.shorten(str(error), 300).rstrip(".")

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
+from transformers.utils import logging
 
-from shoal.models.architectures import build_model, parameters_of
+from shoal.models.architectures import CausalModel, build_model, one_line, parameters_of
 from shoal.models.configs import BadModel, read_config, refuse_endless
 from shoal.models.tokenizers import TextTokenizer
 
@@ -34,26 +35,50 @@ class Checkpoint:
 def read_checkpoint(directory: Path) -> Checkpoint:
     """Raises BadModel: no config, a pickle, missing, misshapen or not finite tensors, each by name."""
     config = read_config(directory)
-    files = _weight_files(directory)
-    wanted = {name: tuple(parameter.shape) for name, parameter in parameters_of(build_model(config)).items()}
-    tensors: dict[str, NDArray[np.float32]] = {}
-    for file in files:
+    stored: dict[str, torch.Tensor] = {}
+    for file in _weight_files(directory):
         try:
             with safe_open(file, framework="pt") as opened:
-                for stored in opened.keys():  # noqa: SIM118  (not a mapping)
-                    name = _own_name(stored, wanted)
-                    if name is not None and name not in tensors:
-                        tensors[name] = opened.get_tensor(stored).to(torch.float32).numpy()
+                for name in opened.keys():  # noqa: SIM118  (not a mapping)
+                    if name not in stored:
+                        stored[name] = opened.get_tensor(name).to(torch.float32)
         except (SafetensorError, OSError) as error:
             raise BadModel(f"{file} is not a whole safetensors file: {error}.") from error
-    for name, shape in wanted.items():
-        if name not in tensors:
-            raise BadModel(f"{directory} has no tensor {name!r}, which its config asks for.")
-        if tensors[name].shape != shape:
-            raise BadModel(f"{directory}: tensor {name!r} has shape {tensors[name].shape}; its config says {shape}.")
-        if not np.isfinite(tensors[name]).all():
+    model = _filled(directory, config, stored)
+    tensors = {name: value.detach().numpy() for name, value in parameters_of(model).items()}
+    for name, values in tensors.items():
+        if not np.isfinite(values).all():
             raise BadModel(f"{directory}: tensor {name!r} holds numbers that are not finite.")
     return Checkpoint(config, tensors)
+
+
+def _filled(directory: Path, config: str, stored: dict[str, torch.Tensor]) -> CausalModel:
+    """The config's model with stored tensors in it. Many families store them under other names than the module has, or
+    in parts (experts, for one); transformers knows how they belong together."""
+    with torch.device("meta"):
+        model: Any = build_model(config)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)  # what is missing is said below
+    try:
+        filled, found = type(model).from_pretrained(
+            None,
+            config=model.config,
+            state_dict=stored,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except Exception as error:
+        raise BadModel(
+            f"{directory}: its tensors do not make a {model.config.model_type} model: {one_line(error)}."
+        ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+    for name, has, wanted in sorted(found["mismatched_keys"]):
+        raise BadModel(f"{directory}: tensor {name!r} has shape {tuple(has)}; its config says {tuple(wanted)}.")
+    for name in sorted(found["missing_keys"]):
+        raise BadModel(f"{directory} has no tensor {name!r}, which its config asks for.")
+    return cast(CausalModel, filled)
 
 
 def _weight_files(directory: Path) -> list[Path]:
@@ -86,13 +111,6 @@ def _weight_files(directory: Path) -> list[Path]:
     if len(files) > FILES_MAX:
         raise BadModel(f"{directory} holds {len(files)} safetensors files; the limit is {FILES_MAX}.")
     return files
-
-
-def _own_name(stored: str, wanted: Mapping[str, object]) -> str | None:
-    """Checkpoints of a bare model lack the prefix that its causal form has."""
-    if stored in wanted:
-        return stored
-    return next((name for name in wanted if name.partition(".")[2] == stored), None)
 
 
 def write_checkpoint(

@@ -93,8 +93,9 @@ class Weight:
 @dataclass(frozen=True, slots=True)
 class Weights:
     members: tuple[Weight, ...]
-    """In the order asked. The weights add up to a million, unless all are zero."""
+    """In the order asked. The weights add up to a million at most; what is missing is nobody's."""
     reason: str
+    """About the round as a whole: whether the cap held, what the filter found. Empty when there is nothing to say."""
 
 
 def weigh(work: Sequence[int], gram: Sequence[Sequence[float]], *, weight_cap: float, norm_ratio_max: float) -> Weights:

@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 
 from shoal.driver.audit import FINISH_S, Auditor
-from shoal.driver.folder import RunFolder, saying_room
+from shoal.driver.folder import FolderWriteFailed, RunFolder, saying_room
 from shoal.driver.gang import LinkedNode, fastest_float32, find_gang, link_to_former
 from shoal.driver.lines import AuditLine, AuditVerdict, Evaluation, Event
 from shoal.driver.replay import CHAIN_ELSEWHERE_MAX
@@ -47,7 +47,7 @@ from shoal.sdk.loop_script import ScriptFailed, engine_for, how_to_take_part, lo
 from shoal.sdk.preparation import Prepared, prepare
 from shoal.storage import BlobStore, Fetcher, serve
 from shoal.training.commands import Evaluate, ExportCheckpoint, Generate, Prepare, ShardFile
-from shoal.training.process import EngineProcess
+from shoal.training.process import EngineFailed, EngineProcess
 from shoal.training.state import SharedState
 from shoal.training.updates import update_bytes
 from shoal.transport import TlsEndpoint
@@ -710,7 +710,13 @@ class _Session:
                 )
             )
             completion = Completion(prompt=self.options.prompt, text=text.text)
-        await self.engine.export_checkpoint(
-            ExportCheckpoint(state=held.state, directory=str(self.folder.model), tokenizer=tokenizer)
-        )
+        try:
+            await self.engine.export_checkpoint(
+                ExportCheckpoint(state=held.state, directory=str(self.folder.model), tokenizer=tokenizer)
+            )
+        except EngineFailed as error:
+            raise FolderWriteFailed(
+                f"The trained model could not be written to {self.folder.model}: {error.sentence} All of the training "
+                "is kept; when that is mended, use --resume."
+            ) from error
         return completion
