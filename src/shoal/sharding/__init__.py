@@ -1,0 +1,19 @@
+"""Which nodes hold which layers of a model. Pure rules over measured figures; no IO, no torch, no clock."""
+
+from shoal.sharding.needs import GATEWAY, LeftOut, Links, ModelNeeds, Plan, Replica, ServingNode, Stage
+from shoal.sharding.planning import plan
+from shoal.sharding.replanning import loaded, replan
+
+__all__ = [
+    "GATEWAY",
+    "LeftOut",
+    "Links",
+    "ModelNeeds",
+    "Plan",
+    "Replica",
+    "ServingNode",
+    "Stage",
+    "loaded",
+    "plan",
+    "replan",
+]
