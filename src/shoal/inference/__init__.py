@@ -1,0 +1,1 @@
+"""Serving a model: the stage runtime, and how a token is chosen."""

@@ -1,0 +1,86 @@
+"""From logits to a token. A token is a function of logits, settings, seed and position, and of nothing else: whoever
+computes the position again, in whatever batch, after whatever loss, chooses the same one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from blake3 import blake3
+from numpy.typing import NDArray
+
+GREEDY_BELOW = 1e-5
+"""Temperatures below this are none: the likeliest token is taken."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """As the OpenAI API names them."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+    choice: int = 0
+    """Which of the `n` choices of a request it is: each draws for itself."""
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    top_logprobs: int | None = None
+    """How many of the likeliest tokens are told with their log probability; None: not even that of the chosen one."""
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < GREEDY_BELOW
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    token: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+    """(token, log probability), the likeliest first."""
+
+
+def choose(
+    logits: NDArray[np.float32], sampling: Sampling, position: int, seen: Mapping[int, int] | None = None
+) -> Chosen:
+    """The token at `position` (counted from the start of the prompt). `logits` [vocabulary]; `seen`: how often each
+    token was generated before, for the penalties. Log probabilities are the model's own, before temperature and
+    penalties. Raises ValueError for logits that are not finite."""
+    exact = logits.astype(np.float64)
+    if not np.isfinite(exact).all():
+        raise ValueError(f"the logits at position {position} are not finite")
+    judged = exact
+    if seen and (sampling.presence_penalty or sampling.frequency_penalty):
+        judged = exact.copy()
+        for token, times in seen.items():
+            judged[token] -= sampling.presence_penalty + times * sampling.frequency_penalty
+    token = int(judged.argmax()) if sampling.greedy else _drawn(judged, sampling, position)
+    if sampling.top_logprobs is None:
+        return Chosen(token)
+    norm = _log_sum(exact)
+    likeliest = np.argsort(-exact, kind="stable")[: sampling.top_logprobs]
+    return Chosen(token, float(exact[token] - norm), tuple((int(one), float(exact[one] - norm)) for one in likeliest))
+
+
+def _drawn(logits: NDArray[np.float64], sampling: Sampling, position: int) -> int:
+    """Nucleus sampling (Holtzman et al., 2020): of the likeliest tokens that together reach `top_p`, one at random."""
+    order = np.argsort(-logits, kind="stable")
+    weights = np.exp((logits[order] - logits[order[0]]) / sampling.temperature)
+    sums = np.cumsum(weights)
+    kept = int(np.searchsorted(sums, min(1.0, sampling.top_p) * sums[-1], side="left")) + 1
+    kept = min(kept, len(sums))
+    draw = uniform(sampling.seed, sampling.choice, position) * sums[kept - 1]
+    return int(order[min(int(np.searchsorted(sums[:kept], draw, side="right")), kept - 1)])
+
+
+def uniform(seed: int, choice: int, position: int) -> float:
+    """A number in [0, 1) that nobody could tell apart from a random one, and that is always the same."""
+    text = f"shoal token {seed} {choice} {position}".encode()
+    return int.from_bytes(blake3(text).digest(length=8), "little") / 2**64 * (1 - 2**-53)
+
+
+def _log_sum(logits: NDArray[np.float64]) -> float:
+    top = float(logits.max())
+    return top + math.log(float(np.exp(logits - top).sum()))

@@ -1,0 +1,179 @@
+"""The engine of a stage: one step takes positions of many sessions through its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from shoal.errors import BadRecord, EngineError
+from shoal.inference import attention
+from shoal.inference.attention import Kept, Run, kept_bytes, padded
+from shoal.inference.rows import Linear, Silu
+from shoal.models.stages import Shape, StageModule, activations, linear_modules, read_stage, shape_of
+
+POSITIONS_MAX = 4096
+"""Positions of all sessions in one step."""
+TRIED_POSITIONS = 17
+"""On which an engine tries, when it starts, whether bits depend on the batch."""
+
+
+class BadPiece(BadRecord):
+    """What a session is to go on with does not fit what the stage has of it."""
+
+    code = "SH-270"
+
+
+class NoRoom(EngineError):
+    """The memory for sessions is full."""
+
+    code = "SH-570"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Positions from `start` on of a session: token ids [n] in the first stage, hidden states [n, hidden] in others.
+    Where a session has got further than `start`, it is taken back to it."""
+
+    session: int
+    start: int
+    inputs: torch.Tensor
+
+
+class StageEngine:
+    """Some layers of a model, and the sessions that go through them."""
+
+    def __init__(self, module: StageModule, shape: Shape, memory_bytes: int) -> None:
+        self.shape = shape
+        self.takes_tokens, self.is_last = module.takes_tokens, module.is_last
+        self._module = module
+        self._layers = module.stop - module.first
+        self._memory = memory_bytes
+        self._used = 0
+        self._sessions: dict[int, tuple[Kept, int]] = {}
+        """Session -> what it keeps, and how many positions of it are valid."""
+        for parent, name, weight, bias in linear_modules(module):
+            setattr(parent, name, Linear(weight, bias))
+        for parent, name in activations(module, "silu"):
+            setattr(parent, name, Silu())
+        self.exact = self._tried()
+        """Whether on this machine a session's bits are the same whatever it is computed with."""
+
+    @classmethod
+    def read(
+        cls, config: str, files: list[Path], first: int, stop: int, memory_bytes: int, device: str = "cpu"
+    ) -> StageEngine:
+        """Raises BadModel."""
+        module = read_stage(config, files, first, stop, attention=attention.NAME, device=device)
+        return cls(module, shape_of(config), memory_bytes)
+
+    def length(self, session: int) -> int:
+        """How many positions of a session are kept; 0 for one that is not known."""
+        return self._sessions[session][1] if session in self._sessions else 0
+
+    @property
+    def free_bytes(self) -> int:
+        return self._memory - self._used
+
+    def close(self, session: int) -> None:
+        """Forget a session; its memory is free at once."""
+        kept, _ = self._sessions.pop(session, (None, 0))
+        if kept is not None:
+            self._used -= self._bytes(kept.room)
+
+    @torch.inference_mode()
+    def step(self, pieces: Sequence[Piece]) -> list[torch.Tensor]:
+        """Take all pieces through the layers: for each its hidden states [n, hidden]. Raises BadPiece or NoRoom, by
+        which no session is changed."""
+        if not pieces:
+            return []
+        self._check(pieces)
+        runs = [self._run(piece) for piece in pieces]
+        inputs = torch.cat([piece.inputs for piece in pieces])
+        positions = torch.cat([torch.arange(run.start, run.stop) for run in runs])
+        states = self._module(inputs, positions, runs=runs)
+        for piece, run in zip(pieces, runs, strict=True):
+            self._sessions[piece.session] = (run.kept, run.stop)
+        return list(states.split([run.count for run in runs]))
+
+    @torch.inference_mode()
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """Of the last stage's hidden states [n, hidden]: [n, vocabulary], in float32."""
+        head = self._module.head
+        assert head is not None, "only the last stage has a head"
+        logits: torch.Tensor = head(states).float()
+        cap = self.shape.logit_cap
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def _tried(self) -> bool:
+        """The same positions one by one, at once, and beside another session."""
+        count = min(TRIED_POSITIONS, self.shape.positions)
+        dice = torch.Generator().manual_seed(1)
+        if self.takes_tokens:
+            inputs = torch.randint(self.shape.vocabulary, (count,), generator=dice)
+        else:
+            inputs = torch.randn(count, self.shape.hidden, generator=dice)
+        memory, self._memory = self._memory, 4 * self._bytes(padded(count))
+        try:
+            alone = torch.cat([self.step([Piece(-1, at, inputs[at : at + 1])])[0] for at in range(count)])
+            (at_once,) = self.step([Piece(-2, 0, inputs)])
+            _, beside = self.step([Piece(-3, 0, inputs[: count // 2 + 1]), Piece(-4, 0, inputs)])
+        finally:
+            self._memory = memory
+            for session in (-1, -2, -3, -4):
+                self.close(session)
+        heads = [self.logits(states) for states in (alone, at_once[:2], beside)] if self.is_last else []
+        return (
+            torch.equal(alone, at_once)
+            and torch.equal(alone, beside)
+            and all(torch.equal(one[:2], heads[0][:2]) for one in heads)
+        )
+
+    def _check(self, pieces: Sequence[Piece]) -> None:
+        if len({piece.session for piece in pieces}) < len(pieces):
+            raise BadPiece("A session stands twice in one step.")
+        if sum(len(piece.inputs) for piece in pieces) > POSITIONS_MAX:
+            raise BadPiece(f"A step takes at most {POSITIONS_MAX} positions.")
+        wanted = 0
+        for piece in pieces:
+            length, count = self.length(piece.session), len(piece.inputs)
+            if not 0 <= piece.start <= length or count < 1:
+                raise BadPiece(
+                    f"Session {piece.session} has {length} positions here; it cannot go on with {count} from "
+                    f"position {piece.start}."
+                )
+            if piece.start + count > self.shape.positions:
+                raise BadPiece(f"The model knows {self.shape.positions} positions; {piece.start + count} are too many.")
+            if self.takes_tokens:
+                if piece.inputs.dtype != torch.int64 or piece.inputs.dim() != 1:
+                    raise BadPiece("The first stage takes token ids.")
+                if int(piece.inputs.min()) < 0 or int(piece.inputs.max()) >= self.shape.vocabulary:
+                    raise BadPiece(f"A token id is not within the vocabulary of {self.shape.vocabulary}.")
+            elif piece.inputs.shape[1:] != (self.shape.hidden,) or not torch.isfinite(piece.inputs).all():
+                raise BadPiece(
+                    f"Hidden states of shape {tuple(piece.inputs.shape)} came, or such that are not finite; "
+                    f"[{count}, {self.shape.hidden}] is what this stage takes."
+                )
+            room = self._sessions[piece.session][0].room if piece.session in self._sessions else 0
+            wanted += max(0, self._bytes(padded(piece.start + count)) - self._bytes(room))
+        if wanted > self.free_bytes:
+            raise NoRoom(f"{wanted} bytes are needed for sessions, and {self.free_bytes} are free.")
+
+    def _run(self, piece: Piece) -> Run:
+        if piece.session not in self._sessions:
+            weight = next(self._module.parameters())
+            kept = Kept(
+                self._module.first, self._layers, self.shape.key_heads, self.shape.head_size, weight.dtype,
+                weight.device,
+            )  # fmt: skip
+            self._sessions[piece.session] = (kept, 0)
+        kept, _ = self._sessions[piece.session]
+        before = kept.room
+        kept.reserve(piece.start + len(piece.inputs))
+        self._used += self._bytes(kept.room) - self._bytes(before)
+        return Run(kept, piece.start, len(piece.inputs))
+
+    def _bytes(self, room: int) -> int:
+        return kept_bytes(self._layers, self.shape.key_heads, self.shape.head_size, room)

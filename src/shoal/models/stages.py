@@ -1,0 +1,246 @@
+"""Some layers of a causal language model as a module of their own, their tensors straight from safetensors files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.activations import ACT2FN
+from transformers.pytorch_utils import Conv1D
+
+from shoal.models.architectures import one_line, parse_config
+from shoal.models.configs import BadModel
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Where a family's modules are, within its base model."""
+
+    layers: str = "layers"
+    norm: str = "norm"
+    embedding: str = "embed_tokens"
+    positions: str | None = None
+    """A learned embedding of positions that is added to that of tokens."""
+    stored_head: str = "lm_head"
+    """The head's name in checkpoint files."""
+    grouped: bool = True
+    """Its config may give keys and values fewer heads than queries, or heads another size."""
+
+
+FAMILIES: Mapping[str, Family] = {
+    "llama": Family(),
+    "mistral": Family(),
+    "qwen2": Family(),
+    "qwen3": Family(),
+    "gemma": Family(),
+    "gemma2": Family(),
+    "phi3": Family(),
+    "gpt2": Family("h", "ln_f", "wte", "wpe", grouped=False),
+    "gpt_neox": Family("layers", "final_layer_norm", "embed_in", stored_head="embed_out", grouped=False),
+}
+"""Families that can be served, by model_type."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What of a config serving needs to know."""
+
+    family: str
+    layers: int
+    hidden: int
+    vocabulary: int
+    key_heads: int
+    head_size: int
+    positions: int
+    tied: bool
+    logit_cap: float | None = None
+    """Logits are drawn into (-cap, cap) by a hyperbolic tangent."""
+
+
+def shape_of(config: str) -> Shape:
+    """Raises BadModel for a family that cannot be served."""
+    parsed = parse_config(config)
+    if parsed.model_type not in FAMILIES:
+        raise BadModel(
+            f"A {parsed.model_type} model cannot be served; these families can: {', '.join(sorted(FAMILIES))}."
+        )
+    heads, grouped = parsed.num_attention_heads, FAMILIES[parsed.model_type].grouped
+    return Shape(
+        family=parsed.model_type,
+        layers=parsed.num_hidden_layers,
+        hidden=parsed.hidden_size,
+        vocabulary=parsed.vocab_size,
+        key_heads=(grouped and getattr(parsed, "num_key_value_heads", None)) or heads,
+        head_size=(grouped and getattr(parsed, "head_dim", None)) or parsed.hidden_size // heads,
+        positions=_positions(parsed),
+        tied=bool(parsed.tie_word_embeddings),
+        logit_cap=getattr(parsed, "final_logit_softcapping", None),
+    )
+
+
+def _positions(parsed: Any) -> int:
+    """Where rotary frequencies change with the length of what is computed at once, a session would depend on how it
+    was cut into steps: such a model is served up to the length at which they begin to."""
+    rope = getattr(parsed, "rope_parameters", None) or {}
+    longest = int(parsed.max_position_embeddings)
+    if rope.get("rope_type") in ("dynamic", "longrope"):
+        return min(longest, int(rope.get("original_max_position_embeddings") or longest))
+    return longest
+
+
+class StageModule(nn.Module):
+    """Layers `first` to `stop` - 1. The first stage takes token ids, the others hidden states; the last gives hidden
+    states ready for `head`."""
+
+    def __init__(self, base: Any, head: nn.Module | None, *, first: int, stop: int, layers: int) -> None:
+        super().__init__()
+        self.base = base
+        self.head = head
+        self.first, self.stop = first, stop
+        self.takes_tokens = first == 0
+        self.is_last = stop == layers
+
+    def forward(self, inputs: torch.Tensor, positions: torch.Tensor, **attention: Any) -> torch.Tensor:
+        """`inputs`: token ids [rows] or hidden states [rows, hidden], of any sessions one after another; `positions`
+        [rows]. Gives hidden states [rows, hidden]. `attention` goes to the attention function as it is."""
+        given = {"input_ids": inputs[None]} if self.takes_tokens else {"inputs_embeds": inputs[None]}
+        done = self.base(**given, position_ids=positions[None], use_cache=False, **attention)
+        states: torch.Tensor = done.last_hidden_state[0]
+        return states
+
+
+def read_stage(
+    config: str,
+    files: list[Path],
+    first: int,
+    stop: int,
+    *,
+    attention: str,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> StageModule:
+    """Build a stage and read its tensors, and no others. `attention`: name of a function that `transformers` knows.
+
+    Raises BadModel: a family that cannot be served, layers that are not there, tensors that are missing, misshapen or
+    not finite, each by name.
+    """
+    stage, wanted = _empty_stage(config, first, stop, attention)
+    FAMILIES[shape_of(config).family]
+    parameters = dict(stage.named_parameters())
+    found: dict[str, torch.Tensor] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                there = set(opened.keys())
+                for name, spellings in wanted.items():
+                    stored = next((one for one in spellings if one in there), None)
+                    if stored is None or name in found:
+                        continue
+                    tensor = opened.get_tensor(stored)
+                    if tensor.shape != parameters[name].shape:
+                        raise BadModel(
+                            f"{file.name}: tensor {stored!r} has shape {tuple(tensor.shape)}; its config says "
+                            f"{tuple(parameters[name].shape)}."
+                        )
+                    found[name] = tensor.to(device=device, dtype=dtype)
+                    if not torch.isfinite(found[name]).all():
+                        raise BadModel(f"{file.name}: tensor {stored!r} holds numbers that are not finite.")
+        except (SafetensorError, OSError) as error:
+            raise BadModel(f"{file.name} is not a whole safetensors file: {error}.") from error
+    for name, spellings in wanted.items():
+        if name not in found:
+            raise BadModel(f"No file has the tensor {spellings[0]!r}, which the model's config asks for.")
+    stage.load_state_dict(found, strict=True, assign=True)
+    return stage.to(device).eval().requires_grad_(False)
+
+
+def _empty_stage(config: str, first: int, stop: int, attention: str) -> tuple[StageModule, dict[str, tuple[str, ...]]]:
+    """A stage whose parameters are on the meta device, and for each the names under which files may have it."""
+    shape = shape_of(config)
+    if not 0 <= first < stop <= shape.layers:
+        raise BadModel(f"The model has {shape.layers} layers; there is no stage from layer {first} to {stop - 1}.")
+    family = FAMILIES[shape.family]
+    parsed = parse_config(config)
+    try:
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(parsed, attn_implementation=attention)
+    except Exception as error:
+        raise BadModel(f"No causal language model can be built from this config: {one_line(error)}.") from error
+    base = getattr(model, model.base_model_prefix)
+    prefix = model.base_model_prefix
+    setattr(base, family.layers, getattr(base, family.layers)[first:stop])
+    if stop < shape.layers:
+        setattr(base, family.norm, nn.Identity())
+    if first > 0:
+        setattr(base, family.embedding, None)
+        if family.positions:
+            setattr(base, family.positions, _NoPositions())
+    _fill_buffers(base, family)
+    head = model.lm_head if stop == shape.layers else None
+    if head is not None and shape.tied:  # the module must not share its parameter with an embedding that is not read
+        head.weight = nn.Parameter(torch.empty_like(head.weight, device="meta"), requires_grad=False)
+    stage = StageModule(base, head, first=first, stop=stop, layers=shape.layers)
+    wanted: dict[str, tuple[str, ...]] = {}
+    for name, _ in stage.named_parameters():
+        if name.startswith("head."):
+            end = name.removeprefix("head.")
+            embedded = f"{family.embedding}.{end}"
+            own = (f"lm_head.{end}", f"{family.stored_head}.{end}")
+            wanted[name] = (f"{prefix}.{embedded}", embedded) if shape.tied else own
+        else:
+            inner = _counted_from(name.removeprefix("base."), family.layers, first)
+            wanted[name] = (f"{prefix}.{inner}", inner)
+    return stage, wanted
+
+
+def _counted_from(name: str, layers: str, first: int) -> str:
+    """A stage counts its layers from 0, a checkpoint those of the model."""
+    if not name.startswith(f"{layers}."):
+        return name
+    _, number, rest = name.split(".", 2)
+    return f"{layers}.{int(number) + first}.{rest}"
+
+
+def _fill_buffers(base: Any, family: Family) -> None:
+    """What no file holds and follows from the config: rotary frequencies, an embedding's scale."""
+    if hasattr(base, "rotary_emb"):
+        base.rotary_emb = type(base.rotary_emb)(config=base.config)
+    embedding = getattr(base, family.embedding)
+    if hasattr(embedding, "scalar_embed_scale"):
+        embedding.embed_scale = torch.tensor(embedding.scalar_embed_scale)
+    for name, buffer in base.named_buffers():
+        if buffer.is_meta:
+            raise BadModel(f"A {base.config.model_type} model holds {name!r}, which serving cannot make.")
+
+
+class _NoPositions(nn.Module):
+    """In place of learned positions, which the first stage has added already."""
+
+    def forward(self, positions: torch.Tensor) -> torch.Tensor:
+        return torch.zeros((), device=positions.device)
+
+
+def linear_modules(stage: nn.Module) -> list[tuple[nn.Module, str, torch.Tensor, torch.Tensor | None]]:
+    """(parent, name, weight [out, in], bias) of every linear map of a stage."""
+    found: list[tuple[nn.Module, str, torch.Tensor, torch.Tensor | None]] = []
+    for parent in stage.modules():
+        for name, module in parent.named_children():
+            if isinstance(module, nn.Linear):
+                found.append((parent, name, module.weight, module.bias))
+            elif isinstance(module, Conv1D):
+                found.append((parent, name, module.weight.t(), module.bias))
+    return found
+
+
+def activations(stage: nn.Module, name: str) -> list[tuple[nn.Module, str]]:
+    """(parent, name) of every activation of a kind, as `transformers` names it."""
+    kind = type(ACT2FN[name])
+    return [
+        (parent, at) for parent in stage.modules() for at, module in parent.named_children() if type(module) is kind
+    ]
