@@ -25,7 +25,7 @@ from shoal.models.configs import (
     read_config,
     vocabulary_of,
 )
-from shoal.models.tokenizers import BadTokenizer, ByteTokenizer, load_tokenizer
+from shoal.models.tokenizers import BadTokenizer, ByteTokenizer, has_tokenizer, load_tokenizer
 
 TEXT = "def f(x):\n\treturn 'é☃ 🐟'\n\n"
 
@@ -269,6 +269,40 @@ def test_a_tokenizer_file_is_used_and_written_beside_the_model(tmp_path: Path) -
     theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert theirs("the same way")["input_ids"] == tokenizer.encode("the same way").tolist()
     assert theirs.eos_token_id == 0
+
+
+def test_a_tokenizer_of_older_files_is_understood(tmp_path: Path) -> None:
+    """A vocabulary and merges, as GPT-2's checkpoints have them."""
+    folder = a_tokenizer(tmp_path / "new")
+    new = load_tokenizer(str(folder))
+    whole = msgspec.json.decode((folder / "tokenizer.json").read_bytes())["model"]
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "vocab.json").write_bytes(msgspec.json.encode(whole["vocab"]))
+    (old / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in whole["merges"]) + "\n")
+    (old / "config.json").write_bytes(b'{"model_type":"gpt2"}')
+    assert has_tokenizer(old) and not has_tokenizer(tmp_path)
+    read = load_tokenizer(str(old))
+    assert read.encode(TEXT).tolist() == new.encode(TEXT).tolist() and read.end == new.end
+    read.save(tmp_path / "out")
+    assert load_tokenizer(str(tmp_path / "out")).encode(TEXT).tolist() == new.encode(TEXT).tolist()
+    (old / "vocab.json").write_bytes(b"[]")
+    with pytest.raises(BadTokenizer, match=r"has no tokenizer.json, and transformers makes none of its vocab.json"):
+        load_tokenizer(str(old))
+
+
+def test_the_end_of_a_document_is_what_the_settings_say(tmp_path: Path) -> None:
+    folder = a_tokenizer(tmp_path / "words")
+    the = load_tokenizer(str(folder)).encode("the")[0]
+    for said in (b'{"eos_token":"the"}', b'{"eos_token":{"content":"the"}}'):
+        (folder / "tokenizer_config.json").write_bytes(said)
+        assert load_tokenizer(str(folder)).end == the
+    for said in (b"[]", b"nonsense", b'{"eos_token":5}', b'{"eos_token":"unknown"}'):
+        (folder / "tokenizer_config.json").write_bytes(said)
+        assert load_tokenizer(str(folder)).end == 0
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    load_tokenizer(str(folder)).save(tmp_path / "out")
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
 
 
 def test_a_tokenizer_that_is_not_there_or_is_not_one_is_a_sentence(tmp_path: Path) -> None:

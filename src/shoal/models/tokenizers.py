@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import textwrap
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +17,10 @@ from shoal.errors import BadInput
 END_OF_DOCUMENT = "<|endoftext|>"
 END_NAMES = (END_OF_DOCUMENT, "</s>", "<|end_of_text|>", "<eos>", "[SEP]", "<|im_end|>")
 TOKENIZER_MAX_BYTES = 64 << 20
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+"""Go along with a tokenizer; the first says how a document ends."""
+OLDER_FILES = ("vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+"""Of which transformers makes a tokenizer where there is no tokenizer.json."""
 SHOWN_CHARACTERS = 40
 """How much of a text a sentence shows that a tokenizer cannot encode."""
 
@@ -72,30 +77,54 @@ class ByteTokenizer:
 
 
 class FileTokenizer:
-    """A `tokenizer.json`, as the tokenizers library writes it."""
+    """A tokenizer of the tokenizers library, from a `tokenizer.json` or made of a checkpoint's older files."""
 
-    def __init__(self, file: Path) -> None:
-        self._file = file
+    def __init__(self, tokenizer: Any, source: Path, beside: Path) -> None:
+        self._tokenizer = tokenizer
+        self._source = source
+        self._beside = beside
+        """The directory in which its settings lie."""
+        self.vocabulary: int = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
+        names = (_end_said(beside), *END_NAMES)
+        known = (tokenizer.token_to_id(name) for name in names if name)
+        self.end: int | None = next((token for token in known if token is not None), None)
+
+    @classmethod
+    def read(cls, file: Path) -> FileTokenizer:
+        """Raises BadTokenizer."""
         try:
             if file.stat().st_size > TOKENIZER_MAX_BYTES:
                 raise BadTokenizer(f"The tokenizer {file} is larger than {TOKENIZER_MAX_BYTES} bytes.")
-            self._tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
+            return cls(Tokenizer.from_str(file.read_text(encoding="utf-8")), file, file.parent)
         except OSError as error:
             raise BadTokenizer(f"The tokenizer {file} cannot be read: {error.strerror}.") from error
         except BadTokenizer:
             raise
         except Exception as error:
             raise BadTokenizer(f"{file} is not a tokenizer of the tokenizers library: {error}.") from error
-        self.vocabulary: int = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
-        known = (self._tokenizer.token_to_id(name) for name in END_NAMES)
-        self.end: int | None = next((token for token in known if token is not None), None)
+
+    @classmethod
+    def made_of(cls, directory: Path) -> FileTokenizer:
+        """From a vocabulary and merges, or a SentencePiece model, as transformers understands them. Raises
+        BadTokenizer."""
+        from transformers import AutoTokenizer  # slow to load, and needed for old checkpoints alone
+
+        try:
+            made = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+            return cls(Tokenizer.from_str(made.backend_tokenizer.to_str()), directory, directory)
+        except Exception as error:
+            there = ", ".join(name for name in OLDER_FILES if (directory / name).is_file())
+            raise BadTokenizer(
+                f"{directory} has no tokenizer.json, and transformers makes none of its {there}: "
+                f"{textwrap.shorten(str(error), 300)}"
+            ) from error
 
     def encode(self, text: str) -> NDArray[np.uint32]:
         try:
             return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
         except Exception as error:  # the library raises nothing narrower: a vocabulary may lack what it needs
             raise BadTokenizer(
-                f"The tokenizer {self._file} cannot encode {text[:SHOWN_CHARACTERS]!r}: {error}. Give it a token for "
+                f"The tokenizer {self._source} cannot encode {text[:SHOWN_CHARACTERS]!r}: {error}. Give it a token for "
                 "what it does not know, or name another."
             ) from error
 
@@ -105,9 +134,20 @@ class FileTokenizer:
 
     def save(self, directory: Path) -> None:
         _save(self._tokenizer, directory, None if self.end is None else self._tokenizer.id_to_token(self.end))
-        for name in ("tokenizer_config.json", "special_tokens_map.json"):
-            if (self._file.parent / name).is_file():
-                shutil.copyfile(self._file.parent / name, directory / name)
+        for name in SETTINGS:
+            if (self._beside / name).is_file():
+                shutil.copyfile(self._beside / name, directory / name)
+
+
+def _end_said(directory: Path) -> str | None:
+    """What a tokenizer's settings call the end of a document."""
+    try:
+        settings = msgspec.json.decode((directory / SETTINGS[0]).read_bytes()[:TOKENIZER_MAX_BYTES])
+    except (OSError, msgspec.DecodeError, RecursionError):
+        return None
+    end = settings.get("eos_token") if isinstance(settings, dict) else None
+    end = end.get("content") if isinstance(end, dict) else end
+    return end if isinstance(end, str) else None
 
 
 def _save(tokenizer: Any, directory: Path, end: str | None) -> None:
@@ -118,14 +158,20 @@ def _save(tokenizer: Any, directory: Path, end: str | None) -> None:
     (directory / "tokenizer_config.json").write_bytes(msgspec.json.format(msgspec.json.encode({**settings, **ending})))
 
 
+def has_tokenizer(directory: Path) -> bool:
+    return any((directory / name).is_file() for name in ("tokenizer.json", *OLDER_FILES))
+
+
 def load_tokenizer(name: str) -> TextTokenizer:
-    """`bytes`, a tokenizer.json, or a directory with one. Raises BadTokenizer."""
+    """`bytes`, a tokenizer.json, or a directory with one or with older files. Raises BadTokenizer."""
     if name == "bytes":
         return ByteTokenizer()
     path = Path(name)
     file = path / "tokenizer.json" if path.is_dir() else path
-    if not file.is_file():
-        raise BadTokenizer(
-            f"There is no tokenizer at {file}; write `bytes`, or the path of a tokenizer.json or its directory."
-        )
-    return FileTokenizer(file)
+    if file.is_file():
+        return FileTokenizer.read(file)
+    if path.is_dir() and has_tokenizer(path):
+        return FileTokenizer.made_of(path)
+    raise BadTokenizer(
+        f"There is no tokenizer at {file}; write `bytes`, or the path of a tokenizer.json or its directory."
+    )

@@ -61,7 +61,8 @@ class ModelSection(_Section, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """A Python script with a PyTorch loop of one's own that calls `shoal.join`. Its processes, which one starts
     oneself, are the job's nodes; it has its own data, and a sample counts as a token."""
     tokenizer: PathText = "auto"
-    """`bytes`, or a tokenizer.json or a directory with one. `auto` takes the checkpoint's own, and bytes without it."""
+    """`bytes`, or a tokenizer.json or a directory with one, or with a vocabulary and merges. `auto` takes the
+    checkpoint's own, and bytes without it."""
 
 
 class DataSection(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -149,7 +149,9 @@ def tokenizer_of(job: JobFile) -> str:
     """What `model.tokenizer: auto` means: the checkpoint's own tokenizer where it has one, else bytes."""
     if job.model.tokenizer != "auto":
         return job.model.tokenizer
-    if job.model.checkpoint is not None and (Path(job.model.checkpoint) / "tokenizer.json").exists():
+    from shoal.models.tokenizers import has_tokenizer
+
+    if job.model.checkpoint is not None and has_tokenizer(Path(job.model.checkpoint)):
         return job.model.checkpoint
     return "bytes"
 
