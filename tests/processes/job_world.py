@@ -234,7 +234,7 @@ class FullDisk(DirectoryDisk):
 def engine_of(process: LocalProcess) -> psutil.Process:
     """The engine process of a node that works."""
     for child in psutil.Process(process.pid).children(recursive=True):
-        forked = "shoal.training.template" in child.cmdline() and child.ppid() != process.pid
+        forked = "shoal.engines.template" in child.cmdline() and child.ppid() != process.pid
         if forked or "shoal.training.worker" in child.cmdline():
             return child
     raise AssertionError(f"{process.name} has no engine")

@@ -17,10 +17,8 @@ import psutil
 import pytest
 from engine_pieces import Setting, make_setting
 
-from shoal.training import template
+from shoal.engines import FRAME, FRAME_MAX_BYTES, EngineDied, EngineFailed, template
 from shoal.training.commands import (
-    FRAME,
-    FRAME_MAX_BYTES,
     ApplyCommit,
     CommittedUpdate,
     Evaluate,
@@ -30,7 +28,7 @@ from shoal.training.commands import (
 )
 from shoal.training.engine import LanguageEngine
 from shoal.training.pacing import CREDIT_MAX_S, Pacer
-from shoal.training.process import EngineDied, EngineFailed, EngineProcess, RoundCancelledError
+from shoal.training.process import EngineProcess, RoundCancelledError
 from shoal.training.updates import decode_update
 from shoal.world import HeldClock, SystemClock
 

@@ -12,13 +12,14 @@ from hub_world import PATIENCE_S, HubProcess, Watcher, a_client, a_key, an_offer
 
 from shoal.errors import ShoalError
 from shoal.hub import HubPlaces, HubServer, HubSettings, HubStoreFailed, NoHub
-from shoal.hub.server import BadHubSetting, DataInUse, HttpFailed
+from shoal.hub.server import BadHubSetting, DataInUse
 from shoal.hub.web import READ_BURST
 from shoal.identity import BadKeyFile, Envelope, KeyPair
 from shoal.protocol.hubs import BadTicket, HubTicket
 from shoal.protocol.messages import encode, open_record
 from shoal.protocol.offers import Offer, OfferFind, OfferPublish
 from shoal.transport import TlsEndpoint
+from shoal.transport.http import BadHttpPlace, HttpFailed
 from shoal.world import Endpoint, LinkLost, SystemClock, Unreachable
 
 HERON, STORK = a_key(1), a_key(2)
@@ -79,7 +80,7 @@ def test_offers_are_read_over_http_with_their_proof(tmp_path: Path) -> None:
 def test_a_connection_on_which_nobody_asks_gives_its_place_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: bytes
 ) -> None:
-    monkeypatch.setattr("shoal.hub.server.HTTP_HEADER_MS_MAX", 50)
+    monkeypatch.setattr("shoal.transport.http.HEADER_MS_MAX", 50)
 
     async def scene(places: HubPlaces, web: httpx.AsyncClient) -> None:
         assert places.http is not None
@@ -214,8 +215,8 @@ def test_a_second_hub_on_the_same_directory_is_refused(tmp_path: Path) -> None:
     ("changes", "error", "words"),
     [
         ({"name": "my hub"}, BadHubSetting, "'my hub' cannot name a hub"),
-        ({"http": "127.0.0.1"}, BadHubSetting, "host:port"),
-        ({"http": "127.0.0.1:99999"}, BadHubSetting, "host:port"),
+        ({"http": "127.0.0.1"}, BadHttpPlace, "host:port"),
+        ({"http": "127.0.0.1:99999"}, BadHttpPlace, "host:port"),
         ({"http": "no.such.host.invalid:0"}, HttpFailed, "no.such.host.invalid"),
         ({"listen": "http://127.0.0.1:0"}, ShoalError, "tcp://host:port"),
     ],

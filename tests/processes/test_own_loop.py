@@ -23,6 +23,7 @@ from torch import nn
 
 import shoal
 from shoal.driver.report import NodeStatus, Report
+from shoal.engines import Done, Failed
 from shoal.errors import ShoalError
 from shoal.identity import Envelope, KeyPair
 from shoal.node.member import Invitation
@@ -54,8 +55,6 @@ from shoal.training.commands import (
     CancelRound,
     Command,
     CommittedUpdate,
-    Done,
-    Failed,
     Prepare,
     Prepared,
     Reply,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,12 +11,8 @@ from pathlib import Path
 from typing import IO
 
 import msgspec
-from granian.constants import HTTPModes, Interfaces
-from granian.http import HTTP1Settings
-from granian.server.embed import Server
-from litestar import Litestar
 
-from shoal.errors import BadInput, LinkError, StorageError
+from shoal.errors import BadInput, StorageError
 from shoal.hub.index import OFFERS_MAX
 from shoal.hub.service import HubService
 from shoal.hub.store import SqlOfferIndex
@@ -26,32 +21,18 @@ from shoal.identity import KeyPair, load_or_create_key
 from shoal.protocol.hubs import HubTicket
 from shoal.protocol.messages import DEFAULT_NETWORK
 from shoal.protocol.offers import Name
+from shoal.transport.http import HttpFace
 from shoal.world import Address, Clock, Endpoint
-from shoal.world.processes import open_files
 
 PURGE_EVERY_S = 60.0
-HTTP_CONNECTIONS_MAX = 1024
-"""HTTP connections at once, as far as an eighth of the files that the process may open carries them; more wait."""
-HTTP_HEADER_BYTES_MAX = 16 * 1024
-HTTP_HEADER_MS_MAX = 2_000
-"""A connection on which no request was read for so long is closed, idle ones too: others wait for its place."""
-HTTP_READY_TRIES_MAX = 500
-HTTP_READY_EVERY_S = 0.01
-HTTP_STOP_S = 10.0
 
 _log = logging.getLogger("shoal.hub")
 
 
 class BadHubSetting(BadInput):
-    """A hub's name or the address of its HTTP face is not of the form it must have."""
+    """A hub's name is not of the form it must have."""
 
     code = "SH-114"
-
-
-class HttpFailed(LinkError):
-    """The HTTP face cannot be served at the address it was given."""
-
-    code = "SH-337"
 
 
 class DataInUse(StorageError):
@@ -96,7 +77,7 @@ class HubServer:
         self._lock: IO[bytes] | None = None
         self._index: SqlOfferIndex | None = None
         self._endpoint: Endpoint | None = None
-        self._web: tuple[Server, asyncio.Task[None]] | None = None
+        self._web: HttpFace | None = None
         self._purging: asyncio.Task[None] | None = None
 
     async def start(self) -> HubPlaces:
@@ -134,7 +115,8 @@ class HubServer:
         self._purging = asyncio.create_task(self._purge(self._index))
         url = None
         if settings.http is not None:
-            url = await self._serve_http(settings.http, make_app(self._index, service.info, self._clock))
+            self._web = HttpFace(make_app(self._index, service.info, self._clock), self._clock)
+            url = await self._web.start(settings.http)
         await self._endpoint.listen(settings.listen)
         return HubPlaces(HubTicket(key.node_id, settings.public or tuple(self._endpoint.addresses)), url)
 
@@ -145,12 +127,7 @@ class HubServer:
         if self._endpoint is not None:
             await self._endpoint.close()
         if self._web is not None:
-            server, serving = self._web
-            self._web = None
-            if not serving.done():
-                server.stop()  # type: ignore[no-untyped-call]
-            await asyncio.wait([serving], timeout=HTTP_STOP_S)
-            serving.cancel()
+            await self._web.stop()
         if self._index is not None:
             await self._index.close()
         if self._lock is not None:
@@ -167,44 +144,6 @@ class HubServer:
                 if forgotten:
                     _log.info("forgot %d offers that expired long ago", forgotten)
 
-    async def _serve_http(self, place: str, app: Litestar) -> str:
-        host, port = _free_port(*_split(place))
-        server = Server(
-            app,
-            address=host,
-            port=port,
-            interface=Interfaces.ASGINL,
-            websockets=False,
-            http=HTTPModes.http1,  # while it waits to learn which one is spoken, no time-out holds
-            backpressure=min(HTTP_CONNECTIONS_MAX, open_files() // 8),
-            http1_settings=HTTP1Settings(header_read_timeout=HTTP_HEADER_MS_MAX, max_buffer_size=HTTP_HEADER_BYTES_MAX),
-            log_enabled=False,
-        )
-        bound = asyncio.Event()
-        server.on_startup(bound.set)
-        serving = asyncio.create_task(server.serve())
-        self._web = (server, serving)
-        waiting = asyncio.create_task(bound.wait())
-        await asyncio.wait({serving, waiting}, return_when=asyncio.FIRST_COMPLETED)
-        waiting.cancel()
-        shown = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        for _ in range(HTTP_READY_TRIES_MAX):
-            if serving.done():
-                break
-            try:
-                _, writer = await asyncio.open_connection(host, port)
-            except OSError:
-                await self._clock.sleep(HTTP_READY_EVERY_S)
-            else:
-                writer.close()
-                return f"http://{shown}"
-        cause = serving.exception() if serving.done() and not serving.cancelled() else None
-        raise HttpFailed(f"The hub's HTTP face did not come up at {shown}: {_first_line(cause)}.")
-
-
-def _first_line(cause: BaseException | None) -> str:
-    return str(cause).splitlines()[0] if cause is not None and str(cause) else "the server gave no reason"
-
 
 def _refuse_bad_name(name: str) -> None:
     try:
@@ -213,26 +152,6 @@ def _refuse_bad_name(name: str) -> None:
         raise BadHubSetting(
             f"{name!r} cannot name a hub: up to 48 letters, digits, dots, dashes and underscores can, beginning with a "
             "letter or digit."
-        ) from error
-
-
-def _split(place: str) -> tuple[str, int]:
-    host, colon, port = place.rpartition(":")
-    if not colon or not host or not port.isdigit() or int(port) > 65535:
-        raise BadHubSetting(f"{place!r} is not host:port for the HTTP face; write for example 127.0.0.1:7780.")
-    return host.removeprefix("[").removesuffix("]"), int(port)
-
-
-def _free_port(host: str, port: int) -> tuple[str, int]:
-    """Take a port once and let it go. The server would share a port that another one serves (SO_REUSEPORT) without a
-    word; and of port 0 it would not say which it got."""
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        with socket.create_server((host, port), family=family) as probe:
-            return host, int(probe.getsockname()[1])
-    except OSError as error:
-        raise HttpFailed(
-            f"The hub cannot serve HTTP at {host}:{port}: {error.strerror}. Name another address with --http."
         ) from error
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.driver.members import NotOfThisJob
+from shoal.engines import EngineDied, EngineFailed
 from shoal.errors import BadRecord, EngineError, LinkError, ShoalError, StorageError
 from shoal.identity import Envelope, KeyPair, short_id
 from shoal.protocol.blobs import BlobHolder, BlobRef
@@ -44,7 +45,7 @@ from shoal.rounds import following
 from shoal.rounds.joining import is_offered
 from shoal.storage import BlobStore, Fetcher, FetchFailed, patience_s
 from shoal.training.commands import ApplyCommit, CommittedUpdate, Prepare, Prepared, RoundDone, RunRound, ShardFile
-from shoal.training.process import EngineDied, EngineFailed, EngineProcess, RoundCancelledError
+from shoal.training.process import EngineProcess, RoundCancelledError
 from shoal.training.updates import UPDATE_MEDIA_TYPE
 from shoal.verification.retention import Retention
 from shoal.world import Clock, Dice, Endpoint, Refused, within

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shoal.engines import warm
 from shoal.hub import HubClient
 from shoal.identity import load_or_create_key
 from shoal.node.agent import NodeAgent, NodeSettings
@@ -17,7 +18,6 @@ from shoal.node.member import EngineSettings, MemberRun
 from shoal.protocol.hubs import HubTicket
 from shoal.quantities import format_bytes
 from shoal.storage import BlobStore
-from shoal.training.template import warm
 from shoal.transport import TlsEndpoint
 from shoal.world import Clock, Dice
 

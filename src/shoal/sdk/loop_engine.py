@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from shoal.engines import Done, Stop
 from shoal.errors import BadInput
 from shoal.protocol.training import TrainJob
 from shoal.sdk.loop_script import OtherLoop
@@ -25,7 +26,6 @@ from shoal.training.commands import (
     ApplyCommit,
     CancelRound,
     Command,
-    Done,
     LoadPrivate,
     LoadState,
     Prepare,
@@ -34,7 +34,6 @@ from shoal.training.commands import (
     RollBack,
     RoundCancelled,
     RunRound,
-    Stop,
     WritePrivate,
     WriteState,
 )

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import psutil
 import torch
 
+from shoal.engines import EngineDied, EngineFailed, Failed, Stop
 from shoal.errors import BadInput
 from shoal.hub import HubClient
 from shoal.identity import load_or_create_key
@@ -31,7 +32,6 @@ from shoal.storage import BlobStore, StoreInUse
 from shoal.training.commands import (
     ApplyCommit,
     Command,
-    Failed,
     Prepare,
     Prepared,
     PrivateNow,
@@ -41,10 +41,9 @@ from shoal.training.commands import (
     RoundDone,
     RunRound,
     StateHeld,
-    Stop,
 )
 from shoal.training.compute import device_class
-from shoal.training.process import EngineDied, EngineFailed, RoundCancelledError
+from shoal.training.process import RoundCancelledError
 from shoal.transport import TlsEndpoint
 from shoal.transport import run as run_loop
 from shoal.world import Clock, Dice

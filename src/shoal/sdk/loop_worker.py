@@ -21,13 +21,13 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from shoal.engines import FRAME, FRAME_MAX_BYTES, Stop, die_with_parent
 from shoal.errors import ShoalError
 from shoal.sdk.loop_engine import ORDERS_MAX, BadLoop, LoopEngine, Order, Orders, Over, SteadyRates, trained_parameters
 from shoal.sdk.loop_script import LOOKED_FILE, START_FILE, STATE_FILE, WANTED_FILE, Looked, LookWanted
 from shoal.sdk.own_loop import LoopMember, run_in
-from shoal.training.commands import FRAME, FRAME_MAX_BYTES, Answered, Asked, Reply, Stop
+from shoal.training.commands import Answered, Asked, Reply
 from shoal.training.compute import set_up_torch
-from shoal.training.lifetime import die_with_parent
 from shoal.training.member import FlatParameters
 from shoal.training.member_engine import MEASURED_STEPS, WARM_UP_STEPS
 from shoal.training.state import SharedState

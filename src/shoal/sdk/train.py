@@ -33,6 +33,7 @@ from shoal.driver.report import (
 from shoal.driver.takeover import CannotTakeOver, take_over
 from shoal.driver.training import JobRecords, Outcome, Progress, TrainingDriver, Watchers
 from shoal.driver.write_report import make_report, write_missing_page, write_report
+from shoal.engines import EngineFailed
 from shoal.errors import BadInput
 from shoal.hub import HubClient
 from shoal.identity import Envelope, KeyPair, load_key, load_or_create_key
@@ -47,7 +48,7 @@ from shoal.sdk.loop_script import ScriptFailed, engine_for, how_to_take_part, lo
 from shoal.sdk.preparation import Prepared, prepare
 from shoal.storage import BlobStore, Fetcher, serve
 from shoal.training.commands import Evaluate, ExportCheckpoint, Generate, Prepare, ShardFile
-from shoal.training.process import EngineFailed, EngineProcess
+from shoal.training.process import EngineProcess
 from shoal.training.state import SharedState
 from shoal.training.updates import update_bytes
 from shoal.transport import TlsEndpoint

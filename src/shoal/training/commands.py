@@ -1,17 +1,17 @@
-"""What is said between an agent and its engine process: strict, bounded msgspec messages on a pipe.
+"""What is said between an agent and its engine of training.
 
-A frame is a 4-byte big-endian length and that many bytes of msgpack. Tensors never travel here: they are files, whose
-paths do. The agent owns those files; the engine only reads what it is given and writes where it is told.
+Tensors never travel here: they are files, whose paths do. The agent owns those files; the engine only reads what it is
+given and writes where it is told.
 """
 
 from __future__ import annotations
 
-import struct
 from typing import Annotated
 
 import msgspec
 from msgspec import Meta
 
+from shoal.engines.messages import Done, EngineMessage, Failed, Stop
 from shoal.identity import Hash
 from shoal.protocol.training import (
     MEMBERS_MAX,
@@ -22,22 +22,15 @@ from shoal.protocol.training import (
     Engine,
     Ppm,
     SampleRange,
-    Sentence,
     TrainJob,
 )
 
-FRAME_MAX_BYTES = 4 << 20
-FRAME = struct.Struct(">I")
 SKETCHED_STEPS_MAX = STEPS_MAX // (1 + SKETCH_WIDTH)
 """A contribution carries at most this many sketches, 455: what the protocol has room for. Longer rounds sketch every
 second, third, ... step."""
 
 FilePath = Annotated[str, Meta(min_length=1, max_length=4096)]
 Threads = Annotated[int, Meta(ge=1, le=4096)]
-
-
-class _Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, tag=True):
-    """Tagged with the name of its class."""
 
 
 class ShardFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -50,7 +43,7 @@ class ShardFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 # --- commands ------------------------------------------------------------------------------------------------------
 
 
-class Prepare(_Message, frozen=True, kw_only=True):
+class Prepare(EngineMessage, frozen=True, kw_only=True):
     """Load everything, warm up, and measure. First command, once."""
 
     job: TrainJob
@@ -71,14 +64,14 @@ class Prepare(_Message, frozen=True, kw_only=True):
     """False skips the measuring, as in a replay."""
 
 
-class LoadPrivate(_Message, frozen=True, kw_only=True):
+class LoadPrivate(EngineMessage, frozen=True, kw_only=True):
     """Take this private state instead of the current one: a replay, or a member that goes on after its process died.
     None: the state before the first round."""
 
     path: FilePath | None = None
 
 
-class RunRound(_Message, frozen=True, kw_only=True):
+class RunRound(EngineMessage, frozen=True, kw_only=True):
     """One member's work of one round. Its fields follow from the Assignment and the member's own last Contribution."""
 
     round: Count
@@ -106,11 +99,11 @@ class RunRound(_Message, frozen=True, kw_only=True):
     """Where to write the private state after the round, when it is to be kept."""
 
 
-class CancelRound(_Message, frozen=True, kw_only=True):
+class CancelRound(EngineMessage, frozen=True, kw_only=True):
     """Stop the running round at its next step; the member is then as before it. Nothing happens when none runs."""
 
 
-class RollBack(_Message, frozen=True, kw_only=True):
+class RollBack(EngineMessage, frozen=True, kw_only=True):
     """Undo accepted-nowhere rounds: private state becomes the kept version with this hash. Cancels a running round."""
 
     private: Hash
@@ -122,7 +115,7 @@ class CommittedUpdate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     scale_ppm: Ppm
 
 
-class ApplyCommit(_Message, frozen=True, kw_only=True):
+class ApplyCommit(EngineMessage, frozen=True, kw_only=True):
     """Shared state `previous` + accepted updates -> the next; allowed while a round runs."""
 
     round: Count
@@ -135,26 +128,26 @@ class ApplyCommit(_Message, frozen=True, kw_only=True):
     """Where to write the resulting state."""
 
 
-class LoadState(_Message, frozen=True, kw_only=True):
+class LoadState(EngineMessage, frozen=True, kw_only=True):
     """Hold one more shared state, from a file."""
 
     path: FilePath
 
 
-class WriteState(_Message, frozen=True, kw_only=True):
+class WriteState(EngineMessage, frozen=True, kw_only=True):
     """Write a held shared state to a file."""
 
     state: Hash
     path: FilePath
 
 
-class WritePrivate(_Message, frozen=True, kw_only=True):
+class WritePrivate(EngineMessage, frozen=True, kw_only=True):
     """Write the current private state to a file."""
 
     path: FilePath
 
 
-class Evaluate(_Message, frozen=True, kw_only=True):
+class Evaluate(EngineMessage, frozen=True, kw_only=True):
     """Mean loss in nats per token of a held shared state over the given shards; not while a round runs."""
 
     state: Hash
@@ -163,7 +156,7 @@ class Evaluate(_Message, frozen=True, kw_only=True):
     """At most so many, spread evenly."""
 
 
-class Generate(_Message, frozen=True, kw_only=True):
+class Generate(EngineMessage, frozen=True, kw_only=True):
     """Continue a text with a held shared state."""
 
     state: Hash
@@ -176,16 +169,12 @@ class Generate(_Message, frozen=True, kw_only=True):
     seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] = 0
 
 
-class ExportCheckpoint(_Message, frozen=True, kw_only=True):
+class ExportCheckpoint(EngineMessage, frozen=True, kw_only=True):
     """Write a held shared state as a directory that `AutoModelForCausalLM.from_pretrained` loads."""
 
     state: Hash
     directory: FilePath
     tokenizer: FilePath | None = None
-
-
-class Stop(_Message, frozen=True, kw_only=True):
-    """Finish and exit."""
 
 
 Command = (
@@ -197,11 +186,7 @@ Command = (
 # --- replies -------------------------------------------------------------------------------------------------------
 
 
-class Done(_Message, frozen=True, kw_only=True):
-    pass
-
-
-class Prepared(_Message, frozen=True, kw_only=True):
+class Prepared(EngineMessage, frozen=True, kw_only=True):
     state: Hash
     private: Hash
     parameters: Count
@@ -211,7 +196,7 @@ class Prepared(_Message, frozen=True, kw_only=True):
     """For Contributions: software, device class, threads, processes."""
 
 
-class RoundDone(_Message, frozen=True, kw_only=True):
+class RoundDone(EngineMessage, frozen=True, kw_only=True):
     """What a Contribution says about the work."""
 
     round: Count
@@ -231,38 +216,31 @@ class RoundDone(_Message, frozen=True, kw_only=True):
     snapshot_bytes: Count = 0
 
 
-class RoundCancelled(_Message, frozen=True, kw_only=True):
+class RoundCancelled(EngineMessage, frozen=True, kw_only=True):
     round: Count
 
 
-class PrivateNow(_Message, frozen=True, kw_only=True):
+class PrivateNow(EngineMessage, frozen=True, kw_only=True):
     """The private state after LoadPrivate, RollBack or WritePrivate."""
 
     private: Hash
     size: Count = 0
 
 
-class StateHeld(_Message, frozen=True, kw_only=True):
+class StateHeld(EngineMessage, frozen=True, kw_only=True):
     state: Hash
     size: Count
     """Bytes of its file form."""
 
 
-class Evaluated(_Message, frozen=True, kw_only=True):
+class Evaluated(EngineMessage, frozen=True, kw_only=True):
     loss: float
     tokens: Count
 
 
-class Generated(_Message, frozen=True, kw_only=True):
+class Generated(EngineMessage, frozen=True, kw_only=True):
     text: Annotated[str, Meta(max_length=1 << 20)]
     tokens: Annotated[tuple[int, ...], Meta(max_length=16_384)]
-
-
-class Failed(_Message, frozen=True, kw_only=True):
-    """The command was refused or could not be done; the engine goes on."""
-
-    code: Annotated[str, Meta(max_length=16)]
-    sentence: Sentence
 
 
 Reply = (

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from shoal.engines.messages import SENTENCE_MAX, Failed
 from shoal.errors import EngineError, ShoalError
 from shoal.identity import blake3_hash, hash_of_parts
 from shoal.protocol.training import STEPS_MAX, TrainJob
 from shoal.rounds.order import sample_indices
-from shoal.training.commands import ApplyCommit, Failed, PrivateNow, RoundDone, RunRound, StateHeld
+from shoal.training.commands import ApplyCommit, PrivateNow, RoundDone, RunRound, StateHeld
 from shoal.training.member import FlatParameters, Member, RoundResult
 from shoal.training.optimizer import InnerOptimizer
 from shoal.training.outer import OuterStep, WeighedUpdate
@@ -23,7 +24,6 @@ from shoal.training.schedule import batch_sizes
 from shoal.training.state import SharedState
 from shoal.training.updates import Update
 
-SENTENCE_MAX = 400
 FAILURES = (ShoalError, OSError, torch.OutOfMemoryError)
 """What a command may end with that an engine answers, and goes on."""
 STATES_MAX = 6

@@ -26,14 +26,14 @@ import torch.distributed as dist
 from msgspec import Meta
 from numpy.typing import NDArray
 
+from shoal.engines import FRAME, FRAME_MAX_BYTES, die_with_parent
 from shoal.errors import EngineError
 from shoal.models.architectures import build_model, parameters_of
 from shoal.protocol.training import TrainJob
-from shoal.training.commands import FRAME, FRAME_MAX_BYTES, ShardFile, Threads
+from shoal.training.commands import ShardFile, Threads
 from shoal.training.compute import open_device, set_up_torch
 from shoal.training.data import TokenShards
 from shoal.training.language import CausalLanguage
-from shoal.training.lifetime import die_with_parent
 from shoal.training.member import FlatParameters
 from shoal.training.optimizer import FlatAdamW
 

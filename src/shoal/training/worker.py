@@ -16,14 +16,12 @@ from typing import assert_never
 
 import msgspec
 
+from shoal.engines import FRAME, FRAME_MAX_BYTES, Done, Stop, die_with_parent
 from shoal.training.commands import (
-    FRAME,
-    FRAME_MAX_BYTES,
     Answered,
     ApplyCommit,
     Asked,
     CancelRound,
-    Done,
     Evaluate,
     ExportCheckpoint,
     Generate,
@@ -34,12 +32,10 @@ from shoal.training.commands import (
     RollBack,
     RoundCancelled,
     RunRound,
-    Stop,
     WritePrivate,
     WriteState,
 )
 from shoal.training.engine import LanguageEngine
-from shoal.training.lifetime import die_with_parent
 from shoal.training.member import OutOfTurn
 from shoal.training.member_engine import FAILURES, failed
 from shoal.training.ranks import RankLost

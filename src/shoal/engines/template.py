@@ -1,7 +1,7 @@
 """Engines are forked from a process that has loaded torch and transformers already: one then starts in milliseconds
 instead of seconds, and the memory of the libraries is taken once.
 
-`fork_engine` is the agent's side; `python -m shoal.training.template PARENT_PID` is the process, of which an agent has
+`fork_engine` is the agent's side; `python -m shoal.engines.template PARENT_PID` is the process, of which an agent has
 one, from its first engine on. It gets a `Start` with four sockets for each engine: what shall be its stdin, stdout and
 stderr, and one for its process id followed, when it has ended, by how. The template computes nothing and starts no
 thread, which makes forking it safe; macOS does not allow it, so there each engine is started afresh.
@@ -13,6 +13,7 @@ import asyncio
 import atexit
 import contextlib
 import gc
+import importlib
 import os
 import random
 import selectors
@@ -27,15 +28,16 @@ from typing import NoReturn, TypeAlias
 
 import msgspec
 
-from shoal.training.lifetime import die_with_parent
+from shoal.engines.lifetime import die_with_parent
 
 CAN_FORK = sys.platform.startswith("linux")
 START_MAX_BYTES = 64 * 1024
 SOCKETS = 4
 STATUS = struct.Struct("<i")
-LOADED = ("shoal.training.worker", "transformers.modeling_utils", "transformers.models.llama.modeling_llama")
+LOADED = ("transformers.modeling_utils", "transformers.models.llama.modeling_llama")
 """What every language model needs, and the architecture of the presets; others are loaded by the engine itself."""
-
+WORKERS = ("shoal.training.worker",)
+"""Loaded too: the engines that an agent starts most."""
 
 MEMORY = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 """Huge pages where the system grants them: how activations happen to lie in ordinary ones makes up to a tenth of the
@@ -45,6 +47,8 @@ time of a step. Read when a process begins; what the user has set goes before.""
 class Start(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Fork an engine with these environment variables beside the template's own."""
 
+    worker: str
+    """The module whose `work` the engine runs."""
     environment: dict[str, str]
 
 
@@ -101,7 +105,7 @@ class _Template:
         careful = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "shoal.training.template", str(os.getpid())],
+                [sys.executable, "-m", "shoal.engines.template", str(os.getpid())],
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -140,15 +144,15 @@ def warm() -> None:
         atexit.register(_template.close)
 
 
-async def fork_engine(environment: Mapping[str, str], stream_limit: int) -> ForkedProcess | None:
-    """Fork an engine of language models; None where that cannot be: the system does not allow it, or the template ended
+async def fork_engine(worker: str, environment: Mapping[str, str], stream_limit: int) -> ForkedProcess | None:
+    """Fork an engine; None where that cannot be: the system does not allow it, or the template ended
     (an engine that is started afresh then says why). `stream_limit` bounds what is buffered of each of its streams."""
     warm()
     if _template is None:
         return None
     pairs = [socket.socketpair() for _ in range(SOCKETS)]
     try:
-        _template.start(Start(dict(environment)), [theirs for _, theirs in pairs])
+        _template.start(Start(worker, dict(environment)), [theirs for _, theirs in pairs])
         commands, replies, errors, status = [await _streams(ours, stream_limit) for ours, _ in pairs]
         (pid,) = STATUS.unpack(await status[0].readexactly(STATUS.size))
     except (OSError, asyncio.IncompleteReadError):
@@ -216,14 +220,12 @@ def _tell(status: socket.socket, number: int) -> None:
 
 
 def _be_engine(start: Start, template: int) -> NoReturn:
-    """In the forked process: be what `python -m shoal.training.worker` would be."""
-    from shoal.training.worker import work
-
+    """In the forked process: be what `python -m WORKER` would be."""
     code = 1
     try:
         os.environ.update(start.environment)
         random.seed()
-        work(template)
+        importlib.import_module(start.worker).work(template)
         code = 0
     except SystemExit as ending:
         code = ending.code if isinstance(ending.code, int) else 1
@@ -236,8 +238,8 @@ def _be_engine(start: Start, template: int) -> NoReturn:
 
 def main() -> None:
     die_with_parent(int(sys.argv[1]))
-    for module in LOADED:
-        __import__(module)
+    for module in (*LOADED, *WORKERS):
+        importlib.import_module(module)
     gc.collect()
     gc.freeze()  # a collection in an engine would copy every page that it shares
     serve(socket.socket(fileno=os.dup(0)))
