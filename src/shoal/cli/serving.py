@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +13,7 @@ import typer
 
 from shoal.cli import places
 from shoal.cli.app import HERE, MACHINES, app
-from shoal.cli.output import BadFlag, HubFlag, JsonFlag, WithParent, err, out, print_json, run
+from shoal.cli.output import BadFlag, HubFlag, JsonFlag, WithParent, out, print_json, run, until_stopped
 from shoal.quantities import format_bytes, parse_bytes
 from shoal.sdk.local import LocalProcessFailed, LocalShoal, shoal_home
 from shoal.world import SystemClock, SystemDice
@@ -27,16 +26,6 @@ STOP_S = 30
 
 node_app = typer.Typer(help="Lend this machine to jobs: `shoal node start`.")
 app.add_typer(node_app, name="node", rich_help_panel=MACHINES)
-
-
-async def _until_stopped() -> None:
-    """Wait for SIGINT or SIGTERM."""
-    stopped = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stopped.set)
-    await stopped.wait()
-    err.print("[dim]Stopping.[/]")
 
 
 @app.command("hub", rich_help_panel=MACHINES)
@@ -99,7 +88,7 @@ def hub(
                 out.print(f"Offers: {at.http}/v1/offers   API: {at.http}/schema", markup=False)
             out.print("[dim]Ctrl-C stops it.[/]")
         try:
-            await _until_stopped()
+            await until_stopped()
         finally:
             await server.stop()
 
@@ -190,7 +179,7 @@ def node_start(
                     out.print(f"  {line}", markup=False)
                 out.print(f"  blobs: up to {format_bytes(storage_bytes)} in {folder}", markup=False)
                 out.print("[dim]Ctrl-C stops it.[/]")
-            await _until_stopped()
+            await until_stopped()
         finally:
             await agent.close()
 
@@ -276,7 +265,7 @@ def up(
                     "Train with [bold]shoal train job.yaml[/] in another terminal. [dim]Ctrl-C stops everything.[/]"
                 )
             try:
-                await _until_stopped()
+                await until_stopped()
             finally:
                 places.forget_local()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,6 +106,26 @@ class StageEngine:
         logits: torch.Tensor = head(states).float()
         cap = self.shape.logit_cap
         return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    @property
+    def weights_bytes(self) -> int:
+        return sum(parameter.numel() * parameter.element_size() for parameter in self._module.parameters())
+
+    def measured(self, steps: int, monotonic: Callable[[], float]) -> tuple[float, float]:
+        """Milliseconds of a decode step of one position through the layers, and through the head where there is one:
+        the least of some."""
+        layers, heads = [], []
+        states = torch.zeros(1, dtype=torch.int64) if self.takes_tokens else torch.zeros(1, self.shape.hidden)
+        for at in range(min(steps, self.shape.positions)):
+            began = monotonic()
+            (out,) = self.step([Piece(-1, at, states)])
+            between = monotonic()
+            if self.is_last:
+                self.logits(out)
+            layers.append((between - began) * 1000)
+            heads.append((monotonic() - between) * 1000)
+        self.close(-1)
+        return min(layers), min(heads) if self.is_last else 0.0
 
     def _tried(self) -> bool:
         """The same positions one by one, at once, and beside another session."""

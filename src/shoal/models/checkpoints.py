@@ -36,7 +36,7 @@ def read_checkpoint(directory: Path) -> Checkpoint:
     """Raises BadModel: no config, a pickle, missing, misshapen or not finite tensors, each by name."""
     config = read_config(directory)
     stored: dict[str, torch.Tensor] = {}
-    for file in _weight_files(directory):
+    for file in weight_files(directory):
         try:
             with safe_open(file, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118  (not a mapping)
@@ -81,7 +81,8 @@ def _filled(directory: Path, config: str, stored: dict[str, torch.Tensor]) -> Ca
     return cast(CausalModel, filled)
 
 
-def _weight_files(directory: Path) -> list[Path]:
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a checkpoint. Raises BadModel."""
     refuse_endless(directory / INDEX)
     pickles = sorted(path.name for path in directory.iterdir() if path.suffix in PICKLES)
     if (directory / INDEX).exists():

@@ -1,0 +1,134 @@
+"""Why a request is not served, in the shape and with the status codes of the OpenAI API."""
+
+from __future__ import annotations
+
+import re
+from typing import TypeVar
+
+import msgspec
+
+from shoal.errors import BadInput, EngineError
+from shoal.gateway.openai import (
+    BODY_MAX_BYTES,
+    ChatRequest,
+    CompletionRequest,
+    Trouble,
+    TroubleAnswer,
+)
+
+R = TypeVar("R", ChatRequest, CompletionRequest)
+
+
+class RequestRefused(BadInput):
+    """A request to the endpoint cannot be served as it is."""
+
+    code = "SH-170"
+    status = 400
+    kind = "invalid_request_error"
+
+    def __init__(self, sentence: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(sentence)
+        self.param, self.openai_code = param, code
+
+    @property
+    def answer(self) -> TroubleAnswer:
+        return TroubleAnswer(Trouble(self.sentence, self.kind, self.param, self.openai_code))
+
+
+class UnknownModel(RequestRefused):
+    """A request names a model that is not served here."""
+
+    code = "SH-171"
+    status = 404
+
+
+class KeyRefused(RequestRefused):
+    """A request came without an API key, or with one that is not known."""
+
+    code = "SH-172"
+    status = 401
+
+
+class TooLarge(RequestRefused):
+    """A request's body is larger than the endpoint reads."""
+
+    code = "SH-173"
+    status = 413
+
+
+class Overloaded(EngineError):
+    """Memory or queue are full; the request may be sent again."""
+
+    code = "SH-571"
+
+    def __init__(self, sentence: str, retry_after_s: float) -> None:
+        super().__init__(sentence)
+        self.retry_after_s = retry_after_s
+
+
+class Unserved(EngineError):
+    """Nothing is there at the moment that could serve the model."""
+
+    code = "SH-572"
+
+
+NOT_OFFERED = {
+    "logit_bias": "logit_bias is not offered; leave it away.",
+    "tools": "Tools are not offered; leave them away.",
+    "tool_choice": "Tools are not offered; leave tool_choice away.",
+    "suffix": "suffix is not offered; leave it away.",
+    "best_of": "best_of is not offered; ask for n choices and take the best of them.",
+    "echo": "echo is not offered; the prompt is yours already.",
+}
+
+
+def read_chat(body: bytes) -> ChatRequest:
+    """Raises RequestRefused."""
+    request = _read(body, ChatRequest)
+    if request.modalities not in (None, ["text"]):
+        raise RequestRefused("Only text is offered.", param="modalities")
+    if request.top_logprobs is not None and not request.logprobs:
+        raise RequestRefused("top_logprobs asks for logprobs to be true.", param="top_logprobs")
+    if request.max_tokens is not None and request.max_completion_tokens is not None:
+        raise RequestRefused("Set max_tokens or max_completion_tokens, not both.", param="max_tokens")
+    if request.stream_options is not None and not request.stream:
+        raise RequestRefused("stream_options is for streams only.", param="stream_options")
+    return request
+
+
+def read_completion(body: bytes) -> CompletionRequest:
+    """Raises RequestRefused."""
+    request = _read(body, CompletionRequest)
+    if request.stream_options is not None and not request.stream:
+        raise RequestRefused("stream_options is for streams only.", param="stream_options")
+    return request
+
+
+def _read(body: bytes, kind: type[R]) -> R:
+    if len(body) > BODY_MAX_BYTES:
+        raise TooLarge(f"The body has {len(body)} bytes; the limit is {BODY_MAX_BYTES}.")
+    try:
+        request = msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError as error:
+        said, _, path = str(error).partition(" - at ")
+        raise RequestRefused(_sentence(said), param=_param(path, said)) from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise RequestRefused(f"The body is not JSON: {error}.") from error
+    for name, sentence in NOT_OFFERED.items():
+        if getattr(request, name, None):
+            raise RequestRefused(sentence, param=name, code="unsupported_parameter")
+    return request
+
+
+def _sentence(said: str) -> str:
+    unknown = re.match(r"Object contains unknown field `(.*)`", said)
+    return f"Unrecognized request argument supplied: {unknown[1]}." if unknown else f"{said}."
+
+
+def _param(path: str, said: str) -> str | None:
+    """The field that a message of the decoder speaks of: `$.messages[0].role` -> `messages[0].role`."""
+    named = re.search(r"field `(.*?)`", said)
+    place = path.strip("`").removeprefix("$").removeprefix(".")
+    if named:
+        return f"{place}.{named[1]}" if place else named[1]
+    return place or None

@@ -1,0 +1,84 @@
+"""A replica as the gateway sees it: tokens go in, tokens come out, and it may be gone at any time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Protocol
+
+from shoal.engines import EngineDied, EngineFailed
+from shoal.errors import EngineError
+from shoal.inference.commands import Advance, ChosenToken, SamplingSettings
+from shoal.inference.process import StageProcess
+
+
+class RingLost(EngineError):
+    """A replica is gone, or does not answer; its sessions go on elsewhere."""
+
+    code = "SH-574"
+
+
+class RingRefused(EngineError):
+    """A replica is there and does not do what it was asked."""
+
+    code = "SH-575"
+
+    def __init__(self, sentence: str, cause_code: str) -> None:
+        super().__init__(sentence)
+        self.cause_code = cause_code
+
+
+class Ring(Protocol):
+    """All layers of a model, on one node or several."""
+
+    name: str
+    exact: bool
+    """Whether a session that is replayed has the very bits that it had."""
+    token_ms: float
+    """What a token of one stream takes, as far as is known."""
+
+    async def advance(
+        self, session: int, start: int, tokens: Sequence[int], choose: int, sampling: SamplingSettings
+    ) -> tuple[ChosenToken, ...]:
+        """Take positions of a session through all layers; gives the tokens that follow the last `choose` of them.
+        Several sessions at once, of each one call after another. Raises RingLost and RingRefused."""
+        ...
+
+    async def close_session(self, session: int) -> None:
+        """Forget a session. Raises nothing."""
+        ...
+
+
+class LocalRing:
+    """Stages in processes of this machine."""
+
+    def __init__(self, name: str, stages: Sequence[StageProcess], *, exact: bool, token_ms: float) -> None:
+        self.name, self.exact, self.token_ms = name, exact, token_ms
+        self._stages = tuple(stages)
+
+    async def advance(
+        self, session: int, start: int, tokens: Sequence[int], choose: int, sampling: SamplingSettings
+    ) -> tuple[ChosenToken, ...]:
+        states = b""
+        chosen: tuple[ChosenToken, ...] = ()
+        for stage in self._stages:
+            try:
+                done = await stage.advance(
+                    Advance(
+                        session=session,
+                        start=start,
+                        tokens=tuple(tokens),
+                        states=states,
+                        choose=choose,
+                        sampling=sampling,
+                    )
+                )
+            except EngineDied as error:
+                raise RingLost(f"{self.name}: {error.sentence}") from error
+            except EngineFailed as error:
+                raise RingRefused(f"{self.name}: {error.sentence}", error.cause_code) from error
+            states, chosen = done.states, done.chosen
+        return chosen
+
+    async def close_session(self, session: int) -> None:
+        await asyncio.gather(*(stage.close_session(session) for stage in self._stages), return_exceptions=True)

@@ -1,0 +1,267 @@
+"""What the endpoint does with a request, whatever HTTP has to do with it: prompt, streams, text, usage."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+
+from shoal.gateway import openai
+from shoal.gateway.admission import Admission
+from shoal.gateway.openai import ChatRequest, CompletionRequest
+from shoal.gateway.prompts import ChatTemplate
+from shoal.gateway.refusals import RequestRefused, UnknownModel, Unserved
+from shoal.gateway.rings import Ring
+from shoal.gateway.streams import Stream
+from shoal.gateway.text import Decoder, StopAt
+from shoal.inference.commands import ChosenToken, SamplingSettings
+from shoal.models.tokenizers import BadTokenizer, TextTokenizer
+from shoal.world import Clock, Dice
+
+COMPLETION_TOKENS = 16
+"""What `/v1/completions` gives when it is not told, as at OpenAI."""
+PROMPTS_TOTAL_MAX = 64
+"""Choices of one request, over all its prompts."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request, understood."""
+
+    prompts: tuple[tuple[int, ...], ...]
+    choices: int
+    sampling: SamplingSettings
+    tokens_max: int
+    stops: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What came of a choice: text, with the tokens that were chosen for it."""
+
+    index: int
+    text: str
+    tokens: tuple[ChosenToken, ...] = ()
+    finish: str | None = None
+
+
+@dataclass
+class Counts:
+    """For the metrics page, and how quick a reply may be expected."""
+
+    requests: int = 0
+    refused: int = 0
+    failed: int = 0
+    running: int = 0
+    prompt_tokens: int = 0
+    tokens: int = 0
+    steps: int = 0
+    resumed: int = 0
+    """Streams that went on at another replica."""
+
+
+@dataclass
+class ModelService:
+    """One model behind the endpoint."""
+
+    name: str
+    created: int
+    """Unix seconds."""
+    context: int
+    tokenizer: TextTokenizer
+    template: ChatTemplate
+    ends: frozenset[int]
+    rings: list[Ring]
+    admission: Admission
+    clock: Clock
+    dice: Dice
+    counts: Counts = field(default_factory=Counts)
+
+    def __post_init__(self) -> None:
+        self._load: dict[int, int] = {}
+        """Streams per replica, by its identity."""
+
+    # --- what is asked ---------------------------------------------------------------------------------------------
+
+    def chat(self, request: ChatRequest) -> Asked:
+        """Raises RequestRefused."""
+        self._known(request.model)
+        if request.response_format is not None and request.response_format.type != "text":
+            raise RequestRefused(
+                "Only response_format text is offered.", param="response_format", code="unsupported_parameter"
+            )
+        prompt = self._encoded(self.template.render(request.messages), "messages")
+        limit = request.max_completion_tokens or request.max_tokens
+        top = (request.top_logprobs or 0) if request.logprobs else None
+        return self._asked(request, (prompt,), limit, top)
+
+    def completion(self, request: CompletionRequest) -> Asked:
+        """Raises RequestRefused."""
+        self._known(request.model)
+        given = request.prompt
+        several = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
+        if len(several) > PROMPTS_TOTAL_MAX:
+            raise RequestRefused(f"At most {PROMPTS_TOTAL_MAX} prompts are taken at once.", param="prompt")
+        prompts = [self._encoded(one, "prompt") if isinstance(one, str) else self._checked(one) for one in several]
+        return self._asked(request, tuple(prompts), request.max_tokens or COMPLETION_TOKENS, request.logprobs)
+
+    def _known(self, model: str) -> None:
+        if model != self.name:
+            raise UnknownModel(
+                f"The model `{model}` does not exist here; {self.name} is served.",
+                param="model",
+                code="model_not_found",
+            )
+
+    def _encoded(self, text: str, param: str) -> tuple[int, ...]:
+        try:
+            return tuple(self.tokenizer.encode(text).tolist())
+        except BadTokenizer as error:
+            raise RequestRefused(error.sentence, param=param) from error
+
+    def _checked(self, tokens: object) -> tuple[int, ...]:
+        known = self.tokenizer.vocabulary
+        if not isinstance(tokens, list) or any(type(one) is not int or not 0 <= one < known for one in tokens):
+            raise RequestRefused(f"A prompt is a text, or a list of token ids below {known}.", param="prompt")
+        return tuple(tokens)
+
+    def _asked(
+        self,
+        request: ChatRequest | CompletionRequest,
+        prompts: tuple[tuple[int, ...], ...],
+        limit: int | None,
+        top: int | None,
+    ) -> Asked:
+        param = "messages" if isinstance(request, ChatRequest) else "prompt"
+        longest = max(len(prompt) for prompt in prompts)
+        if min(len(prompt) for prompt in prompts) < 1:
+            raise RequestRefused("The prompt is empty.", param=param)
+        if longest >= self.context:
+            raise RequestRefused(
+                f"This model's context is {self.context} tokens, and the prompt has {longest}. Shorten it.",
+                param=param,
+                code="context_length_exceeded",
+            )
+        if limit is not None and longest + limit > self.context:
+            raise RequestRefused(
+                f"This model's context is {self.context} tokens; the prompt has {longest} and {limit} are asked for. "
+                "Shorten one of them.",
+                param=param,
+                code="context_length_exceeded",
+            )
+        choices = request.n or 1
+        if choices * len(prompts) > PROMPTS_TOTAL_MAX:
+            raise RequestRefused(f"At most {PROMPTS_TOTAL_MAX} choices are made for one request.", param="n")
+        seed = self._number() if request.seed is None else request.seed % (1 << 63)
+        sampling = SamplingSettings(
+            temperature=1.0 if request.temperature is None else request.temperature,
+            top_p=1.0 if request.top_p is None else request.top_p,
+            seed=seed,
+            presence_penalty=request.presence_penalty or 0.0,
+            frequency_penalty=request.frequency_penalty or 0.0,
+            top_logprobs=top,
+        )
+        return Asked(prompts, choices, sampling, limit or self.context - longest, request.stops)
+
+    # --- what is answered ------------------------------------------------------------------------------------------
+
+    async def answer(self, asked: Asked) -> AsyncIterator[Piece]:
+        """Pieces of all choices as they come. Raises Overloaded, Unserved, StreamLost, RingRefused."""
+        if not self.rings:
+            raise Unserved(f"No node serves {self.name} at the moment.")
+        streams = [(prompt, number) for prompt in asked.prompts for number in range(asked.choices)]
+        positions = sum(len(prompt) + asked.tokens_max for prompt, _ in streams)
+        await self.admission.enter(positions)
+        began = self.clock.monotonic()
+        self.counts.running += 1
+        pieces: asyncio.Queue[Piece | BaseException] = asyncio.Queue(256)
+        tasks = [
+            asyncio.create_task(self._choice(index, prompt, number, asked, pieces))
+            for index, (prompt, number) in enumerate(streams)
+        ]
+        left = len(tasks)
+        try:
+            while left:
+                piece = await pieces.get()
+                if isinstance(piece, BaseException):
+                    raise piece
+                left -= piece.finish is not None
+                yield piece
+        finally:
+            for task in tasks:
+                task.cancel()
+            self.counts.running -= 1
+            self.admission.leave(positions, self.clock.monotonic() - began)
+
+    async def _choice(
+        self, index: int, prompt: tuple[int, ...], number: int, asked: Asked, out: asyncio.Queue[Piece | BaseException]
+    ) -> None:
+        sampling = SamplingSettings(
+            temperature=asked.sampling.temperature,
+            top_p=asked.sampling.top_p,
+            seed=asked.sampling.seed,
+            choice=number,
+            presence_penalty=asked.sampling.presence_penalty,
+            frequency_penalty=asked.sampling.frequency_penalty,
+            top_logprobs=asked.sampling.top_logprobs,
+            prompt_tokens=len(prompt),
+        )
+        entered: list[Ring] = []
+        stream = Stream(
+            prompt, sampling, asked.tokens_max, self.ends, lambda lost: self._pick(lost, entered), self._new_session
+        )
+        decoder, stop = Decoder(self.tokenizer.decode), StopAt(asked.stops)
+        self.counts.prompt_tokens += len(prompt)
+        tokens = stream.tokens()
+        try:
+            async for chosen in tokens:
+                self.counts.tokens += len(chosen)
+                text = stop.add(decoder.add([one.token for one in chosen]))
+                await out.put(Piece(index, text, chosen, "stop" if stop.stopped else None))
+                if stop.stopped:
+                    return
+            rest = stop.add(decoder.rest())
+            await out.put(Piece(index, rest + stop.rest(), (), "stop" if stop.stopped else stream.finish))
+        except Exception as error:  # noqa: BLE001 - whoever answers the request is told
+            await out.put(error)
+        finally:
+            await tokens.aclose()  # type: ignore[attr-defined]
+            self.counts.steps += stream.steps
+            self.counts.resumed += len(stream.lost)
+            for ring in entered:
+                self._load[id(ring)] -= 1
+
+    def _pick(self, lost: Sequence[Ring], entered: list[Ring]) -> Ring | None:
+        """The replica that is expected to be quickest, of those that the stream has not lost."""
+        able = [ring for ring in self.rings if ring not in lost]
+        if not able:
+            return None
+        ring = min(able, key=lambda one: (one.token_ms * (1 + self._load.get(id(one), 0)), one.name))
+        self._load[id(ring)] = self._load.get(id(ring), 0) + 1
+        entered.append(ring)
+        return ring
+
+    def _new_session(self) -> int:
+        return self._number()
+
+    def _number(self) -> int:
+        return int.from_bytes(self.dice.bytes(8)) >> 1
+
+    # --- as OpenAI says it -----------------------------------------------------------------------------------------
+
+    def logprobs(self, chosen: Sequence[ChosenToken]) -> openai.ChoiceLogprobs:
+        content = []
+        for one in chosen:
+            text = self.tokenizer.decode([one.token])
+            top = [
+                openai.TopLogprob(said := self.tokenizer.decode([token]), _finite(logprob), list(said.encode()))
+                for token, logprob in one.top
+            ]
+            content.append(openai.TokenLogprob(text, _finite(one.logprob), list(text.encode()), top))
+        return openai.ChoiceLogprobs(content)
+
+
+def _finite(logprob: float | None) -> float:
+    """JSON has no infinity; OpenAI says -9999 where a token is all but impossible."""
+    return logprob if logprob is not None and math.isfinite(logprob) else -9999.0

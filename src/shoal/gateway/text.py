@@ -1,0 +1,69 @@
+"""From token ids to text, piece by piece, as a stream needs it. Pure: the tokenizer comes in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+UNFINISHED = "\ufffd"
+CONTEXT = 8
+"""Tokens before the new ones that are decoded with them: what a token reads as can depend on the one before."""
+BYTES_MAX = 16
+"""Tokens that may wait for the rest of a character."""
+
+
+class Decoder:
+    """Text of a growing list of tokens. A character that is not whole yet is waited for."""
+
+    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+        self._decode = decode
+        self._tokens: list[int] = []
+        self._said = 0
+        """How many of the tokens are in text that was given."""
+
+    def add(self, tokens: Sequence[int]) -> str:
+        """What can be read now that could not be read before."""
+        self._tokens += tokens
+        before = self._tokens[max(0, self._said - CONTEXT) : self._said]
+        text = self._decode(before + self._tokens[self._said :])
+        if text.endswith(UNFINISHED) and len(self._tokens) - self._said < BYTES_MAX:
+            return ""
+        self._said = len(self._tokens)
+        return text[len(self._decode(before)) :]
+
+    def rest(self) -> str:
+        """What is left when no more tokens come."""
+        before = self._tokens[max(0, self._said - CONTEXT) : self._said]
+        text = self._decode(before + self._tokens[self._said :])
+        self._said = len(self._tokens)
+        return text[len(self._decode(before)) :]
+
+
+class StopAt:
+    """Ends a text before the first of some strings, and holds back what may be the beginning of one."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+        self.stopped = False
+
+    def add(self, text: str) -> str:
+        """What of the text so far may be given out."""
+        if self.stopped:
+            return ""
+        text = self._held + text
+        found = [at for at in (text.find(stop) for stop in self._stops) if at >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        keep = max((_begun(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def rest(self) -> str:
+        held, self._held = self._held, ""
+        return held
+
+
+def _begun(text: str, stop: str) -> int:
+    """How many characters at the end of `text` are the beginning of `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

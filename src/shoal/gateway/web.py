@@ -1,0 +1,304 @@
+"""The endpoint over HTTP: `/v1/models`, `/v1/chat/completions`, `/v1/completions`, `/healthz`, `/metrics`.
+
+Errors have OpenAI's shape and status codes. A stream is a sequence of server-sent events that ends with `[DONE]`; what
+goes wrong after it has begun is its last event. When a client hangs up, its sessions are freed at once.
+"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import secrets
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Any
+
+import msgspec
+from litestar import Litestar, MediaType, Request, Response, get, post
+from litestar.exceptions import HTTPException
+from litestar.response import Stream
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from shoal.errors import EngineError, ShoalError
+from shoal.gateway import openai
+from shoal.gateway.openai import ChatRequest, CompletionRequest, Trouble, TroubleAnswer, Usage
+from shoal.gateway.refusals import (
+    KeyRefused,
+    Overloaded,
+    RequestRefused,
+    UnknownModel,
+    Unserved,
+    read_chat,
+    read_completion,
+)
+from shoal.gateway.service import Asked, ModelService, Piece
+from shoal.inference.commands import ChosenToken
+
+EVENTS = "text/event-stream"
+_log = logging.getLogger("shoal.gateway")
+_encode = msgspec.json.encode
+
+
+def make_app(
+    service: ModelService, *, keys: Sequence[str] = (), body_max_bytes: int = openai.BODY_MAX_BYTES
+) -> Litestar:
+    """The ASGI application. `keys`: API keys of which a request must carry one; none: everybody is served."""
+
+    async def admit(request: Request[Any, Any, Any]) -> None:
+        if not keys or request.url.path == "/healthz":
+            return
+        kind, _, key = request.headers.get("authorization", "").partition(" ")
+        if kind.lower() != "bearer" or not key:
+            raise KeyRefused("Send an API key: Authorization: Bearer KEY.", code="invalid_api_key")
+        if not any(hmac.compare_digest(key.encode(), known.encode()) for known in keys):  # all are looked at
+            raise KeyRefused("This API key is not known here.", code="invalid_api_key")
+
+    @get("/v1/models")
+    async def models() -> Response[bytes]:
+        return _json(openai.ModelList([_card(service)]))
+
+    @get("/v1/models/{name:path}")
+    async def model(request: Request[Any, Any, Any]) -> Response[bytes]:
+        name = str(request.path_params["name"]).removeprefix("/")
+        if name != service.name:
+            raise UnknownModel(f"The model `{name}` does not exist here.", code="model_not_found")
+        return _json(_card(service))
+
+    @post("/v1/chat/completions", status_code=200)
+    async def chat(request: Request[Any, Any, Any]) -> Response[bytes] | Stream:
+        asked_for = read_chat(await request.body())
+        asked = service.chat(asked_for)
+        reply = _Chat(service, asked, asked_for)
+        return await _reply(service, asked, reply)
+
+    @post("/v1/completions", status_code=200)
+    async def completions(request: Request[Any, Any, Any]) -> Response[bytes] | Stream:
+        asked_for = read_completion(await request.body())
+        asked = service.completion(asked_for)
+        return await _reply(service, asked, _Text(service, asked, asked_for))
+
+    @get("/healthz")
+    async def health() -> Response[bytes]:
+        if not service.rings:
+            raise Unserved(f"No node serves {service.name} at the moment.")
+        return _json({"status": "ok", "model": service.name, "replicas": len(service.rings)})
+
+    figures = CollectorRegistry(auto_describe=False)
+    figures.register(_Figures(service))
+
+    @get("/metrics")
+    async def metrics() -> Response[bytes]:
+        return Response(generate_latest(figures), media_type=CONTENT_TYPE_LATEST)
+
+    def trouble(_: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
+        service.counts.refused += 1
+        if not isinstance(error, ShoalError | HTTPException):
+            _log.exception("a request failed", exc_info=error)
+        return _trouble(error)
+
+    return Litestar(
+        [models, model, chat, completions, health, metrics],
+        before_request=admit,
+        exception_handlers={ShoalError: trouble, HTTPException: trouble, Exception: trouble},
+        openapi_config=None,
+        logging_config=None,
+        request_max_body_size=body_max_bytes,
+    )
+
+
+class _Reply:
+    """How one kind of request is answered, whole or piece by piece."""
+
+    stream: bool
+    usage_wanted: bool
+
+    def first(self) -> list[Any]:
+        return []
+
+    def chunk(self, piece: Piece) -> Any: ...
+
+    def whole(self, pieces: list[list[Piece]], usage: Usage) -> Any: ...
+
+    def last(self, usage: Usage) -> Any: ...
+
+
+class _Chat(_Reply):
+    def __init__(self, service: ModelService, asked: Asked, request: ChatRequest) -> None:
+        self.stream = bool(request.stream)
+        self.usage_wanted = bool(request.stream_options and request.stream_options.include_usage)
+        self._service, self._asked, self._logprobs = service, asked, bool(request.logprobs)
+        self._id, self._created = _new_id("chatcmpl-"), service.clock.now_ms() // 1000
+
+    def _said(self, chosen: Sequence[ChosenToken]) -> openai.ChoiceLogprobs | None:
+        return self._service.logprobs(chosen) if self._logprobs else None
+
+    def _chunk(self, choices: list[openai.ChunkChoice], usage: Usage | msgspec.UnsetType | None) -> openai.ChatChunk:
+        return openai.ChatChunk(self._id, self._created, self._service.name, choices, usage=usage)
+
+    def first(self) -> list[Any]:
+        begins = openai.Delta(role="assistant", content="")
+        count = len(self._asked.prompts) * self._asked.choices
+        unset = None if self.usage_wanted else msgspec.UNSET
+        return [self._chunk([openai.ChunkChoice(index, begins)], unset) for index in range(count)]
+
+    def chunk(self, piece: Piece) -> Any:
+        delta = openai.Delta(content=piece.text) if piece.text or piece.tokens else openai.Delta()
+        choice = openai.ChunkChoice(piece.index, delta, piece.finish, self._said(piece.tokens))
+        return self._chunk([choice], None if self.usage_wanted else msgspec.UNSET)
+
+    def last(self, usage: Usage) -> Any:
+        return self._chunk([], usage)
+
+    def whole(self, pieces: list[list[Piece]], usage: Usage) -> Any:
+        choices = []
+        for index, parts in enumerate(pieces):
+            chosen = [one for part in parts for one in part.tokens]
+            message = openai.AnswerMessage("assistant", "".join(part.text for part in parts))
+            choices.append(openai.ChatChoice(index, message, parts[-1].finish or "length", self._said(chosen)))
+        return openai.ChatCompletion(self._id, self._created, self._service.name, choices, usage)
+
+
+class _Text(_Reply):
+    def __init__(self, service: ModelService, asked: Asked, request: CompletionRequest) -> None:
+        self.stream = bool(request.stream)
+        self.usage_wanted = bool(request.stream_options and request.stream_options.include_usage)
+        self._service, self._top = service, request.logprobs
+        self._id, self._created = _new_id("cmpl-"), service.clock.now_ms() // 1000
+        self._offsets: dict[int, int] = {}
+
+    def _said(self, index: int, chosen: Sequence[ChosenToken]) -> openai.TextLogprobs | None:
+        if self._top is None:
+            return None
+        said = self._service.logprobs(chosen).content
+        offsets = []
+        for one in said:
+            offsets.append(self._offsets.get(index, 0))
+            self._offsets[index] = offsets[-1] + len(one.token)
+        tops: list[dict[str, float] | None] = [{top.token: top.logprob for top in one.top_logprobs} for one in said]
+        return openai.TextLogprobs([one.token for one in said], [one.logprob for one in said], tops, offsets)
+
+    def _completion(self, choices: list[openai.TextChoice], usage: Usage | msgspec.UnsetType | None) -> Any:
+        return openai.TextCompletion(self._id, self._created, self._service.name, choices, usage=usage)
+
+    def chunk(self, piece: Piece) -> Any:
+        choice = openai.TextChoice(piece.index, piece.text, piece.finish, self._said(piece.index, piece.tokens))
+        return self._completion([choice], None if self.usage_wanted else msgspec.UNSET)
+
+    def last(self, usage: Usage) -> Any:
+        return self._completion([], usage)
+
+    def whole(self, pieces: list[list[Piece]], usage: Usage) -> Any:
+        choices = []
+        for index, parts in enumerate(pieces):
+            chosen = [one for part in parts for one in part.tokens]
+            text = "".join(part.text for part in parts)
+            choices.append(openai.TextChoice(index, text, parts[-1].finish or "length", self._said(index, chosen)))
+        return self._completion(choices, usage)
+
+
+async def _reply(service: ModelService, asked: Asked, reply: _Reply) -> Response[bytes] | Stream:
+    service.counts.requests += 1
+    pieces = service.answer(asked)
+    if reply.stream:
+        first = await anext(pieces)  # what is wrong from the beginning is no stream
+        return Stream(
+            _events(service, asked, reply, first, pieces), media_type=EVENTS, headers={"cache-control": "no-cache"}
+        )
+    parts: list[list[Piece]] = [[] for _ in range(len(asked.prompts) * asked.choices)]
+    async for piece in pieces:
+        parts[piece.index].append(piece)
+    said = sum(len(piece.tokens) for part in parts for piece in part)
+    return _json(reply.whole(parts, _usage(asked, said)))
+
+
+async def _events(
+    service: ModelService, asked: Asked, reply: _Reply, first: Piece, pieces: AsyncIterator[Piece]
+) -> AsyncIterator[bytes]:
+    said = 0
+    try:
+        for begins in reply.first():
+            yield _event(begins)
+        yield _event(reply.chunk(first))
+        said += len(first.tokens)
+        async for piece in pieces:
+            said += len(piece.tokens)
+            yield _event(reply.chunk(piece))
+        if reply.usage_wanted:
+            yield _event(reply.last(_usage(asked, said)))
+        yield b"data: [DONE]\n\n"
+    except ShoalError as error:
+        service.counts.failed += 1
+        yield _event(_said_trouble(error)[1])
+    finally:
+        await pieces.aclose()  # type: ignore[attr-defined]
+
+
+def _usage(asked: Asked, said: int) -> Usage:
+    prompt = sum(len(one) for one in asked.prompts)
+    return Usage(prompt, said, prompt + said)
+
+
+def _event(said: Any) -> bytes:
+    return b"data: " + _encode(said) + b"\n\n"
+
+
+def _json(said: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response[bytes]:
+    return Response(_encode(said), status_code=status, media_type=MediaType.JSON, headers=headers)
+
+
+def _card(service: ModelService) -> openai.ModelCard:
+    return openai.ModelCard(service.name, service.created, "shoal")
+
+
+def _said_trouble(error: Exception) -> tuple[int, TroubleAnswer]:
+    if isinstance(error, RequestRefused):
+        return error.status, error.answer
+    if isinstance(error, Overloaded):
+        return 429, TroubleAnswer(Trouble(error.sentence, "rate_limit_exceeded", code="rate_limit_exceeded"))
+    if isinstance(error, Unserved):
+        return 503, TroubleAnswer(Trouble(error.sentence, "server_error", code=error.code))
+    if isinstance(error, HTTPException):
+        kind = "invalid_request_error" if error.status_code < 500 else "server_error"
+        return error.status_code, TroubleAnswer(Trouble(f"{str(error.detail).rstrip('.')}.", kind))
+    if isinstance(error, EngineError):
+        return 500, TroubleAnswer(Trouble(error.sentence, "server_error", code=error.code))
+    return 500, TroubleAnswer(Trouble("The endpoint failed; its log says how.", "server_error"))
+
+
+def _trouble(error: Exception) -> Response[bytes]:
+    status, answer = _said_trouble(error)
+    headers = {"retry-after": str(round(error.retry_after_s))} if isinstance(error, Overloaded) else None
+    return _json(answer, status, headers)
+
+
+def _new_id(prefix: str) -> str:
+    return prefix + secrets.token_hex(12)
+
+
+class _Figures(Collector):
+    """The counts, as Prometheus reads them."""
+
+    def __init__(self, service: ModelService) -> None:
+        self._service = service
+
+    def collect(self) -> Iterator[Metric]:
+        counts, admission = self._service.counts, self._service.admission
+        for name, said, value in (
+            ("requests", "Requests that were let in.", counts.requests),
+            ("requests_refused", "Requests that were answered with an error.", counts.refused),
+            ("streams_failed", "Streams that ended with an error.", counts.failed),
+            ("prompt_tokens", "Tokens of prompts.", counts.prompt_tokens),
+            ("tokens", "Tokens that were generated.", counts.tokens),
+            ("steps", "Crossings of a replica in which they were.", counts.steps),
+            ("streams_resumed", "Times that a stream went on at another replica.", counts.resumed),
+        ):
+            yield CounterMetricFamily(f"shoal_{name}", said, value)
+        for name, said, value in (
+            ("requests_running", "Requests that are being answered.", counts.running),
+            ("requests_waiting", "Requests that wait for memory.", admission.waiting),
+            ("positions_used", "Positions that sessions have reserved.", admission.used),
+            ("positions_free", "Positions for which there is memory.", admission.positions - admission.used),
+            ("replicas", "Replicas that serve.", len(self._service.rings)),
+        ):
+            yield GaugeMetricFamily(f"shoal_{name}", said, value)

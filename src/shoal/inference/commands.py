@@ -1,0 +1,113 @@
+"""What is said between an agent and its engine of a stage.
+
+Positions travel as they are: token ids, and from the second stage on the hidden states of the stage before, as raw
+little-endian float32 [positions, hidden].
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from shoal.engines.messages import FRAME_MAX_BYTES, Done, EngineMessage, Failed, Stop
+
+PIECE_MAX = 256
+"""Positions of a session in one command."""
+STATES_MAX_BYTES = FRAME_MAX_BYTES - 64 * 1024
+LAYERS_MAX = 4096
+TOP_MAX = 20
+
+FilePath = Annotated[str, Meta(min_length=1, max_length=4096)]
+Count = Annotated[int, Meta(ge=0, le=1 << 53)]
+Session = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+TokenId = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
+Tokens = Annotated[tuple[TokenId, ...], Meta(min_length=1, max_length=PIECE_MAX)]
+
+
+class SamplingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """How tokens are chosen (`shoal.inference.sampling.Sampling`), and where what was generated begins."""
+
+    temperature: Annotated[float, Meta(ge=0, le=10)] = 1.0
+    top_p: Annotated[float, Meta(ge=0, le=1)] = 1.0
+    seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] = 0
+    choice: Annotated[int, Meta(ge=0, le=1024)] = 0
+    presence_penalty: Annotated[float, Meta(ge=-10, le=10)] = 0.0
+    frequency_penalty: Annotated[float, Meta(ge=-10, le=10)] = 0.0
+    top_logprobs: Annotated[int, Meta(ge=0, le=TOP_MAX)] | None = None
+    prompt_tokens: Count = 0
+    """Positions before this one are the prompt, whose tokens no penalty counts."""
+
+
+class LoadStage(EngineMessage, frozen=True, kw_only=True):
+    """Read the layers of a stage and try them. First command, once."""
+
+    config: Annotated[str, Meta(max_length=64 * 1024)]
+    files: Annotated[tuple[FilePath, ...], Meta(min_length=1, max_length=1024)]
+    first: Annotated[int, Meta(ge=0, le=LAYERS_MAX)]
+    stop: Annotated[int, Meta(ge=1, le=LAYERS_MAX)]
+    memory_bytes: Count
+    """For sessions."""
+    device: Annotated[str, Meta(max_length=32)] = "cpu"
+    threads: Annotated[int, Meta(ge=1, le=4096)] = 1
+    speed_limit: Annotated[float, Meta(gt=0, le=1)] = 1.0
+
+
+class Advance(EngineMessage, frozen=True, kw_only=True):
+    """Take positions of a session through the layers. `states` are for any but the first stage. In the last stage the
+    tokens that follow the last `choose` of the positions are chosen."""
+
+    session: Session
+    start: Count
+    tokens: Tokens
+    states: Annotated[bytes, Meta(max_length=STATES_MAX_BYTES)] = b""
+    choose: Annotated[int, Meta(ge=0, le=PIECE_MAX)] = 0
+    sampling: SamplingSettings = SamplingSettings()
+
+
+class CloseSession(EngineMessage, frozen=True, kw_only=True):
+    """Forget a session, also one that is not known."""
+
+    session: Session
+
+
+Command = LoadStage | Advance | CloseSession | Stop
+
+
+class StageLoaded(EngineMessage, frozen=True, kw_only=True):
+    exact: bool
+    """Whether a session's bits are the same whatever it is computed with, as far as was tried."""
+    layer_ms: float
+    """A decode step of one position through one layer, measured with the speed limit in force."""
+    last_ms: float
+    """The same through final norm and head; 0 in any but the last stage."""
+    weights_bytes: Count
+
+
+class ChosenToken(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    token: TokenId
+    logprob: float | None = None
+    top: Annotated[tuple[tuple[TokenId, float], ...], Meta(max_length=TOP_MAX)] = ()
+
+
+class Advanced(EngineMessage, frozen=True, kw_only=True):
+    """Hidden states for the next stage, or what the last one chose."""
+
+    states: Annotated[bytes, Meta(max_length=STATES_MAX_BYTES)] = b""
+    chosen: Annotated[tuple[ChosenToken, ...], Meta(max_length=PIECE_MAX)] = ()
+    compute_ms: float = 0.0
+    """Of the step in which it took part."""
+
+
+Reply = Done | StageLoaded | Advanced | Failed
+
+
+class Asked(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    number: Count
+    command: Command
+
+
+class Answered(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    number: Count
+    reply: Reply

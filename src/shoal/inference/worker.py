@@ -1,0 +1,275 @@
+"""The child process of a stage: `python -m shoal.inference.worker PARENT_PID`, or forked (`shoal.engines.template`).
+
+Commands wait in a queue while a step is computed; each step takes those that `batching.next_step` names, and answers
+them together. One thread: what arrives meanwhile lies in the pipe.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import torch
+
+from shoal.engines import FRAME, FRAME_MAX_BYTES, SENTENCE_MAX, Done, Failed, Stop, die_with_parent
+from shoal.errors import EngineError, ShoalError
+from shoal.inference.batching import Ask, StepCost, next_step
+from shoal.inference.commands import (
+    Advance,
+    Advanced,
+    Answered,
+    Asked,
+    ChosenToken,
+    CloseSession,
+    LoadStage,
+    Reply,
+    StageLoaded,
+)
+from shoal.inference.sampling import Sampling, choose
+from shoal.inference.stage import POSITIONS_MAX, BadPiece, Piece, StageEngine
+from shoal.world import Clock, SystemClock
+from shoal.world.processes import stay_within_memory
+
+FAILURES = (ShoalError, OSError, torch.OutOfMemoryError)
+QUEUE_MAX = 256
+"""Commands that may wait; the agent has fewer unanswered."""
+MEASURED_STEPS = 5
+STREAM_MAX = 32
+"""So few positions that end in a choice are a stream's next token and its guesses; more are a prompt."""
+
+_decoder = msgspec.msgpack.Decoder(Asked)
+_encoder = msgspec.msgpack.Encoder()
+
+
+class StageNotReady(EngineError):
+    """A stage was asked to work before it was loaded, or loaded twice."""
+
+    code = "SH-573"
+
+
+@dataclass
+class _Waiting:
+    number: int
+    command: Advance
+    since_ms: int
+
+
+class Worker:
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, clock: Clock) -> None:
+        self._reader, self._writer, self._clock = reader, writer, clock
+        self._engine: StageEngine | None = None
+        self._waiting: list[_Waiting] = []
+        self._history: dict[int, list[int]] = {}
+        """Session -> its token ids, for the penalties."""
+        self._cost = StepCost()
+        self._limit = 1.0
+
+    async def run(self) -> None:
+        """Until Stop or the end of stdin."""
+        asked: asyncio.Queue[Asked | None] = asyncio.Queue(QUEUE_MAX)
+        reading = asyncio.create_task(self._read(asked))
+        try:
+            while True:
+                while not self._waiting or not asked.empty():
+                    one = await asked.get()
+                    if one is None or isinstance(one.command, Stop):
+                        if one is not None:
+                            await self._send(one.number, Done())
+                        return
+                    await self._take(one)
+                await self._step()
+                await asyncio.sleep(0)  # what has arrived meanwhile is read
+        finally:
+            reading.cancel()
+
+    async def _read(self, asked: asyncio.Queue[Asked | None]) -> None:
+        try:
+            while True:
+                (length,) = FRAME.unpack(await self._reader.readexactly(FRAME.size))
+                if length > FRAME_MAX_BYTES:
+                    raise msgspec.ValidationError(f"A command of {length} bytes exceeds {FRAME_MAX_BYTES}.")
+                await asked.put(_decoder.decode(await self._reader.readexactly(length)))
+        except asyncio.IncompleteReadError:
+            await asked.put(None)
+
+    async def _send(self, number: int, reply: Reply) -> None:
+        body = _encoder.encode(Answered(number, reply))
+        self._writer.write(FRAME.pack(len(body)) + body)
+        await self._writer.drain()
+
+    async def _take(self, asked: Asked) -> None:
+        command = asked.command
+        try:
+            if isinstance(command, LoadStage):
+                await self._send(asked.number, self._load(command))
+            elif isinstance(command, CloseSession):
+                self._loaded().close(command.session)
+                self._history.pop(command.session, None)
+                for one in [one for one in self._waiting if one.command.session == command.session]:
+                    self._waiting.remove(one)
+                    await self._send(one.number, failed(BadPiece(f"Session {command.session} was closed.")))
+                await self._send(asked.number, Done())
+            elif isinstance(command, Advance):
+                self._loaded()
+                self._waiting.append(_Waiting(asked.number, command, self._now_ms()))
+        except FAILURES as error:
+            await self._send(asked.number, failed(error))
+
+    def _load(self, command: LoadStage) -> StageLoaded:
+        if self._engine is not None:
+            raise StageNotReady("The stage is loaded already; another one needs another engine.")
+        torch.set_num_threads(command.threads)
+        if command.device == "cpu":
+            stay_within_memory()
+        self._limit = command.speed_limit
+        engine = StageEngine.read(
+            command.config, [Path(file) for file in command.files], command.first, command.stop,
+            command.memory_bytes, command.device,
+        )  # fmt: skip
+        self._engine = engine
+        layers_ms, last_ms = engine.measured(MEASURED_STEPS, self._clock.monotonic)
+        return StageLoaded(
+            exact=engine.exact,
+            layer_ms=layers_ms / (command.stop - command.first) / self._limit,
+            last_ms=last_ms / self._limit,
+            weights_bytes=engine.weights_bytes,
+        )
+
+    def _loaded(self) -> StageEngine:
+        if self._engine is None:
+            raise StageNotReady("The stage was asked to work before it was loaded.")
+        return self._engine
+
+    # --- steps -----------------------------------------------------------------------------------------------------
+
+    async def _step(self) -> None:
+        """One step over those who wait. Of a session only its oldest command: they follow one another."""
+        first: dict[int, _Waiting] = {}
+        for one in self._waiting:
+            first.setdefault(one.command.session, one)
+        asks = [
+            Ask(session, len(one.command.tokens), one.since_ms, fresh=not _is_stream(one.command))
+            for session, one in first.items()
+        ]
+        taken = [first[session] for session in next_step(asks, self._cost, positions_max=POSITIONS_MAX).sessions]
+        for one in taken:
+            self._waiting.remove(one)
+        began = self._clock.monotonic()
+        for one, reply in self._computed(taken):
+            await self._send(one.number, reply)
+        took = self._clock.monotonic() - began
+        self._cost = self._cost.measured(sum(len(one.command.tokens) for one in taken), took * 1000)
+        if self._limit < 1:
+            await self._clock.sleep(took * (1 / self._limit - 1))
+
+    def _computed(self, taken: list[_Waiting]) -> list[tuple[_Waiting, Reply]]:
+        """Together; and each alone where one of them does not fit, so that it spoils nobody else's."""
+        try:
+            return list(zip(taken, self._together([one.command for one in taken]), strict=True))
+        except FAILURES as error:
+            if len(taken) == 1:
+                return [(taken[0], failed(error))]
+        return [pair for one in taken for pair in self._computed([one])]
+
+    def _together(self, commands: list[Advance]) -> list[Reply]:
+        engine = self._loaded()
+        began = self._clock.monotonic()
+        pieces = [Piece(command.session, command.start, self._inputs(command)) for command in commands]
+        states = engine.step(pieces)
+        for command in commands:
+            history = self._history.setdefault(command.session, [])
+            history[command.start :] = command.tokens
+        if not engine.is_last:
+            took = (self._clock.monotonic() - began) * 1000
+            return [
+                Advanced(states=one.float().cpu().numpy().astype("<f4").tobytes(), compute_ms=took) for one in states
+            ]
+        wanted = [one[len(one) - command.choose :] for one, command in zip(states, commands, strict=True)]
+        logits = engine.logits(torch.cat(wanted)).cpu().numpy() if any(map(len, wanted)) else None
+        took = (self._clock.monotonic() - began) * 1000
+        replies: list[Reply] = []
+        at = 0
+        for command, rows in zip(commands, wanted, strict=True):
+            chosen = []
+            for number in range(len(rows)):
+                assert logits is not None
+                chosen.append(
+                    self._choose(command, logits[at], command.start + len(command.tokens) - len(rows) + number)
+                )
+                at += 1
+            replies.append(Advanced(chosen=tuple(chosen), compute_ms=took))
+        return replies
+
+    def _inputs(self, command: Advance) -> torch.Tensor:
+        engine = self._loaded()
+        if engine.takes_tokens:
+            return torch.tensor(command.tokens, dtype=torch.int64)
+        hidden = engine.shape.hidden
+        if len(command.states) != 4 * hidden * len(command.tokens):
+            raise BadPiece(
+                f"{len(command.states)} bytes of hidden states came for {len(command.tokens)} positions; this stage "
+                f"takes {4 * hidden} for each."
+            )
+        values = np.frombuffer(command.states, dtype="<f4").astype(np.float32)
+        return torch.from_numpy(values.reshape(len(command.tokens), hidden))
+
+    def _choose(
+        self, command: Advance, logits: np.ndarray[tuple[int, ...], np.dtype[np.float32]], position: int
+    ) -> ChosenToken:
+        """The token that follows `position`."""
+        wanted = command.sampling
+        sampling = Sampling(
+            wanted.temperature, wanted.top_p, wanted.seed, wanted.choice, wanted.presence_penalty,
+            wanted.frequency_penalty, wanted.top_logprobs,
+        )  # fmt: skip
+        seen = None
+        if wanted.presence_penalty or wanted.frequency_penalty:
+            seen = Counter(self._history[command.session][wanted.prompt_tokens : position + 1])
+        try:
+            chosen = choose(logits, sampling, position + 1, seen)
+        except ValueError as error:
+            raise BadPiece(f"The model gave no usable answer: {error}.") from error
+        return ChosenToken(chosen.token, chosen.logprob, chosen.top)
+
+    def _now_ms(self) -> int:
+        return round(self._clock.monotonic() * 1000)
+
+
+def _is_stream(command: Advance) -> bool:
+    return command.choose > 0 and len(command.tokens) <= STREAM_MAX and command.start > 0
+
+
+def failed(error: Exception) -> Failed:
+    code = error.code if isinstance(error, ShoalError) else "SH-500"
+    sentence = str(error) if isinstance(error, ShoalError) else f"The stage failed: {error}"
+    return Failed(code=code, sentence=sentence[:SENTENCE_MAX])
+
+
+async def serve(replies: int) -> None:
+    """Answer commands from stdin on file descriptor `replies`."""
+    loop = asyncio.get_running_loop()
+    reader = asyncio.StreamReader(limit=FRAME_MAX_BYTES + FRAME.size)
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    transport, protocol = await loop.connect_write_pipe(asyncio.streams.FlowControlMixin, os.fdopen(replies, "wb"))
+    await Worker(reader, asyncio.StreamWriter(transport, protocol, None, loop), SystemClock()).run()
+    transport.close()
+
+
+def work(parent: int) -> None:
+    """Be the stage of the process `parent`, until the end."""
+    die_with_parent(parent)
+    replies = os.dup(1)
+    os.dup2(2, 1)
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING)
+    asyncio.run(serve(replies))
+
+
+if __name__ == "__main__":
+    work(int(sys.argv[1]))

@@ -1,0 +1,289 @@
+"""The endpoint, over HTTP: what a client gets, what it is refused, and that it goes on when a replica dies."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_stages import a_checkpoint
+from transformers import AutoModelForCausalLM
+
+from shoal.gateway.rings import LocalRing
+from shoal.models.tokenizers import ByteTokenizer
+from shoal.sdk.serve import LocalServer, ServeOptions
+from shoal.world import SystemClock, SystemDice
+
+GENEROUS_S = 120.0
+PROMPT = "def f(x):"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = a_checkpoint(tmp_path_factory.mktemp("served") / "model", "llama", vocab_size=257, eos_token_id=256)
+    ByteTokenizer().save(folder)
+    return folder
+
+
+def expected(folder: Path, prompt: str, count: int) -> str:
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids = ByteTokenizer().encode(prompt).tolist()
+    with torch.no_grad():
+        said = model.generate(torch.tensor([ids]), max_new_tokens=count, do_sample=False, eos_token_id=None)
+    return ByteTokenizer().decode(said[0, len(ids) :].tolist())
+
+
+def with_endpoint(
+    checkpoint: Path, scene: Callable[[httpx.AsyncClient, LocalServer], Awaitable[None]], **options: Any
+) -> None:
+    async def life() -> None:
+        server = LocalServer(ServeOptions(checkpoint, "small", **options), SystemClock(), SystemDice())
+        url = await server.start()
+        try:
+            async with httpx.AsyncClient(base_url=url, timeout=GENEROUS_S) as web:
+                await scene(web, server)
+        finally:
+            await server.stop()
+
+    asyncio.run(asyncio.wait_for(life(), GENEROUS_S))
+
+
+async def events(web: httpx.AsyncClient, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+    found = []
+    async with web.stream("POST", path, json=body) as response:
+        assert response.status_code == 200, await response.aread()
+        assert response.headers["content-type"].startswith("text/event-stream")
+        async for line in response.aiter_lines():
+            if line:
+                assert line.startswith("data: ")
+                found.append(line.removeprefix("data: "))
+    assert found[-1] == "[DONE]"
+    return [json.loads(one) for one in found[:-1]]
+
+
+def test_completions_are_those_of_transformers(checkpoint: Path) -> None:
+    async def scene(web: httpx.AsyncClient, server: LocalServer) -> None:
+        assert (await web.get("/v1/models")).json()["data"][0]["id"] == "small"
+        assert (await web.get("/v1/models/small")).json()["object"] == "model"
+        assert (await web.get("/healthz")).json()["status"] == "ok"
+        said = expected(checkpoint, PROMPT, 24)
+        body = {"model": "small", "prompt": PROMPT, "max_tokens": 24, "temperature": 0}
+        whole = (await web.post("/v1/completions", json=body)).json()
+        assert whole["choices"][0]["text"] == said
+        assert whole["usage"] == {
+            "prompt_tokens": len(PROMPT),
+            "completion_tokens": 24,
+            "total_tokens": len(PROMPT) + 24,
+        }
+        pieces = await events(
+            web, "/v1/completions", {**body, "stream": True, "stream_options": {"include_usage": True}}
+        )
+        assert "".join(choice["text"] for piece in pieces for choice in piece["choices"]) == said
+        assert pieces[-1]["usage"]["completion_tokens"] == 24 and pieces[-1]["choices"] == []
+        stop = said[10:12]
+        cut = (await web.post("/v1/completions", json={**body, "stop": [stop]})).json()["choices"][0]
+        assert cut["text"] == said[: said.index(stop)] and cut["finish_reason"] == "stop"
+        chat = {"model": "small", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 9, "seed": 4, "n": 3}
+        first, again = [(await web.post("/v1/chat/completions", json=chat)).json() for _ in range(2)]
+        texts = [choice["message"]["content"] for choice in first["choices"]]
+        assert texts == [choice["message"]["content"] for choice in again["choices"]] and len(set(texts)) == 3
+        told = {**chat, "n": 1, "logprobs": True, "top_logprobs": 2}
+        content = (await web.post("/v1/chat/completions", json=told)).json()["choices"][0]["logprobs"]["content"]
+        assert len(content) == 9 and all(len(one["top_logprobs"]) == 2 and one["logprob"] <= 0 for one in content)
+        assert "shoal_tokens_total" in (await web.get("/metrics")).text
+
+    with_endpoint(checkpoint, scene)
+
+
+ASKS = {"model": "small", "messages": [{"role": "user", "content": "x"}]}
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param", "part"),
+    [
+        (b"{", 400, None, "not JSON"),
+        (b"\xff\xfe", 400, None, "not JSON"),
+        (b"[" * 100_000, 400, None, "Expected"),
+        ({"messages": 0}, 400, "messages", "Expected"),
+        ({"model": "other"}, 404, "model", "does not exist"),
+        ({"messages": []}, 400, "messages", "length >= 1"),
+        ({"messages": [{"role": "king", "content": "x"}]}, 400, "messages[0].role", "king"),
+        ({"messages": [{"role": "user", "content": "x" * 600}]}, 400, "messages", "Shorten it"),
+        ({"temperature": -1}, 400, "temperature", ">= 0"),
+        ({"max_tokens": -5}, 400, "max_tokens", ">= 1"),
+        ({"max_tokens": 5000}, 400, "messages", "context is 512"),
+        ({"max_tokens": 5, "max_completion_tokens": 5}, 400, "max_tokens", "not both"),
+        ({"tools": [{"type": "function"}]}, 400, "tools", "not offered"),
+        ({"wish": 1}, 400, "wish", "Unrecognized"),
+        ({"top_logprobs": 3}, 400, "top_logprobs", "logprobs"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_in_openais_shape(
+    endpoint: httpx.Client, body: bytes | dict[str, Any], status: int, param: str | None, part: str
+) -> None:
+    content = body if isinstance(body, bytes) else json.dumps(ASKS | body).encode()
+    answer = endpoint.post("/v1/chat/completions", content=content)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (status, param), error
+    assert part in error["message"] and error["type"] == "invalid_request_error"
+
+
+@contextlib.contextmanager
+def a_served(checkpoint: Path, **options: Any) -> Iterator[str]:
+    """An endpoint in a thread of its own: its URL."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+    server = LocalServer(ServeOptions(checkpoint, "small", **options), SystemClock(), SystemDice())
+    try:
+        yield asyncio.run_coroutine_threadsafe(server.start(), loop).result(GENEROUS_S)
+    finally:
+        asyncio.run_coroutine_threadsafe(server.stop(), loop).result(GENEROUS_S)
+        loop.call_soon_threadsafe(loop.stop)
+
+
+@pytest.fixture(scope="module")
+def endpoint(checkpoint: Path) -> Iterator[httpx.Client]:
+    with a_served(checkpoint) as url, httpx.Client(base_url=url, timeout=GENEROUS_S) as web:
+        yield web
+
+
+def test_prompts_of_completions(endpoint: httpx.Client) -> None:
+    ids = ByteTokenizer().encode(PROMPT).tolist()
+    body = {"model": "small", "max_tokens": 4, "temperature": 0}
+    (text,) = endpoint.post("/v1/completions", json=body | {"prompt": PROMPT}).json()["choices"]
+    for prompt, count in (([PROMPT], 1), (ids, 1), ([ids, ids], 2), ([PROMPT, "x"], 2)):
+        choices = endpoint.post("/v1/completions", json=body | {"prompt": prompt}).json()["choices"]
+        assert len(choices) == count and choices[0]["text"] == text["text"]
+    for prompt in ([], [300], [-1], [[]], [["x"]], [1, "x"], [PROMPT, 5], "", 7, ["x"] * 65, [[True]]):
+        answer = endpoint.post("/v1/completions", json=body | {"prompt": prompt})
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == "prompt", (prompt, answer.text)
+
+
+def test_a_body_that_is_too_large_is_not_read(endpoint: httpx.Client) -> None:
+    answer = endpoint.post("/v1/chat/completions", content=b" " * (10 << 20))
+    assert answer.status_code == 413 and "error" in answer.json()
+
+
+def test_keys_are_asked_for(checkpoint: Path) -> None:
+    async def scene(web: httpx.AsyncClient, server: LocalServer) -> None:
+        assert (await web.get("/healthz")).status_code == 200
+        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic secret"}):
+            answer = await web.get("/v1/models", headers=headers)
+            assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
+        assert (await web.get("/v1/models", headers={"authorization": "Bearer secret"})).status_code == 200
+
+    with_endpoint(checkpoint, scene, keys=("other", "secret"))
+
+
+def test_a_client_that_hangs_up_frees_its_session_at_once(checkpoint: Path) -> None:
+    async def scene(web: httpx.AsyncClient, server: LocalServer) -> None:
+        service = server.service
+        assert service is not None
+        body = {"model": "small", "prompt": PROMPT, "max_tokens": 500, "temperature": 1, "stream": True}
+        async with web.stream("POST", "/v1/completions", json=body) as response:
+            async for _ in response.aiter_lines():
+                break
+            assert service.admission.used > 0
+        while service.admission.used or service.counts.running:
+            await asyncio.sleep(0.001)
+
+    with_endpoint(checkpoint, scene)
+
+
+def test_a_stream_goes_on_when_its_replica_is_killed(checkpoint: Path) -> None:
+    """At every position of a short text, greedy and drawn: two replicas, of which the one in use dies."""
+
+    async def scene(web: httpx.AsyncClient, server: LocalServer) -> None:
+        service = server.service
+        assert service is not None
+        for sampling in ({"temperature": 0}, {"temperature": 1.0, "seed": 9}):
+            body = {"model": "small", "prompt": PROMPT * 3, "max_tokens": 12, **sampling}
+            undisturbed = (await web.post("/v1/completions", json=body)).json()["choices"][0]["text"]
+            for position in range(12):
+                spare = LocalServer(ServeOptions(checkpoint, "small", cuts=(1,)), SystemClock(), SystemDice())
+                await spare.start()
+                assert spare.service is not None
+                (doomed,) = spare.service.rings
+                assert isinstance(doomed, LocalRing)
+                doomed.token_ms = 0.001  # it is chosen first
+                service.rings.insert(0, doomed)
+                stages = list(spare._stages)
+                said, pieces = "", 0
+                async with web.stream("POST", "/v1/completions", json={**body, "stream": True}) as response:
+                    async for line in response.aiter_lines():
+                        if line.startswith("data: {"):
+                            said += json.loads(line.removeprefix("data: "))["choices"][0]["text"]
+                            pieces += 1
+                            if pieces == position:
+                                os.kill(stages[position % 2].pid, signal.SIGKILL)
+                assert said == undisturbed, position
+                service.rings.remove(doomed)
+                await spare.stop()
+        assert service.counts.resumed > 0
+
+    with_endpoint(checkpoint, scene)
+
+
+def test_the_command_serves_a_run_and_ends_when_it_is_told_to(checkpoint: Path, tmp_path: Path) -> None:
+    run = tmp_path / "my-run"
+    run.mkdir()
+    (run / "model").symlink_to(checkpoint)
+    (tmp_path / "keys").write_text("# mine\nsecret\n")
+    words = [sys.executable, "-m", "shoal", "serve", str(run), "--http", "127.0.0.1:0", "--threads", "1", "--json"]
+    with subprocess.Popen([*words, "--api-keys", str(tmp_path / "keys")], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        ready = json.loads(process.stdout.readline())
+        assert ready["model"] == "my-run" and ready["exact"] is True and ready["context"] == 512
+        body = {"model": "my-run", "prompt": PROMPT, "max_tokens": 6, "temperature": 0}
+        answer = httpx.post(f"{ready['url']}/completions", json=body, headers={"authorization": "Bearer secret"})
+        assert answer.json()["choices"][0]["text"] == expected(checkpoint, PROMPT, 6)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(GENEROUS_S) == 0
+
+
+@pytest.mark.parametrize(
+    ("made", "part"),
+    [
+        ("nothing", "is neither a checkpoint directory"),
+        ("a pickle", "pytorch_model.bin is a pickle"),
+        ("bert", "A bert model cannot be served; these families can:"),
+        ("a missing tensor", "No file has the tensor 'model.norm.weight'"),
+        ("a template", "chat template cannot be read"),
+        ("keys", "has 0 keys"),
+    ],
+)
+def test_what_cannot_be_served_is_one_sentence(checkpoint: Path, tmp_path: Path, made: str, part: str) -> None:
+    folder = tmp_path / "model"
+    more: list[str] = []
+    if made != "nothing":
+        shutil.copytree(checkpoint, folder)
+    if made == "a pickle":
+        (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    elif made == "bert":
+        (folder / "config.json").write_text('{"model_type": "bert"}')
+    elif made == "a missing tensor":
+        tensors = load_file(folder / "model.safetensors")
+        del tensors["model.norm.weight"]
+        save_file(tensors, folder / "model.safetensors")
+    elif made == "a template":
+        (folder / "chat_template.jinja").write_text("{% for %}")
+    elif made == "keys":
+        (tmp_path / "keys").write_text("")
+        more = ["--api-keys", str(tmp_path / "keys")]
+    words = [sys.executable, "-m", "shoal", "serve", str(folder), "--http", "127.0.0.1:0", *more]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=GENEROUS_S)
+    assert done.returncode in (1, 2) and "Traceback" not in done.stderr
+    assert part in " ".join(done.stderr.split()), done.stderr
