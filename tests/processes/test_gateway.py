@@ -242,11 +242,23 @@ def test_the_command_serves_a_run_and_ends_when_it_is_told_to(checkpoint: Path, 
     run.mkdir()
     (run / "model").symlink_to(checkpoint)
     (tmp_path / "keys").write_text("# mine\nsecret\n")
-    words = [sys.executable, "-m", "shoal", "serve", str(run), "--http", "127.0.0.1:0", "--threads", "1", "--json"]
+    words = [
+        sys.executable,
+        "-m",
+        "shoal",
+        "serve",
+        str(run),
+        "--http",
+        "127.0.0.1:0",
+        "--threads",
+        "1",
+        "--here",
+        "--json",
+    ]
     with subprocess.Popen([*words, "--api-keys", str(tmp_path / "keys")], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         ready = json.loads(process.stdout.readline())
-        assert ready["model"] == "my-run" and ready["exact"] is True and ready["context"] == 512
+        assert ready["model"] == "my-run" and ready["nodes"] is False and ready["context"] == 512
         body = {"model": "my-run", "prompt": PROMPT, "max_tokens": 6, "temperature": 0}
         answer = httpx.post(f"{ready['url']}/completions", json=body, headers={"authorization": "Bearer secret"})
         assert answer.json()["choices"][0]["text"] == expected(checkpoint, PROMPT, 6)
@@ -283,7 +295,7 @@ def test_what_cannot_be_served_is_one_sentence(checkpoint: Path, tmp_path: Path,
     elif made == "keys":
         (tmp_path / "keys").write_text("")
         more = ["--api-keys", str(tmp_path / "keys")]
-    words = [sys.executable, "-m", "shoal", "serve", str(folder), "--http", "127.0.0.1:0", *more]
+    words = [sys.executable, "-m", "shoal", "serve", str(folder), "--http", "127.0.0.1:0", "--here", *more]
     done = subprocess.run(words, capture_output=True, text=True, timeout=GENEROUS_S)
     assert done.returncode in (1, 2) and "Traceback" not in done.stderr
     assert part in " ".join(done.stderr.split()), done.stderr

@@ -14,9 +14,10 @@ from test_stages import SMALL, a_checkpoint
 from transformers import AutoModelForCausalLM
 
 from shoal.engines import EngineDied, EngineFailed
-from shoal.inference.commands import PIECE_MAX, Advance, LoadStage, SamplingSettings
+from shoal.inference.commands import Advance, LoadStage
 from shoal.inference.process import StageProcess
 from shoal.models.configs import read_config
+from shoal.protocol.serving import PIECE_MAX, Choosing
 
 GENEROUS_S = 120.0
 
@@ -46,7 +47,7 @@ async def through(ring: list[StageProcess], session: int, start: int, tokens: li
 
 
 async def stream(
-    ring: list[StageProcess], session: int, prompt: list[int], count: int, sampling: SamplingSettings
+    ring: list[StageProcess], session: int, prompt: list[int], count: int, sampling: Choosing
 ) -> list[int]:
     for at in range(0, len(prompt) - 1, 16):
         piece = prompt[at : min(at + 16, len(prompt) - 1)]
@@ -57,7 +58,7 @@ async def stream(
     return done[len(prompt) :]
 
 
-GREEDY = SamplingSettings(temperature=0)
+GREEDY = Choosing(temperature=0)
 
 
 def test_streams_together_say_what_each_says_alone(tmp_path: Path) -> None:
@@ -78,7 +79,7 @@ def test_streams_together_say_what_each_says_alone(tmp_path: Path) -> None:
                 *(stream(ring, number, prompt, 12, GREEDY) for number, prompt in enumerate(prompts))
             )
             assert together == expected
-            seeded = SamplingSettings(temperature=1.0, seed=5, presence_penalty=0.5, prompt_tokens=len(prompts[2]))
+            seeded = Choosing(temperature=1.0, seed=5, presence_penalty=0.5, prompt_tokens=len(prompts[2]))
             alone = await stream(ring, 20, prompts[2], 12, seeded)
             beside, *_ = await asyncio.gather(
                 stream(ring, 21, prompts[2], 12, seeded),

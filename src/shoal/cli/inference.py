@@ -10,11 +10,15 @@ import msgspec
 import psutil
 import typer
 
+from shoal.cli import places
 from shoal.cli.app import JOBS, app
-from shoal.cli.output import BadFlag, JsonFlag, err, out, print_json, run, until_stopped
+from shoal.cli.output import BadFlag, HubFlag, JsonFlag, err, out, print_json, run, until_stopped
+from shoal.protocol.hubs import HubTicket
+from shoal.sdk.places import NoHub
 from shoal.world import SystemClock, SystemDice
 
 KEYS_MAX = 64
+SESSIONS_MAX = 4096
 
 
 @app.command("serve", rich_help_panel=JOBS)
@@ -33,12 +37,25 @@ def serve(
         ),
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(help="CPU threads to compute with.", show_default="all physical cores")
+        int | None, typer.Option(help="With --here: CPU threads to compute with.", show_default="all physical cores")
     ] = None,
-    device: Annotated[str, typer.Option(help="A torch device such as cpu, cuda or mps.")] = "cpu",
+    device: Annotated[str, typer.Option(help="With --here: a torch device such as cpu, cuda or mps.")] = "cpu",
+    hub: HubFlag = None,
+    here: Annotated[
+        bool, typer.Option("--here", help="Hold the model on this machine, whatever nodes there are.")
+    ] = False,
+    listen: Annotated[
+        str, typer.Option(metavar="ADDRESS", help="Where nodes link to this gateway: tcp://HOST:PORT.")
+    ] = "tcp://127.0.0.1:0",
+    sessions: Annotated[
+        int, typer.Option(help="Streams of the whole context for which nodes hold memory; shorter ones are more.")
+    ] = 16,
     json: JsonFlag = False,
 ) -> None:
-    """Serve a model to OpenAI clients, on this machine.
+    """Serve a model to OpenAI clients: on the nodes at the hubs, or on this machine where there is no hub.
+
+    Whole replicas go to nodes that can hold the model, stages to several where none can; a stream goes on elsewhere,
+    token for token, when a node is lost.
 
     `shoal serve runs/quickstart` serves what was trained. Then, with any OpenAI client, base URL
     http://127.0.0.1:8000/v1; or with curl as it prints.
@@ -46,10 +63,15 @@ def serve(
     Families that are served: llama, mistral, qwen2, qwen3, gemma, gemma2, phi3, gpt2, gpt_neox. Tokens are those of
     plain transformers, and do not depend on what else is served at the time.
     """  # fmt: skip
-    from shoal.sdk.serve import LocalServer, ServeOptions
+    from shoal.sdk.serve import LocalServer, NodesServer, ServeOptions
 
     if threads is not None and threads < 1:
         raise BadFlag(f"--threads {threads} cannot be used: at least one is needed.")
+    if not 1 <= sessions <= SESSIONS_MAX:
+        raise BadFlag(f"--sessions {sessions} cannot be used: from 1 to {SESSIONS_MAX}.")
+    tickets = () if here else _hubs(hub)
+    if tickets:
+        places.refuse_wildcard(listen, "use an address of this machine that nodes can reach")
     keys = _keys(api_keys) if api_keys is not None else ()
     called = name or (model.resolve().parent.name if model.resolve().name == "model" else model.resolve().name)
     options = ServeOptions(
@@ -59,18 +81,21 @@ def serve(
         keys=keys,
         threads=threads or psutil.cpu_count(logical=False) or 1,
         device=device,
+        hubs=tickets,
+        listen=listen,
+        sessions=sessions,
         say=lambda sentence: err.print(sentence, markup=False, style="dim"),
     )
 
     async def work() -> None:
-        server = LocalServer(options, SystemClock(), SystemDice())
+        server = (NodesServer if tickets else LocalServer)(options, SystemClock(), SystemDice())
         url = await server.start()
         service = server.service
         assert service is not None
         try:
             if json:
                 print_json({"ready": "serve", "url": f"{url}/v1", "model": called, "context": service.context,
-                            "exact": service.rings[0].exact, "pid": os.getpid()})  # fmt: skip
+                            "nodes": bool(tickets), "pid": os.getpid()})  # fmt: skip
             else:
                 out.print(
                     f"[bold]{called}[/] is served at {url}/v1, {service.context} tokens of context.", soft_wrap=True
@@ -86,6 +111,15 @@ def serve(
             await server.stop()
 
     run(work)
+
+
+def _hubs(named: list[str] | None) -> tuple[HubTicket, ...]:
+    """The hubs to find nodes at; none where none is known."""
+    try:
+        return tuple(places.find_hubs(named))
+    except NoHub:
+        err.print("No hub is known: this machine holds the model.", style="dim")
+        return ()
 
 
 def _keys(file: Path) -> tuple[str, ...]:

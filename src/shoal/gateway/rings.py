@@ -8,8 +8,12 @@ from typing import Protocol
 
 from shoal.engines import EngineDied, EngineFailed
 from shoal.errors import EngineError
-from shoal.inference.commands import Advance, ChosenToken, SamplingSettings
+from shoal.inference.commands import Advance
 from shoal.inference.process import StageProcess
+from shoal.protocol.serving import Choosing, Chosen
+
+AT_ONCE = 40
+"""Pieces of work in a replica at a time; an engine, and a node, refuse a few more than that. Others wait their turn."""
 
 
 class RingLost(EngineError):
@@ -38,8 +42,8 @@ class Ring(Protocol):
     """What a token of one stream takes, as far as is known."""
 
     async def advance(
-        self, session: int, start: int, tokens: Sequence[int], choose: int, sampling: SamplingSettings
-    ) -> tuple[ChosenToken, ...]:
+        self, session: int, start: int, tokens: Sequence[int], choose: int, sampling: Choosing
+    ) -> tuple[Chosen, ...]:
         """Take positions of a session through all layers; gives the tokens that follow the last `choose` of them.
         Several sessions at once, of each one call after another. Raises RingLost and RingRefused."""
         ...
@@ -55,12 +59,19 @@ class LocalRing:
     def __init__(self, name: str, stages: Sequence[StageProcess], *, exact: bool, token_ms: float) -> None:
         self.name, self.exact, self.token_ms = name, exact, token_ms
         self._stages = tuple(stages)
+        self._places = asyncio.Semaphore(AT_ONCE)
 
     async def advance(
-        self, session: int, start: int, tokens: Sequence[int], choose: int, sampling: SamplingSettings
-    ) -> tuple[ChosenToken, ...]:
+        self, session: int, start: int, tokens: Sequence[int], choose: int, sampling: Choosing
+    ) -> tuple[Chosen, ...]:
+        async with self._places:
+            return await self._through(session, start, tokens, choose, sampling)
+
+    async def _through(
+        self, session: int, start: int, tokens: Sequence[int], choose: int, sampling: Choosing
+    ) -> tuple[Chosen, ...]:
         states = b""
-        chosen: tuple[ChosenToken, ...] = ()
+        chosen: tuple[Chosen, ...] = ()
         for stage in self._stages:
             try:
                 done = await stage.advance(

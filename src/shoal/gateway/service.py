@@ -15,8 +15,8 @@ from shoal.gateway.refusals import RequestRefused, UnknownModel, Unserved
 from shoal.gateway.rings import Ring
 from shoal.gateway.streams import Stream
 from shoal.gateway.text import Decoder, StopAt
-from shoal.inference.commands import ChosenToken, SamplingSettings
 from shoal.models.tokenizers import BadTokenizer, TextTokenizer
+from shoal.protocol.serving import Choosing, Chosen
 from shoal.world import Clock, Dice
 
 COMPLETION_TOKENS = 16
@@ -31,7 +31,7 @@ class Asked:
 
     prompts: tuple[tuple[int, ...], ...]
     choices: int
-    sampling: SamplingSettings
+    sampling: Choosing
     tokens_max: int
     stops: tuple[str, ...]
 
@@ -42,7 +42,7 @@ class Piece:
 
     index: int
     text: str
-    tokens: tuple[ChosenToken, ...] = ()
+    tokens: tuple[Chosen, ...] = ()
     finish: str | None = None
 
 
@@ -154,7 +154,7 @@ class ModelService:
         if choices * len(prompts) > PROMPTS_TOTAL_MAX:
             raise RequestRefused(f"At most {PROMPTS_TOTAL_MAX} choices are made for one request.", param="n")
         seed = self._number() if request.seed is None else request.seed % (1 << 63)
-        sampling = SamplingSettings(
+        sampling = Choosing(
             temperature=1.0 if request.temperature is None else request.temperature,
             top_p=1.0 if request.top_p is None else request.top_p,
             seed=seed,
@@ -197,7 +197,7 @@ class ModelService:
     async def _choice(
         self, index: int, prompt: tuple[int, ...], number: int, asked: Asked, out: asyncio.Queue[Piece | BaseException]
     ) -> None:
-        sampling = SamplingSettings(
+        sampling = Choosing(
             temperature=asked.sampling.temperature,
             top_p=asked.sampling.top_p,
             seed=asked.sampling.seed,
@@ -250,7 +250,7 @@ class ModelService:
 
     # --- as OpenAI says it -----------------------------------------------------------------------------------------
 
-    def logprobs(self, chosen: Sequence[ChosenToken]) -> openai.ChoiceLogprobs:
+    def logprobs(self, chosen: Sequence[Chosen]) -> openai.ChoiceLogprobs:
         content = []
         for one in chosen:
             text = self.tokenizer.decode([one.token])

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 from shoal.errors import EngineError
 from shoal.gateway.rings import Ring, RingLost
-from shoal.inference.commands import ChosenToken, SamplingSettings
 from shoal.inference.guessing import Guessing, held, look_up
+from shoal.protocol.serving import Choosing, Chosen
 
 PIECE = 64
 """Positions of a prompt that go through a replica at once."""
@@ -38,7 +38,7 @@ class Stream:
     """One choice of a request."""
 
     prompt: tuple[int, ...]
-    sampling: SamplingSettings
+    sampling: Choosing
     tokens_max: int
     ends: frozenset[int]
     """Token ids that end it; they are not given out."""
@@ -55,7 +55,7 @@ class Stream:
     finish: str = ""
     """`stop` or `length`, once it has ended."""
 
-    async def tokens(self) -> AsyncIterator[tuple[ChosenToken, ...]]:
+    async def tokens(self) -> AsyncIterator[tuple[Chosen, ...]]:
         """The tokens, as they come. Raises StreamLost; RingRefused when the replica does not take what it is asked."""
         done: list[int] = list(self.prompt)
         until = len(self.prompt) + self.tokens_max
@@ -94,7 +94,7 @@ class Stream:
             _closing.add(closing)
             closing.add_done_callback(_closing.discard)
 
-    def _until_end(self, chosen: Sequence[ChosenToken], room: int) -> tuple[ChosenToken, ...]:
+    def _until_end(self, chosen: Sequence[Chosen], room: int) -> tuple[Chosen, ...]:
         for at, one in enumerate(chosen):
             if one.token in self.ends:
                 self.finish = "stop"

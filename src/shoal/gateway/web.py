@@ -33,7 +33,7 @@ from shoal.gateway.refusals import (
     read_completion,
 )
 from shoal.gateway.service import Asked, ModelService, Piece
-from shoal.inference.commands import ChosenToken
+from shoal.protocol.serving import Chosen
 
 EVENTS = "text/event-stream"
 _log = logging.getLogger("shoal.gateway")
@@ -130,7 +130,7 @@ class _Chat(_Reply):
         self._service, self._asked, self._logprobs = service, asked, bool(request.logprobs)
         self._id, self._created = _new_id("chatcmpl-"), service.clock.now_ms() // 1000
 
-    def _said(self, chosen: Sequence[ChosenToken]) -> openai.ChoiceLogprobs | None:
+    def _said(self, chosen: Sequence[Chosen]) -> openai.ChoiceLogprobs | None:
         return self._service.logprobs(chosen) if self._logprobs else None
 
     def _chunk(self, choices: list[openai.ChunkChoice], usage: Usage | msgspec.UnsetType | None) -> openai.ChatChunk:
@@ -167,7 +167,7 @@ class _Text(_Reply):
         self._id, self._created = _new_id("cmpl-"), service.clock.now_ms() // 1000
         self._offsets: dict[int, int] = {}
 
-    def _said(self, index: int, chosen: Sequence[ChosenToken]) -> openai.TextLogprobs | None:
+    def _said(self, index: int, chosen: Sequence[Chosen]) -> openai.TextLogprobs | None:
         if self._top is None:
             return None
         said = self._service.logprobs(chosen).content

@@ -12,32 +12,11 @@ import msgspec
 from msgspec import Meta
 
 from shoal.engines.messages import FRAME_MAX_BYTES, Done, EngineMessage, Failed, Stop
+from shoal.protocol.serving import LAYERS_MAX, PIECE_MAX, Choosing, Chosen, Count, Session, Tokens
 
-PIECE_MAX = 256
-"""Positions of a session in one command."""
 STATES_MAX_BYTES = FRAME_MAX_BYTES - 64 * 1024
-LAYERS_MAX = 4096
-TOP_MAX = 20
 
 FilePath = Annotated[str, Meta(min_length=1, max_length=4096)]
-Count = Annotated[int, Meta(ge=0, le=1 << 53)]
-Session = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
-TokenId = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
-Tokens = Annotated[tuple[TokenId, ...], Meta(min_length=1, max_length=PIECE_MAX)]
-
-
-class SamplingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """How tokens are chosen (`shoal.inference.sampling.Sampling`), and where what was generated begins."""
-
-    temperature: Annotated[float, Meta(ge=0, le=10)] = 1.0
-    top_p: Annotated[float, Meta(ge=0, le=1)] = 1.0
-    seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] = 0
-    choice: Annotated[int, Meta(ge=0, le=1024)] = 0
-    presence_penalty: Annotated[float, Meta(ge=-10, le=10)] = 0.0
-    frequency_penalty: Annotated[float, Meta(ge=-10, le=10)] = 0.0
-    top_logprobs: Annotated[int, Meta(ge=0, le=TOP_MAX)] | None = None
-    prompt_tokens: Count = 0
-    """Positions before this one are the prompt, whose tokens no penalty counts."""
 
 
 class LoadStage(EngineMessage, frozen=True, kw_only=True):
@@ -63,7 +42,7 @@ class Advance(EngineMessage, frozen=True, kw_only=True):
     tokens: Tokens
     states: Annotated[bytes, Meta(max_length=STATES_MAX_BYTES)] = b""
     choose: Annotated[int, Meta(ge=0, le=PIECE_MAX)] = 0
-    sampling: SamplingSettings = SamplingSettings()
+    sampling: Choosing = Choosing()
 
 
 class CloseSession(EngineMessage, frozen=True, kw_only=True):
@@ -85,17 +64,11 @@ class StageLoaded(EngineMessage, frozen=True, kw_only=True):
     weights_bytes: Count
 
 
-class ChosenToken(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    token: TokenId
-    logprob: float | None = None
-    top: Annotated[tuple[tuple[TokenId, float], ...], Meta(max_length=TOP_MAX)] = ()
-
-
 class Advanced(EngineMessage, frozen=True, kw_only=True):
     """Hidden states for the next stage, or what the last one chose."""
 
     states: Annotated[bytes, Meta(max_length=STATES_MAX_BYTES)] = b""
-    chosen: Annotated[tuple[ChosenToken, ...], Meta(max_length=PIECE_MAX)] = ()
+    chosen: Annotated[tuple[Chosen, ...], Meta(max_length=PIECE_MAX)] = ()
     compute_ms: float = 0.0
     """Of the step in which it took part."""
 

@@ -21,19 +21,10 @@ import torch
 from shoal.engines import FRAME, FRAME_MAX_BYTES, SENTENCE_MAX, Done, Failed, Stop, die_with_parent
 from shoal.errors import EngineError, ShoalError
 from shoal.inference.batching import Ask, StepCost, next_step
-from shoal.inference.commands import (
-    Advance,
-    Advanced,
-    Answered,
-    Asked,
-    ChosenToken,
-    CloseSession,
-    LoadStage,
-    Reply,
-    StageLoaded,
-)
+from shoal.inference.commands import Advance, Advanced, Answered, Asked, CloseSession, LoadStage, Reply, StageLoaded
 from shoal.inference.sampling import Sampling, choose
 from shoal.inference.stage import POSITIONS_MAX, BadPiece, Piece, StageEngine
+from shoal.protocol.serving import Chosen
 from shoal.world import Clock, SystemClock
 from shoal.world.processes import stay_within_memory
 
@@ -222,7 +213,7 @@ class Worker:
 
     def _choose(
         self, command: Advance, logits: np.ndarray[tuple[int, ...], np.dtype[np.float32]], position: int
-    ) -> ChosenToken:
+    ) -> Chosen:
         """The token that follows `position`."""
         wanted = command.sampling
         sampling = Sampling(
@@ -236,7 +227,7 @@ class Worker:
             chosen = choose(logits, sampling, position + 1, seen)
         except ValueError as error:
             raise BadPiece(f"The model gave no usable answer: {error}.") from error
-        return ChosenToken(chosen.token, chosen.logprob, chosen.top)
+        return Chosen(chosen.token, chosen.logprob, chosen.top)
 
     def _now_ms(self) -> int:
         return round(self._clock.monotonic() * 1000)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -244,3 +245,67 @@ def activations(stage: nn.Module, name: str) -> list[tuple[nn.Module, str]]:
     return [
         (parent, at) for parent in stage.modules() for at, module in parent.named_children() if type(module) is kind
     ]
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Where a model's tensors lie, and what they take when loaded."""
+
+    layer_bytes: tuple[int, ...]
+    first_bytes: int
+    """What goes with the first layer: embeddings."""
+    last_bytes: int
+    """What goes with the last: final norm and head; the embedding too, where it is the head."""
+    layer_files: tuple[frozenset[int], ...]
+    first_files: frozenset[int]
+    last_files: frozenset[int]
+
+    def files_of(self, first: int, stop: int) -> tuple[int, ...]:
+        """Which files the layers `first` to `stop` - 1, and what goes with them, lie in."""
+        found: set[int] = set().union(*self.layer_files[first:stop])
+        found |= self.first_files if first == 0 else set()
+        found |= self.last_files if stop == len(self.layer_files) else set()
+        return tuple(sorted(found))
+
+
+def survey(config: str, files: list[Path], itemsize: int = 4) -> Survey:
+    """Look at the headers of a model's files; no tensor is read. Raises BadModel."""
+    shape = shape_of(config)
+    family = FAMILIES[shape.family]
+    sizes, where = [0] * shape.layers, [set[int]() for _ in range(shape.layers)]
+    ends = {"first": (0, set[int]()), "last": (0, set[int]())}
+
+    def add(end: str, size: int, number: int) -> None:
+        ends[end] = (ends[end][0] + size, ends[end][1] | {number})
+
+    for number, file in enumerate(files):
+        try:
+            with safe_open(file, framework="pt") as opened:
+                tensors = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise BadModel(f"{file} is not a whole safetensors file: {error}.") from error
+        for name, dimensions in tensors.items():
+            size = itemsize * math.prod(dimensions)
+            parts = name.split(".")
+            layer = next((at for at in range(len(parts) - 1) if parts[at] == family.layers), None)
+            if layer is not None and parts[layer + 1].isdecimal() and int(parts[layer + 1]) < shape.layers:
+                sizes[int(parts[layer + 1])] += size
+                where[int(parts[layer + 1])].add(number)
+            elif family.embedding in parts or (family.positions and family.positions in parts):
+                add("first", size, number)
+                if shape.tied and family.embedding in parts:
+                    add("last", size, number)
+            elif family.norm in parts or "lm_head" in parts or family.stored_head in parts:
+                add("last", size, number)
+    for layer, place in enumerate(where):
+        if not place:
+            raise BadModel(f"No file has layer {layer} of the model, which its config asks for.")
+    (first_bytes, first_files), (last_bytes, last_files) = ends["first"], ends["last"]
+    return Survey(
+        layer_bytes=tuple(sizes),
+        first_bytes=first_bytes,
+        last_bytes=last_bytes,
+        layer_files=tuple(map(frozenset, where)),
+        first_files=frozenset(first_files),
+        last_files=frozenset(last_files),
+    )

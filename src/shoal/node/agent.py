@@ -1,4 +1,4 @@
-"""The node agent: holds links, serves blobs, offers what it measured, and runs members for the jobs that invite it."""
+"""The node agent: holds links, serves blobs, offers what it measured, and runs members and stages for who asks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import logging
 import shutil
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from shoal.node.member import (
     MemberRun,
     NotAMember,
 )
+from shoal.node.stages import StageHost
 from shoal.protocol.messages import DEFAULT_NETWORK, decode, encode, sign
 from shoal.protocol.offers import Capability, Device, Done, Offer
 from shoal.protocol.training import (
@@ -90,7 +91,7 @@ class NodeSettings:
     listen: str | None = "tcp://127.0.0.1:0"
     """Where to accept links; none for a node that only opens links of its own."""
     members_max: int = 1
-    accepts: tuple[str, ...] = ("train",)
+    accepts: tuple[str, ...] = ("train", "serve")
     """The kinds of jobs it takes, as its offer says."""
     network: str = DEFAULT_NETWORK
 
@@ -155,6 +156,7 @@ class NodeAgent:
         """Ended jobs, the oldest first: who may drive, and the newest Commit that was applied here."""
         self._inviting = asyncio.Lock()
         self._closing = False
+        self._stages: StageHost | None = None
         self._publishing = asyncio.Lock()
         self._sequence = 0
 
@@ -184,6 +186,19 @@ class NodeAgent:
             (JobEnd, self._job_end),
         ):
             self._endpoint.handle(kind.KIND, handler)
+        if "serve" in self.settings.accepts:
+            self._stages = StageHost(
+                key=self._key,
+                name=self.settings.name,
+                endpoint=self._endpoint,
+                store=self._store,
+                fetcher=self._fetcher,
+                clock=self._clock,
+                settings=self.settings.engine,
+                network=self.settings.network,
+                admit=self._admit,
+                changed=self._changed,
+            )
         self._hubs.answer_introductions()
         if self.settings.listen is not None:
             await self._endpoint.listen(self.settings.listen)
@@ -209,6 +224,8 @@ class NodeAgent:
         for member in list(self._members.values()):
             member.end("The node is stopping.", tell=True)
         tasks = list(self._tasks.values())
+        if self._stages is not None:
+            tasks.append(asyncio.create_task(self._stages.close()))
         if tasks:
             _, slow = await asyncio.wait(tasks, timeout=LEAVE_S)
             for task in slow:
@@ -244,7 +261,7 @@ class NodeAgent:
                 addresses=tuple(self._endpoint.addresses),
                 capability=self.capability,
                 accepts=self.settings.accepts,
-                busy=len(self._members) >= self.settings.members_max,
+                busy=self._works_for() >= self.settings.members_max,
             )
             try:
                 await self._hubs.publish(sign(self._key, offer, self.settings.network))
@@ -286,10 +303,7 @@ class NodeAgent:
                 f"Node {self.settings.name} is a member of job {known.job.name!r} in term {known.term} of its driver; "
                 f"the invitation is of term {member.term}."
             )
-        others = [one for one in self._members.values() if one is not known]
-        if len(others) >= self.settings.members_max:
-            names = ", ".join(repr(one.job.name) for one in others)
-            raise NodeBusy(f"Node {self.settings.name} is busy with {names}; try again when that has ended.")
+        self._admit([one for one in self._members.values() if one is not known])
         if known is not None:
             known.end("It was invited anew.", tell=False)
             await asyncio.wait({self._tasks[invitation.job_id]})
@@ -303,6 +317,22 @@ class NodeAgent:
         self._members[member.job_id] = member
         self._tasks[member.job_id] = asyncio.create_task(self._run_member(member, scratch))
         return member
+
+    def _admit(self, members: Sequence[MemberRun] | None = None) -> None:
+        """Raises NodeUnable, NodeBusy."""
+        if self._closing:
+            raise NodeUnable(f"Node {self.settings.name} is stopping.")
+        counted = list(self._members.values()) if members is None else list(members)
+        names = [repr(one.job.name) for one in counted] + (self._stages.names() if self._stages else [])
+        if len(names) >= self.settings.members_max:
+            raise NodeBusy(f"Node {self.settings.name} is busy with {', '.join(names)}; try again when that has ended.")
+
+    def _works_for(self) -> int:
+        return len(self._members) + (len(self._stages) if self._stages else 0)
+
+    async def _changed(self) -> None:
+        if not self._closing:
+            await self._publish()
 
     async def _run_member(self, member: MemberRun, scratch: Path) -> None:
         try:

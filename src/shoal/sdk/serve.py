@@ -1,10 +1,12 @@
-"""Serving a model on this machine: a gateway here, the model in a child process."""
+"""Serving a model: a gateway here, and the model on nodes of the shoal, or in a child process of this machine."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,23 +16,35 @@ import psutil
 from shoal.engines import EngineFailed, warm
 from shoal.errors import JobError
 from shoal.gateway.admission import Admission
+from shoal.gateway.placing import ModelOnNodes, Placer
 from shoal.gateway.prompts import read_template
-from shoal.gateway.rings import LocalRing, Ring
+from shoal.gateway.remote import Rings
+from shoal.gateway.rings import LocalRing
 from shoal.gateway.service import ModelService
 from shoal.gateway.web import make_app
+from shoal.hub import HubClient
+from shoal.identity import KeyPair
 from shoal.inference.attention import kept_bytes
 from shoal.inference.commands import LoadStage
 from shoal.inference.process import StageProcess
 from shoal.models.checkpoints import weight_files
 from shoal.models.configs import BadModel, read_config
-from shoal.models.stages import Shape, shape_of
+from shoal.models.stages import Shape, shape_of, survey
 from shoal.models.tokenizers import has_tokenizer, load_tokenizer
+from shoal.protocol.blobs import BlobHolder
+from shoal.protocol.hubs import HubTicket
+from shoal.protocol.messages import sign
+from shoal.protocol.serving import ModelFile, ServeJob
+from shoal.sharding import ModelNeeds
+from shoal.storage import BlobStore, serve
+from shoal.transport import TlsEndpoint
 from shoal.transport.http import HttpFace
 from shoal.world import Clock, Dice
 
 SESSIONS_SHARE = 0.5
 """Part of the memory that is free when the model is loaded which sessions may take."""
 SESSIONS_MAX_BYTES = 64 << 30
+BLOCK = 128
 
 
 class ServeFailed(JobError):
@@ -46,12 +60,28 @@ class ServeOptions:
     name: str
     http: str = "127.0.0.1:0"
     keys: tuple[str, ...] = ()
+    hubs: Sequence[HubTicket] = ()
+    """Where nodes are found; none: the model is held by this machine."""
+    listen: str = "tcp://127.0.0.1:0"
+    """Where nodes link to the gateway."""
+    sessions: int = 16
+    """Streams of the model's whole context for which nodes hold memory."""
     threads: int = 1
     device: str = "cpu"
     cuts: tuple[int, ...] = ()
-    """Layers at which the model is cut into stages, each in a process of its own; none: all in one."""
+    """On this machine: layers at which the model is cut into stages, each in a process of its own."""
     context: int | None = None
     say: Callable[[str], None] = lambda _: None
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What is to be served, as it lies on disk."""
+
+    directory: Path
+    config: str
+    shape: Shape
+    files: list[Path]
 
 
 def checkpoint_of(path: Path) -> Path:
@@ -64,17 +94,16 @@ def checkpoint_of(path: Path) -> Path:
     raise BadModel(f"{path} is neither a checkpoint directory (with a config.json) nor a run.")
 
 
-class LocalServer:
-    """An endpoint from `start` to `stop`."""
+class ServedModel:
+    """An endpoint from `start` to `stop`; where the model is held is for subclasses to say."""
 
     def __init__(self, options: ServeOptions, clock: Clock, dice: Dice) -> None:
-        self._options, self._clock, self._dice = options, clock, dice
-        self._stages: list[StageProcess] = []
-        self._face: HttpFace | None = None
+        self.options, self.clock, self.dice = options, clock, dice
         self.service: ModelService | None = None
+        self._face: HttpFace | None = None
 
     async def start(self) -> str:
-        """Load and serve; gives the URL. Raises BadModel, BadTokenizer, ServeFailed, HttpFailed."""
+        """Load and serve; gives the URL. Raises BadModel, BadTokenizer, ServeFailed, HttpFailed, LinkError."""
         try:
             return await self._start()
         except BaseException:
@@ -82,36 +111,50 @@ class LocalServer:
             raise
 
     async def _start(self) -> str:
-        options = self._options
-        warm()
+        options = self.options
         directory = checkpoint_of(options.model)
         config = read_config(directory)
-        shape = shape_of(config)
-        files = weight_files(directory)
+        model = _Model(directory, config, shape_of(config), weight_files(directory))
         tokenizer = load_tokenizer(str(directory) if has_tokenizer(directory) else "bytes")
-        template = read_template(directory)
-        context = min(shape.positions, options.context or shape.positions)
-        memory = min(SESSIONS_MAX_BYTES, int(psutil.virtual_memory().available * SESSIONS_SHARE))
-        ring = await self._load(config, files, shape, memory)
-        per_position = kept_bytes(shape.layers, shape.key_heads, shape.head_size, 128) / 128
+        context = min(model.shape.positions, options.context or model.shape.positions)
         self.service = ModelService(
             name=options.name,
-            created=self._clock.now_ms() // 1000,
+            created=self.clock.now_ms() // 1000,
             context=context,
             tokenizer=tokenizer,
-            template=template,
+            template=read_template(directory),
             ends=_ends(config, directory, tokenizer.end),
-            rings=[ring],
-            admission=Admission(max(context, int(memory / per_position))),
-            clock=self._clock,
-            dice=self._dice,
+            rings=[],
+            admission=Admission(context),
+            clock=self.clock,
+            dice=self.dice,
         )
-        self._face = HttpFace(make_app(self.service, keys=options.keys), self._clock)
+        await self._hold(model, self.service)
+        self._face = HttpFace(make_app(self.service, keys=options.keys), self.clock)
         return await self._face.start(options.http)
 
-    async def _load(self, config: str, files: list[Path], shape: Shape, memory: int) -> Ring:
-        options = self._options
-        ends = [0, *options.cuts, shape.layers]
+    async def _hold(self, model: _Model, service: ModelService) -> None:
+        """Have the model held, and fill in the service's rings and how much they admit."""
+        raise NotImplementedError
+
+    async def stop(self) -> None:
+        """Twice, or before the start, is harmless."""
+        if self._face is not None:
+            await self._face.stop()
+
+
+class LocalServer(ServedModel):
+    """The model in child processes of this machine."""
+
+    def __init__(self, options: ServeOptions, clock: Clock, dice: Dice) -> None:
+        super().__init__(options, clock, dice)
+        self._stages: list[StageProcess] = []
+
+    async def _hold(self, model: _Model, service: ModelService) -> None:
+        warm()
+        options, layers = self.options, model.shape.layers
+        memory = min(SESSIONS_MAX_BYTES, int(psutil.virtual_memory().available * SESSIONS_SHARE))
+        ends = [0, *options.cuts, layers]
         token_ms, exact = 0.0, True
         for first, stop in itertools.pairwise(ends):
             stage = await StageProcess.start(f"layers {first} to {stop - 1}", threads=options.threads)
@@ -119,8 +162,8 @@ class LocalServer:
             try:
                 loaded = await stage.load(
                     LoadStage(
-                        config=config, files=tuple(map(str, files)), first=first, stop=stop,
-                        memory_bytes=memory * (stop - first) // shape.layers, device=options.device,
+                        config=model.config, files=tuple(map(str, model.files)), first=first, stop=stop,
+                        memory_bytes=memory * (stop - first) // layers, device=options.device,
                         threads=options.threads,
                     )
                 )  # fmt: skip
@@ -129,16 +172,79 @@ class LocalServer:
             token_ms += loaded.layer_ms * (stop - first) + loaded.last_ms
             exact = exact and loaded.exact
             options.say(f"Layers {first} to {stop - 1} are loaded: {loaded.layer_ms * (stop - first):.1f} ms a token.")
-        return LocalRing("this machine", self._stages, exact=exact, token_ms=token_ms)
+        service.rings.append(LocalRing("this machine", self._stages, exact=exact, token_ms=token_ms))
+        service.admission.positions = max(service.context, memory * BLOCK // _block_bytes(model.shape, layers))
 
     async def stop(self) -> None:
-        """Twice, or before the start, is harmless."""
-        if self._face is not None:
-            await self._face.stop()
+        await super().stop()
         for stage in self._stages:
             with contextlib.suppress(EngineFailed):
                 await stage.stop()
         self._stages.clear()
+
+
+class NodesServer(ServedModel):
+    """The model on nodes of the shoal, placed and placed anew as they come and go."""
+
+    def __init__(self, options: ServeOptions, clock: Clock, dice: Dice) -> None:
+        super().__init__(options, clock, dice)
+        self._stack = contextlib.AsyncExitStack()
+        self._placing: asyncio.Task[None] | None = None
+        self.placer: Placer | None = None
+
+    async def _hold(self, model: _Model, service: ModelService) -> None:
+        options, shape = self.options, model.shape
+        found = survey(model.config, model.files)
+        key = KeyPair.generate()
+        folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="shoal-serve-"))
+        size = sum(file.stat().st_size for file in model.files)
+        store = BlobStore(Path(folder), 2 * size + (1 << 30), self.clock)
+        self._stack.callback(store.close)
+        endpoint = TlsEndpoint(key)
+        self._stack.push_async_callback(endpoint.close)
+        serve(endpoint, store)
+        await endpoint.listen(options.listen)
+        hubs = HubClient(endpoint, options.hubs, clock=self.clock, dice=self.dice)
+        self._stack.push_async_callback(hubs.close)
+        await hubs.start()
+        files = []
+        for file in model.files:
+            blob = await asyncio.to_thread(store.adopt, file)
+            store.pin("serve", blob.hash)
+            files.append(ModelFile(name=file.name, blob=blob))
+        job = ServeJob(
+            name=options.name, created_ms=self.clock.now_ms(), config=model.config, layers=shape.layers,
+            files=tuple(files),
+        )  # fmt: skip
+        blocks = options.sessions * -(-service.context // BLOCK)
+        needs = ModelNeeds(
+            layers=shape.layers,
+            layer_bytes=max(found.layer_bytes),
+            cache_bytes=blocks * _block_bytes(shape, 1),
+            first_bytes=found.first_bytes,
+            last_bytes=found.last_bytes,
+        )
+        self.placer = Placer(
+            ModelOnNodes(
+                job, sign(key, job), needs, found.files_of, BlobHolder(key.node_id, tuple(endpoint.addresses))
+            ),
+            endpoint, hubs, self.clock, self.dice, Rings(endpoint), service.rings, options.say,
+        )  # fmt: skip
+        self._stack.push_async_callback(self.placer.close)
+        service.admission.positions = max(service.context, blocks * BLOCK)
+        self._placing = asyncio.create_task(self.placer.run())
+
+    async def stop(self) -> None:
+        await super().stop()
+        if self._placing is not None:
+            self._placing.cancel()
+            await asyncio.gather(self._placing, return_exceptions=True)
+        await self._stack.aclose()
+
+
+def _block_bytes(shape: Shape, layers: int) -> int:
+    """Memory of BLOCK positions of a session in so many layers."""
+    return kept_bytes(layers, shape.key_heads, shape.head_size, BLOCK)
 
 
 def _ends(config: str, directory: Path, end: int | None) -> frozenset[int]:

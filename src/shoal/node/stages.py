@@ -1,0 +1,158 @@
+"""The stages that a node holds for gateways, and what is asked about them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+from shoal.errors import LinkError
+from shoal.identity import KeyPair
+from shoal.node.member import EngineSettings
+from shoal.node.stage import NotInRing, StageRun
+from shoal.protocol.blobs import BlobHolder
+from shoal.protocol.messages import decode, encode
+from shoal.protocol.offers import Done
+from shoal.protocol.serving import (
+    LinkEcho,
+    LinkProbe,
+    LinksProbed,
+    StageEnd,
+    StageForget,
+    StageForgotten,
+    StageInvite,
+    StageWork,
+)
+from shoal.storage import BlobStore, Fetcher
+from shoal.world import Clock, Endpoint, Request
+
+PROBES = 3
+PROBE_DEADLINE_S = 3.0
+PROBES_AT_ONCE = 2
+"""Requests to probe links that are worked on; more wait."""
+
+_log = logging.getLogger("shoal.node")
+
+
+class StageHost:
+    """What of a node has to do with serving."""
+
+    def __init__(
+        self,
+        *,
+        key: KeyPair,
+        name: str,
+        endpoint: Endpoint,
+        store: BlobStore,
+        fetcher: Fetcher,
+        clock: Clock,
+        settings: EngineSettings,
+        network: str,
+        admit: Callable[[], None],
+        changed: Callable[[], Awaitable[None]],
+    ) -> None:
+        """`admit` raises where the node is busy or stopping; `changed` is called when a stage came or went."""
+        self._key, self._name, self._endpoint = key, name, endpoint
+        self._store, self._fetcher, self._clock = store, fetcher, clock
+        self._settings, self._network = settings, network
+        self._admit, self._changed = admit, changed
+        self._stages: dict[bytes, tuple[StageRun, asyncio.Task[None]]] = {}
+        self._probing = asyncio.Semaphore(PROBES_AT_ONCE)
+        for kind, handler in (
+            (StageInvite, self._invited),
+            (StageWork, self._work),
+            (StageForget, self._forget),
+            (StageEnd, self._end),
+            (LinkProbe, self._probe),
+            (LinkEcho, self._echo),
+        ):
+            endpoint.handle(kind.KIND, handler)
+
+    def __len__(self) -> int:
+        return len(self._stages)
+
+    def names(self) -> list[str]:
+        return [repr(run.job.name) for run, _ in self._stages.values()]
+
+    async def close(self) -> None:
+        for run, _ in list(self._stages.values()):
+            run.end("The node is stopping.", tell=True)
+        await asyncio.gather(*(task for _, task in self._stages.values()), return_exceptions=True)
+
+    async def _invited(self, request: Request) -> bytes:
+        invite = decode(StageInvite, request.body, request.version)
+        if invite.ring not in self._stages:
+            self._admit()
+            run = StageRun(
+                invite,
+                request.peer,
+                key=self._key,
+                name=self._name,
+                endpoint=self._endpoint,
+                store=self._store,
+                fetcher=self._fetcher,
+                clock=self._clock,
+                settings=self._settings,
+                network=self._network,
+            )
+            self._stages[invite.ring] = (run, asyncio.create_task(self._run(run)))
+        return encode(Done(), request.version)
+
+    async def _run(self, run: StageRun) -> None:
+        try:
+            await self._changed()
+            reason = await run.run()
+            _log.warning("%s: serving %r ended here: %s", self._name, run.job.name, reason)
+        finally:
+            del self._stages[run.ring]
+            await self._changed()
+
+    def _stage(self, ring: bytes) -> StageRun:
+        found = self._stages.get(ring)
+        if found is None:
+            raise NotInRing(f"Node {self._name} holds no stage of ring {ring.hex()[:12]}.")
+        return found[0]
+
+    async def _work(self, request: Request) -> bytes:
+        message = decode(StageWork, request.body, request.version)
+        self._stage(message.ring).work(message, request.peer)
+        return encode(Done(), request.version)
+
+    async def _forget(self, request: Request) -> bytes:
+        message = decode(StageForget, request.body, request.version)
+        receipt = await self._stage(message.ring).forget(message, request.peer)
+        return encode(StageForgotten(receipt=receipt.to_bytes() if receipt else b""), request.version)
+
+    async def _end(self, request: Request) -> bytes:
+        message = decode(StageEnd, request.body, request.version)
+        self._stage(message.ring).ended_by(message, request.peer)
+        return encode(Done(), request.version)
+
+    # --- how far others are ----------------------------------------------------------------------------------------
+
+    async def _echo(self, request: Request) -> bytes:
+        decode(LinkEcho, request.body, request.version)
+        return encode(Done(), request.version)
+
+    async def _probe(self, request: Request) -> bytes:
+        message = decode(LinkProbe, request.body, request.version)
+        async with self._probing:
+            found = await asyncio.gather(*(self._far(holder) for holder in message.nodes))
+        return encode(LinksProbed(round_trip_ms=tuple(found)), request.version)
+
+    async def _far(self, holder: BlobHolder) -> float | None:
+        return await round_trip_ms(self._endpoint, holder, self._clock)
+
+
+async def round_trip_ms(endpoint: Endpoint, holder: BlobHolder, clock: Clock) -> float | None:
+    """The least of a few small requests; none where there is no way to it."""
+    try:
+        link = await endpoint.dial(holder.node, holder.addresses, deadline_s=PROBE_DEADLINE_S)
+        times = []
+        for _ in range(PROBES):
+            began = clock.monotonic()
+            await link.request(LinkEcho.KIND, encode(LinkEcho(), link.version), deadline_s=PROBE_DEADLINE_S)
+            times.append((clock.monotonic() - began) * 1000)
+        return min(times)
+    except LinkError:
+        return None

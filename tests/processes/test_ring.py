@@ -1,0 +1,235 @@
+"""A ring of stages on nodes: over real links, with engines in processes of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import torch
+from test_stages import a_checkpoint
+from transformers import AutoModelForCausalLM
+
+from shoal.gateway.remote import NodeRing, Rings
+from shoal.gateway.rings import Ring, RingLost, RingRefused
+from shoal.gateway.streams import Stream
+from shoal.identity import KeyPair
+from shoal.models.configs import read_config
+from shoal.models.stages import shape_of
+from shoal.node.member import EngineSettings
+from shoal.node.stages import StageHost, round_trip_ms
+from shoal.protocol.blobs import BlobHolder
+from shoal.protocol.messages import DEFAULT_NETWORK, encode, sign
+from shoal.protocol.serving import Choosing, ModelFile, RequestReceipt, ServeJob, StageInvite, StagePlace, StageWork
+from shoal.storage import BlobStore, Fetcher, serve
+from shoal.transport import TlsEndpoint
+from shoal.world import Refused, SystemClock, SystemDice
+
+GENEROUS_S = 120.0
+GREEDY = Choosing(temperature=0)
+PROMPT = tuple(range(5, 85))
+SESSIONS = itertools.count(1)
+
+
+class Place:
+    """An endpoint with a store, and with a host of stages if it is a node."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.key = KeyPair.generate()
+        self.name = name
+        self.endpoint = TlsEndpoint(self.key)
+        self.clock = SystemClock()
+        self.store = BlobStore(folder / name, 1 << 30, self.clock)
+        self.fetcher = Fetcher(self.endpoint, self.store, self.clock, SystemDice())
+        self.host: StageHost | None = None
+
+    async def start(self, *, node: bool) -> None:
+        serve(self.endpoint, self.store)
+        if node:
+
+            async def changed() -> None:
+                pass
+
+            self.host = StageHost(
+                key=self.key, name=self.name, endpoint=self.endpoint, store=self.store, fetcher=self.fetcher,
+                clock=self.clock, settings=EngineSettings(), network=DEFAULT_NETWORK, admit=lambda: None,
+                changed=changed,
+            )  # fmt: skip
+        await self.endpoint.listen("tcp://127.0.0.1:0")
+
+    @property
+    def holder(self) -> BlobHolder:
+        return BlobHolder(self.key.node_id, tuple(self.endpoint.addresses))
+
+    async def close(self) -> None:
+        if self.host is not None:
+            await self.host.close()
+        await self.fetcher.close()
+        await self.endpoint.close()
+        self.store.close()
+
+
+class World:
+    def __init__(self, folder: Path, nodes: int) -> None:
+        self.checkpoint = a_checkpoint(folder / "model", "llama")
+        self.gateway = Place(folder, "gateway")
+        self.nodes = [Place(folder, f"node{number}") for number in range(nodes)]
+        self.receipts: list[RequestReceipt] = []
+
+    async def start(self) -> None:
+        await self.gateway.start(node=False)
+        for node in self.nodes:
+            await node.start(node=True)
+        self.rings = Rings(self.gateway.endpoint)
+        config = read_config(self.checkpoint)
+        files = tuple(
+            ModelFile(name=file.name, blob=self.gateway.store.adopt(file))
+            for file in sorted(self.checkpoint.glob("*.safetensors"))
+        )
+        self.job = ServeJob(name="small", created_ms=0, config=config, layers=shape_of(config).layers, files=files)
+        self.envelope = sign(self.gateway.key, self.job)
+
+    def invite(self, ring: bytes, places: tuple[StagePlace, ...], mine: int) -> StageInvite:
+        return StageInvite(
+            job=self.envelope.to_bytes(), ring=ring, stages=places, mine=mine, files=(0,), memory_bytes=1 << 26,
+            holders=(self.gateway.holder,),
+        )  # fmt: skip
+
+    async def ring(self, *who: int, cuts: tuple[int, ...] = (1, 2)) -> NodeRing:
+        ends = (0, *cuts[: len(who) - 1], self.job.layers)
+        places = tuple(
+            StagePlace(
+                node=self.nodes[n].key.node_id, addresses=tuple(self.nodes[n].endpoint.addresses), first=a, stop=b
+            )
+            for n, a, b in zip(who, ends, ends[1:], strict=False)
+        )
+        links = [await self.gateway.endpoint.dial(place.node, place.addresses) for place in places]
+        name = "-".join(str(n) for n in who)
+        ring = NodeRing(
+            name, os.urandom(16), places, links, self.gateway.clock, token_ms=1.0,
+            receipt=lambda envelope: self.receipts.append(_opened(envelope)),
+        )  # fmt: skip
+        self.rings.add(ring)
+        for mine, link in enumerate(links):
+            invite = self.invite(ring.ring, places, mine)
+            await link.request(invite.KIND, encode(invite, link.version))
+        await ring.ready
+        return ring
+
+    async def close(self) -> None:
+        for node in self.nodes:
+            await node.close()
+        await self.gateway.close()
+
+
+def _opened(envelope: object) -> RequestReceipt:
+    from shoal.protocol.messages import open_record
+
+    return open_record(envelope, RequestReceipt)  # type: ignore[arg-type]
+
+
+@contextlib.asynccontextmanager
+async def a_world(folder: Path, nodes: int) -> AsyncIterator[World]:
+    world = World(folder, nodes)
+    await world.start()
+    try:
+        yield world
+    finally:
+        await world.close()
+
+
+def expected(checkpoint: Path, count: int) -> list[int]:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+    with torch.no_grad():
+        return model.generate(torch.tensor([PROMPT]), max_new_tokens=count, do_sample=False)[0, len(PROMPT) :].tolist()
+
+
+def a_stream(rings: list[Ring], count: int, sampling: Choosing = GREEDY) -> Stream:
+    return Stream(
+        PROMPT, sampling, count, frozenset(), lambda lost: next((one for one in rings if one not in lost), None),
+        lambda: next(SESSIONS),
+    )  # fmt: skip
+
+
+async def said(stream: Stream) -> list[int]:
+    return [one.token async for chosen in stream.tokens() for one in chosen]
+
+
+def test_a_ring_of_three_says_what_transformers_says(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with a_world(tmp_path, 3) as world:
+            ring = await world.ring(0, 1, 2)
+            assert ring.exact
+            tokens = expected(world.checkpoint, 20)
+            assert await said(a_stream([ring], 20)) == tokens
+            together = await asyncio.gather(*(said(a_stream([ring], 20)) for _ in range(8)))
+            assert together == [tokens] * 8
+            while len(world.receipts) < 3 * 9:
+                await asyncio.sleep(0.001)
+            assert {(one.first, one.stop) for one in world.receipts} == {(0, 1), (1, 2), (2, 3)}
+            assert all(one.generated_tokens >= 20 and one.computed_positions >= 99 for one in world.receipts)
+            far = await round_trip_ms(world.nodes[0].endpoint, world.nodes[1].holder, SystemClock())
+            assert far is not None and far > 0
+
+    asyncio.run(asyncio.wait_for(scene(), GENEROUS_S))
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_stream_goes_on_elsewhere_when_a_stage_is_killed(tmp_path: Path, stage: int) -> None:
+    async def scene() -> None:
+        async with a_world(tmp_path, 3) as world:
+            spare = await world.ring(2, cuts=())
+            for sampling in (GREEDY, Choosing(temperature=1.0, seed=7)):
+                undisturbed = await said(a_stream([spare], 16, sampling))
+                for position in range(0, 16, 3):
+                    ring = await world.ring(0, 1, cuts=(1,))
+                    engine = world.nodes[stage].host._stages[ring.ring][0]._engine  # type: ignore[union-attr]
+                    assert engine is not None
+                    stream, got = a_stream([ring, spare], 16, sampling), []
+                    async for chosen in stream.tokens():
+                        got += [one.token for one in chosen]
+                        if len(got) > position and engine.pid:
+                            with contextlib.suppress(ProcessLookupError):
+                                os.kill(engine.pid, signal.SIGKILL)
+                    assert got == undisturbed
+                    assert stream.lost == [ring] or len(got) - position <= 1
+                    assert ring.lost.done() or len(got) - position <= 1
+                    await ring.close("done")
+
+    asyncio.run(asyncio.wait_for(scene(), GENEROUS_S))
+
+
+def test_what_is_not_theirs_to_ask_is_refused(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with a_world(tmp_path, 3) as world:
+            ring = await world.ring(0, 1, cuts=(1,))
+            stranger = world.nodes[2].endpoint
+            link = await stranger.dial(world.nodes[1].key.node_id, world.nodes[1].endpoint.addresses)
+            work = StageWork(ring=ring.ring, session=1, number=1, start=0, tokens=(1,))
+            with pytest.raises(Refused, match="is not before node1 in this ring"):
+                await link.request(work.KIND, encode(work, link.version))
+            with pytest.raises(Refused, match="signed by .*another asks"):
+                invite = world.invite(os.urandom(16), ring.places, 1)
+                await link.request(invite.KIND, encode(invite, link.version))
+            first = ring._links[0]
+            for places, mine, part in (
+                (ring.places[:1], 0, "do not hold the 3 layers"),
+                (ring.places[::-1], 0, "do not hold"),
+                (ring.places, 1, "another node's"),
+            ):
+                invite = world.invite(os.urandom(16), places, mine)
+                with pytest.raises(Refused, match=part):
+                    await first.request(invite.KIND, encode(invite, first.version))
+            with pytest.raises(RingRefused, match="cannot go on with"):
+                await ring.advance(5, 7, (1,), 1, GREEDY)
+            assert await said(a_stream([ring], 4)) == expected(world.checkpoint, 4), "the ring is as it was"
+            with pytest.raises(RingLost):
+                await ring.close("enough")
+                await ring.advance(6, 0, (1,), 1, GREEDY)
+
+    asyncio.run(asyncio.wait_for(scene(), GENEROUS_S))
