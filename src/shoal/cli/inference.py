@@ -24,7 +24,10 @@ SESSIONS_MAX = 4096
 @app.command("serve", rich_help_panel=JOBS)
 def serve(
     model: Annotated[
-        Path, typer.Argument(help="A checkpoint directory in Hugging Face format, or a run folder of `shoal train`.")
+        Path,
+        typer.Argument(
+            metavar="MODEL", help="A checkpoint directory in Hugging Face format, or a run folder of `shoal train`."
+        ),
     ],
     name: Annotated[str | None, typer.Option(help="What clients call it.", show_default="the directory's name")] = None,
     http: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where the endpoint is; port 0 takes a free one.")] = (
