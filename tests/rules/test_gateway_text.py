@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from shoal.gateway.text import Decoder, StopAt
@@ -10,6 +10,8 @@ from shoal.models.tokenizers import ByteTokenizer
 
 
 @given(st.text(max_size=60), st.lists(st.integers(1, 5), max_size=200))
+@example("000\x800" + "\U00010000" * 3, [1, 3, 3, 4, 4])  # no piece ends with a character
+@example("\U0001f41f" * 12, [1] + [4] * 12)
 def test_pieces_make_the_text(text: str, lengths: list[int]) -> None:
     tokens = ByteTokenizer().encode(text).tolist()
     decoder, out, at = Decoder(ByteTokenizer().decode), "", 0

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 UNFINISHED = "\ufffd"
 CONTEXT = 8
 """Tokens before the new ones that are decoded with them: what a token reads as can depend on the one before."""
+CHARACTER_MAX = 4
+"""Tokens that a character may take, where each is a byte."""
 BYTES_MAX = 16
 """Tokens that may wait for the rest of a character."""
 
@@ -23,19 +25,27 @@ class Decoder:
     def add(self, tokens: Sequence[int]) -> str:
         """What can be read now that could not be read before."""
         self._tokens += tokens
-        before = self._tokens[max(0, self._said - CONTEXT) : self._said]
-        text = self._decode(before + self._tokens[self._said :])
-        if text.endswith(UNFINISHED) and len(self._tokens) - self._said < BYTES_MAX:
-            return ""
-        self._said = len(self._tokens)
-        return text[len(self._decode(before)) :]
+        pending = len(self._tokens) - self._said
+        for left in range(min(CHARACTER_MAX, pending)):  # what is whole is not held back by what follows it
+            text = self._decoded(len(self._tokens) - left)
+            if not text.endswith(UNFINISHED):
+                return self._give(text, len(self._tokens) - left)
+        return "" if pending < BYTES_MAX else self.rest()
 
     def rest(self) -> str:
         """What is left when no more tokens come."""
-        before = self._tokens[max(0, self._said - CONTEXT) : self._said]
-        text = self._decode(before + self._tokens[self._said :])
-        self._said = len(self._tokens)
-        return text[len(self._decode(before)) :]
+        return self._give(self._decoded(len(self._tokens)), len(self._tokens))
+
+    def _before(self) -> list[int]:
+        return self._tokens[max(0, self._said - CONTEXT) : self._said]
+
+    def _decoded(self, stop: int) -> str:
+        return self._decode(self._before() + self._tokens[self._said : stop])
+
+    def _give(self, text: str, stop: int) -> str:
+        known = len(self._decode(self._before()))
+        self._said = stop
+        return text[known:]
 
 
 class StopAt:
