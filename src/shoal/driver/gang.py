@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import msgspec
 
 from shoal.errors import JobError, LinkError, ShoalError
-from shoal.identity import short_id
 from shoal.protocol.blobs import BlobHolder
 from shoal.protocol.offers import FOUND_MAX, Offer, OfferFind
 from shoal.world import Clock, Endpoint, Link
 from shoal.world.directory import Directory, FoundOffer
+from shoal.world.reach import reach
 
 LOOK_EVERY_S = 1.0
 DIAL_DEADLINE_S = 8.0
@@ -32,8 +32,6 @@ TROUBLES_SHOWN = 8
 """Nodes whose troubles a sentence names."""
 FORMER_MAX = 16
 """Former nodes that the hubs are asked about at a time."""
-CALL_BACK_S = 8.0
-"""How long a node that accepts no links is waited for after a hub was asked to have it dial."""
 
 
 class TooFewNodes(JobError):
@@ -60,28 +58,11 @@ class LinkedNode:
 
 
 async def link_to(node: bytes, offer: Offer, *, endpoint: Endpoint, directory: Directory, clock: Clock) -> LinkedNode:
-    """A link to the node that made an offer: dialled, or, where it cannot be, opened by the node itself after a hub
-    told it to. Raises LinkError."""
-    open_link = endpoint.links().get(node)
-    if open_link is not None and not open_link.closed:
-        return LinkedNode(node, offer, open_link)
-    if offer.addresses:
-        try:
-            link = await endpoint.dial(node, offer.addresses, deadline_s=DIAL_DEADLINE_S)
-            return LinkedNode(node, offer, link)
-        except LinkError:
-            if not endpoint.addresses:
-                raise
-    if not endpoint.addresses:
-        raise LinkError(f"Node {offer.name} accepts no links and this driver does not either; use --listen.")
-    await directory.introduce(node, endpoint.addresses)
-    until = clock.monotonic() + CALL_BACK_S
-    while clock.monotonic() < until:
-        open_link = endpoint.links().get(node)
-        if open_link is not None and not open_link.closed:
-            return LinkedNode(node, offer, open_link)
-        await clock.sleep(0.05)
-    raise LinkError(f"Node {offer.name} ({short_id(node)}) was asked to call back and did not.")
+    """A link to the node that made an offer. Raises LinkError."""
+    link = await reach(
+        node, offer, endpoint=endpoint, directory=directory, clock=clock, dial_deadline_s=DIAL_DEADLINE_S
+    )
+    return LinkedNode(node, offer, link)
 
 
 class Backoff:

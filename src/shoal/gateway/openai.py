@@ -18,7 +18,6 @@ TEXT_MAX = 1 << 20
 STOPS_MAX = 4
 CHOICES_MAX = 16
 TOP_LOGPROBS_MAX = 20
-PROMPTS_MAX = 64
 
 Text = Annotated[str, Meta(max_length=TEXT_MAX)]
 Temperature = Annotated[float, Meta(ge=0, le=2)]

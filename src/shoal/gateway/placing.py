@@ -18,7 +18,6 @@ from shoal.protocol.messages import decode, encode
 from shoal.protocol.offers import FOUND_MAX, Device, Offer, OfferFind
 from shoal.protocol.serving import (
     STAGES_MAX,
-    LinkEcho,
     LinkProbe,
     LinksProbed,
     ServeJob,
@@ -27,11 +26,10 @@ from shoal.protocol.serving import (
 )
 from shoal.sharding import GATEWAY, Links, ModelNeeds, Plan, Replica, ServingNode, plan, replan
 from shoal.world import Clock, Dice, Directory, Endpoint, FoundOffer, Link
+from shoal.world.reach import echo_ms, reach
 
 LOOK_EVERY_S = 2.0
 DIAL_DEADLINE_S = 5.0
-CALL_BACK_S = 8.0
-PROBES = 3
 PROBE_DEADLINE_S = 10.0
 PROBED_MAX = 32
 """Nodes whose distances from one another are measured; of more, the nearest to the gateway."""
@@ -132,38 +130,17 @@ class Placer:
 
     async def _meet(self, one: FoundOffer) -> None:
         try:
-            link = await self._link(one.node, one.offer)
-            far_ms = await self._far(link)
+            link = await reach(
+                one.node, one.offer, endpoint=self.endpoint, directory=self.directory, clock=self.clock,
+                dial_deadline_s=DIAL_DEADLINE_S,
+            )  # fmt: skip
+            far_ms = await echo_ms(link, self.clock, DIAL_DEADLINE_S)
         except ShoalError as error:  # whatever is wrong with one offer, serving goes on
             _log.info("%s cannot serve: %s", one.offer.name, error)
             return
         device = _device(one.offer)
         rate = device.memory_bytes_per_s or 1e9
         self.known[one.node] = _Known(one.offer, link, far_ms, 1000 * self.model.needs.layer_bytes / rate)
-
-    async def _link(self, node: bytes, offer: Offer) -> Link:
-        open_link = self.endpoint.links().get(node)
-        if open_link is not None and not open_link.closed:
-            return open_link
-        if offer.addresses:
-            with contextlib.suppress(LinkError):
-                return await self.endpoint.dial(node, offer.addresses, deadline_s=DIAL_DEADLINE_S)
-        await self.directory.introduce(node, self.endpoint.addresses)
-        until = self.clock.monotonic() + CALL_BACK_S
-        while self.clock.monotonic() < until:
-            open_link = self.endpoint.links().get(node)
-            if open_link is not None and not open_link.closed:
-                return open_link
-            await self.clock.sleep(0.05)
-        raise LinkError(f"Node {offer.name} was asked to call back and did not.")
-
-    async def _far(self, link: Link) -> float:
-        times = []
-        for _ in range(PROBES):
-            began = self.clock.monotonic()
-            await link.request(LinkEcho.KIND, encode(LinkEcho(), link.version), deadline_s=DIAL_DEADLINE_S)
-            times.append((self.clock.monotonic() - began) * 1000)
-        return min(times)
 
     async def _probe(self) -> None:
         """Have nodes measure how far they are from one another, each pair once."""

@@ -13,6 +13,7 @@ import msgspec
 from shoal.gateway.openai import ChatMessage
 from shoal.gateway.refusals import RequestRefused
 from shoal.models.configs import BadModel
+from shoal.models.tokenizers import special_token
 
 TEMPLATE_MAX_BYTES = 256 * 1024
 PROMPT_MAX = 1 << 22
@@ -53,18 +54,12 @@ class ChatTemplate:
 
 def read_template(directory: Path) -> ChatTemplate:
     """`chat_template.jinja`, what `tokenizer_config.json` has, or a plain one. Raises BadModel."""
-    special: dict[str, str] = {}
-    source: object = None
     settings = _settings(directory / "tokenizer_config.json")
-    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
-        value = settings.get(name)
-        value = value.get("content") if isinstance(value, dict) else value
-        if isinstance(value, str):
-            special[name] = value
+    named = {name: special_token(settings, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    special = {name: token for name, token in named.items() if token is not None}
     source = settings.get("chat_template")
     if isinstance(source, list):  # several, by name
-        named = {one.get("name"): one.get("template") for one in source if isinstance(one, dict)}
-        source = named.get("default")
+        source = {one.get("name"): one.get("template") for one in source if isinstance(one, dict)}.get("default")
     file = directory / "chat_template.jinja"
     if file.is_file():
         if file.stat().st_size > TEMPLATE_MAX_BYTES:

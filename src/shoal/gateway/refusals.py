@@ -91,17 +91,12 @@ def read_chat(body: bytes) -> ChatRequest:
         raise RequestRefused("top_logprobs asks for logprobs to be true.", param="top_logprobs")
     if request.max_tokens is not None and request.max_completion_tokens is not None:
         raise RequestRefused("Set max_tokens or max_completion_tokens, not both.", param="max_tokens")
-    if request.stream_options is not None and not request.stream:
-        raise RequestRefused("stream_options is for streams only.", param="stream_options")
     return request
 
 
 def read_completion(body: bytes) -> CompletionRequest:
     """Raises RequestRefused."""
-    request = _read(body, CompletionRequest)
-    if request.stream_options is not None and not request.stream:
-        raise RequestRefused("stream_options is for streams only.", param="stream_options")
-    return request
+    return _read(body, CompletionRequest)
 
 
 def _read(body: bytes, kind: type[R]) -> R:
@@ -117,6 +112,8 @@ def _read(body: bytes, kind: type[R]) -> R:
     for name, sentence in NOT_OFFERED.items():
         if getattr(request, name, None):
             raise RequestRefused(sentence, param=name, code="unsupported_parameter")
+    if request.stream_options is not None and not request.stream:
+        raise RequestRefused("stream_options is for streams only.", param="stream_options")
     return request
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from shoal.errors import LinkError
-from shoal.gateway.rings import AT_ONCE, RingLost, RingRefused
+from shoal.gateway.rings import LimitedRing, RingLost, RingRefused
 from shoal.identity import Envelope
 from shoal.protocol.messages import decode, encode
 from shoal.protocol.offers import Done
@@ -69,7 +70,7 @@ class Latency:
         return max(LEAST_DEADLINE_S, 2 * expected + DEVIATIONS * self.deviation_s)
 
 
-class NodeRing:
+class NodeRing(LimitedRing):
     """A ring of stages on nodes, each with a link to the gateway."""
 
     def __init__(
@@ -83,13 +84,13 @@ class NodeRing:
         token_ms: float,
         receipt: Callable[[Envelope], None] = lambda _: None,
     ) -> None:
-        self.name, self.ring, self.exact, self.token_ms = name, ring, True, token_ms
+        super().__init__(name, exact=True, token_ms=token_ms)
+        self.ring = ring
         self.places = tuple(places)
         self._links = tuple(links)
         self._clock, self._receipt = clock, receipt
         self._number = 0
         self._waiting: dict[int, asyncio.Future[StageAnswer]] = {}
-        self._places = asyncio.Semaphore(AT_ONCE)
         self._ready: dict[int, StageReady] = {}
         self.ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -112,7 +113,7 @@ class NodeRing:
     # --- what stages say -------------------------------------------------------------------------------------------
 
     def stage_ready(self, message: StageReady, peer: bytes) -> None:
-        if self.places[message.mine].node != peer or self.ready.done():
+        if message.mine >= len(self.places) or self.places[message.mine].node != peer or self.ready.done():
             return
         self._ready[message.mine] = message
         if len(self._ready) == len(self.places):
@@ -136,12 +137,6 @@ class NodeRing:
 
     # --- what the gateway asks -------------------------------------------------------------------------------------
 
-    async def advance(
-        self, session: int, start: int, tokens: Sequence[int], choose: int, sampling: Choosing
-    ) -> tuple[Chosen, ...]:
-        async with self._places:
-            return await self._through(session, start, tokens, choose, sampling)
-
     async def _through(
         self, session: int, start: int, tokens: Sequence[int], choose: int, sampling: Choosing
     ) -> tuple[Chosen, ...]:
@@ -163,28 +158,28 @@ class NodeRing:
                 await link.request(work.KIND, encode(work, link.version), deadline_s=deadline_s)
                 answer = await future
         except TimeoutError as error:
-            self.lose(f"it did not answer within {deadline_s:.2f} s")
-            raise RingLost(f"{self.name}: it did not answer within {deadline_s:.2f} s.") from error
+            self._give_up(f"it did not answer within {deadline_s:.2f} s", error)
         except Refused as error:
             self._refused(error.remote_code, error.sentence)
         except LinkError as error:
-            self.lose(error.sentence.rstrip("."))
-            raise RingLost(f"{self.name}: {error.sentence}") from error
+            self._give_up(error.sentence.rstrip("."), error)
         finally:
             del self._waiting[number]
         if answer.code:
             self._refused(answer.code, answer.sentence)
         if len(answer.chosen) != choose:
-            self.lose(f"it chose {len(answer.chosen)} tokens where {choose} were asked for")
-            raise RingLost(f"{self.name}: it chose {len(answer.chosen)} tokens where {choose} were asked for.")
+            self._give_up(f"it chose {len(answer.chosen)} tokens where {choose} were asked for")
         self.latency.measured(self._clock.monotonic() - began, len(tokens))
         return answer.chosen
 
     def _refused(self, code: str, sentence: str) -> NoReturn:
         if code in REFUSALS:
             raise RingRefused(f"{self.name}: {sentence}", code)
-        self.lose(sentence.rstrip("."))
-        raise RingLost(f"{self.name}: {sentence}")
+        self._give_up(sentence.rstrip("."))
+
+    def _give_up(self, reason: str, cause: Exception | None = None) -> NoReturn:
+        self.lose(reason)
+        raise RingLost(f"{self.name}: {reason}.") from cause
 
     async def close_session(self, session: int) -> None:
         forget = StageForget(ring=self.ring, session=session)
@@ -218,34 +213,21 @@ class Rings:
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._rings: dict[bytes, NodeRing] = {}
-        for kind, handler in (
-            (StageReady, self._ready),
-            (StageGone, self._gone),
-            (StageAnswer, self._answer),
+        for kind, tell in (
+            (StageReady, NodeRing.stage_ready),
+            (StageGone, NodeRing.stage_gone),
+            (StageAnswer, NodeRing.answered),
         ):
-            endpoint.handle(kind.KIND, handler)
+            endpoint.handle(kind.KIND, functools.partial(self._heard, kind, tell))
 
     def add(self, ring: NodeRing) -> None:
         self._rings[ring.ring] = ring
         ring.lost.add_done_callback(lambda _: self._rings.pop(ring.ring, None))
 
-    async def _ready(self, request: Request) -> bytes:
-        message = decode(StageReady, request.body, request.version)
-        ring = self._rings.get(message.ring)
-        if ring is not None and message.mine < len(ring.places):
-            ring.stage_ready(message, request.peer)
-        return encode(Done(), request.version)
-
-    async def _gone(self, request: Request) -> bytes:
-        message = decode(StageGone, request.body, request.version)
+    async def _heard(self, kind: Any, tell: Callable[[NodeRing, Any, bytes], None], request: Request) -> bytes:
+        """What a stage says goes to its ring; of a ring that is no more, nowhere."""
+        message = decode(kind, request.body, request.version)
         ring = self._rings.get(message.ring)
         if ring is not None:
-            ring.stage_gone(message, request.peer)
-        return encode(Done(), request.version)
-
-    async def _answer(self, request: Request) -> bytes:
-        message = decode(StageAnswer, request.body, request.version)
-        ring = self._rings.get(message.ring)
-        if ring is not None:
-            ring.answered(message, request.peer)
+            tell(ring, message, request.peer)
         return encode(Done(), request.version)

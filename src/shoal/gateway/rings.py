@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -53,12 +54,11 @@ class Ring(Protocol):
         ...
 
 
-class LocalRing:
-    """Stages in processes of this machine."""
+class LimitedRing(ABC):
+    """A Ring that does AT_ONCE pieces of work at a time."""
 
-    def __init__(self, name: str, stages: Sequence[StageProcess], *, exact: bool, token_ms: float) -> None:
+    def __init__(self, name: str, *, exact: bool, token_ms: float) -> None:
         self.name, self.exact, self.token_ms = name, exact, token_ms
-        self._stages = tuple(stages)
         self._places = asyncio.Semaphore(AT_ONCE)
 
     async def advance(
@@ -66,6 +66,19 @@ class LocalRing:
     ) -> tuple[Chosen, ...]:
         async with self._places:
             return await self._through(session, start, tokens, choose, sampling)
+
+    @abstractmethod
+    async def _through(
+        self, session: int, start: int, tokens: Sequence[int], choose: int, sampling: Choosing
+    ) -> tuple[Chosen, ...]: ...
+
+
+class LocalRing(LimitedRing):
+    """Stages in processes of this machine."""
+
+    def __init__(self, name: str, stages: Sequence[StageProcess], *, exact: bool, token_ms: float) -> None:
+        super().__init__(name, exact=exact, token_ms=token_ms)
+        self._stages = tuple(stages)
 
     async def _through(
         self, session: int, start: int, tokens: Sequence[int], choose: int, sampling: Choosing

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
+
+import msgspec
 
 from shoal.gateway import openai
 from shoal.gateway.admission import Admission
@@ -166,7 +168,7 @@ class ModelService:
 
     # --- what is answered ------------------------------------------------------------------------------------------
 
-    async def answer(self, asked: Asked) -> AsyncIterator[Piece]:
+    async def answer(self, asked: Asked) -> AsyncGenerator[Piece]:
         """Pieces of all choices as they come. Raises Overloaded, Unserved, StreamLost, RingRefused."""
         if not self.rings:
             raise Unserved(f"No node serves {self.name} at the moment.")
@@ -197,19 +199,10 @@ class ModelService:
     async def _choice(
         self, index: int, prompt: tuple[int, ...], number: int, asked: Asked, out: asyncio.Queue[Piece | BaseException]
     ) -> None:
-        sampling = Choosing(
-            temperature=asked.sampling.temperature,
-            top_p=asked.sampling.top_p,
-            seed=asked.sampling.seed,
-            choice=number,
-            presence_penalty=asked.sampling.presence_penalty,
-            frequency_penalty=asked.sampling.frequency_penalty,
-            top_logprobs=asked.sampling.top_logprobs,
-            prompt_tokens=len(prompt),
-        )
+        sampling = msgspec.structs.replace(asked.sampling, choice=number, prompt_tokens=len(prompt))
         entered: list[Ring] = []
         stream = Stream(
-            prompt, sampling, asked.tokens_max, self.ends, lambda lost: self._pick(lost, entered), self._new_session
+            prompt, sampling, asked.tokens_max, self.ends, lambda lost: self._pick(lost, entered), self._number
         )
         decoder, stop = Decoder(self.tokenizer.decode), StopAt(asked.stops)
         self.counts.prompt_tokens += len(prompt)
@@ -226,7 +219,7 @@ class ModelService:
         except Exception as error:  # noqa: BLE001 - whoever answers the request is told
             await out.put(error)
         finally:
-            await tokens.aclose()  # type: ignore[attr-defined]
+            await tokens.aclose()
             self.counts.steps += stream.steps
             self.counts.resumed += len(stream.lost)
             for ring in entered:
@@ -241,9 +234,6 @@ class ModelService:
         self._load[id(ring)] = self._load.get(id(ring), 0) + 1
         entered.append(ring)
         return ring
-
-    def _new_session(self) -> int:
-        return self._number()
 
     def _number(self) -> int:
         return int.from_bytes(self.dice.bytes(8)) >> 1

@@ -8,7 +8,7 @@ taken back.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 
 from shoal.errors import EngineError
@@ -49,13 +49,11 @@ class Stream:
     position_ms: float = 1.0
     """What one more position in a step costs, about: decides how much is guessed."""
     lost: list[Ring] = field(default_factory=list)
-    exact: bool = True
-    """Whether all replicas so far were exact."""
     steps: int = 0
     finish: str = ""
     """`stop` or `length`, once it has ended."""
 
-    async def tokens(self) -> AsyncIterator[tuple[Chosen, ...]]:
+    async def tokens(self) -> AsyncGenerator[tuple[Chosen, ...]]:
         """The tokens, as they come. Raises StreamLost; RingRefused when the replica does not take what it is asked."""
         done: list[int] = list(self.prompt)
         until = len(self.prompt) + self.tokens_max
@@ -109,5 +107,4 @@ class Stream:
         if ring is None:
             why = f": {error.sentence}" if error else "."
             raise StreamLost(f"No replica is left to go on with{why}") from error
-        self.exact = self.exact and ring.exact
         return ring, self.new_session(), 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hmac
 import logging
 import secrets
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -69,14 +69,13 @@ def make_app(
     async def chat(request: Request[Any, Any, Any]) -> Response[bytes] | Stream:
         asked_for = read_chat(await request.body())
         asked = service.chat(asked_for)
-        reply = _Chat(service, asked, asked_for)
-        return await _reply(service, asked, reply)
+        return await _reply(service, asked, _Chat(service, asked, asked_for))
 
     @post("/v1/completions", status_code=200)
     async def completions(request: Request[Any, Any, Any]) -> Response[bytes] | Stream:
         asked_for = read_completion(await request.body())
         asked = service.completion(asked_for)
-        return await _reply(service, asked, _Text(service, asked, asked_for))
+        return await _reply(service, asked, _Text(service, asked_for))
 
     @get("/healthz")
     async def health() -> Response[bytes]:
@@ -110,8 +109,13 @@ def make_app(
 class _Reply:
     """How one kind of request is answered, whole or piece by piece."""
 
-    stream: bool
-    usage_wanted: bool
+    def __init__(self, service: ModelService, request: ChatRequest | CompletionRequest, prefix: str) -> None:
+        self.stream = bool(request.stream)
+        self.usage_wanted = bool(request.stream_options and request.stream_options.include_usage)
+        self._no_usage = None if self.usage_wanted else msgspec.UNSET
+        """What stands for it in a chunk before the last."""
+        self._service = service
+        self._id, self._created = prefix + secrets.token_hex(12), service.clock.now_ms() // 1000
 
     def first(self) -> list[Any]:
         return []
@@ -125,10 +129,8 @@ class _Reply:
 
 class _Chat(_Reply):
     def __init__(self, service: ModelService, asked: Asked, request: ChatRequest) -> None:
-        self.stream = bool(request.stream)
-        self.usage_wanted = bool(request.stream_options and request.stream_options.include_usage)
-        self._service, self._asked, self._logprobs = service, asked, bool(request.logprobs)
-        self._id, self._created = _new_id("chatcmpl-"), service.clock.now_ms() // 1000
+        super().__init__(service, request, "chatcmpl-")
+        self._asked, self._logprobs = asked, bool(request.logprobs)
 
     def _said(self, chosen: Sequence[Chosen]) -> openai.ChoiceLogprobs | None:
         return self._service.logprobs(chosen) if self._logprobs else None
@@ -139,13 +141,12 @@ class _Chat(_Reply):
     def first(self) -> list[Any]:
         begins = openai.Delta(role="assistant", content="")
         count = len(self._asked.prompts) * self._asked.choices
-        unset = None if self.usage_wanted else msgspec.UNSET
-        return [self._chunk([openai.ChunkChoice(index, begins)], unset) for index in range(count)]
+        return [self._chunk([openai.ChunkChoice(index, begins)], self._no_usage) for index in range(count)]
 
     def chunk(self, piece: Piece) -> Any:
         delta = openai.Delta(content=piece.text) if piece.text or piece.tokens else openai.Delta()
         choice = openai.ChunkChoice(piece.index, delta, piece.finish, self._said(piece.tokens))
-        return self._chunk([choice], None if self.usage_wanted else msgspec.UNSET)
+        return self._chunk([choice], self._no_usage)
 
     def last(self, usage: Usage) -> Any:
         return self._chunk([], usage)
@@ -160,11 +161,9 @@ class _Chat(_Reply):
 
 
 class _Text(_Reply):
-    def __init__(self, service: ModelService, asked: Asked, request: CompletionRequest) -> None:
-        self.stream = bool(request.stream)
-        self.usage_wanted = bool(request.stream_options and request.stream_options.include_usage)
-        self._service, self._top = service, request.logprobs
-        self._id, self._created = _new_id("cmpl-"), service.clock.now_ms() // 1000
+    def __init__(self, service: ModelService, request: CompletionRequest) -> None:
+        super().__init__(service, request, "cmpl-")
+        self._top = request.logprobs
         self._offsets: dict[int, int] = {}
 
     def _said(self, index: int, chosen: Sequence[Chosen]) -> openai.TextLogprobs | None:
@@ -183,7 +182,7 @@ class _Text(_Reply):
 
     def chunk(self, piece: Piece) -> Any:
         choice = openai.TextChoice(piece.index, piece.text, piece.finish, self._said(piece.index, piece.tokens))
-        return self._completion([choice], None if self.usage_wanted else msgspec.UNSET)
+        return self._completion([choice], self._no_usage)
 
     def last(self, usage: Usage) -> Any:
         return self._completion([], usage)
@@ -213,7 +212,7 @@ async def _reply(service: ModelService, asked: Asked, reply: _Reply) -> Response
 
 
 async def _events(
-    service: ModelService, asked: Asked, reply: _Reply, first: Piece, pieces: AsyncIterator[Piece]
+    service: ModelService, asked: Asked, reply: _Reply, first: Piece, pieces: AsyncGenerator[Piece]
 ) -> AsyncIterator[bytes]:
     said = 0
     try:
@@ -231,7 +230,7 @@ async def _events(
         service.counts.failed += 1
         yield _event(_said_trouble(error)[1])
     finally:
-        await pieces.aclose()  # type: ignore[attr-defined]
+        await pieces.aclose()
 
 
 def _usage(asked: Asked, said: int) -> Usage:
@@ -270,10 +269,6 @@ def _trouble(error: Exception) -> Response[bytes]:
     status, answer = _said_trouble(error)
     headers = {"retry-after": str(round(error.retry_after_s))} if isinstance(error, Overloaded) else None
     return _json(answer, status, headers)
-
-
-def _new_id(prefix: str) -> str:
-    return prefix + secrets.token_hex(12)
 
 
 class _Figures(Collector):

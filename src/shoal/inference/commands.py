@@ -69,8 +69,6 @@ class Advanced(EngineMessage, frozen=True, kw_only=True):
 
     states: Annotated[bytes, Meta(max_length=STATES_MAX_BYTES)] = b""
     chosen: Annotated[tuple[Chosen, ...], Meta(max_length=PIECE_MAX)] = ()
-    compute_ms: float = 0.0
-    """Of the step in which it took part."""
 
 
 Reply = Done | StageLoaded | Advanced | Failed

@@ -20,13 +20,19 @@ LOOK_BACK = 8192
 
 def look_up(tokens: Sequence[int], most: int = GUESS_MAX) -> tuple[int, ...]:
     """What followed the latest earlier place at which the text ended as it ends now; the longer ending counts."""
-    text = tuple(tokens[-LOOK_BACK:])
-    for length in range(min(LONGEST, len(text) - 1), SHORTEST - 1, -1):
-        ending = text[-length:]
-        for start in range(len(text) - length - 1, -1, -1):
-            if text[start : start + length] == ending:
-                return text[start + length : start + length + most]
-    return ()
+    text = tokens[-LOOK_BACK:]
+    longest, after = SHORTEST - 1, len(text)
+    for end in range(len(text) - 2, -1, -1):  # a stream does this for every token: one look at each place
+        if text[end] != text[-1]:
+            continue
+        alike = 1
+        while alike < min(LONGEST, end + 1) and text[end - alike] == text[-1 - alike]:
+            alike += 1
+        if alike > longest:
+            longest, after = alike, end + 1
+            if alike == LONGEST:
+                break
+    return tuple(text[after : after + most])
 
 
 @dataclass(frozen=True, slots=True)

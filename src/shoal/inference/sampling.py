@@ -5,45 +5,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
+from shoal.protocol.serving import Choosing, Chosen
+
 GREEDY_BELOW = 1e-5
 """Temperatures below this are none: the likeliest token is taken."""
 
 
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """As the OpenAI API names them."""
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int = 0
-    choice: int = 0
-    """Which of the `n` choices of a request it is: each draws for itself."""
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    top_logprobs: int | None = None
-    """How many of the likeliest tokens are told with their log probability; None: not even that of the chosen one."""
-
-    @property
-    def greedy(self) -> bool:
-        return self.temperature < GREEDY_BELOW
-
-
-@dataclass(frozen=True, slots=True)
-class Chosen:
-    token: int
-    logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
-    """(token, log probability), the likeliest first."""
-
-
 def choose(
-    logits: NDArray[np.float32], sampling: Sampling, position: int, seen: Mapping[int, int] | None = None
+    logits: NDArray[np.float32], sampling: Choosing, position: int, seen: Mapping[int, int] | None = None
 ) -> Chosen:
     """The token at `position` (counted from the start of the prompt). `logits` [vocabulary]; `seen`: how often each
     token was generated before, for the penalties. Log probabilities are the model's own, before temperature and
@@ -56,7 +30,7 @@ def choose(
         judged = exact.copy()
         for token, times in seen.items():
             judged[token] -= sampling.presence_penalty + times * sampling.frequency_penalty
-    token = int(judged.argmax()) if sampling.greedy else _drawn(judged, sampling, position)
+    token = int(judged.argmax()) if sampling.temperature < GREEDY_BELOW else _drawn(judged, sampling, position)
     if sampling.top_logprobs is None:
         return Chosen(token)
     norm = _log_sum(exact)
@@ -64,7 +38,7 @@ def choose(
     return Chosen(token, float(exact[token] - norm), tuple((int(one), float(exact[one] - norm)) for one in likeliest))
 
 
-def _drawn(logits: NDArray[np.float64], sampling: Sampling, position: int) -> int:
+def _drawn(logits: NDArray[np.float64], sampling: Choosing, position: int) -> int:
     """Nucleus sampling (Holtzman et al., 2020): of the likeliest tokens that together reach `top_p`, one at random."""
     order = np.argsort(-logits, kind="stable")
     weights = np.exp((logits[order] - logits[order[0]]) / sampling.temperature)

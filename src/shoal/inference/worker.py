@@ -7,36 +7,30 @@ them together. One thread: what arrives meanwhile lies in the pipe.
 from __future__ import annotations
 
 import asyncio
-import logging
-import os
 import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import torch
 
-from shoal.engines import FRAME, FRAME_MAX_BYTES, SENTENCE_MAX, Done, Failed, Stop, die_with_parent
-from shoal.errors import EngineError, ShoalError
+from shoal.engines import Done, Stop, worker
+from shoal.engines.failures import FAILURES, failed
+from shoal.errors import EngineError
 from shoal.inference.batching import Ask, StepCost, next_step
-from shoal.inference.commands import Advance, Advanced, Answered, Asked, CloseSession, LoadStage, Reply, StageLoaded
-from shoal.inference.sampling import Sampling, choose
+from shoal.inference.commands import Advance, Advanced, Asked, CloseSession, LoadStage, Reply, StageLoaded
+from shoal.inference.sampling import choose
 from shoal.inference.stage import POSITIONS_MAX, BadPiece, Piece, StageEngine
 from shoal.protocol.serving import Chosen
 from shoal.world import Clock, SystemClock
 from shoal.world.processes import stay_within_memory
 
-FAILURES = (ShoalError, OSError, torch.OutOfMemoryError)
 QUEUE_MAX = 256
 """Commands that may wait; the agent has fewer unanswered."""
 MEASURED_STEPS = 5
 STREAM_MAX = 32
 """So few positions that end in a choice are a stream's next token and its guesses; more are a prompt."""
-
-_decoder = msgspec.msgpack.Decoder(Asked)
-_encoder = msgspec.msgpack.Encoder()
 
 
 class StageNotReady(EngineError):
@@ -53,8 +47,8 @@ class _Waiting:
 
 
 class Worker:
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, clock: Clock) -> None:
-        self._reader, self._writer, self._clock = reader, writer, clock
+    def __init__(self, pipe: worker.Pipe, clock: Clock) -> None:
+        self._pipe, self._clock = pipe, clock
         self._engine: StageEngine | None = None
         self._waiting: list[_Waiting] = []
         self._history: dict[int, list[int]] = {}
@@ -70,10 +64,10 @@ class Worker:
             while True:
                 while not self._waiting or not asked.empty():
                     one = await asked.get()
-                    if one is None or isinstance(one.command, Stop):
-                        if one is not None:
-                            await self._send(one.number, Done())
-                        return
+                    if one is None:
+                        return await reading  # raises what was wrong with a frame
+                    if isinstance(one.command, Stop):
+                        return await self._pipe.send(one.number, Done())
                     await self._take(one)
                 await self._step()
                 await asyncio.sleep(0)  # what has arrived meanwhile is read
@@ -82,36 +76,28 @@ class Worker:
 
     async def _read(self, asked: asyncio.Queue[Asked | None]) -> None:
         try:
-            while True:
-                (length,) = FRAME.unpack(await self._reader.readexactly(FRAME.size))
-                if length > FRAME_MAX_BYTES:
-                    raise msgspec.ValidationError(f"A command of {length} bytes exceeds {FRAME_MAX_BYTES}.")
-                await asked.put(_decoder.decode(await self._reader.readexactly(length)))
-        except asyncio.IncompleteReadError:
+            while (one := await self._pipe.next()) is not None:
+                await asked.put(one)
+        finally:
             await asked.put(None)
-
-    async def _send(self, number: int, reply: Reply) -> None:
-        body = _encoder.encode(Answered(number, reply))
-        self._writer.write(FRAME.pack(len(body)) + body)
-        await self._writer.drain()
 
     async def _take(self, asked: Asked) -> None:
         command = asked.command
         try:
             if isinstance(command, LoadStage):
-                await self._send(asked.number, self._load(command))
+                await self._pipe.send(asked.number, self._load(command))
             elif isinstance(command, CloseSession):
                 self._loaded().close(command.session)
                 self._history.pop(command.session, None)
                 for one in [one for one in self._waiting if one.command.session == command.session]:
                     self._waiting.remove(one)
-                    await self._send(one.number, failed(BadPiece(f"Session {command.session} was closed.")))
-                await self._send(asked.number, Done())
+                    await self._pipe.send(one.number, failed(BadPiece(f"Session {command.session} was closed.")))
+                await self._pipe.send(asked.number, Done())
             elif isinstance(command, Advance):
                 self._loaded()
                 self._waiting.append(_Waiting(asked.number, command, self._now_ms()))
         except FAILURES as error:
-            await self._send(asked.number, failed(error))
+            await self._pipe.send(asked.number, failed(error))
 
     def _load(self, command: LoadStage) -> StageLoaded:
         if self._engine is not None:
@@ -154,7 +140,7 @@ class Worker:
             self._waiting.remove(one)
         began = self._clock.monotonic()
         for one, reply in self._computed(taken):
-            await self._send(one.number, reply)
+            await self._pipe.send(one.number, reply)
         took = self._clock.monotonic() - began
         self._cost = self._cost.measured(sum(len(one.command.tokens) for one in taken), took * 1000)
         if self._limit < 1:
@@ -171,31 +157,20 @@ class Worker:
 
     def _together(self, commands: list[Advance]) -> list[Reply]:
         engine = self._loaded()
-        began = self._clock.monotonic()
         pieces = [Piece(command.session, command.start, self._inputs(command)) for command in commands]
         states = engine.step(pieces)
         for command in commands:
             history = self._history.setdefault(command.session, [])
             history[command.start :] = command.tokens
         if not engine.is_last:
-            took = (self._clock.monotonic() - began) * 1000
-            return [
-                Advanced(states=one.float().cpu().numpy().astype("<f4").tobytes(), compute_ms=took) for one in states
-            ]
+            return [Advanced(states=one.float().cpu().numpy().astype("<f4").tobytes()) for one in states]
         wanted = [one[len(one) - command.choose :] for one, command in zip(states, commands, strict=True)]
-        logits = engine.logits(torch.cat(wanted)).cpu().numpy() if any(map(len, wanted)) else None
-        took = (self._clock.monotonic() - began) * 1000
+        logits = iter(engine.logits(torch.cat(wanted)).cpu().numpy() if any(map(len, wanted)) else ())
         replies: list[Reply] = []
-        at = 0
         for command, rows in zip(commands, wanted, strict=True):
-            chosen = []
-            for number in range(len(rows)):
-                assert logits is not None
-                chosen.append(
-                    self._choose(command, logits[at], command.start + len(command.tokens) - len(rows) + number)
-                )
-                at += 1
-            replies.append(Advanced(chosen=tuple(chosen), compute_ms=took))
+            stop = command.start + len(command.tokens)
+            positions = range(stop - len(rows), stop)
+            replies.append(Advanced(chosen=tuple(self._choose(command, next(logits), at) for at in positions)))
         return replies
 
     def _inputs(self, command: Advance) -> torch.Tensor:
@@ -216,18 +191,13 @@ class Worker:
     ) -> Chosen:
         """The token that follows `position`."""
         wanted = command.sampling
-        sampling = Sampling(
-            wanted.temperature, wanted.top_p, wanted.seed, wanted.choice, wanted.presence_penalty,
-            wanted.frequency_penalty, wanted.top_logprobs,
-        )  # fmt: skip
         seen = None
         if wanted.presence_penalty or wanted.frequency_penalty:
             seen = Counter(self._history[command.session][wanted.prompt_tokens : position + 1])
         try:
-            chosen = choose(logits, sampling, position + 1, seen)
+            return choose(logits, wanted, position + 1, seen)
         except ValueError as error:
             raise BadPiece(f"The model gave no usable answer: {error}.") from error
-        return Chosen(chosen.token, chosen.logprob, chosen.top)
 
     def _now_ms(self) -> int:
         return round(self._clock.monotonic() * 1000)
@@ -237,29 +207,9 @@ def _is_stream(command: Advance) -> bool:
     return command.choose > 0 and len(command.tokens) <= STREAM_MAX and command.start > 0
 
 
-def failed(error: Exception) -> Failed:
-    code = error.code if isinstance(error, ShoalError) else "SH-500"
-    sentence = str(error) if isinstance(error, ShoalError) else f"The stage failed: {error}"
-    return Failed(code=code, sentence=sentence[:SENTENCE_MAX])
-
-
-async def serve(replies: int) -> None:
-    """Answer commands from stdin on file descriptor `replies`."""
-    loop = asyncio.get_running_loop()
-    reader = asyncio.StreamReader(limit=FRAME_MAX_BYTES + FRAME.size)
-    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
-    transport, protocol = await loop.connect_write_pipe(asyncio.streams.FlowControlMixin, os.fdopen(replies, "wb"))
-    await Worker(reader, asyncio.StreamWriter(transport, protocol, None, loop), SystemClock()).run()
-    transport.close()
-
-
 def work(parent: int) -> None:
     """Be the stage of the process `parent`, until the end."""
-    die_with_parent(parent)
-    replies = os.dup(1)
-    os.dup2(2, 1)
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING)
-    asyncio.run(serve(replies))
+    worker.work(parent, Asked, lambda pipe: Worker(pipe, SystemClock()).run())
 
 
 if __name__ == "__main__":

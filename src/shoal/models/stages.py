@@ -132,7 +132,6 @@ def read_stage(
     not finite, each by name.
     """
     stage, wanted = _empty_stage(config, first, stop, attention)
-    FAMILIES[shape_of(config).family]
     parameters = dict(stage.named_parameters())
     found: dict[str, torch.Tensor] = {}
     for file in files:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -145,9 +146,14 @@ def _end_said(directory: Path) -> str | None:
         settings = msgspec.json.decode((directory / SETTINGS[0]).read_bytes()[:TOKENIZER_MAX_BYTES])
     except (OSError, msgspec.DecodeError, RecursionError):
         return None
-    end = settings.get("eos_token") if isinstance(settings, dict) else None
-    end = end.get("content") if isinstance(end, dict) else end
-    return end if isinstance(end, str) else None
+    return special_token(settings, "eos_token") if isinstance(settings, dict) else None
+
+
+def special_token(settings: Mapping[str, Any], name: str) -> str | None:
+    """What tokenizer_config.json says a token is: its text, or an object that holds it."""
+    token = settings.get(name)
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
 
 
 def _save(tokenizer: Any, directory: Path, end: str | None) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import logging
 import shutil
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -261,7 +261,7 @@ class NodeAgent:
                 addresses=tuple(self._endpoint.addresses),
                 capability=self.capability,
                 accepts=self.settings.accepts,
-                busy=self._works_for() >= self.settings.members_max,
+                busy=len(self._jobs()) >= self.settings.members_max,
             )
             try:
                 await self._hubs.publish(sign(self._key, offer, self.settings.network))
@@ -279,8 +279,7 @@ class NodeAgent:
     async def _join(self, invitation: Invitation) -> MemberRun:
         """A new member, whose work has begun. One of the same job makes way for it, once the new one is known to be
         invited rightly."""
-        if self._closing:
-            raise NodeUnable(f"Node {self.settings.name} is stopping.")
+        self._refuse_when_stopping()
         scratch = self.settings.folder / "work" / invitation.job_id.hex()[:16]
         member = self._make_member(
             invitation,
@@ -303,7 +302,7 @@ class NodeAgent:
                 f"Node {self.settings.name} is a member of job {known.job.name!r} in term {known.term} of its driver; "
                 f"the invitation is of term {member.term}."
             )
-        self._admit([one for one in self._members.values() if one is not known])
+        self._admit(known)
         if known is not None:
             known.end("It was invited anew.", tell=False)
             await asyncio.wait({self._tasks[invitation.job_id]})
@@ -318,17 +317,21 @@ class NodeAgent:
         self._tasks[member.job_id] = asyncio.create_task(self._run_member(member, scratch))
         return member
 
-    def _admit(self, members: Sequence[MemberRun] | None = None) -> None:
-        """Raises NodeUnable, NodeBusy."""
+    def _jobs(self, without: MemberRun | None = None) -> list[str]:
+        """What this node works for."""
+        members = [repr(one.job.name) for one in self._members.values() if one is not without]
+        return members + (self._stages.names() if self._stages else [])
+
+    def _admit(self, without: MemberRun | None = None) -> None:
+        """Raises NodeUnable, NodeBusy; `without` makes way."""
+        self._refuse_when_stopping()
+        jobs = self._jobs(without)
+        if len(jobs) >= self.settings.members_max:
+            raise NodeBusy(f"Node {self.settings.name} is busy with {', '.join(jobs)}; try again when that has ended.")
+
+    def _refuse_when_stopping(self) -> None:
         if self._closing:
             raise NodeUnable(f"Node {self.settings.name} is stopping.")
-        counted = list(self._members.values()) if members is None else list(members)
-        names = [repr(one.job.name) for one in counted] + (self._stages.names() if self._stages else [])
-        if len(names) >= self.settings.members_max:
-            raise NodeBusy(f"Node {self.settings.name} is busy with {', '.join(names)}; try again when that has ended.")
-
-    def _works_for(self) -> int:
-        return len(self._members) + (len(self._stages) if self._stages else 0)
 
     async def _changed(self) -> None:
         if not self._closing:
@@ -347,8 +350,7 @@ class NodeAgent:
             if self._store.pins(member.pin):  # else it never worked, and takes no place from those that did
                 self._ended[member.pin] = None
             self._forget_ended()
-            if not self._closing:
-                await self._publish()
+            await self._changed()
 
     def _remember_head(self, member: MemberRun) -> None:
         """So that a driver that goes on with an older copy of the job's folder hears of it."""

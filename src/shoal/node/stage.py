@@ -10,6 +10,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from shoal.engines import EngineDied, EngineFailed
 from shoal.errors import BadRecord, EngineError, LinkError, ShoalError
 from shoal.identity import Envelope, KeyPair, short_id
@@ -19,6 +21,7 @@ from shoal.node.member import EngineSettings
 from shoal.protocol.messages import encode, open_record, sign
 from shoal.protocol.serving import (
     HOLDERS_MAX,
+    Chosen,
     RequestReceipt,
     ServeJob,
     StageAnswer,
@@ -229,26 +232,23 @@ class StageRun:
                 )
             )
             if self._mine + 1 == len(self._invite.stages):
-                await self._answer(message, StageAnswer(
-                    ring=self.ring, session=message.session, number=message.number, chosen=done.chosen
-                ))  # fmt: skip
+                await self._answer(message, chosen=done.chosen)
                 return
             after = self._invite.stages[self._mine + 1]
             link = await self._endpoint.dial(after.node, after.addresses, deadline_s=HAND_ON_S)
-            await self._ask(link, StageWork(
-                ring=self.ring, session=message.session, number=message.number, start=message.start,
-                tokens=message.tokens, states=done.states, choose=message.choose, choosing=message.choosing,
-            ))  # fmt: skip
+            await self._ask(link, msgspec.structs.replace(message, states=done.states))
         except EngineDied:
             return  # `run` tells the gateway
         except (EngineFailed, LinkError) as error:
             code = error.cause_code if isinstance(error, EngineFailed) else error.code
-            await self._answer(message, StageAnswer(
-                ring=self.ring, session=message.session, number=message.number, code=code,
-                sentence=f"{self.name}: {error.sentence}"[:400],
-            ))  # fmt: skip
+            await self._answer(message, code=code, sentence=f"{self.name}: {error.sentence}"[:400])
 
-    async def _answer(self, message: StageWork, answer: StageAnswer) -> None:
+    async def _answer(
+        self, message: StageWork, *, chosen: tuple[Chosen, ...] = (), code: str = "", sentence: str = ""
+    ) -> None:
+        answer = StageAnswer(
+            ring=self.ring, session=message.session, number=message.number, chosen=chosen, code=code, sentence=sentence
+        )
         try:
             await self._ask(await self._gateway_link(), answer)
         except LinkError as error:  # the gateway notices by itself

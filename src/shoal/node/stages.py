@@ -25,8 +25,8 @@ from shoal.protocol.serving import (
 )
 from shoal.storage import BlobStore, Fetcher
 from shoal.world import Clock, Endpoint, Request
+from shoal.world.reach import echo_ms
 
-PROBES = 3
 PROBE_DEADLINE_S = 3.0
 PROBES_AT_ONCE = 2
 """Requests to probe links that are worked on; more wait."""
@@ -67,9 +67,6 @@ class StageHost:
             (LinkEcho, self._echo),
         ):
             endpoint.handle(kind.KIND, handler)
-
-    def __len__(self) -> int:
-        return len(self._stages)
 
     def names(self) -> list[str]:
         return [repr(run.job.name) for run, _ in self._stages.values()]
@@ -137,22 +134,16 @@ class StageHost:
     async def _probe(self, request: Request) -> bytes:
         message = decode(LinkProbe, request.body, request.version)
         async with self._probing:
-            found = await asyncio.gather(*(self._far(holder) for holder in message.nodes))
+            found = await asyncio.gather(
+                *(round_trip_ms(self._endpoint, holder, self._clock) for holder in message.nodes)
+            )
         return encode(LinksProbed(round_trip_ms=tuple(found)), request.version)
-
-    async def _far(self, holder: BlobHolder) -> float | None:
-        return await round_trip_ms(self._endpoint, holder, self._clock)
 
 
 async def round_trip_ms(endpoint: Endpoint, holder: BlobHolder, clock: Clock) -> float | None:
     """The least of a few small requests; none where there is no way to it."""
     try:
         link = await endpoint.dial(holder.node, holder.addresses, deadline_s=PROBE_DEADLINE_S)
-        times = []
-        for _ in range(PROBES):
-            began = clock.monotonic()
-            await link.request(LinkEcho.KIND, encode(LinkEcho(), link.version), deadline_s=PROBE_DEADLINE_S)
-            times.append((clock.monotonic() - began) * 1000)
-        return min(times)
+        return await echo_ms(link, clock, PROBE_DEADLINE_S)
     except LinkError:
         return None

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from shoal.engines import Done, Stop
+from shoal.engines.failures import FAILURES, failed
 from shoal.errors import BadInput
 from shoal.protocol.training import TrainJob
 from shoal.sdk.loop_script import OtherLoop
@@ -40,12 +41,10 @@ from shoal.training.commands import (
 from shoal.training.compute import describe_engine, set_up_torch, synchronize
 from shoal.training.member import FlatParameters, OutOfTurn
 from shoal.training.member_engine import (
-    FAILURES,
     MEASURED_S,
     MEASURED_STEPS,
     WARM_UP_STEPS,
     MemberEngine,
-    failed,
 )
 from shoal.training.optimizer import Floats, TorchOptimizer
 

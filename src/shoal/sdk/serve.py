@@ -24,7 +24,7 @@ from shoal.gateway.service import ModelService
 from shoal.gateway.web import make_app
 from shoal.hub import HubClient
 from shoal.identity import KeyPair
-from shoal.inference.attention import kept_bytes
+from shoal.inference.attention import BLOCK, kept_bytes, padded
 from shoal.inference.commands import LoadStage
 from shoal.inference.process import StageProcess
 from shoal.models.checkpoints import weight_files
@@ -44,7 +44,6 @@ from shoal.world import Clock, Dice
 SESSIONS_SHARE = 0.5
 """Part of the memory that is free when the model is loaded which sessions may take."""
 SESSIONS_MAX_BYTES = 64 << 30
-BLOCK = 128
 
 
 class ServeFailed(JobError):
@@ -173,7 +172,8 @@ class LocalServer(ServedModel):
             exact = exact and loaded.exact
             options.say(f"Layers {first} to {stop - 1} are loaded: {loaded.layer_ms * (stop - first):.1f} ms a token.")
         service.rings.append(LocalRing("this machine", self._stages, exact=exact, token_ms=token_ms))
-        service.admission.positions = max(service.context, memory * BLOCK // _block_bytes(model.shape, layers))
+        block_bytes = _cache_bytes(model.shape, layers, BLOCK)
+        service.admission.positions = max(service.context, memory * BLOCK // block_bytes)
 
     async def stop(self) -> None:
         await super().stop()
@@ -216,11 +216,10 @@ class NodesServer(ServedModel):
             name=options.name, created_ms=self.clock.now_ms(), config=model.config, layers=shape.layers,
             files=tuple(files),
         )  # fmt: skip
-        blocks = options.sessions * -(-service.context // BLOCK)
         needs = ModelNeeds(
             layers=shape.layers,
             layer_bytes=max(found.layer_bytes),
-            cache_bytes=blocks * _block_bytes(shape, 1),
+            cache_bytes=options.sessions * _cache_bytes(shape, 1, service.context),
             first_bytes=found.first_bytes,
             last_bytes=found.last_bytes,
         )
@@ -231,7 +230,7 @@ class NodesServer(ServedModel):
             endpoint, hubs, self.clock, self.dice, Rings(endpoint), service.rings, options.say,
         )  # fmt: skip
         self._stack.push_async_callback(self.placer.close)
-        service.admission.positions = max(service.context, blocks * BLOCK)
+        service.admission.positions = options.sessions * padded(service.context)
         self._placing = asyncio.create_task(self.placer.run())
 
     async def stop(self) -> None:
@@ -242,9 +241,9 @@ class NodesServer(ServedModel):
         await self._stack.aclose()
 
 
-def _block_bytes(shape: Shape, layers: int) -> int:
-    """Memory of BLOCK positions of a session in so many layers."""
-    return kept_bytes(layers, shape.key_heads, shape.head_size, BLOCK)
+def _cache_bytes(shape: Shape, layers: int, positions: int) -> int:
+    """What a session of so many positions keeps in so many layers."""
+    return kept_bytes(layers, shape.key_heads, shape.head_size, positions)
 
 
 def _ends(config: str, directory: Path, end: int | None) -> frozenset[int]:

@@ -7,11 +7,9 @@ from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from shoal.engines.messages import SENTENCE_MAX, Failed
-from shoal.errors import EngineError, ShoalError
+from shoal.errors import EngineError
 from shoal.identity import blake3_hash, hash_of_parts
 from shoal.protocol.training import STEPS_MAX, TrainJob
 from shoal.rounds.order import sample_indices
@@ -24,26 +22,12 @@ from shoal.training.schedule import batch_sizes
 from shoal.training.state import SharedState
 from shoal.training.updates import Update
 
-FAILURES = (ShoalError, OSError, torch.OutOfMemoryError)
-"""What a command may end with that an engine answers, and goes on."""
 STATES_MAX = 6
 """Shared states held at once: the newest and those that rounds in flight or a replay start from."""
 WARM_UP_STEPS = 2
 MEASURED_STEPS = 3
 MEASURED_S = 0.5
 """A measurement takes at least this many steps and seconds."""
-
-
-class OutOfDeviceMemory(EngineError):
-    """The model and its batches do not fit on the device."""
-
-    code = "SH-536"
-
-
-class FileTrouble(EngineError):
-    """A file that a command names could not be read or written."""
-
-    code = "SH-537"
 
 
 class WrongState(EngineError):
@@ -185,22 +169,6 @@ class MemberEngine:
         state = self.state(state_hash)
         state.write(Path(path))
         return _held(state)
-
-
-def failed(error: Exception) -> Failed:
-    """The answer to a command that ended with one of FAILURES."""
-    if isinstance(error, torch.OutOfMemoryError):
-        error = OutOfDeviceMemory(f"The device ran out of memory; lower batch_samples or use a smaller model. {error}")
-    elif not isinstance(error, ShoalError):
-        error = FileTrouble(f"A file could not be read or written: {_without_folders(error)}.")
-    return Failed(code=error.code, sentence=error.sentence[:SENTENCE_MAX])
-
-
-def _without_folders(error: Exception) -> str:
-    """What the system says, with the file's name but not where it lies: a driver reads it, too."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror} ({Path(error.filename).name})" if error.filename else error.strerror
-    return str(error)
 
 
 def _held(state: SharedState) -> StateHeld:

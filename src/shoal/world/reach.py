@@ -1,0 +1,52 @@
+"""Getting a link to a node that made an offer, and how far it is."""
+
+from __future__ import annotations
+
+from shoal.errors import LinkError
+from shoal.identity import short_id
+from shoal.protocol.messages import encode
+from shoal.protocol.offers import Offer
+from shoal.protocol.serving import LinkEcho
+from shoal.world.clock import Clock
+from shoal.world.directory import Directory
+from shoal.world.network import Endpoint, Link
+
+CALL_BACK_S = 8.0
+"""How long a node that accepts no links is waited for after a hub was asked to have it dial."""
+ECHOES = 3
+
+
+async def reach(
+    node: bytes, offer: Offer, *, endpoint: Endpoint, directory: Directory, clock: Clock, dial_deadline_s: float
+) -> Link:
+    """A link to the node that made an offer: the open one, a dialled one, or, where it cannot be dialled, one that the
+    node opens itself after a hub told it to. Raises LinkError."""
+    open_link = endpoint.links().get(node)
+    if open_link is not None and not open_link.closed:
+        return open_link
+    if offer.addresses:
+        try:
+            return await endpoint.dial(node, offer.addresses, deadline_s=dial_deadline_s)
+        except LinkError:
+            if not endpoint.addresses:
+                raise
+    if not endpoint.addresses:
+        raise LinkError(f"Node {offer.name} accepts no links and this driver does not either; use --listen.")
+    await directory.introduce(node, endpoint.addresses)
+    until = clock.monotonic() + CALL_BACK_S
+    while clock.monotonic() < until:
+        open_link = endpoint.links().get(node)
+        if open_link is not None and not open_link.closed:
+            return open_link
+        await clock.sleep(0.05)
+    raise LinkError(f"Node {offer.name} ({short_id(node)}) was asked to call back and did not.")
+
+
+async def echo_ms(link: Link, clock: Clock, deadline_s: float) -> float:
+    """The shortest round trip of a few small requests. Raises LinkError."""
+    times = []
+    for _ in range(ECHOES):
+        began = clock.monotonic()
+        await link.request(LinkEcho.KIND, encode(LinkEcho(), link.version), deadline_s=deadline_s)
+        times.append((clock.monotonic() - began) * 1000)
+    return min(times)
