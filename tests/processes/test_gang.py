@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 from hub_world import an_offer
 
-from shoal.driver.gang import DIALS_AT_ONCE, Backoff, LinkedNode, TooFewNodes, find_gang
+from shoal.driver.gang import DIALS_AT_ONCE, LinkedNode, TooFewNodes, find_gang
 from shoal.errors import LinkError
 from shoal.identity import KeyPair
 from shoal.market import fits
@@ -17,6 +17,7 @@ from shoal.protocol.offers import FOUND_MAX, Offer, OfferFind
 from shoal.transport.memory import MemoryEndpoint, MemoryNetwork
 from shoal.world import HeldClock, SeededDice
 from shoal.world.directory import FoundOffer
+from shoal.world.lookout import Backoff
 
 
 def a_key(number: int) -> KeyPair:

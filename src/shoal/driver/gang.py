@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ from shoal.protocol.blobs import BlobHolder
 from shoal.protocol.offers import FOUND_MAX, Offer, OfferFind
 from shoal.world import Clock, Endpoint, Link
 from shoal.world.directory import Directory, FoundOffer
+from shoal.world.lookout import FORMER_MAX, Backoff, Lookout, offers_of
 from shoal.world.reach import reach
 
 LOOK_EVERY_S = 1.0
@@ -25,13 +25,8 @@ SETTLE_S = 2.0
 """How long dials that are under way are waited for once there are enough nodes; those that come later join later."""
 REST_S, REST_MAX_S = 4.0, 300.0
 """How long a node that did not answer is left alone: the first time, and at most; each time twice as long."""
-TRIED_REMEMBERED_MAX = 4096
-DOUBLINGS_MAX = 60
-"""More would overflow some day: a job may last for weeks beside an offer with nobody behind it."""
 TROUBLES_SHOWN = 8
 """Nodes whose troubles a sentence names."""
-FORMER_MAX = 16
-"""Former nodes that the hubs are asked about at a time."""
 
 
 class TooFewNodes(JobError):
@@ -63,52 +58,6 @@ async def link_to(node: bytes, offer: Offer, *, endpoint: Endpoint, directory: D
         node, offer, endpoint=endpoint, directory=directory, clock=clock, dial_deadline_s=DIAL_DEADLINE_S
     )
     return LinkedNode(node, offer, link)
-
-
-class Backoff:
-    """Nodes that were tried in vain, and how long each is left alone: `first_s`, then twice as long each time, at most
-    `most_s`. So an offer with nobody behind it takes no turn from one that has somebody, however fast it says to be."""
-
-    def __init__(self, clock: Clock, first_s: float, most_s: float = math.inf) -> None:
-        self._clock, self._first_s, self._most_s = clock, first_s, most_s
-        self._tried: dict[bytes, tuple[int, float]] = {}
-        """NodeId -> times in a row, and before when it is not tried again."""
-
-    def rests(self, node: bytes) -> bool:
-        return self._clock.monotonic() < self._tried.get(node, (0, 0.0))[1]
-
-    def times(self, node: bytes) -> int:
-        return self._tried.get(node, (0, 0.0))[0]
-
-    def tried(self, node: bytes) -> None:
-        times, _ = self._tried.pop(node, (0, 0.0))
-        rest_s = min(self._most_s, self._first_s * 2.0 ** min(times, DOUBLINGS_MAX))
-        self._tried[node] = (times + 1, self._clock.monotonic() + rest_s)
-        while len(self._tried) > TRIED_REMEMBERED_MAX:
-            del self._tried[next(iter(self._tried))]
-
-    def succeeded(self, node: bytes) -> None:
-        self._tried.pop(node, None)
-
-
-class Lookout:
-    """Looks through all offers that fit, FOUND_MAX at a look, and then from the beginning again: NodeIds can be chosen,
-    and who chooses low ones shall not stand before everybody else for ever."""
-
-    def __init__(self, directory: Directory, wanted: OfferFind) -> None:
-        self._directory = directory
-        self._wanted = msgspec.structs.replace(wanted, limit=FOUND_MAX)
-        self._after: bytes | None = None
-
-    async def look(self, former: Collection[bytes] = ()) -> list[FoundOffer]:
-        """The next offers, and those of `former` nodes that are busy and fit otherwise. Raises LinkError."""
-        page = await self._directory.find(msgspec.structs.replace(self._wanted, after=self._after))
-        self._after = page[-1].node if len(page) == FOUND_MAX else None
-        found = {one.node: one for one in page}
-        for node in [node for node in former if node not in found][:FORMER_MAX]:
-            with contextlib.suppress(LinkError):  # the hub has heard enough questions for now
-                found |= {one.node: one for one in await _offers_of(self._directory, self._wanted, node)}
-        return list(found.values())
 
 
 class Dials:
@@ -232,11 +181,6 @@ async def _say_busy(directory: Directory, wanted: OfferFind) -> str:
     )
 
 
-async def _offers_of(directory: Directory, wanted: OfferFind, node: bytes) -> list[FoundOffer]:
-    """What one node offers, busy or not, if it fits otherwise. Raises LinkError."""
-    return list(await directory.find(msgspec.structs.replace(wanted, node=node, idle_only=False)))
-
-
 async def link_to_former(
     former: Sequence[bytes], wanted: OfferFind, *, endpoint: Endpoint, directory: Directory, clock: Clock
 ) -> None:
@@ -244,7 +188,7 @@ async def link_to_former(
 
     async def link(node: bytes) -> None:
         with contextlib.suppress(LinkError):
-            for one in await _offers_of(directory, wanted, node):
+            for one in await offers_of(directory, wanted, node):
                 await link_to(one.node, one.offer, endpoint=endpoint, directory=directory, clock=clock)
 
     await asyncio.gather(*(link(node) for node in former[-FORMER_MAX:]))

@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from shoal.driver.folder import RunFolder
-from shoal.driver.gang import DIALS_AT_ONCE, REST_MAX_S, REST_S, Backoff, LinkedNode, Lookout, link_to
+from shoal.driver.gang import DIALS_AT_ONCE, REST_MAX_S, REST_S, LinkedNode, link_to
 from shoal.driver.lanes import NodeLane
 from shoal.driver.lines import Event, EventKind, Lane, RoundMetrics
 from shoal.driver.members import MemberLine, MemberLines, NotOfThisJob
@@ -53,6 +53,7 @@ from shoal.training.state import SharedState
 from shoal.training.updates import UPDATE_MEDIA_TYPE, Update, decode_update
 from shoal.world import Clock, Endpoint, Request
 from shoal.world.directory import Directory, FoundOffer
+from shoal.world.lookout import Backoff, Lookout
 
 BYTES_CLAIMED_MAX = (1 << 53) // MEMBERS_MAX
 """A node's own account of its bytes counts up to this, so that no claim makes a sum that cannot be written down."""
