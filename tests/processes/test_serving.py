@@ -78,7 +78,7 @@ def test_replicas_on_nodes_and_a_stream_that_outlives_one(checkpoint: Path, tmp_
                     if line.startswith("data: {"):
                         got += json.loads(line.removeprefix("data: "))["choices"][0]["text"]
                         if doomed is None:
-                            (doomed,) = [ring.name for ring in service.rings if service._load.get(id(ring))]
+                            (doomed,) = [ring.name for ring in service.rings if ring.streams]
                             shoal.nodes[doomed].kill()
             assert got == expected(checkpoint, PROMPT * 3, 400)
             assert service.counts.resumed == 1
@@ -116,5 +116,5 @@ def test_a_ring_where_no_node_can_hold_the_model(
             assert any("1 replica goes on" in sentence or "to load" in sentence for sentence in said)
 
     one_layer = 3 << 20  # and the cache that goes with it
-    monkeypatch.setattr("shoal.gateway.placing.CPU_SHARE", one_layer / psutil.virtual_memory().total)
+    monkeypatch.setattr("shoal.gateway.scouting.CPU_SHARE", one_layer / psutil.virtual_memory().total)
     asyncio.run(asyncio.wait_for(scene(), GENEROUS_S))

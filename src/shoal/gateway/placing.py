@@ -1,44 +1,31 @@
-"""Getting a model onto nodes: looks for them, measures how far they are, has the planner decide, invites, and does it
-again when some came or went."""
+"""Getting a model onto nodes: has the planner decide, invites, and does it again when some came or went."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 
-from shoal.errors import LinkError, ShoalError
-from shoal.gateway.remote import NodeRing, Rings
-from shoal.gateway.rings import Ring
+from shoal.errors import LinkError
+from shoal.gateway.remote import Latency, Loss, NodeRing, Rings
+from shoal.gateway.rings import Ring, RingLost, RingRefused
+from shoal.gateway.scouting import Scout
 from shoal.identity import Envelope
 from shoal.protocol.blobs import BlobHolder
-from shoal.protocol.messages import decode, encode
-from shoal.protocol.offers import FOUND_MAX, Device, Offer, OfferFind
-from shoal.protocol.serving import (
-    STAGES_MAX,
-    LinkProbe,
-    LinksProbed,
-    ServeJob,
-    StageInvite,
-    StagePlace,
-)
-from shoal.sharding import GATEWAY, Links, ModelNeeds, Plan, Replica, ServingNode, plan, replan
-from shoal.world import Clock, Dice, Directory, Endpoint, FoundOffer, Link
-from shoal.world.reach import echo_ms, reach
+from shoal.protocol.messages import encode
+from shoal.protocol.serving import Choosing, ServeJob, StageInvite, StagePlace
+from shoal.sharding import ModelNeeds, Plan, Replica, plan, replan, standbys
+from shoal.world import Clock, Dice, Directory, Endpoint, within
 
-LOOK_EVERY_S = 2.0
-DIAL_DEADLINE_S = 5.0
-PROBE_DEADLINE_S = 10.0
-PROBED_MAX = 32
-"""Nodes whose distances from one another are measured; of more, the nearest to the gateway."""
+ARRANGE_EVERY_S = 2.0
 INVITE_DEADLINE_S = 20.0
 LOAD_PATIENCE_S = 600.0
-CPU_SHARE = 0.5
-"""Part of a machine's memory that a stage on its processor may take."""
+RETIRE_S = 300.0
+"""How long a ring that is not wanted any more waits for the last of its streams to move."""
+RETIRE_LOOK_S = 0.05
 
-_log = logging.getLogger("shoal.gateway")
+Places = tuple[StagePlace, ...]
 
 
 @dataclass(frozen=True)
@@ -55,18 +42,6 @@ class ModelOnNodes:
 
 
 @dataclass
-class _Known:
-    """A node that the gateway has a link to."""
-
-    offer: Offer
-    link: Link
-    far_ms: float
-    """Round trip."""
-    layer_ms: float
-    last_ms: float = 0.0
-
-
-@dataclass
 class Placer:
     """Keeps the rings of a model as the planner wants them. `run` goes on until it is cancelled."""
 
@@ -79,174 +54,186 @@ class Placer:
     serving: list[Ring]
     """Rings that are ready, for whoever sends streams through them."""
     say: Callable[[str], None] = lambda _: None
-    known: dict[bytes, _Known] = field(default_factory=dict)
-    between_ms: dict[tuple[bytes, bytes], float] = field(default_factory=dict)
-    """One way."""
     _plan: Plan = field(default_factory=lambda: Plan((), (), ""))
-    _placed: dict[tuple[StagePlace, ...], NodeRing] = field(default_factory=dict)
+    _reserve: tuple[Replica, ...] = ()
+    _placed: dict[Places, NodeRing] = field(default_factory=dict)
+    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    _wake: asyncio.Event = field(default_factory=asyncio.Event)
     _said: str = ""
 
+    def __post_init__(self) -> None:
+        self.scout = Scout(self.model.needs, self.endpoint, self.directory, self.clock, self._wake.set)
+
     async def run(self) -> None:
-        while True:
-            try:
-                await self.look()
-            except LinkError as error:
-                _log.info("no hub answers; the rings go on as they are: %s", error)
-            await self.clock.sleep(LOOK_EVERY_S)
+        scouting = asyncio.create_task(self.scout.run())
+        try:
+            while True:
+                self._wake.clear()
+                self.arrange()
+                with contextlib.suppress(TimeoutError):
+                    await within(self.clock, ARRANGE_EVERY_S, self._wake.wait())
+        finally:
+            scouting.cancel()
+            await asyncio.gather(scouting, return_exceptions=True)
 
     async def close(self) -> None:
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.gather(*(ring.close("The gateway is stopping.") for ring in self._placed.values()))
 
-    async def look(self) -> None:
-        """One look at what is there, and what follows from it."""
-        found = await self.directory.find(OfferFind(accepts="serve", limit=FOUND_MAX))
-        busy_here = {place.node for ring in self._placed.values() for place in ring.places}
-        free = [one for one in found if not one.offer.busy or one.node in busy_here]
-        for node in [node for node, known in self.known.items() if known.link.closed]:
-            del self.known[node]
-        await asyncio.gather(*(self._meet(one) for one in free if one.node not in self.known))
-        await self._probe()
-        lost = [places for places, ring in self._placed.items() if ring.lost.done()]
-        for places in lost:
-            ring = self._placed.pop(places)
-            self.say(f"{ring.name} is lost: {ring.lost.result()}.")
-            with contextlib.suppress(ValueError):
-                self.serving.remove(ring)
-            await ring.close(ring.lost.result())
-        there = {one.node for one in free}
-        nodes = [self._serving_node(node, known) for node, known in self.known.items() if node in there]
-        before = Plan(tuple(one for one in self._plan.replicas if self._places(one) in self._placed), (), "")
-        links = self._links()
-        new = (
-            replan(before, self.model.needs, nodes, links) if before.replicas else plan(self.model.needs, nodes, links)
-        )
-        self._plan = new
-        if new.reason != self._said:
-            self._said = new.reason
-            self.say(new.reason)
-        await self._carry_out(new)
+    def arrange(self) -> None:
+        """Plan with what is there now, and begin to carry it out."""
+        needs = self.model.needs
+        nodes, links = self.scout.nodes(), self.scout.links()
+        if self._plan.replicas:
+            wanted = replan(self._plan, needs, nodes, links, reserve=self._reserve)
+        else:
+            wanted = plan(needs, nodes, links)
+        self._plan, self._reserve = wanted, standbys(wanted, needs, nodes, links)
+        if wanted.reason != self._said:
+            self._said = wanted.reason
+            self.say(wanted.reason)
+        primary = {self._places(replica): replica for replica in wanted.replicas}
+        spare = {self._places(replica): replica for replica in self._reserve}
+        self._carry_out(primary, spare)
 
-    # --- nodes -----------------------------------------------------------------------------------------------------
-
-    async def _meet(self, one: FoundOffer) -> None:
-        try:
-            link = await reach(
-                one.node, one.offer, endpoint=self.endpoint, directory=self.directory, clock=self.clock,
-                dial_deadline_s=DIAL_DEADLINE_S,
-            )  # fmt: skip
-            far_ms = await echo_ms(link, self.clock, DIAL_DEADLINE_S)
-        except ShoalError as error:  # whatever is wrong with one offer, serving goes on
-            _log.info("%s cannot serve: %s", one.offer.name, error)
-            return
-        device = _device(one.offer)
-        rate = device.memory_bytes_per_s or 1e9
-        self.known[one.node] = _Known(one.offer, link, far_ms, 1000 * self.model.needs.layer_bytes / rate)
-
-    async def _probe(self) -> None:
-        """Have nodes measure how far they are from one another, each pair once."""
-        nodes = sorted(self.known, key=lambda node: self.known[node].far_ms)[:PROBED_MAX]
-        jobs = []
-        for at, node in enumerate(nodes):
-            others = [other for other in nodes[at + 1 :] if (node, other) not in self.between_ms]
-            others = [other for other in others if (other, node) not in self.between_ms]
-            if others:
-                jobs.append(self._probe_from(node, others[:STAGES_MAX]))
-        await asyncio.gather(*jobs)
-
-    async def _probe_from(self, node: bytes, others: Sequence[bytes]) -> None:
-        link = self.known[node].link
-        holders = tuple(BlobHolder(other, self.known[other].offer.addresses) for other in others)
-        try:
-            reply = await link.request(
-                LinkProbe.KIND, encode(LinkProbe(nodes=holders), link.version), deadline_s=PROBE_DEADLINE_S
-            )
-            times = decode(LinksProbed, reply, link.version).round_trip_ms
-        except ShoalError as error:
-            _log.info("%s did not say how far others are: %s", self.known[node].offer.name, error)
-            return
-        for other, time_ms in zip(others, times, strict=False):
-            if time_ms is not None:
-                self.between_ms[node, other] = time_ms / 2
-
-    def _serving_node(self, node: bytes, known: _Known) -> ServingNode:
-        device = _device(known.offer)
-        free = int(device.memory_bytes * (CPU_SHARE if device.kind == "cpu" else 0.9))
-        return ServingNode(node, known.offer.name, free, max(1e-3, known.layer_ms), known.last_ms)
-
-    def _links(self) -> Links:
-        ways = {(GATEWAY, node): known.far_ms / 2 for node, known in self.known.items()}
-        return Links({**self.between_ms, **ways})
-
-    # --- rings -----------------------------------------------------------------------------------------------------
-
-    def _places(self, replica: Replica) -> tuple[StagePlace, ...]:
+    def _places(self, replica: Replica) -> Places:
         return tuple(
             StagePlace(
-                node=stage.node, addresses=self._addresses(stage.node), first=stage.first, stop=stage.stop
+                node=stage.node, addresses=self.scout.addresses(stage.node), first=stage.first, stop=stage.stop
             )
             for stage in replica.stages
         )  # fmt: skip
 
-    def _addresses(self, node: bytes) -> tuple[str, ...]:
-        known = self.known.get(node)
-        return known.offer.addresses if known else ()
+    def _carry_out(self, primary: dict[Places, Replica], spare: dict[Places, Replica]) -> None:
+        wanted = {**spare, **primary}
+        invited = []
+        over = [places for places, ring in self._placed.items() if ring.lost.done() or places not in wanted]
+        retired = [self._placed.pop(places) for places in over]
+        for places, replica in wanted.items():
+            if places not in self._placed:
+                ring = self._new_ring(places, replica)
+                self._placed[places] = ring
+                invited.append(self._begin(self._invite(ring)))
+            self._placed[places].standby = places not in primary
+        for ring in retired:
+            self._begin(self._retire(ring, tuple(invited)))
 
-    async def _carry_out(self, wanted: Plan) -> None:
-        places = {self._places(replica): replica for replica in wanted.replicas}
-        for held in [held for held in self._placed if held not in places]:
-            ring = self._placed.pop(held)
-            with contextlib.suppress(ValueError):
-                self.serving.remove(ring)
-            await ring.close("The plan has changed.")
-        for new in [new for new in places if new not in self._placed]:
-            await self._place(new, places[new])
+    def _begin(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
-    async def _place(self, places: tuple[StagePlace, ...], replica: Replica) -> None:
-        links = [self.known[place.node].link for place in places]
-        name = " - ".join(self.known[place.node].offer.name for place in places)
+    # --- one ring --------------------------------------------------------------------------------------------------
+
+    def _new_ring(self, places: Places, replica: Replica) -> NodeRing:
+        links = [link for place in places if (link := self.scout.link(place.node)) is not None]
+        name = " - ".join(self.scout.name(place.node) for place in places)
         ring = NodeRing(name, self.dice.bytes(16), places, links, self.clock, token_ms=replica.token_ms)
+        began = self.clock.monotonic()
         self.rings.add(ring)
-        self._placed[places] = ring
-        needs = self.model.needs
+        ring.lost.add_done_callback(lambda lost: self._lost(ring, lost.result(), self.clock.monotonic() - began))
+        ring.asked_to_leave.add_done_callback(lambda asked: self._leaving(ring, asked.result()))
+        if len(links) < len(places):
+            ring.lose(Loss("the link to a stage of it is down"))
+        return ring
+
+    def _lost(self, ring: NodeRing, loss: Loss, lived_s: float) -> None:
+        self._stop_serving(ring)
+        if ring in self._placed.values():
+            self.say(f"{ring.name} is lost: {loss.reason}.")
+        self.scout.failed(loss, lived_s)
+        self._wake.set()
+
+    def _leaving(self, ring: NodeRing, asked: tuple[bytes, str]) -> None:
+        node, reason = asked
+        self.say(f"{self.scout.name(node)} wants to go: {reason}")
+        self.scout.leaving(node)
+        self._wake.set()
+
+    def _stop_serving(self, ring: NodeRing) -> None:
+        with contextlib.suppress(ValueError):
+            self.serving.remove(ring)
+
+    async def _invite(self, ring: NodeRing) -> None:
+        """Have its stages load their layers; it serves when all of them say that they are ready."""
         try:
-            for at, (place, link) in enumerate(zip(places, links, strict=True)):
-                invite = StageInvite(
-                    job=self.model.envelope.to_bytes(),
-                    ring=ring.ring,
-                    stages=places,
-                    mine=at,
-                    files=self.model.files_of(place.first, place.stop),
-                    memory_bytes=(place.stop - place.first) * needs.cache_bytes,
-                    holders=(self.model.holder,),
-                )
-                await link.request(invite.KIND, encode(invite, link.version), deadline_s=INVITE_DEADLINE_S)
+            await asyncio.gather(*(self._invite_stage(ring, at) for at in range(len(ring.places))))
         except LinkError as error:
-            ring.lose(error.sentence.rstrip("."))
+            ring.lose(Loss(error.sentence.rstrip(".")))
             return
-        loading = asyncio.create_task(self._until_ready(ring))
+        loading = self._begin(self._until_ready(ring))
         ring.lost.add_done_callback(lambda _: loading.cancel())
+
+    async def _invite_stage(self, ring: NodeRing, at: int) -> None:
+        place, link = ring.places[at], self.scout.link(ring.places[at].node)
+        if link is None:
+            raise LinkError(f"The link to {self.scout.name(place.node)} is down.")
+        invite = StageInvite(
+            job=self.model.envelope.to_bytes(),
+            ring=ring.ring,
+            stages=ring.places,
+            mine=at,
+            files=self.model.files_of(place.first, place.stop),
+            memory_bytes=(place.stop - place.first) * self.model.needs.cache_bytes,
+            holders=(self.model.holder,),
+        )
+        self.scout.taken(place.node)
+        try:
+            await link.request(invite.KIND, encode(invite, link.version), deadline_s=INVITE_DEADLINE_S)
+        except LinkError as error:
+            ring.lose(Loss(f"{self.scout.name(place.node)}: {error.sentence.rstrip('.')}", frozenset({place.node})))
+            raise
 
     async def _until_ready(self, ring: NodeRing) -> None:
         try:
             async with asyncio.timeout(LOAD_PATIENCE_S):
                 await ring.ready
         except TimeoutError:
-            ring.lose(f"its layers were not loaded within {LOAD_PATIENCE_S:.0f} s")
+            slow = frozenset(place.node for at, place in enumerate(ring.places) if ring.measured(at) is None)
+            ring.lose(Loss(f"its layers were not loaded within {LOAD_PATIENCE_S:.0f} s", slow))
             return
-        computing = 0.0
+        computing_ms = 0.0
         for at, place in enumerate(ring.places):
             ready = ring.measured(at)
             assert ready is not None
-            computing += ready.layer_ms * (place.stop - place.first) + ready.last_ms
-            known = self.known.get(place.node)
-            if known is not None:
-                known.layer_ms = ready.layer_ms
-                known.last_ms = ready.last_ms or known.last_ms
+            computing_ms += ready.layer_ms * (place.stop - place.first) + ready.last_ms
+            self.scout.measured(place.node, ready.layer_ms, ready.last_ms)
+        expected_s = ring.token_ms / 1000
+        ring.latency = Latency(expected_s, expected_s / 4, computing_ms / 1000)
         self.serving.append(ring)
-        self.say(f"{ring.name} is ready: {computing:.1f} ms of computing a token.")
+        self.say(f"{ring.name} is {'in reserve' if ring.standby else 'ready'}: {computing_ms:.1f} ms of computing a "
+                 "token.")  # fmt: skip
+        await self._try(ring)
 
+    async def _try(self, ring: NodeRing) -> None:
+        """Two positions through all stages: the links between them are open then, and what they take is known."""
+        session, plain = int.from_bytes(self.dice.bytes(8)) >> 1, Choosing(temperature=0)
+        try:
+            for at in range(2):
+                await ring.advance(session, at, (0,), 1, plain)
+        except RingLost:
+            return
+        except RingRefused as error:
+            if error.cause_code != "SH-570":  # full of streams that came meanwhile
+                ring.lose(Loss(error.sentence.rstrip("."), frozenset({ring.places[-1].node})))
+            return
+        await ring.close_session(session)
 
-def _device(offer: Offer) -> Device:
-    """The one with the most memory that is not the processor's, else that."""
-    devices = offer.capability.devices
-    return max(devices, key=lambda one: (one.kind != "cpu", one.memory_bytes))
+    async def _retire(self, ring: NodeRing, invited: Sequence[asyncio.Task[None]]) -> None:
+        """Let a ring go: after those that come instead were invited, so that they take over layers that are loaded, and
+        when its streams have gone on elsewhere."""
+        ring.leaving = True
+        if invited:
+            await asyncio.wait(invited)
+        until = self.clock.monotonic() + RETIRE_S
+        while not ring.lost.done() and self.clock.monotonic() < until:
+            others = any(not one.leaving and not one.standby for one in self.serving)
+            if not ring.streams and (others or not self._placed):
+                break
+            await self.clock.sleep(RETIRE_LOOK_S)
+        self._stop_serving(ring)
+        await ring.close("The plan has changed.")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
-from shoal.errors import LinkError
+from shoal.errors import LinkError, ShoalError
 from shoal.gateway.rings import LimitedRing, RingLost, RingRefused
 from shoal.identity import Envelope
 from shoal.protocol.messages import decode, encode
@@ -22,7 +23,10 @@ from shoal.protocol.serving import (
     StageForget,
     StageForgotten,
     StageGone,
+    StageLeaving,
     StagePlace,
+    StagePulse,
+    StagePulsed,
     StageReady,
     StageWork,
 )
@@ -32,20 +36,26 @@ FIRST_DEADLINE_S = 10.0
 """For a ring of which nothing is known yet."""
 LEAST_DEADLINE_S = 0.4
 DEVIATIONS = 6.0
+PULSE_S = 0.25
+"""What a stage, or the next one, is given at least to say that it is there; more where a ring is long."""
+CHECKS_MAX = 4
+"""So often a late answer is waited for again, twice as long each time, while all stages say that they are there."""
 ARRIVED_S = 5.0
-REFUSALS = frozenset({"SH-270", "SH-272", "SH-570"})
+HANDED_S = 60.0
+"""For the first stage to say that positions arrived; a ring that is silent is noticed long before."""
+REFUSALS = frozenset({"SH-270", "SH-272", "SH-273", "SH-570"})
 """What a stage says of a request, not of itself: elsewhere it would be the same, or memory is full."""
 
 
 @dataclass
 class Latency:
-    """What a crossing took lately, and how long to wait for one before the ring is thought dead: mean and mean
-    deviation, as TCP does it (Jacobson, 1988). Silence is all that a dead link says."""
+    """What a crossing took lately, and how long to wait for one before the ring is asked whether it is there: mean and
+    mean deviation, as TCP does it (Jacobson, 1988). Silence is all that a dead link says."""
 
     mean_s: float = 0.0
     deviation_s: float = 0.0
     position_s: float = 0.0
-    """What each further position adds."""
+    """What each further position under way adds."""
 
     def measured(self, took_s: float, positions: int) -> None:
         if not (took_s > 0 and math.isfinite(took_s)):
@@ -70,6 +80,17 @@ class Latency:
         return max(LEAST_DEADLINE_S, 2 * expected + DEVIATIONS * self.deviation_s)
 
 
+@dataclass(frozen=True)
+class Loss:
+    """Why a ring is of no more use, and who is to blame, as far as that is known."""
+
+    reason: str
+    nodes: frozenset[bytes] = frozenset()
+    """Gone or silent."""
+    ways: frozenset[tuple[bytes, bytes]] = frozenset()
+    """From one stage to the next, where nothing gets through though both are there."""
+
+
 class NodeRing(LimitedRing):
     """A ring of stages on nodes, each with a link to the gateway."""
 
@@ -90,30 +111,41 @@ class NodeRing(LimitedRing):
         self._links = tuple(links)
         self._clock, self._receipt = clock, receipt
         self._number = 0
+        self._flying = 0
+        """Positions under way, of all sessions."""
         self._waiting: dict[int, asyncio.Future[StageAnswer]] = {}
         self._ready: dict[int, StageReady] = {}
-        self.ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        self.ready: asyncio.Future[None] = loop.create_future()
+        self.lost: asyncio.Future[Loss] = loop.create_future()
+        self.asked_to_leave: asyncio.Future[tuple[bytes, str]] = loop.create_future()
+        """By which of its nodes, and why."""
         self.latency = Latency()
+        self._checking: asyncio.Task[Loss | None] | None = None
         self._watching = [asyncio.create_task(self._watch(link)) for link in self._links]
 
     async def _watch(self, link: Link) -> None:
         reason = await link.wait_closed()
-        self.lose(f"the link to a stage of it is down ({reason})")
+        self.lose(Loss(f"the link to a stage of it is down ({reason})", frozenset({link.peer})))
 
-    def lose(self, reason: str) -> None:
+    def lose(self, loss: Loss) -> None:
         """It is of no more use: whoever waits for it hears so at once."""
         if self.lost.done():
             return
-        self.lost.set_result(reason)
+        self.lost.set_result(loss)
         for future in self._waiting.values():
             if not future.done():
-                future.set_exception(RingLost(f"{self.name}: {reason}."))
+                future.set_exception(RingLost(f"{self.name}: {loss.reason}."))
+
+    def uses(self, loss: Loss) -> bool:
+        """Whether what is lost is a part of this ring too."""
+        order = [place.node for place in self.places]
+        return bool(loss.nodes & set(order) or loss.ways & set(itertools.pairwise(order)))
 
     # --- what stages say -------------------------------------------------------------------------------------------
 
     def stage_ready(self, message: StageReady, peer: bytes) -> None:
-        if message.mine >= len(self.places) or self.places[message.mine].node != peer or self.ready.done():
+        if not self._holds(message.mine, peer) or self.ready.done():
             return
         self._ready[message.mine] = message
         if len(self._ready) == len(self.places):
@@ -124,8 +156,16 @@ class NodeRing(LimitedRing):
         return self._ready.get(mine)
 
     def stage_gone(self, message: StageGone, peer: bytes) -> None:
-        if message.mine < len(self.places) and self.places[message.mine].node == peer:
-            self.lose(message.reason.rstrip("."))
+        if self._holds(message.mine, peer):
+            self.lose(Loss(message.reason.rstrip("."), frozenset({peer})))
+
+    def stage_leaving(self, message: StageLeaving, peer: bytes) -> None:
+        if self._holds(message.mine, peer) and not self.asked_to_leave.done():
+            self.leaving = True
+            self.asked_to_leave.set_result((peer, message.reason))
+
+    def _holds(self, stage: int, peer: bytes) -> bool:
+        return stage < len(self.places) and self.places[stage].node == peer
 
     def answered(self, message: StageAnswer, peer: bytes) -> None:
         """The last stage answers; any stage may say that it cannot."""
@@ -138,51 +178,114 @@ class NodeRing(LimitedRing):
     # --- what the gateway asks -------------------------------------------------------------------------------------
 
     async def _through(
-        self, session: int, start: int, tokens: Sequence[int], choose: int, sampling: Choosing
+        self, session: int, start: int, tokens: Sequence[int], choose: int, sampling: Choosing, source: int | None
     ) -> tuple[Chosen, ...]:
         if self.lost.done():
-            raise RingLost(f"{self.name}: {self.lost.result()}.")
+            raise RingLost(f"{self.name}: {self.lost.result().reason}.")
         self._number += 1
         number = self._number
         future: asyncio.Future[StageAnswer] = asyncio.get_running_loop().create_future()
         self._waiting[number] = future
         work = StageWork(
             ring=self.ring, session=session, number=number, start=start, tokens=tuple(tokens), choose=choose,
-            choosing=sampling,
+            choosing=sampling, source=source,
         )  # fmt: skip
-        began = self._clock.monotonic()
-        deadline_s = self.latency.deadline_s(len(tokens))
+        began, alone = self._clock.monotonic(), not self._flying
+        self._flying += len(tokens)
+        handing = asyncio.create_task(self._hand(work, future))
         try:
-            async with asyncio.timeout(deadline_s):
-                link = self._links[0]
-                await link.request(work.KIND, encode(work, link.version), deadline_s=deadline_s)
-                answer = await future
-        except TimeoutError as error:
-            self._give_up(f"it did not answer within {deadline_s:.2f} s", error)
-        except Refused as error:
-            self._refused(error.remote_code, error.sentence)
-        except LinkError as error:
-            self._give_up(error.sentence.rstrip("."), error)
+            answer = await self._answer(future, self.latency.deadline_s(self._flying))
         finally:
+            self._flying -= len(tokens)
             del self._waiting[number]
+            handing.cancel()
+        if answer.code in REFUSALS:
+            raise RingRefused(f"{self.name}: {answer.sentence}", answer.code)
         if answer.code:
-            self._refused(answer.code, answer.sentence)
+            raise await self._given_up(Loss(answer.sentence.rstrip(".")))
         if len(answer.chosen) != choose:
-            self._give_up(f"it chose {len(answer.chosen)} tokens where {choose} were asked for")
-        self.latency.measured(self._clock.monotonic() - began, len(tokens))
+            said = f"it chose {len(answer.chosen)} tokens where {choose} were asked for"
+            raise await self._given_up(Loss(said, frozenset({self.places[-1].node})))
+        if alone:
+            self.latency.measured(self._clock.monotonic() - began, len(tokens))
+            self.token_ms = self.latency.mean_s * 1000
         return answer.chosen
 
-    def _refused(self, code: str, sentence: str) -> NoReturn:
-        if code in REFUSALS:
-            raise RingRefused(f"{self.name}: {sentence}", code)
-        self._give_up(sentence.rstrip("."))
+    async def _hand(self, work: StageWork, answered: asyncio.Future[StageAnswer]) -> None:
+        """To the first stage. What it refuses is the answer."""
+        link = self._links[0]
+        try:
+            await link.request(work.KIND, encode(work, link.version), deadline_s=HANDED_S)
+        except LinkError as error:
+            code = error.remote_code if isinstance(error, Refused) else error.code
+            if not answered.done():
+                answered.set_result(
+                    StageAnswer(
+                        ring=self.ring, session=work.session, number=work.number, code=code,
+                        sentence=error.sentence[:400],
+                    )
+                )  # fmt: skip
 
-    def _give_up(self, reason: str, cause: Exception | None = None) -> NoReturn:
-        self.lose(reason)
-        raise RingLost(f"{self.name}: {reason}.") from cause
+    async def _answer(self, future: asyncio.Future[StageAnswer], deadline_s: float) -> StageAnswer:
+        """Silence may be a slow machine, or a dead one: after a while all stages are asked."""
+        waited = 0.0
+        for _ in range(CHECKS_MAX):
+            await asyncio.wait([future], timeout=deadline_s)
+            if future.done():
+                return future.result()
+            waited += deadline_s
+            loss = await self._check()
+            if future.done():
+                return future.result()
+            if loss is not None:
+                raise await self._given_up(loss)
+            deadline_s *= 2
+        raise await self._given_up(Loss(f"it did not answer within {waited:.1f} s"))
 
-    async def close_session(self, session: int) -> None:
-        forget = StageForget(ring=self.ring, session=session)
+    async def _given_up(self, loss: Loss) -> RingLost:
+        """The ring is lost; finds out by whom if that is not known."""
+        if not loss.nodes and not loss.ways:
+            found = await self._check()
+            if found is not None:
+                loss = Loss(loss.reason, found.nodes, found.ways)
+        self.lose(loss)
+        return RingLost(f"{self.name}: {self.lost.result().reason}.")
+
+    async def _check(self) -> Loss | None:
+        """What is wrong with the ring; none when all its stages answer. One check at a time, for all who ask."""
+        if self._checking is None or self._checking.done():
+            self._checking = asyncio.create_task(self._checked())
+        return await asyncio.shield(self._checking)
+
+    async def _checked(self) -> Loss | None:
+        patience_s = max(PULSE_S, 2 * self.token_ms / 1000)
+        order = [place.node for place in self.places]
+
+        async def pulse(at: int) -> Loss | None:
+            link, ask = self._links[at], StagePulse(ring=self.ring, patience_ms=patience_s * 1000)
+            far_s = (link.stats().round_trip_ms or self.token_ms) / 1000
+            deadline_s = patience_s + max(PULSE_S, 3 * far_s)
+            try:
+                reply = await link.request(ask.KIND, encode(ask, link.version), deadline_s=deadline_s)
+                found = decode(StagePulsed, reply, link.version)
+            except ShoalError as error:
+                return Loss(f"stage {at + 1} is silent: {error.sentence.rstrip('.')}", frozenset({order[at]}))
+            if not found.next_answers and at + 1 < len(order):
+                said = f"stage {at + 2} does not answer stage {at + 1}"
+                return Loss(said, ways=frozenset({(order[at], order[at + 1])}))
+            return None
+
+        losses = [loss for loss in await asyncio.gather(*map(pulse, range(len(order)))) if loss is not None]
+        if not losses:
+            return None
+        nodes = frozenset[bytes]().union(*(loss.nodes for loss in losses))
+        # The way to a node that answers nobody is not what is wrong with it.
+        ways = frozenset(way for loss in losses for way in loss.ways if not nodes & set(way))
+        blamed = next((loss for loss in losses if loss.nodes), losses[0])
+        return Loss(blamed.reason, nodes, ways)
+
+    async def close_session(self, session: int, *, keep: bool = False) -> None:
+        forget = StageForget(ring=self.ring, session=session, keep=keep)
 
         async def tell(link: Link) -> None:
             try:
@@ -197,7 +300,7 @@ class NodeRing(LimitedRing):
 
     async def close(self, reason: str) -> None:
         """Let the nodes go."""
-        self.lose(reason)
+        self.lose(Loss(reason))
         end = StageEnd(ring=self.ring, reason=reason)
 
         async def tell(link: Link) -> None:
@@ -216,13 +319,20 @@ class Rings:
         for kind, tell in (
             (StageReady, NodeRing.stage_ready),
             (StageGone, NodeRing.stage_gone),
+            (StageLeaving, NodeRing.stage_leaving),
             (StageAnswer, NodeRing.answered),
         ):
             endpoint.handle(kind.KIND, functools.partial(self._heard, kind, tell))
 
     def add(self, ring: NodeRing) -> None:
         self._rings[ring.ring] = ring
-        ring.lost.add_done_callback(lambda _: self._rings.pop(ring.ring, None))
+        ring.lost.add_done_callback(lambda lost: self._lost(ring, lost.result()))
+
+    def _lost(self, ring: NodeRing, loss: Loss) -> None:
+        """What one ring has found out, others need not find out again."""
+        self._rings.pop(ring.ring, None)
+        for other in [other for other in self._rings.values() if other.uses(loss)]:
+            other.lose(Loss(f"{ring.name}: {loss.reason}", loss.nodes, loss.ways))
 
     async def _heard(self, kind: Any, tell: Callable[[NodeRing, Any, bytes], None], request: Request) -> bytes:
         """What a stage says goes to its ring; of a ring that is no more, nowhere."""

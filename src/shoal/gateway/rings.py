@@ -9,6 +9,7 @@ from typing import Protocol
 
 from shoal.engines import EngineDied, EngineFailed
 from shoal.errors import EngineError
+from shoal.gateway.prefixes import Prefixes
 from shoal.inference.commands import Advance
 from shoal.inference.process import StageProcess
 from shoal.protocol.serving import Choosing, Chosen
@@ -41,16 +42,32 @@ class Ring(Protocol):
     """Whether a session that is replayed has the very bits that it had."""
     token_ms: float
     """What a token of one stream takes, as far as is known."""
+    streams: int
+    """Streams that go through it."""
+    standby: bool
+    """It is there for when others are lost."""
+    leaving: bool
+    """It will be gone soon: streams move elsewhere as they can."""
+    prefixes: Prefixes
+    """What sessions that are over have left in it."""
 
     async def advance(
-        self, session: int, start: int, tokens: Sequence[int], choose: int, sampling: Choosing
+        self,
+        session: int,
+        start: int,
+        tokens: Sequence[int],
+        choose: int,
+        sampling: Choosing,
+        source: int | None = None,
     ) -> tuple[Chosen, ...]:
         """Take positions of a session through all layers; gives the tokens that follow the last `choose` of them.
-        Several sessions at once, of each one call after another. Raises RingLost and RingRefused."""
+        Several calls at once, also of one session: they go through in the order in which they were begun. A session
+        that is new may take over the positions before `start` of another one, its `source`. Raises RingLost and
+        RingRefused."""
         ...
 
-    async def close_session(self, session: int) -> None:
-        """Forget a session. Raises nothing."""
+    async def close_session(self, session: int, *, keep: bool = False) -> None:
+        """Forget a session, or `keep` it for as long as there is memory. Raises nothing."""
         ...
 
 
@@ -59,17 +76,25 @@ class LimitedRing(ABC):
 
     def __init__(self, name: str, *, exact: bool, token_ms: float) -> None:
         self.name, self.exact, self.token_ms = name, exact, token_ms
+        self.streams, self.standby, self.leaving = 0, False, False
+        self.prefixes = Prefixes()
         self._places = asyncio.Semaphore(AT_ONCE)
 
     async def advance(
-        self, session: int, start: int, tokens: Sequence[int], choose: int, sampling: Choosing
+        self,
+        session: int,
+        start: int,
+        tokens: Sequence[int],
+        choose: int,
+        sampling: Choosing,
+        source: int | None = None,
     ) -> tuple[Chosen, ...]:
         async with self._places:
-            return await self._through(session, start, tokens, choose, sampling)
+            return await self._through(session, start, tokens, choose, sampling, source)
 
     @abstractmethod
     async def _through(
-        self, session: int, start: int, tokens: Sequence[int], choose: int, sampling: Choosing
+        self, session: int, start: int, tokens: Sequence[int], choose: int, sampling: Choosing, source: int | None
     ) -> tuple[Chosen, ...]: ...
 
 
@@ -81,7 +106,7 @@ class LocalRing(LimitedRing):
         self._stages = tuple(stages)
 
     async def _through(
-        self, session: int, start: int, tokens: Sequence[int], choose: int, sampling: Choosing
+        self, session: int, start: int, tokens: Sequence[int], choose: int, sampling: Choosing, source: int | None
     ) -> tuple[Chosen, ...]:
         states = b""
         chosen: tuple[Chosen, ...] = ()
@@ -95,6 +120,7 @@ class LocalRing(LimitedRing):
                         states=states,
                         choose=choose,
                         sampling=sampling,
+                        source=source,
                     )
                 )
             except EngineDied as error:
@@ -104,5 +130,7 @@ class LocalRing(LimitedRing):
             states, chosen = done.states, done.chosen
         return chosen
 
-    async def close_session(self, session: int) -> None:
-        await asyncio.gather(*(stage.close_session(session) for stage in self._stages), return_exceptions=True)
+    async def close_session(self, session: int, *, keep: bool = False) -> None:
+        await asyncio.gather(
+            *(stage.close_session(session, keep=keep) for stage in self._stages), return_exceptions=True
+        )

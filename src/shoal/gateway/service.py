@@ -61,6 +61,10 @@ class Counts:
     steps: int = 0
     resumed: int = 0
     """Streams that went on at another replica."""
+    moved: int = 0
+    """Streams that left a replica that wanted to go."""
+    reused: int = 0
+    """Positions of prompts that an earlier session had left."""
 
 
 @dataclass
@@ -80,9 +84,10 @@ class ModelService:
     dice: Dice
     counts: Counts = field(default_factory=Counts)
 
-    def __post_init__(self) -> None:
-        self._load: dict[int, int] = {}
-        """Streams per replica, by its identity."""
+    @property
+    def replicas(self) -> int:
+        """That serve, not counting those in reserve."""
+        return sum(not ring.standby for ring in self.rings)
 
     # --- what is asked ---------------------------------------------------------------------------------------------
 
@@ -200,10 +205,7 @@ class ModelService:
         self, index: int, prompt: tuple[int, ...], number: int, asked: Asked, out: asyncio.Queue[Piece | BaseException]
     ) -> None:
         sampling = msgspec.structs.replace(asked.sampling, choice=number, prompt_tokens=len(prompt))
-        entered: list[Ring] = []
-        stream = Stream(
-            prompt, sampling, asked.tokens_max, self.ends, lambda lost: self._pick(lost, entered), self._number
-        )
+        stream = Stream(prompt, sampling, asked.tokens_max, self.ends, self._pick, self._number)
         decoder, stop = Decoder(self.tokenizer.decode), StopAt(asked.stops)
         self.counts.prompt_tokens += len(prompt)
         tokens = stream.tokens()
@@ -222,18 +224,18 @@ class ModelService:
             await tokens.aclose()
             self.counts.steps += stream.steps
             self.counts.resumed += len(stream.lost)
-            for ring in entered:
-                self._load[id(ring)] -= 1
+            self.counts.moved += stream.moved
+            self.counts.reused += stream.reused
 
-    def _pick(self, lost: Sequence[Ring], entered: list[Ring]) -> Ring | None:
-        """The replica that is expected to be quickest, of those that the stream has not lost."""
+    def _pick(self, lost: Sequence[Ring]) -> Ring | None:
+        """The replica that is expected to be quickest, of those that the stream has not lost: one that stays before
+        one that wants to go, one that works before one in reserve."""
         able = [ring for ring in self.rings if ring not in lost]
-        if not able:
-            return None
-        ring = min(able, key=lambda one: (one.token_ms * (1 + self._load.get(id(one), 0)), one.name))
-        self._load[id(ring)] = self._load.get(id(ring), 0) + 1
-        entered.append(ring)
-        return ring
+        return min(
+            able,
+            key=lambda one: (one.leaving, one.standby, one.token_ms * (1 + one.streams), one.name),
+            default=None,
+        )
 
     def _number(self) -> int:
         return int.from_bytes(self.dice.bytes(8)) >> 1

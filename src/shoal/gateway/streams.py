@@ -2,35 +2,51 @@
 
 The gateway owns the token ids and their positions. When a replica is lost, another one is given all tokens so far at
 once, and the stream goes on at the next: the same token, where the engines are exact. What was given out is never
-taken back.
+taken back. A replica that wants to go is left without a pause: another one reads all tokens so far beside it.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from shoal.errors import EngineError
-from shoal.gateway.rings import Ring, RingLost
+from shoal.gateway.rings import Ring, RingLost, RingRefused
 from shoal.inference.guessing import Guessing, held, look_up
 from shoal.protocol.serving import Choosing, Chosen
 
 PIECE = 64
 """Positions of a prompt that go through a replica at once."""
+PIECES_AT_ONCE = 8
+"""Pieces of one stream under way: stages work on several, and distance costs once."""
 REPLICAS_MAX = 16
 """Replicas that one stream may lose before it is given up."""
+MOVES_MAX = 64
+"""Times that a stream tries to leave a replica that wants to go: it may find no other place, or one without room."""
 GUESS_AGAIN = 32
 """Tokens after which guessing is tried again where it was not worth it."""
+NO_SOURCE = "SH-273"
 
-
-_closing: set[asyncio.Future[None]] = set()
+_ending: set[asyncio.Future[None]] = set()
 
 
 class StreamLost(EngineError):
     """A stream could not go on anywhere."""
 
     code = "SH-576"
+
+
+@dataclass
+class _Seat:
+    """A session of a stream in a replica."""
+
+    ring: Ring
+    session: int
+    kept: int = 0
+    """Positions that the replica has."""
+    source: int | None = None
+    """The session of which it takes them over, until the first piece has."""
 
 
 @dataclass
@@ -43,13 +59,19 @@ class Stream:
     ends: frozenset[int]
     """Token ids that end it; they are not given out."""
     pick: Callable[[Sequence[Ring]], Ring | None]
-    """Where to go, given the replicas that were lost or refused."""
+    """Where to go, given the replicas that were lost or are being left."""
     new_session: Callable[[], int]
     guess: bool = True
     position_ms: float = 1.0
     """What one more position in a step costs, about: decides how much is guessed."""
+    scope: str = ""
+    """Whose earlier sessions it may take prompts over from."""
     lost: list[Ring] = field(default_factory=list)
     steps: int = 0
+    reused: int = 0
+    """Positions that were taken over."""
+    moved: int = 0
+    """Times that it left a replica that wanted to go."""
     finish: str = ""
     """`stop` or `length`, once it has ended."""
 
@@ -57,40 +79,47 @@ class Stream:
         """The tokens, as they come. Raises StreamLost; RingRefused when the replica does not take what it is asked."""
         done: list[int] = list(self.prompt)
         until = len(self.prompt) + self.tokens_max
-        guessing, rests = Guessing(), 0
-        ring, session, kept = self._next_ring(None)
+        guessing = _Rest()
+        seat = self._sit(done, None)
+        moving: asyncio.Task[_Seat] | None = None
+        tried = 0
         try:
             while not self.finish:
+                if moving is not None and moving.done():
+                    seat, moving = self._moved(seat, moving, done), None
+                if moving is None and seat.ring.leaving and tried < MOVES_MAX:
+                    moving, tried = self._move(done), tried + 1
                 guess: tuple[int, ...] = ()
-                if self.guess and kept == len(done) - 1:
-                    most = guessing.length(ring_ms=ring.token_ms, position_ms=self.position_ms)
-                    if most == 0:
-                        rests += 1
-                        most = 1 if rests % GUESS_AGAIN == 0 else 0
+                if self.guess and seat.kept == len(done) - 1:
+                    most = guessing.length(seat.ring.token_ms, self.position_ms)
                     guess = look_up(done, min(most, until - len(done) - 1)) if most else ()
                 try:
-                    while len(done) - kept > PIECE:
-                        await ring.advance(session, kept, done[kept : kept + PIECE], 0, self.sampling)
-                        kept += PIECE
-                    given = [*done[kept:], *guess]
-                    chosen = await ring.advance(session, kept, given, 1 + len(guess), self.sampling)
+                    chosen = await self._step(seat, done, guess)
                 except RingLost as error:
-                    self.lost.append(ring)
-                    ring, session, kept = self._next_ring(error)
+                    self.lost.append(seat.ring)
+                    seat.ring.streams -= 1
+                    seat = self._sit(done, error)
+                    continue
+                except RingRefused as error:
+                    if error.cause_code != NO_SOURCE or seat.source is None:
+                        raise
+                    seat.ring.prefixes.forget(seat.source)
+                    self._leave(seat, done)
+                    seat = _Seat(seat.ring, self.new_session())
+                    seat.ring.streams += 1
                     continue
                 self.steps += 1
                 right = held(guess, [one.token for one in chosen])
-                guessing = guessing.checked(len(guess), right)
-                kept = len(done) + right  # the guesses that held are kept there already
+                guessing.checked(len(guess), right)
+                seat.kept = len(done) + right  # the guesses that held are kept there already
                 fresh = self._until_end(chosen[: right + 1], until - len(done))
                 done += [one.token for one in fresh]
                 if fresh:
                     yield fresh
         finally:
-            # Whoever reads may be cancelled again and again; the memory is given back all the same.
-            closing = asyncio.ensure_future(ring.close_session(session))
-            _closing.add(closing)
-            closing.add_done_callback(_closing.discard)
+            self._leave(seat, done)
+            if moving is not None:
+                self._drop(moving)
 
     def _until_end(self, chosen: Sequence[Chosen], room: int) -> tuple[Chosen, ...]:
         for at, one in enumerate(chosen):
@@ -102,9 +131,110 @@ class Stream:
                 return tuple(chosen[: at + 1])
         return tuple(chosen)
 
-    def _next_ring(self, error: RingLost | None) -> tuple[Ring, int, int]:
+    # --- through a replica -----------------------------------------------------------------------------------------
+
+    async def _step(self, seat: _Seat, done: Sequence[int], guess: Sequence[int]) -> tuple[Chosen, ...]:
+        """All positions that the replica does not have yet, the guess after them, and what follows each of those."""
+        last = seat.kept + (len(done) - 1 - seat.kept) // PIECE * PIECE
+        given = (last, [*done[last:], *guess], 1 + len(guess))
+        chosen = await self._read(seat, [*_pieces(done, seat.kept, last), given])
+        seat.source = None
+        return chosen
+
+    async def _read(self, seat: _Seat, pieces: Sequence[tuple[int, Sequence[int], int]]) -> tuple[Chosen, ...]:
+        """Pieces (start, tokens, how many to choose), some at a time: a ring takes them in the order in which they
+        come. Gives what the last one gave; raises what the first of them did that failed."""
+        window = asyncio.Semaphore(PIECES_AT_ONCE)
+
+        async def through(at: int) -> tuple[Chosen, ...]:
+            start, tokens, choose = pieces[at]
+            async with window:
+                source = seat.source if at == 0 else None
+                return await seat.ring.advance(seat.session, start, tokens, choose, self.sampling, source)
+
+        if len(pieces) == 1:
+            return await through(0)
+        found = await asyncio.gather(*map(through, range(len(pieces))), return_exceptions=True)
+        chosen: tuple[Chosen, ...] = ()
+        for one in found:
+            if isinstance(one, BaseException):
+                raise one
+            chosen = one
+        return chosen
+
+    # --- from one to another ---------------------------------------------------------------------------------------
+
+    def _sit(self, done: Sequence[int], error: RingLost | None) -> _Seat:
+        """In the replica that is best now."""
         ring = self.pick(self.lost) if len(self.lost) < REPLICAS_MAX else None
         if ring is None:
             why = f": {error.sentence}" if error else "."
             raise StreamLost(f"No replica is left to go on with{why}") from error
-        return ring, self.new_session(), 0
+        ring.streams += 1
+        found = ring.prefixes.find(done[:-1], self.scope)
+        if found is None:
+            return _Seat(ring, self.new_session())
+        self.reused += found.positions
+        return _Seat(ring, self.new_session(), found.positions, found.session)
+
+    def _leave(self, seat: _Seat, done: Sequence[int]) -> None:
+        seat.ring.streams -= 1
+        forget = seat.ring.prefixes.add(seat.session, done[: seat.kept], self.scope)
+        for session in {seat.session, *forget}:
+            # Whoever reads may be cancelled again and again; the memory is given back all the same.
+            ending = asyncio.ensure_future(seat.ring.close_session(session, keep=session not in forget))
+            _ending.add(ending)
+            ending.add_done_callback(_ending.discard)
+
+    def _move(self, done: Sequence[int]) -> asyncio.Task[_Seat] | None:
+        """Have another replica read what there is so far, if there is one to go to."""
+        ring = self.pick(self.lost)
+        if ring is None or ring.leaving:
+            return None
+        return asyncio.create_task(self._read_beside(self._sit(done, None), tuple(done)))
+
+    async def _read_beside(self, seat: _Seat, done: tuple[int, ...]) -> _Seat:
+        try:
+            await self._read(seat, list(_pieces(done, seat.kept, len(done) - 1)))
+        except BaseException:
+            self._leave(seat, done)
+            raise
+        seat.source, seat.kept = None, len(done) - 1
+        return seat
+
+    def _moved(self, seat: _Seat, moving: asyncio.Task[_Seat], done: Sequence[int]) -> _Seat:
+        """To the new seat if it is there; the old one is good enough until then."""
+        if moving.cancelled() or moving.exception() is not None:
+            return seat
+        self._leave(seat, done)
+        self.moved += 1
+        return moving.result()
+
+    def _drop(self, moving: asyncio.Task[_Seat]) -> None:
+        """Nobody will sit there."""
+        moving.cancel()
+        moving.add_done_callback(
+            lambda task: None if task.cancelled() or task.exception() else self._leave(task.result(), ())
+        )
+
+
+def _pieces(done: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, Sequence[int], int]]:
+    for at in range(start, stop, PIECE):
+        yield at, done[at : min(stop, at + PIECE)], 0
+
+
+class _Rest:
+    """How much is guessed: nothing for a while, where it was not worth it."""
+
+    def __init__(self) -> None:
+        self._guessing, self._rests = Guessing(), 0
+
+    def checked(self, guessed: int, right: int) -> None:
+        self._guessing = self._guessing.checked(guessed, right)
+
+    def length(self, ring_ms: float, position_ms: float) -> int:
+        most = self._guessing.length(ring_ms=ring_ms, position_ms=position_ms)
+        if most == 0:
+            self._rests += 1
+            return 1 if self._rests % GUESS_AGAIN == 0 else 0
+        return most

@@ -81,7 +81,7 @@ def make_app(
     async def health() -> Response[bytes]:
         if not service.rings:
             raise Unserved(f"No node serves {service.name} at the moment.")
-        return _json({"status": "ok", "model": service.name, "replicas": len(service.rings)})
+        return _json({"status": "ok", "model": service.name, "replicas": service.replicas})
 
     figures = CollectorRegistry(auto_describe=False)
     figures.register(_Figures(service))
@@ -287,6 +287,8 @@ class _Figures(Collector):
             ("tokens", "Tokens that were generated.", counts.tokens),
             ("steps", "Crossings of a replica in which they were.", counts.steps),
             ("streams_resumed", "Times that a stream went on at another replica.", counts.resumed),
+            ("streams_moved", "Times that a stream left a replica that wanted to go.", counts.moved),
+            ("prompt_tokens_reused", "Tokens of prompts that an earlier session had left.", counts.reused),
         ):
             yield CounterMetricFamily(f"shoal_{name}", said, value)
         for name, said, value in (
@@ -294,6 +296,11 @@ class _Figures(Collector):
             ("requests_waiting", "Requests that wait for memory.", admission.waiting),
             ("positions_used", "Positions that sessions have reserved.", admission.used),
             ("positions_free", "Positions for which there is memory.", admission.positions - admission.used),
-            ("replicas", "Replicas that serve.", len(self._service.rings)),
+            ("replicas", "Replicas that serve.", self._service.replicas),
+            (
+                "replicas_in_reserve",
+                "Rings that are ready for when one is lost.",
+                len(self._service.rings) - self._service.replicas,
+            ),
         ):
             yield GaugeMetricFamily(f"shoal_{name}", said, value)

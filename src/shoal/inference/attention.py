@@ -48,6 +48,13 @@ class Kept:
             self._values[at][:, : self.room] = values
         self.room = room
 
+    def take_over(self, other: Kept, positions: int) -> None:
+        """Copy the first positions of another session."""
+        for mine, its in zip(self._keys, other._keys, strict=True):
+            mine[..., :positions] = its[..., :positions]
+        for mine, its in zip(self._values, other._values, strict=True):
+            mine[:, :positions] = its[:, :positions]
+
     def write(self, layer: int, start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """`keys`, `values`: [heads, positions, head size]."""
         stop = start + keys.shape[1]

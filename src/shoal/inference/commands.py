@@ -43,12 +43,15 @@ class Advance(EngineMessage, frozen=True, kw_only=True):
     states: Annotated[bytes, Meta(max_length=STATES_MAX_BYTES)] = b""
     choose: Annotated[int, Meta(ge=0, le=PIECE_MAX)] = 0
     sampling: Choosing = Choosing()
+    source: Session | None = None
+    """Of a session that begins: the one of which it takes over the positions before `start`."""
 
 
 class CloseSession(EngineMessage, frozen=True, kw_only=True):
-    """Forget a session, also one that is not known."""
+    """Forget a session, also one that is not known. With `keep`, only when its memory is needed."""
 
     session: Session
+    keep: bool = False
 
 
 Command = LoadStage | Advance | CloseSession | Stop

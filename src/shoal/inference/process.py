@@ -20,5 +20,5 @@ class StageProcess(ChildEngine):
     async def advance(self, command: Advance) -> Advanced:
         return await self._ask(command, Advanced)
 
-    async def close_session(self, session: int) -> None:
-        await self._ask(CloseSession(session=session), Done)
+    async def close_session(self, session: int, *, keep: bool = False) -> None:
+        await self._ask(CloseSession(session=session, keep=keep), Done)

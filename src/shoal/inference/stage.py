@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -26,6 +27,12 @@ class BadPiece(BadRecord):
     code = "SH-270"
 
 
+class NoSource(BadRecord):
+    """A session was to take over positions of one that is not kept any more, or never had them."""
+
+    code = "SH-273"
+
+
 class NoRoom(EngineError):
     """The memory for sessions is full."""
 
@@ -40,6 +47,18 @@ class Piece:
     session: int
     start: int
     inputs: torch.Tensor
+    tokens: tuple[int, ...] = ()
+    """Their token ids, where somebody will want to know."""
+    source: int | None = None
+    """For a session that is not known: the one of which it takes over the positions before `start`."""
+
+
+@dataclass
+class _Session:
+    kept: Kept
+    length: int = 0
+    """How many positions of it are valid."""
+    tokens: list[int] = field(default_factory=list)
 
 
 class StageEngine:
@@ -52,8 +71,9 @@ class StageEngine:
         self._layers = module.stop - module.first
         self._memory = memory_bytes
         self._used = 0
-        self._sessions: dict[int, tuple[Kept, int]] = {}
-        """Session -> what it keeps, and how many positions of it are valid."""
+        self._sessions: dict[int, _Session] = {}
+        self._over: OrderedDict[int, None] = OrderedDict()
+        """Those of them that are over, and kept while their memory is not needed: the oldest first."""
         for parent, name, weight, bias in linear_modules(module):
             setattr(parent, name, Linear(weight, bias))
         for parent, name in activations(module, "silu"):
@@ -71,17 +91,25 @@ class StageEngine:
 
     def length(self, session: int) -> int:
         """How many positions of a session are kept; 0 for one that is not known."""
-        return self._sessions[session][1] if session in self._sessions else 0
+        return self._sessions[session].length if session in self._sessions else 0
+
+    def tokens(self, session: int) -> list[int]:
+        """The token ids of its positions, as far as they were said."""
+        return self._sessions[session].tokens
 
     @property
     def free_bytes(self) -> int:
         return self._memory - self._used
 
-    def close(self, session: int) -> None:
-        """Forget a session; its memory is free at once."""
-        kept, _ = self._sessions.pop(session, (None, 0))
-        if kept is not None:
-            self._used -= self._bytes(kept.room)
+    def close(self, session: int, *, keep: bool = False) -> None:
+        """Forget a session; its memory is free at once, or with `keep` as soon as it is needed."""
+        if session not in self._sessions:
+            return
+        if keep:
+            self._over[session] = None
+            return
+        self._over.pop(session, None)
+        self._used -= self._bytes(self._sessions.pop(session).kept.room)
 
     @torch.inference_mode()
     def step(self, pieces: Sequence[Piece]) -> list[torch.Tensor]:
@@ -95,7 +123,9 @@ class StageEngine:
         positions = torch.cat([torch.arange(run.start, run.stop) for run in runs])
         states = self._module(inputs, positions, runs=runs)
         for piece, run in zip(pieces, runs, strict=True):
-            self._sessions[piece.session] = (run.kept, run.stop)
+            session = self._sessions[piece.session]
+            session.length = run.stop
+            session.tokens[piece.start :] = piece.tokens
         return list(states.split([run.count for run in runs]))
 
     @torch.inference_mode()
@@ -158,7 +188,7 @@ class StageEngine:
             raise BadPiece(f"A step takes at most {POSITIONS_MAX} positions.")
         wanted = 0
         for piece in pieces:
-            length, count = self.length(piece.session), len(piece.inputs)
+            length, count = self._reached(piece), len(piece.inputs)
             if not 0 <= piece.start <= length or count < 1:
                 raise BadPiece(
                     f"Session {piece.session} has {length} positions here; it cannot go on with {count} from "
@@ -176,24 +206,53 @@ class StageEngine:
                     f"Hidden states of shape {tuple(piece.inputs.shape)} came, or such that are not finite; "
                     f"[{count}, {self.shape.hidden}] is what this stage takes."
                 )
-            room = self._sessions[piece.session][0].room if piece.session in self._sessions else 0
+            room = self._sessions[piece.session].kept.room if piece.session in self._sessions else 0
             wanted += max(0, self._bytes(padded(piece.start + count)) - self._bytes(room))
+        needed = {piece.session for piece in pieces} | {piece.source for piece in pieces}
+        for old in [old for old in self._over if old not in needed]:
+            if wanted <= self.free_bytes:
+                break
+            self.close(old)
         if wanted > self.free_bytes:
             raise NoRoom(f"{wanted} bytes are needed for sessions, and {self.free_bytes} are free.")
 
+    def _reached(self, piece: Piece) -> int:
+        """How many positions a session has, or takes over, before the piece."""
+        if piece.source is None or piece.session in self._sessions:
+            return self.length(piece.session)
+        if self.length(piece.source) < piece.start:
+            raise NoSource(
+                f"Session {piece.session} was to take over {piece.start} positions of session {piece.source}, of which "
+                f"{self.length(piece.source)} are kept here."
+            )
+        return piece.start
+
     def _run(self, piece: Piece) -> Run:
-        if piece.session not in self._sessions:
-            weight = next(self._module.parameters())
-            kept = Kept(
-                self._module.first, self._layers, self.shape.key_heads, self.shape.head_size, weight.dtype,
-                weight.device,
-            )  # fmt: skip
-            self._sessions[piece.session] = (kept, 0)
-        kept, _ = self._sessions[piece.session]
-        before = kept.room
+        self._over.pop(piece.session, None)
+        if piece.source is not None and piece.source in self._over:
+            self._over.move_to_end(piece.source)
+        session = self._sessions.get(piece.session) or self._begun(piece)
+        kept, before = session.kept, session.kept.room
         kept.reserve(piece.start + len(piece.inputs))
         self._used += self._bytes(kept.room) - self._bytes(before)
         return Run(kept, piece.start, len(piece.inputs))
+
+    def _begun(self, piece: Piece) -> _Session:
+        weight = next(self._module.parameters())
+        session = _Session(
+            Kept(
+                self._module.first, self._layers, self.shape.key_heads, self.shape.head_size, weight.dtype,
+                weight.device,
+            )
+        )  # fmt: skip
+        if piece.source is not None:
+            source = self._sessions[piece.source]
+            session.kept.reserve(piece.start)
+            session.kept.take_over(source.kept, piece.start)
+            session.tokens = source.tokens[: piece.start]
+            self._used += self._bytes(session.kept.room)
+        self._sessions[piece.session] = session
+        return session
 
     def _bytes(self, room: int) -> int:
         return kept_bytes(self._layers, self.shape.key_heads, self.shape.head_size, room)

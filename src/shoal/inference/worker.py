@@ -51,8 +51,6 @@ class Worker:
         self._pipe, self._clock = pipe, clock
         self._engine: StageEngine | None = None
         self._waiting: list[_Waiting] = []
-        self._history: dict[int, list[int]] = {}
-        """Session -> its token ids, for the penalties."""
         self._cost = StepCost()
         self._limit = 1.0
 
@@ -87,8 +85,7 @@ class Worker:
             if isinstance(command, LoadStage):
                 await self._pipe.send(asked.number, self._load(command))
             elif isinstance(command, CloseSession):
-                self._loaded().close(command.session)
-                self._history.pop(command.session, None)
+                self._loaded().close(command.session, keep=command.keep)
                 for one in [one for one in self._waiting if one.command.session == command.session]:
                     self._waiting.remove(one)
                     await self._pipe.send(one.number, failed(BadPiece(f"Session {command.session} was closed.")))
@@ -157,11 +154,12 @@ class Worker:
 
     def _together(self, commands: list[Advance]) -> list[Reply]:
         engine = self._loaded()
-        pieces = [Piece(command.session, command.start, self._inputs(command)) for command in commands]
-        states = engine.step(pieces)
-        for command in commands:
-            history = self._history.setdefault(command.session, [])
-            history[command.start :] = command.tokens
+        states = engine.step(
+            [
+                Piece(command.session, command.start, self._inputs(command), command.tokens, command.source)
+                for command in commands
+            ]
+        )
         if not engine.is_last:
             return [Advanced(states=one.float().cpu().numpy().astype("<f4").tobytes()) for one in states]
         wanted = [one[len(one) - command.choose :] for one, command in zip(states, commands, strict=True)]
@@ -193,7 +191,7 @@ class Worker:
         wanted = command.sampling
         seen = None
         if wanted.presence_penalty or wanted.frequency_penalty:
-            seen = Counter(self._history[command.session][wanted.prompt_tokens : position + 1])
+            seen = Counter(self._loaded().tokens(command.session)[wanted.prompt_tokens : position + 1])
         try:
             return choose(logits, wanted, position + 1, seen)
         except ValueError as error:

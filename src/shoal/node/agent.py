@@ -196,7 +196,7 @@ class NodeAgent:
                 clock=self._clock,
                 settings=self.settings.engine,
                 network=self.settings.network,
-                admit=self._admit,
+                admit=lambda known: self._refuse_when_stopping() if known else self._admit(),
                 changed=self._changed,
             )
         self._hubs.answer_introductions()
@@ -224,13 +224,14 @@ class NodeAgent:
         for member in list(self._members.values()):
             member.end("The node is stopping.", tell=True)
         tasks = list(self._tasks.values())
-        if self._stages is not None:
-            tasks.append(asyncio.create_task(self._stages.close()))
+        serving = asyncio.create_task(self._stages.close()) if self._stages is not None else None
         if tasks:
             _, slow = await asyncio.wait(tasks, timeout=LEAVE_S)
             for task in slow:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+        if serving is not None:
+            await serving
         await self._hubs.close()
         await self._endpoint.close()
         self._store.close()

@@ -1,27 +1,26 @@
-"""A stage that a node holds: it fetches the model's files, loads its layers in a child process, and takes positions
-from the stage before to the stage after."""
+"""A stage of a ring, on the node that holds it: takes positions from the stage before, through its layers, to the stage
+after."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
 from shoal.engines import EngineDied, EngineFailed
-from shoal.errors import BadRecord, EngineError, LinkError, ShoalError
+from shoal.errors import BadRecord, LinkError, ShoalError
 from shoal.identity import Envelope, KeyPair, short_id
-from shoal.inference.commands import Advance, LoadStage
-from shoal.inference.process import StageProcess
-from shoal.node.member import EngineSettings
+from shoal.inference.commands import Advance
+from shoal.node.layers import Layers, Wanted
 from shoal.protocol.messages import encode, open_record, sign
 from shoal.protocol.serving import (
-    HOLDERS_MAX,
     Chosen,
+    LinkEcho,
     RequestReceipt,
     ServeJob,
     StageAnswer,
@@ -29,15 +28,15 @@ from shoal.protocol.serving import (
     StageForget,
     StageGone,
     StageInvite,
+    StageLeaving,
     StagePlace,
+    StagePulse,
+    StagePulsed,
     StageReady,
     StageWork,
 )
-from shoal.storage import BlobStore, Fetcher, patience_s
 from shoal.world import Clock, Endpoint, Link
 
-FETCH_PATIENCE_S = 120.0
-LOAD_DEADLINE_S = 900.0
 GATEWAY_SILENCE_S = 120.0
 """A stage whose gateway has had no link for so long ends."""
 LOOK_EVERY_S = 5.0
@@ -46,7 +45,9 @@ HAND_ON_S = 5.0
 UNDER_WAY_MAX = 48
 """Pieces of work at a time, of all sessions; the engine takes a few more."""
 SESSIONS_MAX = 1024
-PIN_PREFIX = "serve-"
+EARLY_MAX = 16
+"""Pieces of a session that wait for one before them."""
+EARLY_S = 5.0
 
 _log = logging.getLogger("shoal.stage")
 
@@ -64,12 +65,17 @@ class StageFull(BadRecord):
 
 
 @dataclass
-class _Served:
+class _Session:
     """What a session had of this stage."""
 
     prompt: int = 0
     generated: int = 0
     computed: int = 0
+    reused: int = 0
+    reached: int = 0
+    """Positions that went to the engine, or were there before."""
+    early: dict[int, StageWork] = field(default_factory=dict)
+    """Pieces that overtook the one before them on the way, by where they start."""
 
 
 class StageRun:
@@ -83,15 +89,12 @@ class StageRun:
         key: KeyPair,
         name: str,
         endpoint: Endpoint,
-        store: BlobStore,
-        fetcher: Fetcher,
         clock: Clock,
-        settings: EngineSettings,
         network: str,
-        start_engine: Callable[..., Awaitable[StageProcess]] = StageProcess.start,
+        layers: Callable[[Wanted, ServeJob, StageInvite], Layers],
     ) -> None:
-        """Raises BadRecord: a job that the gateway did not sign, a ring that does not hold the model, a stage that is
-        not this node's."""
+        """`layers`: the node's, loaded or to be loaded. Raises BadRecord: a job that the gateway did not sign, a ring
+        that does not hold the model, a stage that is not this node's."""
         envelope = Envelope.from_bytes(invite.job, ServeJob.MAX_BYTES + 1024)
         self.job = open_record(envelope, ServeJob, network)
         if envelope.signer != gateway:
@@ -101,15 +104,17 @@ class StageRun:
         _check_ring(invite, self.job, key.node_id)
         self.job_id = envelope.record_id
         self.ring, self.gateway, self.name = invite.ring, gateway, name
-        self.pin = f"{PIN_PREFIX}{self.job_id.hex()[:24]}"
         self._invite, self._mine = invite, invite.mine
         self._place: StagePlace = invite.stages[invite.mine]
         self._key, self._network = key, network
-        self._endpoint, self._store, self._fetcher, self._clock = endpoint, store, fetcher, clock
-        self._settings, self._start_engine = settings, start_engine
-        self._engine: StageProcess | None = None
-        self._under_way: set[asyncio.Task[None]] = set()
-        self._served: dict[int, _Served] = {}
+        self._endpoint, self._clock = endpoint, clock
+        wanted = Wanted(self.job_id, self._place.first, self._place.stop, invite.files, invite.memory_bytes)
+        self._layers = layers(wanted, self.job, invite)
+        self._layers.use()
+        self._ready = False
+        self._under_way: dict[asyncio.Task[None], float] = {}
+        """Pieces of work, and since when."""
+        self._sessions: dict[int, _Session] = {}
         self._ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._tell = True
 
@@ -135,7 +140,14 @@ class StageRun:
             with contextlib.suppress(LinkError):
                 await self._ask(await self._gateway_link(), gone)
         await asyncio.gather(beginning, watching, return_exceptions=True)
-        await self._close()
+        under_way = list(self._under_way)
+        for task in under_way:
+            task.cancel()
+        await asyncio.gather(*under_way, return_exceptions=True)
+        if self._ready:  # other rings may go on with these layers
+            sessions = (self._layers.engine.close_session(session) for session in self._sessions)
+            await asyncio.gather(*sessions, return_exceptions=True)
+        await self._layers.let_go()
         return reason
 
     def end(self, reason: str, *, tell: bool) -> None:
@@ -143,34 +155,20 @@ class StageRun:
             self._tell = tell
             self._ended.set_result(reason)
 
+    async def leave(self, reason: str, patience_s: float) -> None:
+        """Ask the gateway to have its streams elsewhere, and go on until it ends the ring, or for so long."""
+        leaving = StageLeaving(ring=self.ring, mine=self._mine, reason=reason, patience_ms=patience_s * 1000)
+        try:
+            await self._ask(await self._gateway_link(), leaving)
+            async with asyncio.timeout(patience_s):
+                await asyncio.shield(self._ended)
+        except (LinkError, TimeoutError):
+            self.end(reason, tell=True)
+
     async def _begin(self) -> None:
-        invite = self._invite
-        wanted = [self.job.files[number].blob for number in invite.files]
-        size = sum(ref.size for ref in wanted)
-        try:
-            async with asyncio.timeout(patience_s(size, FETCH_PATIENCE_S)):
-                await asyncio.gather(
-                    *(self._fetcher.fetch(ref, invite.holders[:HOLDERS_MAX], owner=self.pin) for ref in wanted)
-                )
-        except TimeoutError as error:
-            raise LinkError(f"The files of {self.job.name!r} did not come to {self.name} in time.") from error
-        engine = self._engine = await self._start_engine(self.name, threads=self._settings.threads)
-        engine.died.add_done_callback(lambda died: self.end(died.result().sentence, tell=True))
-        command = LoadStage(
-            config=self.job.config,
-            files=tuple(str(self._store.path(ref.hash)) for ref in wanted),
-            first=self._place.first,
-            stop=self._place.stop,
-            memory_bytes=invite.memory_bytes,
-            device=self._settings.device,
-            threads=self._settings.threads,
-            speed_limit=self._settings.speed_limit,
-        )
-        try:
-            async with asyncio.timeout(LOAD_DEADLINE_S):
-                loaded = await engine.load(command)
-        except TimeoutError as error:
-            raise EngineError(f"The layers were not loaded within {LOAD_DEADLINE_S:.0f} s on {self.name}.") from error
+        loaded = await self._layers.loaded()
+        self._layers.engine.died.add_done_callback(lambda died: self.end(died.result().sentence, tell=True))
+        self._ready = True
         ready = StageReady(
             ring=self.ring, mine=self._mine, exact=loaded.exact, layer_ms=loaded.layer_ms, last_ms=loaded.last_ms
         )
@@ -187,14 +185,6 @@ class StageRun:
             elif self._clock.monotonic() - seen > GATEWAY_SILENCE_S:
                 self.end(f"The gateway was away for {GATEWAY_SILENCE_S:.0f} s.", tell=False)
 
-    async def _close(self) -> None:
-        for task in list(self._under_way):
-            task.cancel()
-        await asyncio.gather(*self._under_way, return_exceptions=True)
-        if self._engine is not None:
-            await self._engine.stop()
-        self._store.release(self.pin)
-
     # --- positions -------------------------------------------------------------------------------------------------
 
     def work(self, message: StageWork, peer: bytes) -> None:
@@ -202,26 +192,51 @@ class StageRun:
         before = self.gateway if self._mine == 0 else self._invite.stages[self._mine - 1].node
         if peer != before:
             raise NotInRing(f"Node {short_id(peer)} is not before {self.name} in this ring.")
-        if self._engine is None or self._ended.done():
+        if not self._ready or self._ended.done():
             raise NotInRing(f"{self.name} does not hold its layers yet, or not any more.")
         if len(self._under_way) >= UNDER_WAY_MAX:
             raise StageFull(f"{self.name} has {UNDER_WAY_MAX} pieces of work already.")
-        if message.session not in self._served and len(self._served) >= SESSIONS_MAX:
+        if message.session not in self._sessions and len(self._sessions) >= SESSIONS_MAX:
             raise StageFull(f"{self.name} has {SESSIONS_MAX} sessions already.")
-        served = self._served.setdefault(message.session, _Served())
-        served.computed += len(message.tokens)
-        served.generated += message.choose
-        if not message.choose:
-            served.prompt += len(message.tokens)
-        task = asyncio.create_task(self._take_on(message))
-        self._under_way.add(task)
-        task.add_done_callback(self._under_way.discard)
+        session = self._sessions.setdefault(message.session, _Session())
+        if message.source is not None:
+            session.reached = session.reused = max(session.reached, message.start)
+        if self._mine > 0 and message.start > session.reached:  # a large piece may take longer than a small one
+            if len(session.early) >= EARLY_MAX:
+                raise StageFull(f"{self.name} waits for positions before {message.start} of a session.")
+            session.early[message.start] = message
+            self._keep(self._take_late(session, message))
+            return
+        self._take(session, message)
+
+    def _take(self, session: _Session, message: StageWork) -> None:
+        """Into the engine, and those after it that wait."""
+        following: StageWork | None = message
+        while following is not None:
+            session.reached = following.start + len(following.tokens)
+            session.computed += len(following.tokens)
+            session.generated += following.choose
+            if not following.choose:
+                session.prompt += len(following.tokens)
+            self._keep(self._take_on(following))
+            following = session.early.pop(session.reached, None)
+
+    async def _take_late(self, session: _Session, message: StageWork) -> None:
+        """What was before it does not come: the engine says what is wrong with it."""
+        await self._clock.sleep(EARLY_S)
+        if session.early.get(message.start) is message:
+            del session.early[message.start]
+            self._take(session, message)
+
+    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._under_way[task] = self._clock.monotonic()
+        task.add_done_callback(lambda done: self._under_way.pop(done, None))
 
     async def _take_on(self, message: StageWork) -> None:
         """Through the engine, and on to whoever is next."""
-        assert self._engine is not None
         try:
-            done = await self._engine.advance(
+            done = await self._layers.engine.advance(
                 Advance(
                     session=message.session,
                     start=message.start,
@@ -229,19 +244,34 @@ class StageRun:
                     states=message.states,
                     choose=message.choose,
                     sampling=message.choosing,
+                    source=message.source,
                 )
             )
             if self._mine + 1 == len(self._invite.stages):
                 await self._answer(message, chosen=done.chosen)
                 return
-            after = self._invite.stages[self._mine + 1]
-            link = await self._endpoint.dial(after.node, after.addresses, deadline_s=HAND_ON_S)
-            await self._ask(link, msgspec.structs.replace(message, states=done.states))
+            await self._ask(await self._next_link(), msgspec.structs.replace(message, states=done.states))
         except EngineDied:
             return  # `run` tells the gateway
         except (EngineFailed, LinkError) as error:
             code = error.cause_code if isinstance(error, EngineFailed) else error.code
             await self._answer(message, code=code, sentence=f"{self.name}: {error.sentence}"[:400])
+
+    async def pulse(self, message: StagePulse, peer: bytes) -> StagePulsed:
+        """How it is here, and whether the next stage answers."""
+        if peer != self.gateway:
+            raise NotInRing("Only the gateway of a ring asks how it is.")
+        now = self._clock.monotonic()
+        waiting_ms = max((now - since for since in self._under_way.values()), default=0.0) * 1000
+        if self._mine + 1 == len(self._invite.stages):
+            return StagePulsed(next_answers=True, waiting_ms=waiting_ms)
+        try:
+            async with asyncio.timeout(message.patience_ms / 1000):
+                link = await self._next_link()
+                await link.request(LinkEcho.KIND, encode(LinkEcho(), link.version), deadline_s=HAND_ON_S)
+        except (LinkError, TimeoutError):
+            return StagePulsed(next_answers=False, waiting_ms=waiting_ms)
+        return StagePulsed(next_answers=True, waiting_ms=waiting_ms)
 
     async def _answer(
         self, message: StageWork, *, chosen: tuple[Chosen, ...] = (), code: str = "", sentence: str = ""
@@ -258,15 +288,16 @@ class StageRun:
         """A session is over; gives the receipt of what was done for it."""
         if peer != self.gateway:
             raise NotInRing("Only the gateway of a ring ends its sessions.")
-        served = self._served.pop(message.session, None)
-        if self._engine is not None:
+        served = self._sessions.pop(message.session, None)
+        if self._ready:
             with contextlib.suppress(EngineFailed, EngineDied):
-                await self._engine.close_session(message.session)
+                await self._layers.engine.close_session(message.session, keep=message.keep)
         if served is None:
             return None
         receipt = RequestReceipt(
             job=self.job_id, ring=self.ring, session=message.session, first=self._place.first, stop=self._place.stop,
             prompt_tokens=served.prompt, generated_tokens=served.generated, computed_positions=served.computed,
+            reused_positions=served.reused,
         )  # fmt: skip
         return sign(self._key, receipt, self._network)
 
@@ -281,7 +312,11 @@ class StageRun:
         hints = next((one.addresses for one in self._invite.holders if one.node == self.gateway), ())
         return await self._endpoint.dial(self.gateway, hints, deadline_s=HAND_ON_S)
 
-    async def _ask(self, link: Link, message: StageAnswer | StageGone | StageReady | StageWork) -> None:
+    async def _next_link(self) -> Link:
+        after = self._invite.stages[self._mine + 1]
+        return await self._endpoint.dial(after.node, after.addresses, deadline_s=HAND_ON_S)
+
+    async def _ask(self, link: Link, message: StageAnswer | StageGone | StageLeaving | StageReady | StageWork) -> None:
         await link.request(message.KIND, encode(message, link.version), deadline_s=HAND_ON_S)
 
 

@@ -8,8 +8,10 @@ from collections.abc import Awaitable, Callable
 
 from shoal.errors import LinkError
 from shoal.identity import KeyPair
+from shoal.inference.process import StageProcess
+from shoal.node.layers import Layers, Wanted
 from shoal.node.member import EngineSettings
-from shoal.node.stage import NotInRing, StageRun
+from shoal.node.stage import NotInRing, StageFull, StageRun
 from shoal.protocol.blobs import BlobHolder
 from shoal.protocol.messages import decode, encode
 from shoal.protocol.offers import Done
@@ -17,10 +19,12 @@ from shoal.protocol.serving import (
     LinkEcho,
     LinkProbe,
     LinksProbed,
+    ServeJob,
     StageEnd,
     StageForget,
     StageForgotten,
     StageInvite,
+    StagePulse,
     StageWork,
 )
 from shoal.storage import BlobStore, Fetcher
@@ -30,6 +34,10 @@ from shoal.world.reach import echo_ms
 PROBE_DEADLINE_S = 3.0
 PROBES_AT_ONCE = 2
 """Requests to probe links that are worked on; more wait."""
+RINGS_MAX = 64
+"""Of one gateway: those that it uses, and those that it has ready for when one of them breaks."""
+LEAVE_S = 20.0
+"""How long streams have to go on elsewhere when the node stops."""
 
 _log = logging.getLogger("shoal.node")
 
@@ -48,20 +56,24 @@ class StageHost:
         clock: Clock,
         settings: EngineSettings,
         network: str,
-        admit: Callable[[], None],
+        admit: Callable[[bool], None],
         changed: Callable[[], Awaitable[None]],
+        start_engine: Callable[..., Awaitable[StageProcess]] = StageProcess.start,
     ) -> None:
-        """`admit` raises where the node is busy or stopping; `changed` is called when a stage came or went."""
+        """`admit` raises where the node is stopping, or busy; true says that it works for whoever asks already.
+        `changed` is called when a stage came or went."""
         self._key, self._name, self._endpoint = key, name, endpoint
         self._store, self._fetcher, self._clock = store, fetcher, clock
         self._settings, self._network = settings, network
-        self._admit, self._changed = admit, changed
+        self._admit, self._changed, self._start_engine = admit, changed, start_engine
+        self._layers: dict[Wanted, Layers] = {}
         self._stages: dict[bytes, tuple[StageRun, asyncio.Task[None]]] = {}
         self._probing = asyncio.Semaphore(PROBES_AT_ONCE)
         for kind, handler in (
             (StageInvite, self._invited),
             (StageWork, self._work),
             (StageForget, self._forget),
+            (StagePulse, self._pulse),
             (StageEnd, self._end),
             (LinkProbe, self._probe),
             (LinkEcho, self._echo),
@@ -69,31 +81,43 @@ class StageHost:
             endpoint.handle(kind.KIND, handler)
 
     def names(self) -> list[str]:
-        return [repr(run.job.name) for run, _ in self._stages.values()]
+        """What is served here: each model once, however many rings it has."""
+        return [repr(job.name) for job in {run.job_id: run.job for run, _ in self._stages.values()}.values()]
 
     async def close(self) -> None:
-        for run, _ in list(self._stages.values()):
-            run.end("The node is stopping.", tell=True)
+        await asyncio.gather(*(run.leave("The node is stopping.", LEAVE_S) for run, _ in list(self._stages.values())))
         await asyncio.gather(*(task for _, task in self._stages.values()), return_exceptions=True)
 
     async def _invited(self, request: Request) -> bytes:
         invite = decode(StageInvite, request.body, request.version)
         if invite.ring not in self._stages:
-            self._admit()
+            theirs = [run for run, _ in self._stages.values() if run.gateway == request.peer]
+            if len(theirs) >= RINGS_MAX:
+                raise StageFull(f"Node {self._name} holds {RINGS_MAX} rings of this gateway already.")
+            self._admit(bool(theirs))
             run = StageRun(
                 invite,
                 request.peer,
                 key=self._key,
                 name=self._name,
                 endpoint=self._endpoint,
-                store=self._store,
-                fetcher=self._fetcher,
                 clock=self._clock,
-                settings=self._settings,
                 network=self._network,
+                layers=self._shared,
             )
             self._stages[invite.ring] = (run, asyncio.create_task(self._run(run)))
         return encode(Done(), request.version)
+
+    def _shared(self, wanted: Wanted, job: ServeJob, invite: StageInvite) -> Layers:
+        """The layers that another ring has here already, or new ones."""
+        for known in [known for known, layers in self._layers.items() if layers.is_dead or not layers.is_used]:
+            del self._layers[known]
+        if wanted not in self._layers:
+            self._layers[wanted] = Layers(
+                wanted, job, invite.holders, name=self._name, store=self._store, fetcher=self._fetcher,
+                settings=self._settings, start_engine=self._start_engine,
+            )  # fmt: skip
+        return self._layers[wanted]
 
     async def _run(self, run: StageRun) -> None:
         try:
@@ -119,6 +143,10 @@ class StageHost:
         message = decode(StageForget, request.body, request.version)
         receipt = await self._stage(message.ring).forget(message, request.peer)
         return encode(StageForgotten(receipt=receipt.to_bytes() if receipt else b""), request.version)
+
+    async def _pulse(self, request: Request) -> bytes:
+        message = decode(StagePulse, request.body, request.version)
+        return encode(await self._stage(message.ring).pulse(message, request.peer), request.version)
 
     async def _end(self, request: Request) -> bytes:
         message = decode(StageEnd, request.body, request.version)

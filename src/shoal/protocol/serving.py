@@ -112,6 +112,39 @@ class StageGone(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, 
     reason: Sentence
 
 
+class StageLeaving(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Request `stage.leaving`, node to gateway: it wants to go, and goes on until the ring is ended or for so long."""
+
+    KIND: ClassVar[str] = "stage.leaving"
+    MAX_BYTES: ClassVar[int] = 4096
+
+    ring: RingId
+    mine: Annotated[int, Meta(ge=0, lt=STAGES_MAX)]
+    reason: Sentence = ""
+    patience_ms: Milliseconds = 0.0
+
+
+class StagePulse(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Request `stage.pulse`, gateway to a stage that may be silent: are you there, and does the next stage answer you?
+    The reply is StagePulsed."""
+
+    KIND: ClassVar[str] = "stage.pulse"
+    MAX_BYTES: ClassVar[int] = 256
+
+    ring: RingId
+    patience_ms: Annotated[float, Meta(gt=0, le=60_000)]
+    """For the next stage's answer."""
+
+
+class StagePulsed(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    MAX_BYTES: ClassVar[int] = 256
+
+    next_answers: bool
+    """True in the last stage."""
+    waiting_ms: Milliseconds = 0.0
+    """For how long the engine has been at the oldest piece that it has."""
+
+
 class StageEnd(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """Request `stage.end`, gateway to node: the ring is not needed any more."""
 
@@ -149,6 +182,8 @@ class StageWork(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, 
     """Counts the gateway's calls; the answer bears it."""
     start: Count
     tokens: Tokens
+    source: Session | None = None
+    """Of a session that begins: the one of which it takes over the positions before `start`."""
     states: Annotated[bytes, Meta(max_length=(4 << 20) - 64 * 1024)] = b""
     """Hidden states [positions, hidden], little-endian float32; none to the first stage."""
     choose: Annotated[int, Meta(ge=0, le=PIECE_MAX)] = 0
@@ -185,6 +220,8 @@ class StageForget(Message, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     ring: RingId
     session: Session
+    keep: bool = False
+    """Its positions may be of use to a later session: keep them while there is memory for it."""
 
 
 class StageForgotten(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -236,3 +273,5 @@ class RequestReceipt(Record, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Tokens that were wanted."""
     computed_positions: Count
     """All positions that went through, guesses and repeats included."""
+    reused_positions: Count = 0
+    """Positions that it took over from an earlier session."""

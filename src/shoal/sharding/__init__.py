@@ -3,6 +3,7 @@
 from shoal.sharding.needs import GATEWAY, LeftOut, Links, ModelNeeds, Plan, Replica, ServingNode, Stage
 from shoal.sharding.planning import plan
 from shoal.sharding.replanning import loaded, replan
+from shoal.sharding.standbys import standbys
 
 __all__ = [
     "GATEWAY",
@@ -16,4 +17,5 @@ __all__ = [
     "loaded",
     "plan",
     "replan",
+    "standbys",
 ]

@@ -19,10 +19,16 @@ WORTH = 1.25
 
 
 def replan(
-    before: Plan, needs: ModelNeeds, nodes: Sequence[ServingNode], links: Links, *, price_max: int | None = None
+    before: Plan,
+    needs: ModelNeeds,
+    nodes: Sequence[ServingNode],
+    links: Links,
+    *,
+    price_max: int | None = None,
+    reserve: Sequence[Replica] = (),
 ) -> Plan:
     """The plan to go to from `before`. `nodes` are those that may hold layers from now on: without who is gone or is
-    to be drained, and with who came."""
+    to be drained, and with who came. `reserve`: further rings whose layers are loaded (`standbys`)."""
     by_id = {node.node: node for node in nodes}
     kept: list[Replica] = []
     broken: list[Replica] = []
@@ -37,7 +43,7 @@ def replan(
         used |= {stage.node for one in broken if one is not replica for stage in one.stages}
         spare = [node for node in nodes if node.node not in used and node.usable]
         left = None if price_max is None else price_max - sum(one.price for one in kept)
-        mended = _mended(needs, replica, spare, by_id, links, left)
+        mended = _mended(needs, replica, spare, by_id, links, left, reserve)
         if mended is not None:
             kept.append(mended)
     used = {stage.node for one in kept for stage in one.stages}
@@ -101,13 +107,14 @@ def _mended(
     by_id: dict[bytes, ServingNode],
     links: Links,
     price_left: int | None,
+    reserve: Sequence[Replica],
 ) -> Replica | None:
     """A ring in the place of a broken one, over what is left of it and spare nodes."""
     options = []
     for order, counts in _fillings(broken, spare, by_id):
         ring = _ring(needs, order, counts, links)
         if ring is not None and (price_left is None or ring.price <= price_left):
-            options.append((_anew(broken, ring), ring.token_ms, ring))
+            options.append((_anew((broken, *reserve), ring), ring.token_ms, ring))
     fresh = plan(needs, spare, links, price_max=price_left).replicas
     if not options:
         return fresh[0] if fresh else None
@@ -117,8 +124,8 @@ def _mended(
     return least
 
 
-def _anew(broken: Replica, ring: Replica) -> int:
-    return loaded(Plan((broken,), (), ""), Plan((ring,), (), ""))
+def _anew(there: Sequence[Replica], ring: Replica) -> int:
+    return loaded(Plan(tuple(there), (), ""), Plan((ring,), (), ""))
 
 
 def _fillings(

@@ -1,0 +1,234 @@
+"""Which nodes there are to serve on, how far they are from here and from one another, and who is left alone for a
+while."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from shoal.errors import LinkError, ShoalError
+from shoal.gateway.remote import Loss
+from shoal.protocol.blobs import BlobHolder
+from shoal.protocol.messages import decode, encode
+from shoal.protocol.offers import Device, Offer, OfferFind
+from shoal.protocol.serving import STAGES_MAX, LinkProbe, LinksProbed
+from shoal.sharding import GATEWAY, Links, ModelNeeds, ServingNode
+from shoal.world import Clock, Endpoint, FoundOffer, Link
+from shoal.world.directory import Directory
+from shoal.world.lookout import Backoff, Lookout
+from shoal.world.reach import echo_ms, reach
+
+LOOK_EVERY_S = 2.0
+DIAL_DEADLINE_S = 5.0
+MEETINGS_MAX = 32
+"""Nodes that are dialled at a time; each is a stranger that may let one wait."""
+KNOWN_MAX = 256
+PROBE_DEADLINE_S = 10.0
+PROBED_MAX = 32
+"""Nodes whose distances from one another are measured; of more, the nearest to the gateway."""
+PROBE_AGAIN_S = 30.0
+"""A way that did not get through is tried again."""
+REST_S, REST_MAX_S = 2.0, 300.0
+"""How long a node that failed is left alone: the first time, and at most; each time twice as long."""
+STEADY_S = 60.0
+"""Who has worked for so long has failed for the first time."""
+CPU_SHARE = 0.5
+"""Part of a machine's memory that a stage on its processor may take."""
+DEVICE_SHARE = 0.9
+
+_log = logging.getLogger("shoal.gateway")
+
+
+@dataclass
+class _Known:
+    """A node that the gateway has a link to."""
+
+    offer: Offer
+    link: Link
+    far_ms: float
+    """Round trip."""
+    layer_ms: float
+    last_ms: float = 0.0
+    ours: bool = False
+    """It has held layers for this gateway: when it is busy, then with that."""
+    leaving: bool = False
+
+
+class Scout:
+    """Keeps links to the nodes that accept to serve. `run` goes on until it is cancelled."""
+
+    def __init__(
+        self,
+        needs: ModelNeeds,
+        endpoint: Endpoint,
+        directory: Directory,
+        clock: Clock,
+        changed: Callable[[], None],
+    ) -> None:
+        """`changed` is called when there is more to plan with."""
+        self._needs, self._endpoint, self._directory, self._clock = needs, endpoint, directory, clock
+        self._changed = changed
+        self._lookout = Lookout(directory, OfferFind(accepts="serve"))
+        self._known: dict[bytes, _Known] = {}
+        self._meeting: dict[bytes, asyncio.Task[None]] = {}
+        self._between: dict[tuple[bytes, bytes], tuple[float, float]] = {}
+        """Two nodes -> one-way time in ms, and when it was measured."""
+        self._failed = Backoff(clock, REST_S, REST_MAX_S)
+
+    async def run(self) -> None:
+        try:
+            while True:
+                try:
+                    await self.look()
+                except LinkError as error:
+                    _log.info("no hub answers; the rings go on as they are: %s", error)
+                await self._clock.sleep(LOOK_EVERY_S)
+        finally:
+            for task in self._meeting.values():
+                task.cancel()
+
+    async def look(self) -> None:
+        """Take notice of what is on offer; whoever is new is met meanwhile."""
+        for one in await self._lookout.look():
+            known = self._known.get(one.node)
+            if known is not None and not known.link.closed:
+                known.offer = one.offer
+            elif not (one.offer.busy or one.node in self._meeting or self._failed.rests(one.node)) and (
+                len(self._meeting) < MEETINGS_MAX and len(self._known) < KNOWN_MAX
+            ):
+                self._meeting[one.node] = asyncio.create_task(self._meet(one))
+        if any(self._unmeasured(node) for node in self._nearest()):
+            await self._probe()
+            self._changed()
+
+    async def _meet(self, one: FoundOffer) -> None:
+        try:
+            link = await reach(
+                one.node, one.offer, endpoint=self._endpoint, directory=self._directory, clock=self._clock,
+                dial_deadline_s=DIAL_DEADLINE_S,
+            )  # fmt: skip
+            far_ms = await echo_ms(link, self._clock, DIAL_DEADLINE_S)
+        except ShoalError as error:  # whatever is wrong with one offer, serving goes on
+            self._failed.tried(one.node)
+            _log.info("%s cannot serve: %s", one.offer.name, error)
+            return
+        finally:
+            del self._meeting[one.node]
+        rate = _device(one.offer).memory_bytes_per_s or 1e9
+        self._known[one.node] = _Known(one.offer, link, far_ms, 1000 * self._needs.layer_bytes / rate)
+        if not self._meeting:  # of several that come at once, the last measures for all
+            await self._probe()
+            self._changed()
+
+    # --- how far they are from one another ---------------------------------------------------------------------------
+
+    def _nearest(self) -> list[bytes]:
+        there = [node for node, known in self._known.items() if not known.link.closed]
+        return sorted(there, key=lambda node: (self._known[node].far_ms, node))[:PROBED_MAX]
+
+    def _unmeasured(self, node: bytes) -> list[bytes]:
+        """Nodes to which `node` is to take the time: each pair once."""
+        now = self._clock.monotonic()
+        return [
+            other
+            for other in self._nearest()
+            if node < other
+            and ((found := self._between.get((node, other))) is None
+                 or (found[0] == math.inf and now - found[1] > PROBE_AGAIN_S))
+        ]  # fmt: skip
+
+    async def _probe(self) -> None:
+        """Have nodes measure how far they are from one another."""
+        pairs = {node: others for node in self._nearest() if (others := self._unmeasured(node))}
+        await asyncio.gather(*(self._probe_from(node, others[:STAGES_MAX]) for node, others in pairs.items()))
+
+    async def _probe_from(self, node: bytes, others: Sequence[bytes]) -> None:
+        known = self._known[node]
+        holders = tuple(BlobHolder(other, self._known[other].offer.addresses) for other in others)
+        times: Sequence[float | None]
+        try:
+            reply = await known.link.request(
+                LinkProbe.KIND, encode(LinkProbe(nodes=holders), known.link.version), deadline_s=PROBE_DEADLINE_S
+            )
+            times = decode(LinksProbed, reply, known.link.version).round_trip_ms
+        except ShoalError as error:
+            _log.info("%s did not say how far others are: %s", known.offer.name, error)
+            times = ()
+        now = self._clock.monotonic()
+        for at, other in enumerate(others):
+            time_ms = times[at] if at < len(times) else None
+            self._between[node, other] = (math.inf if time_ms is None else time_ms / 2, now)
+
+    # --- what the planner is told ------------------------------------------------------------------------------------
+
+    def nodes(self) -> list[ServingNode]:
+        """Those that may hold layers from now on."""
+        for node in [node for node, known in self._known.items() if known.link.closed]:
+            del self._known[node]
+            self._between = {pair: found for pair, found in self._between.items() if node not in pair}
+        return [
+            self._serving_node(node, known)
+            for node, known in self._known.items()
+            if not known.leaving and not self._failed.rests(node) and (known.ours or not known.offer.busy)
+        ]
+
+    def _serving_node(self, node: bytes, known: _Known) -> ServingNode:
+        device = _device(known.offer)
+        free = int(device.memory_bytes * (CPU_SHARE if device.kind == "cpu" else DEVICE_SHARE))
+        return ServingNode(node, known.offer.name, free, max(1e-3, known.layer_ms), known.last_ms)
+
+    def links(self) -> Links:
+        between = {pair: one_way for pair, (one_way, _) in self._between.items()}
+        return Links(between | {(GATEWAY, node): known.far_ms / 2 for node, known in self._known.items()})
+
+    def link(self, node: bytes) -> Link | None:
+        known = self._known.get(node)
+        return None if known is None or known.link.closed else known.link
+
+    def name(self, node: bytes) -> str:
+        known = self._known.get(node)
+        return known.offer.name if known else node.hex()[:8]
+
+    def addresses(self, node: bytes) -> tuple[str, ...]:
+        known = self._known.get(node)
+        return known.offer.addresses if known else ()
+
+    # --- what serving finds out --------------------------------------------------------------------------------------
+
+    def measured(self, node: bytes, layer_ms: float, last_ms: float) -> None:
+        known = self._known.get(node)
+        if known is not None:
+            known.layer_ms, known.last_ms = layer_ms, last_ms or known.last_ms
+
+    def taken(self, node: bytes) -> None:
+        """It is invited to hold layers."""
+        known = self._known.get(node)
+        if known is not None:
+            known.ours = True
+
+    def leaving(self, node: bytes) -> None:
+        """It wants to go: nothing more is placed on it."""
+        known = self._known.get(node)
+        if known is not None:
+            known.leaving = True
+
+    def failed(self, loss: Loss, lived_s: float) -> None:
+        """A ring was lost after `lived_s` seconds; who is to blame is left alone for a while."""
+        for node in loss.nodes:
+            if lived_s > STEADY_S:
+                self._failed.succeeded(node)
+            self._failed.tried(node)
+            if node in self._known:
+                self._known[node].ours = False
+        now = self._clock.monotonic()
+        for one, other in loss.ways:
+            self._between[min(one, other), max(one, other)] = (math.inf, now)
+
+
+def _device(offer: Offer) -> Device:
+    """The one with the most memory that is not the processor's, else that."""
+    devices = offer.capability.devices
+    return max(devices, key=lambda one: (one.kind != "cpu", one.memory_bytes))
