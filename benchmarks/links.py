@@ -282,10 +282,13 @@ class _Port:
     """(when it reaches the switch, to whom, packet). Both queues are in the order of time, as a line keeps order, and
     bounded by rate times (queue + delay)."""
     falling: deque[tuple[float, bytes]] = field(default_factory=deque)
+    cut: bool = False
+    """Nothing gets through, and nobody is told."""
 
 
 def _switch(specification: str, control: int) -> None:
-    """Carry packets between TUN descriptors until `control` is closed; then print what happened, as one JSON object."""
+    """Carry packets between TUN descriptors until `control` is closed; then print what happened, as one JSON object.
+    A byte on `control` cuts the host of that number off, or joins it again."""
     given = json.loads(specification)
     ports = []
     for number, host in enumerate(given["hosts"]):
@@ -320,16 +323,18 @@ def _switch(specification: str, control: int) -> None:
         last = now
         for descriptor in ready:
             if descriptor == control:
-                if not read(control, 1):
-                    cpu = time.process_time()
-                    print(json.dumps({
-                        "cpu_s": cpu, "delivered": delivered, "astray": astray, "late_worst_ms": late_worst * 1e3,
-                        "late_mean_ms": late_sum / max(1, delivered) * 1e3,
-                        "dropped": sum(p.up.dropped + p.down.dropped for p in ports),
-                        "lost": sum(p.up.lost + p.down.lost for p in ports),
-                    }), flush=True)  # fmt: skip
-                    return
-                continue
+                said = read(control, 1)
+                if said:
+                    ports[said[0]].cut = not ports[said[0]].cut
+                    continue
+                cpu = time.process_time()
+                print(json.dumps({
+                    "cpu_s": cpu, "delivered": delivered, "astray": astray, "late_worst_ms": late_worst * 1e3,
+                    "late_mean_ms": late_sum / max(1, delivered) * 1e3,
+                    "dropped": sum(p.up.dropped + p.down.dropped for p in ports),
+                    "lost": sum(p.up.lost + p.down.lost for p in ports),
+                }), flush=True)  # fmt: skip
+                return
             port = by_descriptor[descriptor]
             line, climbing = port.up, port.climbing
             for _ in range(READS_MAX):
@@ -340,6 +345,8 @@ def _switch(specification: str, control: int) -> None:
                 to = routes.get(packet[16:20])
                 if to is None or packet[0] >> 4 != 4:
                     astray += 1
+                    continue
+                if port.cut or to.cut:
                     continue
                 at = line.arrival(now, len(packet))
                 if at is not None:
@@ -400,6 +407,12 @@ class Network:
             self.__exit__(None, None, None)
             raise
         return self
+
+    def cut(self, name: str) -> None:
+        """Let no packet of a host through any more, or all of them again. No end of a connection hears of it."""
+        assert self._switch is not None and self._switch.stdin is not None
+        self._switch.stdin.write(bytes([list(self.hosts).index(name)]))
+        self._switch.stdin.flush()
 
     @property
     def switch_pid(self) -> int:

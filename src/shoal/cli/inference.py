@@ -53,6 +53,10 @@ def serve(
     sessions: Annotated[
         int, typer.Option(help="Streams of the whole context for which nodes hold memory; shorter ones are more.")
     ] = 16,
+    guess: Annotated[
+        bool,
+        typer.Option(help="Guess tokens that repeat what was said before, so that a crossing may bring several."),
+    ] = True,
     json: JsonFlag = False,
 ) -> None:
     """Serve a model to OpenAI clients: on the nodes at the hubs, or on this machine where there is no hub.
@@ -87,6 +91,7 @@ def serve(
         hubs=tickets,
         listen=listen,
         sessions=sessions,
+        guess=guess,
         say=lambda sentence: err.print(sentence, markup=False, style="dim"),
     )
 

@@ -124,6 +124,10 @@ def node_start(
         ),
     ] = "tcp://127.0.0.1:0",
     storage: Annotated[str, typer.Option(metavar="BYTES", help="How much disk its blobs may take.")] = "20 GiB",
+    memory: Annotated[
+        str | None,
+        typer.Option(metavar="BYTES", help="How much of a device's memory it offers.", show_default="all"),
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="Its key and blobs.", show_default="~/.shoal/node")] = None,
     dishonest: Annotated[str, typer.Option(hidden=True, help="Lie in this way, for trying the defences.")] = "",
     json: JsonFlag = False,
@@ -149,6 +153,7 @@ def node_start(
         raise BadFlag(f"--processes {processes} cannot be used: at least one is needed.")
     places.refuse_wildcard(listen, "use an address of this machine, or --listen '' to open links only")
     storage_bytes = parse_bytes(storage)
+    memory_bytes = parse_bytes(memory) if memory is not None else None
     tickets = places.find_hubs(hub)
     folder = data or shoal_home() / "node"
 
@@ -163,6 +168,7 @@ def node_start(
             processes=processes,
             listen=listen or None,
             storage_bytes=storage_bytes,
+            memory_bytes=memory_bytes,
             dishonest=dishonest,
             clock=SystemClock(),
             dice=SystemDice(),

@@ -16,7 +16,7 @@ from shoal.protocol.blobs import BlobHolder
 from shoal.protocol.messages import encode
 from shoal.protocol.serving import Choosing, ServeJob, StageInvite, StagePlace
 from shoal.sharding import ModelNeeds, Plan, Replica, plan, replan, standbys
-from shoal.world import Clock, Dice, Directory, Endpoint, within
+from shoal.world import Clock, Dice, Directory, Endpoint, Refused, within
 
 ARRANGE_EVERY_S = 2.0
 INVITE_DEADLINE_S = 20.0
@@ -117,7 +117,10 @@ class Placer:
                 ring = self._new_ring(places, replica)
                 self._placed[places] = ring
                 invited.append(self._begin(self._invite(ring)))
-            self._placed[places].standby = places not in primary
+            ring = self._placed[places]
+            if ring.standby and places in primary and ring in self.serving:
+                self.say(f"{ring.name} has taken over.")
+            ring.standby = places not in primary
         for ring in retired:
             self._begin(self._retire(ring, tuple(invited)))
 
@@ -185,6 +188,8 @@ class Placer:
         try:
             await link.request(invite.KIND, encode(invite, link.version), deadline_s=INVITE_DEADLINE_S)
         except LinkError as error:
+            if isinstance(error, Refused):
+                self.scout.refused(place.node)
             ring.lose(Loss(f"{self.scout.name(place.node)}: {error.sentence.rstrip('.')}", frozenset({place.node})))
             raise
 

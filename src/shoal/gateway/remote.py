@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shoal.errors import LinkError, ShoalError
+from shoal.errors import BadRecord, LinkError, ShoalError
 from shoal.gateway.rings import LimitedRing, RingLost, RingRefused
 from shoal.identity import Envelope
 from shoal.protocol.messages import decode, encode
@@ -18,11 +18,13 @@ from shoal.protocol.offers import Done
 from shoal.protocol.serving import (
     Choosing,
     Chosen,
+    LinkEcho,
     StageAnswer,
     StageEnd,
     StageForget,
     StageForgotten,
     StageGone,
+    StageKnown,
     StageLeaving,
     StagePlace,
     StagePulse,
@@ -38,13 +40,22 @@ LEAST_DEADLINE_S = 0.4
 DEVIATIONS = 6.0
 PULSE_S = 0.25
 """What a stage, or the next one, is given at least to say that it is there; more where a ring is long."""
-CHECKS_MAX = 4
-"""So often a late answer is waited for again, twice as long each time, while all stages say that they are there."""
+STUCK_S = 30.0
+"""So long a late answer is waited for while all stages say that they are there; then who has been at it for longest is
+to blame."""
+FEW = 8
+"""Positions under way that say what a crossing takes; more say what each of them adds."""
 ARRIVED_S = 5.0
 HANDED_S = 60.0
 """For the first stage to say that positions arrived; a ring that is silent is noticed long before."""
 REFUSALS = frozenset({"SH-270", "SH-272", "SH-273", "SH-570"})
 """What a stage says of a request, not of itself: elsewhere it would be the same, or memory is full."""
+
+
+class UnknownRing(BadRecord):
+    """A node asks about a ring that its gateway has given up, or never had."""
+
+    code = "SH-274"
 
 
 @dataclass
@@ -60,23 +71,20 @@ class Latency:
     def measured(self, took_s: float, positions: int) -> None:
         if not (took_s > 0 and math.isfinite(took_s)):
             return
-        if self.mean_s == 0:
-            self.mean_s, self.deviation_s = took_s / max(1, positions) ** 0.5, took_s / 2
-            return
-        expected = self.mean_s + self.position_s * (positions - 1)
-        off = took_s - expected
-        self.deviation_s += 0.1 * (abs(off) - self.deviation_s)
-        if positions > 8:
-            self.position_s = max(0.0, self.position_s + 0.1 * off / positions)
+        if positions > FEW:
+            each_s = (took_s - self.mean_s) / (positions - 1)
+            self.position_s = max(0.0, self.position_s + 0.2 * (each_s - self.position_s))
+        elif self.mean_s == 0:
+            self.mean_s, self.deviation_s = took_s, took_s / 2
         else:
+            off = took_s - self.mean_s - self.position_s * (positions - 1)
+            self.deviation_s += 0.1 * (abs(off) - self.deviation_s)
             self.mean_s = max(1e-4, self.mean_s + 0.1 * off)
 
     def deadline_s(self, positions: int) -> float:
-        if self.mean_s == 0:
+        if self.mean_s == 0 or (positions > FEW and self.position_s == 0):
             return FIRST_DEADLINE_S
         expected = self.mean_s + self.position_s * (positions - 1)
-        if positions > 8 and self.position_s == 0:
-            return FIRST_DEADLINE_S
         return max(LEAST_DEADLINE_S, 2 * expected + DEVIATIONS * self.deviation_s)
 
 
@@ -105,7 +113,7 @@ class NodeRing(LimitedRing):
         token_ms: float,
         receipt: Callable[[Envelope], None] = lambda _: None,
     ) -> None:
-        super().__init__(name, exact=True, token_ms=token_ms)
+        super().__init__(name, stages=len(places), exact=True, token_ms=token_ms)
         self.ring = ring
         self.places = tuple(places)
         self._links = tuple(links)
@@ -122,6 +130,8 @@ class NodeRing(LimitedRing):
         """By which of its nodes, and why."""
         self.latency = Latency()
         self._checking: asyncio.Task[Loss | None] | None = None
+        self._busy_ms: dict[bytes, float] = {}
+        """Node -> for how long it has been at its oldest piece, when it was asked last."""
         self._watching = [asyncio.create_task(self._watch(link)) for link in self._links]
 
     async def _watch(self, link: Link) -> None:
@@ -199,6 +209,7 @@ class NodeRing(LimitedRing):
             self._flying -= len(tokens)
             del self._waiting[number]
             handing.cancel()
+            future.exception() if future.done() else future.cancel()  # whatever it says now, nobody waits for it
         if answer.code in REFUSALS:
             raise RingRefused(f"{self.name}: {answer.sentence}", answer.code)
         if answer.code:
@@ -228,19 +239,21 @@ class NodeRing(LimitedRing):
 
     async def _answer(self, future: asyncio.Future[StageAnswer], deadline_s: float) -> StageAnswer:
         """Silence may be a slow machine, or a dead one: after a while all stages are asked."""
-        waited = 0.0
-        for _ in range(CHECKS_MAX):
+        began = self._clock.monotonic()
+        while True:
             await asyncio.wait([future], timeout=deadline_s)
             if future.done():
                 return future.result()
-            waited += deadline_s
             loss = await self._check()
             if future.done():
                 return future.result()
+            waited_s = self._clock.monotonic() - began
+            if loss is None and waited_s > STUCK_S:
+                busy = max(self._busy_ms, key=lambda node: self._busy_ms[node])
+                loss = Loss(f"it did not answer within {waited_s:.0f} s", frozenset({busy}))
             if loss is not None:
                 raise await self._given_up(loss)
             deadline_s *= 2
-        raise await self._given_up(Loss(f"it did not answer within {waited:.1f} s"))
 
     async def _given_up(self, loss: Loss) -> RingLost:
         """The ring is lost; finds out by whom if that is not known."""
@@ -262,14 +275,21 @@ class NodeRing(LimitedRing):
         order = [place.node for place in self.places]
 
         async def pulse(at: int) -> Loss | None:
-            link, ask = self._links[at], StagePulse(ring=self.ring, patience_ms=patience_s * 1000)
-            far_s = (link.stats().round_trip_ms or self.token_ms) / 1000
-            deadline_s = patience_s + max(PULSE_S, 3 * far_s)
+            link, ask, echo = self._links[at], StagePulse(ring=self.ring, patience_ms=patience_s * 1000), LinkEcho()
+            far_s = max(PULSE_S, 3 * (link.stats().round_trip_ms or self.token_ms) / 1000)
+            pulsing = asyncio.create_task(
+                link.request(ask.KIND, encode(ask, link.version), deadline_s=patience_s + far_s)
+            )
             try:
-                reply = await link.request(ask.KIND, encode(ask, link.version), deadline_s=deadline_s)
-                found = decode(StagePulsed, reply, link.version)
+                # Whoever is silent here is known to be so without waiting for what it would say of the next one.
+                await link.request(echo.KIND, encode(echo, link.version), deadline_s=far_s)
+                found = decode(StagePulsed, await pulsing, link.version)
             except ShoalError as error:
                 return Loss(f"stage {at + 1} is silent: {error.sentence.rstrip('.')}", frozenset({order[at]}))
+            finally:
+                pulsing.cancel()
+                await asyncio.gather(pulsing, return_exceptions=True)
+            self._busy_ms[order[at]] = found.waiting_ms
             if not found.next_answers and at + 1 < len(order):
                 said = f"stage {at + 2} does not answer stage {at + 1}"
                 return Loss(said, ways=frozenset({(order[at], order[at + 1])}))
@@ -323,6 +343,7 @@ class Rings:
             (StageAnswer, NodeRing.answered),
         ):
             endpoint.handle(kind.KIND, functools.partial(self._heard, kind, tell))
+        endpoint.handle(StageKnown.KIND, self._known)
 
     def add(self, ring: NodeRing) -> None:
         self._rings[ring.ring] = ring
@@ -333,6 +354,13 @@ class Rings:
         self._rings.pop(ring.ring, None)
         for other in [other for other in self._rings.values() if other.uses(loss)]:
             other.lose(Loss(f"{ring.name}: {loss.reason}", loss.nodes, loss.ways))
+
+    async def _known(self, request: Request) -> bytes:
+        message = decode(StageKnown, request.body, request.version)
+        ring = self._rings.get(message.ring)
+        if ring is None or request.peer not in {place.node for place in ring.places}:
+            raise UnknownRing("This ring is not wanted any more.")
+        return encode(Done(), request.version)
 
     async def _heard(self, kind: Any, tell: Callable[[NodeRing, Any, bytes], None], request: Request) -> bytes:
         """What a stage says goes to its ring; of a ring that is no more, nowhere."""

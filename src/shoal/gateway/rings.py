@@ -17,6 +17,10 @@ from shoal.protocol.serving import Choosing, Chosen
 AT_ONCE = 40
 """Pieces of work in a replica at a time; an engine, and a node, refuse a few more than that. Others wait their turn."""
 
+PIECE, PIECE_OF_SEVERAL = 64, 16
+"""Positions of a prompt at once. Where states travel from stage to stage, a stage begins with the next piece while
+the one before is still on its way."""
+
 
 class RingLost(EngineError):
     """A replica is gone, or does not answer; its sessions go on elsewhere."""
@@ -48,6 +52,8 @@ class Ring(Protocol):
     """It is there for when others are lost."""
     leaving: bool
     """It will be gone soon: streams move elsewhere as they can."""
+    piece: int
+    """Positions of a prompt that are sent through at once."""
     prefixes: Prefixes
     """What sessions that are over have left in it."""
 
@@ -74,8 +80,9 @@ class Ring(Protocol):
 class LimitedRing(ABC):
     """A Ring that does AT_ONCE pieces of work at a time."""
 
-    def __init__(self, name: str, *, exact: bool, token_ms: float) -> None:
+    def __init__(self, name: str, *, stages: int, exact: bool, token_ms: float) -> None:
         self.name, self.exact, self.token_ms = name, exact, token_ms
+        self.piece = PIECE if stages == 1 else PIECE_OF_SEVERAL
         self.streams, self.standby, self.leaving = 0, False, False
         self.prefixes = Prefixes()
         self._places = asyncio.Semaphore(AT_ONCE)
@@ -102,7 +109,7 @@ class LocalRing(LimitedRing):
     """Stages in processes of this machine."""
 
     def __init__(self, name: str, stages: Sequence[StageProcess], *, exact: bool, token_ms: float) -> None:
-        super().__init__(name, exact=exact, token_ms=token_ms)
+        super().__init__(name, stages=len(stages), exact=exact, token_ms=token_ms)
         self._stages = tuple(stages)
 
     async def _through(

@@ -209,6 +209,12 @@ class Scout:
         if known is not None:
             known.ours = True
 
+    def refused(self, node: bytes) -> None:
+        """It does not take the invitation: it is somebody else's now."""
+        known = self._known.get(node)
+        if known is not None:
+            known.ours = False
+
     def leaving(self, node: bytes) -> None:
         """It wants to go: nothing more is placed on it."""
         known = self._known.get(node)
@@ -221,8 +227,6 @@ class Scout:
             if lived_s > STEADY_S:
                 self._failed.succeeded(node)
             self._failed.tried(node)
-            if node in self._known:
-                self._known[node].ours = False
         now = self._clock.monotonic()
         for one, other in loss.ways:
             self._between[min(one, other), max(one, other)] = (math.inf, now)

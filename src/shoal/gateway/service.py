@@ -82,6 +82,7 @@ class ModelService:
     admission: Admission
     clock: Clock
     dice: Dice
+    guess: bool = True
     counts: Counts = field(default_factory=Counts)
 
     @property
@@ -205,7 +206,7 @@ class ModelService:
         self, index: int, prompt: tuple[int, ...], number: int, asked: Asked, out: asyncio.Queue[Piece | BaseException]
     ) -> None:
         sampling = msgspec.structs.replace(asked.sampling, choice=number, prompt_tokens=len(prompt))
-        stream = Stream(prompt, sampling, asked.tokens_max, self.ends, self._pick, self._number)
+        stream = Stream(prompt, sampling, asked.tokens_max, self.ends, self._pick, self._number, self.guess)
         decoder, stop = Decoder(self.tokenizer.decode), StopAt(asked.stops)
         self.counts.prompt_tokens += len(prompt)
         tokens = stream.tokens()

@@ -16,9 +16,7 @@ from shoal.gateway.rings import Ring, RingLost, RingRefused
 from shoal.inference.guessing import Guessing, held, look_up
 from shoal.protocol.serving import Choosing, Chosen
 
-PIECE = 64
-"""Positions of a prompt that go through a replica at once."""
-PIECES_AT_ONCE = 8
+PIECES_AT_ONCE = 12
 """Pieces of one stream under way: stages work on several, and distance costs once."""
 REPLICAS_MAX = 16
 """Replicas that one stream may lose before it is given up."""
@@ -135,9 +133,10 @@ class Stream:
 
     async def _step(self, seat: _Seat, done: Sequence[int], guess: Sequence[int]) -> tuple[Chosen, ...]:
         """All positions that the replica does not have yet, the guess after them, and what follows each of those."""
-        last = seat.kept + (len(done) - 1 - seat.kept) // PIECE * PIECE
+        size = seat.ring.piece
+        last = seat.kept + (len(done) - 1 - seat.kept) // size * size
         given = (last, [*done[last:], *guess], 1 + len(guess))
-        chosen = await self._read(seat, [*_pieces(done, seat.kept, last), given])
+        chosen = await self._read(seat, [*_pieces(done, seat.kept, last, size), given])
         seat.source = None
         return chosen
 
@@ -195,7 +194,7 @@ class Stream:
 
     async def _read_beside(self, seat: _Seat, done: tuple[int, ...]) -> _Seat:
         try:
-            await self._read(seat, list(_pieces(done, seat.kept, len(done) - 1)))
+            await self._read(seat, list(_pieces(done, seat.kept, len(done) - 1, seat.ring.piece)))
         except BaseException:
             self._leave(seat, done)
             raise
@@ -218,9 +217,9 @@ class Stream:
         )
 
 
-def _pieces(done: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, Sequence[int], int]]:
-    for at in range(start, stop, PIECE):
-        yield at, done[at : min(stop, at + PIECE)], 0
+def _pieces(done: Sequence[int], start: int, stop: int, size: int) -> Iterator[tuple[int, Sequence[int], int]]:
+    for at in range(start, stop, size):
+        yield at, done[at : min(stop, at + size)], 0
 
 
 class _Rest:

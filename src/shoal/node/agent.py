@@ -90,6 +90,8 @@ class NodeSettings:
     engine: EngineSettings = field(default_factory=EngineSettings)
     listen: str | None = "tcp://127.0.0.1:0"
     """Where to accept links; none for a node that only opens links of its own."""
+    memory_bytes: int | None = None
+    """Of a device, that its offer says at most; none: all that there is."""
     members_max: int = 1
     accepts: tuple[str, ...] = ("train", "serve")
     """The kinds of jobs it takes, as its offer says."""
@@ -105,6 +107,14 @@ def best_device(capability: Capability) -> str:
     kinds = [_torch_kind(device) for device in capability.devices]
     at = max(range(len(kinds)), key=lambda index: rate(capability.devices[index]))
     return kinds[at] if kinds[at] in ("cpu", "mps") else f"{kinds[at]}:{kinds[:at].count(kinds[at])}"
+
+
+def _limited(capability: Capability, memory_bytes: int) -> Capability:
+    devices = tuple(
+        msgspec.structs.replace(device, memory_bytes=min(device.memory_bytes, memory_bytes))
+        for device in capability.devices
+    )
+    return msgspec.structs.replace(capability, devices=devices)
 
 
 def _torch_kind(device: Device) -> str:
@@ -169,6 +179,8 @@ class NodeAgent:
             threads=self.settings.engine.threads,
             folder=self.settings.folder,
         )
+        if self.settings.memory_bytes is not None:
+            self.capability = _limited(self.capability, self.settings.memory_bytes)
         if self.settings.engine.device == "auto":
             engine = dataclasses.replace(self.settings.engine, device=best_device(self.capability))
             self.settings = dataclasses.replace(self.settings, engine=engine)

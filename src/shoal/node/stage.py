@@ -28,6 +28,7 @@ from shoal.protocol.serving import (
     StageForget,
     StageGone,
     StageInvite,
+    StageKnown,
     StageLeaving,
     StagePlace,
     StagePulse,
@@ -35,11 +36,13 @@ from shoal.protocol.serving import (
     StageReady,
     StageWork,
 )
-from shoal.world import Clock, Endpoint, Link
+from shoal.world import Clock, Endpoint, Link, Refused
 
 GATEWAY_SILENCE_S = 120.0
 """A stage whose gateway has had no link for so long ends."""
 LOOK_EVERY_S = 5.0
+IDLE_S = 15.0
+"""A stage of which nothing was asked for so long asks whether it is still wanted: its end may have been lost."""
 HAND_ON_S = 5.0
 """How long the next stage may take to say that positions arrived."""
 UNDER_WAY_MAX = 48
@@ -112,6 +115,7 @@ class StageRun:
         self._layers = layers(wanted, self.job, invite)
         self._layers.use()
         self._ready = False
+        self._asked_at = clock.monotonic()
         self._under_way: dict[asyncio.Task[None], float] = {}
         """Pieces of work, and since when."""
         self._sessions: dict[int, _Session] = {}
@@ -179,11 +183,21 @@ class StageRun:
         seen = self._clock.monotonic()
         while True:
             await self._clock.sleep(LOOK_EVERY_S)
+            now = self._clock.monotonic()
             link = self._endpoint.links().get(self.gateway)
             if link is not None and not link.closed:
-                seen = self._clock.monotonic()
-            elif self._clock.monotonic() - seen > GATEWAY_SILENCE_S:
+                seen = now
+            elif now - seen > GATEWAY_SILENCE_S:
                 self.end(f"The gateway was away for {GATEWAY_SILENCE_S:.0f} s.", tell=False)
+            if link is not None and now - self._asked_at > IDLE_S:
+                self._asked_at = now
+                known = StageKnown(ring=self.ring)
+                try:
+                    await link.request(known.KIND, encode(known, link.version), deadline_s=HAND_ON_S)
+                except Refused as error:
+                    self.end(error.sentence, tell=False)
+                except LinkError:
+                    continue
 
     # --- positions -------------------------------------------------------------------------------------------------
 
@@ -198,6 +212,7 @@ class StageRun:
             raise StageFull(f"{self.name} has {UNDER_WAY_MAX} pieces of work already.")
         if message.session not in self._sessions and len(self._sessions) >= SESSIONS_MAX:
             raise StageFull(f"{self.name} has {SESSIONS_MAX} sessions already.")
+        self._asked_at = self._clock.monotonic()
         session = self._sessions.setdefault(message.session, _Session())
         if message.source is not None:
             session.reached = session.reused = max(session.reached, message.start)

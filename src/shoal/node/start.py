@@ -61,6 +61,7 @@ async def start_node(
     processes: int,
     listen: str | None,
     storage_bytes: int,
+    memory_bytes: int | None = None,
     dishonest: str,
     clock: Clock,
     dice: Dice,
@@ -77,6 +78,7 @@ async def start_node(
         folder=folder,
         engine=EngineSettings(device=device, threads=threads, processes=processes, speed_limit=max_speed),
         listen=listen,
+        memory_bytes=memory_bytes,
     )
     agent = NodeAgent(
         settings,

@@ -145,6 +145,15 @@ class StagePulsed(Message, frozen=True, kw_only=True, forbid_unknown_fields=True
     """For how long the engine has been at the oldest piece that it has."""
 
 
+class StageKnown(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Request `stage.known`, node to gateway: is the ring still wanted? A gateway that does not know it refuses."""
+
+    KIND: ClassVar[str] = "stage.known"
+    MAX_BYTES: ClassVar[int] = 256
+
+    ring: RingId
+
+
 class StageEnd(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """Request `stage.end`, gateway to node: the ring is not needed any more."""
 

@@ -70,6 +70,8 @@ class ServeOptions:
     cuts: tuple[int, ...] = ()
     """On this machine: layers at which the model is cut into stages, each in a process of its own."""
     context: int | None = None
+    guess: bool = True
+    """Whether tokens are guessed (prompt look-up); what is said is the same."""
     say: Callable[[str], None] = lambda _: None
 
 
@@ -127,6 +129,7 @@ class ServedModel:
             admission=Admission(context),
             clock=self.clock,
             dice=self.dice,
+            guess=options.guess,
         )
         await self._hold(model, self.service)
         self._face = HttpFace(make_app(self.service, keys=options.keys), self.clock)

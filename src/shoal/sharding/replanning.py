@@ -60,7 +60,7 @@ def replan(
             f"Placed anew, {loaded(before, afresh)} layers to load: {_speed(afresh)} instead of {_speed(after)}. "
             f"{afresh.reason}",
         )
-    moved = loaded(before, after)
+    moved = loaded(Plan((*before.replicas, *reserve), (), ""), after)
     what = f"{moved} layers to load" if moved else "nothing to load"
     if not replicas:
         return Plan((), after.left_out, afresh.reason)
