@@ -36,9 +36,10 @@ from shoal.world import Clock, Endpoint, Link, Refused, Request
 
 FIRST_DEADLINE_S = 10.0
 """For a ring of which nothing is known yet."""
-LEAST_DEADLINE_S = 0.4
-DEVIATIONS = 6.0
-PULSE_S = 0.25
+LEAST_DEADLINE_S = 0.25
+LATE, DEVIATIONS = 1.25, 4.0
+"""An answer is late after so many times what it takes in the mean, and so many mean deviations."""
+PULSE_S = 0.4
 """What a stage, or the next one, is given at least to say that it is there; more where a ring is long."""
 STUCK_S = 30.0
 """So long a late answer is waited for while all stages say that they are there; then who has been at it for longest is
@@ -85,7 +86,7 @@ class Latency:
         if self.mean_s == 0 or (positions > FEW and self.position_s == 0):
             return FIRST_DEADLINE_S
         expected = self.mean_s + self.position_s * (positions - 1)
-        return max(LEAST_DEADLINE_S, 2 * expected + DEVIATIONS * self.deviation_s)
+        return max(LEAST_DEADLINE_S, LATE * expected + DEVIATIONS * self.deviation_s)
 
 
 @dataclass(frozen=True)
