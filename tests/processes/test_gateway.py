@@ -20,9 +20,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_stages import a_checkpoint
+from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM
 
 from shoal.gateway.rings import LocalRing
+from shoal.models.configs import BadModel
 from shoal.models.tokenizers import ByteTokenizer
 from shoal.sdk.serve import LocalServer, ServeOptions
 from shoal.world import SystemClock, SystemDice
@@ -235,6 +237,58 @@ def test_a_stream_goes_on_when_its_replica_is_killed(checkpoint: Path) -> None:
         assert service.counts.resumed > 0
 
     with_endpoint(checkpoint, scene)
+
+
+DRAWN: tuple[dict[str, Any], ...] = (
+    {"temperature": 0},
+    {"temperature": 1.0, "seed": 3},
+    {"temperature": 0.7, "top_p": 0.8, "seed": 4, "frequency_penalty": 0.5},
+)
+
+
+def test_a_draft_model_changes_nothing_that_is_said(checkpoint: Path, tmp_path: Path) -> None:
+    """One that is the model itself is nearly always right, one of other weights hardly ever; and one may die."""
+    other = a_checkpoint(tmp_path / "other", "gpt2", vocab_size=257, eos_token_id=256)
+    ByteTokenizer().save(other)
+    plain: list[str] = []
+    steps: dict[str, int] = {}
+
+    async def said(web: httpx.AsyncClient) -> list[str]:
+        texts = []
+        for sampling in DRAWN:
+            body = {"model": "small", "prompt": PROMPT * 3, "max_tokens": 40, **sampling}
+            texts.append((await web.post("/v1/completions", json=body)).json()["choices"][0]["text"])
+        return texts
+
+    def scene_of(name: str, kill: bool = False) -> Callable[[httpx.AsyncClient, LocalServer], Awaitable[None]]:
+        async def scene(web: httpx.AsyncClient, server: LocalServer) -> None:
+            assert server.service is not None
+            for ring in server.service.rings:
+                ring.token_ms = 1000.0  # as if it were far away, so that guessing is worth while
+            texts = await said(web)
+            if name == "none":
+                plain.extend(texts)
+            assert texts == plain
+            steps[name] = server.service.counts.steps
+            if kill:
+                assert server._draft is not None
+                os.kill(server._draft.pid, signal.SIGKILL)
+                assert await said(web) == plain
+
+        return scene
+
+    with_endpoint(checkpoint, scene_of("none"), guess=False)
+    with_endpoint(checkpoint, scene_of("itself", kill=True), draft=checkpoint)
+    with_endpoint(checkpoint, scene_of("other"), draft=other)
+    assert steps["none"] >= steps["other"] > 3 * steps["itself"]
+
+
+def test_a_draft_with_another_vocabulary_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    other = a_checkpoint(tmp_path, "llama", vocab_size=300)
+    tokenizer = Tokenizer(models.BPE(vocab={"a": 0, "b": 1}, merges=[]))
+    tokenizer.save(str(other / "tokenizer.json"))
+    with pytest.raises(BadModel, match="reads texts as other tokens"):
+        with_endpoint(checkpoint, lambda web, server: asyncio.sleep(0), draft=other)
 
 
 def test_the_command_serves_a_run_and_ends_when_it_is_told_to(checkpoint: Path, tmp_path: Path) -> None:

@@ -5,27 +5,44 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import json
 import os
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
+import msgspec
+import numpy as np
 import pytest
 import torch
 from test_stages import a_checkpoint
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
+from shoal.gateway.constraints import Constraint, JsonFormats
 from shoal.gateway.remote import NodeRing, Rings
 from shoal.gateway.rings import Ring, RingLost, RingRefused
 from shoal.gateway.streams import Stream
 from shoal.identity import KeyPair
+from shoal.inference.commands import Advance
 from shoal.models.configs import read_config
 from shoal.models.stages import shape_of
+from shoal.models.tokenizers import ByteTokenizer
 from shoal.node.member import EngineSettings
 from shoal.node.stages import StageHost, round_trip_ms
 from shoal.protocol.blobs import BlobHolder
 from shoal.protocol.messages import DEFAULT_NETWORK, encode, sign
-from shoal.protocol.serving import Choosing, ModelFile, RequestReceipt, ServeJob, StageInvite, StagePlace, StageWork
+from shoal.protocol.serving import (
+    Choosing,
+    Chosen,
+    ModelFile,
+    RequestReceipt,
+    ServeJob,
+    StageAnswer,
+    StageInvite,
+    StagePlace,
+    StageWork,
+)
 from shoal.storage import BlobStore, Fetcher, serve
 from shoal.transport import TlsEndpoint
 from shoal.world import Refused, SystemClock, SystemDice
@@ -75,8 +92,8 @@ class Place:
 
 
 class World:
-    def __init__(self, folder: Path, nodes: int) -> None:
-        self.checkpoint = a_checkpoint(folder / "model", "llama")
+    def __init__(self, folder: Path, nodes: int, **model: Any) -> None:
+        self.checkpoint = a_checkpoint(folder / "model", "llama", **model)
         self.gateway = Place(folder, "gateway")
         self.nodes = [Place(folder, f"node{number}") for number in range(nodes)]
         self.receipts: list[RequestReceipt] = []
@@ -134,8 +151,8 @@ def _opened(envelope: object) -> RequestReceipt:
 
 
 @contextlib.asynccontextmanager
-async def a_world(folder: Path, nodes: int) -> AsyncIterator[World]:
-    world = World(folder, nodes)
+async def a_world(folder: Path, nodes: int, **model: Any) -> AsyncIterator[World]:
+    world = World(folder, nodes, **model)
     await world.start()
     try:
         yield world
@@ -149,11 +166,18 @@ def expected(checkpoint: Path, count: int) -> list[int]:
         return model.generate(torch.tensor([PROMPT]), max_new_tokens=count, do_sample=False)[0, len(PROMPT) :].tolist()
 
 
-def a_stream(rings: list[Ring], count: int, sampling: Choosing = GREEDY) -> Stream:
+def a_stream(
+    rings: list[Ring], count: int, sampling: Choosing = GREEDY, constraint: Constraint | None = None
+) -> Stream:
     return Stream(
         PROMPT, sampling, count, frozenset(), lambda lost: next((one for one in rings if one not in lost), None),
-        lambda: next(SESSIONS),
+        lambda: next(SESSIONS), constraint=constraint,
     )  # fmt: skip
+
+
+async def states(ring: Ring, session: int, start: int, tokens: tuple[int, ...], wanted: int) -> bytes:
+    piece = Advance(session=session, start=start, tokens=tokens, choose=wanted, states_wanted=True)
+    return (await ring.advance(piece)).states
 
 
 async def said(stream: Stream) -> list[int]:
@@ -228,10 +252,69 @@ def test_what_is_not_theirs_to_ask_is_refused(tmp_path: Path) -> None:
                 with pytest.raises(Refused, match=part):
                     await first.request(invite.KIND, encode(invite, first.version))
             with pytest.raises(RingRefused, match="cannot go on with"):
-                await ring.advance(5, 7, (1,), 1, GREEDY)
+                await ring.advance(Advance(session=5, start=7, tokens=(1,), choose=1))
             assert await said(a_stream([ring], 4)) == expected(world.checkpoint, 4), "the ring is as it was"
             with pytest.raises(RingLost):
                 await ring.close("enough")
-                await ring.advance(6, 0, (1,), 1, GREEDY)
+                await ring.advance(Advance(session=6, start=0, tokens=(1,), choose=1))
+
+    asyncio.run(asyncio.wait_for(scene(), GENEROUS_S))
+
+
+def test_a_stream_that_is_held_to_a_format_goes_on_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a stage is killed, and where the last one says a token that it was not allowed."""
+    schema = {"type": "array", "items": {"enum": ["cod", "eel", 10, 11, None]}, "minItems": 9, "maxItems": 20}
+    liar: list[bytes] = []
+    answered = NodeRing.answered
+
+    def lie(ring: NodeRing, message: StageAnswer, peer: bytes) -> None:
+        if ring.ring in liar and message.chosen:
+            message = msgspec.structs.replace(message, chosen=(*message.chosen[:-1], Chosen(ord("!"))))
+        answered(ring, message, peer)
+
+    monkeypatch.setattr(NodeRing, "answered", lie)
+
+    async def scene() -> None:
+        async with a_world(tmp_path, 3, vocab_size=257) as world:
+            spare = await world.ring(2, cuts=())
+            held = await JsonFormats(ByteTokenizer(), []).constraint(schema)
+            for sampling in (GREEDY, Choosing(temperature=1.0, seed=7)):
+                undisturbed = await said(a_stream([spare], 120, sampling, held.copy()))
+                assert len(json.loads(bytes(undisturbed))) >= 9
+                for trouble in ("killed", "lies"):
+                    ring = await world.ring(0, 1, cuts=(1,))
+                    engine = world.nodes[1].host._stages[ring.ring][0]._layers.engine  # type: ignore[union-attr]
+                    assert engine is not None
+                    stream, got = a_stream([ring, spare], 120, sampling, held.copy()), []
+                    async for chosen in stream.tokens():
+                        got += [one.token for one in chosen]
+                        if trouble == "lies":
+                            liar.append(ring.ring)
+                        elif len(got) > 10:
+                            with contextlib.suppress(ProcessLookupError):
+                                os.kill(engine.pid, signal.SIGKILL)
+                    assert got == undisturbed and stream.lost == [ring] and stream.finish == "stop"
+                    assert trouble == "killed" or "not allowed" in ring.lost.result()
+
+    asyncio.run(asyncio.wait_for(scene(), GENEROUS_S))
+
+
+def test_final_states_come_from_a_ring_of_nodes(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with a_world(tmp_path, 2) as world:
+            ring = await world.ring(0, 1, cuts=(1,))
+            with torch.no_grad():
+                model = AutoModel.from_pretrained(world.checkpoint).eval()
+                expected = model(torch.tensor([PROMPT])).last_hidden_state[0].numpy()
+            first = await states(ring, 1, 0, PROMPT[:50], 50)
+            last = await states(ring, 1, 50, PROMPT[50:], 1)
+            rows = np.frombuffer(first + last, dtype="<f4").reshape(51, -1)
+            assert np.allclose(rows, np.concatenate([expected[:50], expected[-1:]]), atol=1e-4)
+            assert await states(ring, 2, 0, PROMPT, 0) == b""
+            with pytest.raises(RingRefused, match="3 tokens are wanted after 1 positions"):
+                await states(ring, 3, 0, PROMPT[:1], 3)
+            await ring.close_session(1)
+            receipt = world.receipts[-1]
+            assert (receipt.prompt_tokens, receipt.generated_tokens) == (len(PROMPT), 0)
 
     asyncio.run(asyncio.wait_for(scene(), GENEROUS_S))

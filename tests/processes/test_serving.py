@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
+import signal
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -87,6 +89,102 @@ def test_replicas_on_nodes_and_a_stream_that_outlives_one(checkpoint: Path, tmp_
             await until(lambda: len(service.rings) == 2)
             assert (await web.post("/v1/completions", json=BODY)).json()["choices"][0]["text"] == text
 
+    asyncio.run(asyncio.wait_for(scene(), GENEROUS_S))
+
+
+async def a_long_stream(
+    web: httpx.AsyncClient, disturb: Callable[[], None], after: int = 3, **body: Any
+) -> tuple[str, dict[str, Any]]:
+    """Reads a stream and disturbs it once some pieces have come; gives its text and its last event."""
+    got, pieces, event = "", 0, {}
+    asked = BODY | {"stream": True, "max_tokens": 400} | body
+    async with web.stream("POST", "/v1/completions", json=asked) as response:
+        async for line in response.aiter_lines():
+            if line.startswith("data: {"):
+                event = json.loads(line.removeprefix("data: "))
+                got += event["choices"][0]["text"] if event.get("choices") else ""
+                pieces += 1
+                if pieces == after:
+                    disturb()
+    return got, event
+
+
+def test_a_node_that_wants_to_go_is_left_without_a_loss(checkpoint: Path, tmp_path: Path) -> None:
+    async def scene() -> None:
+        said: list[str] = []
+        async with a_shoal(tmp_path, "a", "b") as shoal, a_gateway(shoal, checkpoint, said) as (server, web):
+            service = server.service
+            assert service is not None
+            await until(lambda: len(service.rings) == 2)
+            going: list[str] = []
+
+            def go() -> None:
+                going.extend(ring.name for ring in service.rings if ring.streams)
+                shoal.nodes[going[0]].process.terminate()
+
+            got, _ = await a_long_stream(web, go)
+            assert got == expected(checkpoint, PROMPT * 3, 400)
+            assert (service.counts.moved, service.counts.resumed) == (1, 0)
+            await shoal.nodes[going[0]].process.wait()
+            assert [ring.name for ring in service.rings] == [{"a": "b", "b": "a"}[going[0]]]
+            assert f"{going[0]} wants to go: The node is stopping." in said
+
+    asyncio.run(asyncio.wait_for(scene(), GENEROUS_S))
+
+
+def test_a_node_that_is_silent_is_noticed_and_taken_back_when_it_speaks_again(checkpoint: Path, tmp_path: Path) -> None:
+    """A stopped process keeps its connections, as a dead link does: nothing says that it is gone."""
+
+    async def scene() -> None:
+        said: list[str] = []
+        async with a_shoal(tmp_path, "a", "b") as shoal, a_gateway(shoal, checkpoint, said) as (server, web):
+            service = server.service
+            assert service is not None
+            await until(lambda: len(service.rings) == 2)
+            silent: list[str] = []
+
+            def stop() -> None:
+                silent.extend(ring.name for ring in service.rings if ring.streams)
+                os.kill(shoal.nodes[silent[0]].pid, signal.SIGSTOP)
+
+            got, _ = await a_long_stream(web, stop)
+            assert got == expected(checkpoint, PROMPT * 3, 400)
+            assert service.counts.resumed == 1
+            assert any("is silent" in sentence for sentence in said)
+            os.kill(shoal.nodes[silent[0]].pid, signal.SIGCONT)
+            await until(lambda: len(service.rings) == 2)
+
+    asyncio.run(asyncio.wait_for(scene(), GENEROUS_S))
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+def test_a_ring_in_reserve_takes_over(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int | None
+) -> None:
+    """Three nodes hold a layer each, and a fourth one is spare: whoever is lost, the stream goes on at once."""
+    body = {"max_tokens": 60} | ({} if seed is None else {"temperature": 1.0, "seed": seed})
+
+    async def scene() -> None:
+        said: list[str] = []
+        async with a_shoal(tmp_path, "a", "b", "c", "d") as shoal, a_gateway(shoal, checkpoint, said) as (server, web):
+            service = server.service
+            assert service is not None
+            await until(lambda: len(service.rings) == 4)
+            assert service.replicas == 1
+            undisturbed = (await web.post("/v1/completions", json=BODY | body)).json()["choices"][0]["text"]
+            for stage in (0, 1, 2):
+                await until(lambda: len(service.rings) == 4)
+                (working,) = [ring for ring in service.rings if not ring.standby]
+                lost = working.name.split(" - ")[stage]
+                got, event = await a_long_stream(web, shoal.nodes[lost].kill, after=5 * stage + 1, **body)
+                assert got == undisturbed and event["choices"][0]["finish_reason"] == "length"
+                await until(lambda: any("has taken over" in sentence for sentence in said))
+                said.clear()
+                await shoal.start_node(lost, options=("--threads", "1"))
+            assert service.counts.resumed == 3 and service.counts.failed == 0
+
+    room_for_one = 3 << 20  # for a layer with its cache, and the weights of the others
+    monkeypatch.setattr("shoal.gateway.scouting.CPU_SHARE", room_for_one / psutil.virtual_memory().total)
     asyncio.run(asyncio.wait_for(scene(), GENEROUS_S))
 
 

@@ -100,6 +100,11 @@ def test_streams_together_say_what_each_says_alone(tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit_is_refused_and_nobody_else_is_held_up(tmp_path: Path) -> None:
+    zeros, biased = bytes(256), Choosing(logit_bias=((96, 1.0),))
+
+    def masked(count: int) -> Choosing:
+        return Choosing(masks=(b"no mask",) * count)
+
     async def life() -> None:
         stage = await StageProcess.start("a stage")
         with pytest.raises(EngineFailed, match="before it was loaded"):
@@ -115,11 +120,18 @@ def test_what_does_not_fit_is_refused_and_nobody_else_is_held_up(tmp_path: Path)
                 first.advance(Advance(session=3, start=0, tokens=(96,))),
                 last.advance(Advance(session=4, start=0, tokens=(1,), states=b"abc")),
                 last.advance(Advance(session=5, start=0, tokens=(1,), states=b"\xff" * 256)),
+                last.advance(Advance(session=6, start=0, tokens=(1,), states=zeros, choose=2)),
+                last.advance(Advance(session=7, start=0, tokens=(1,), states=zeros, choose=1, sampling=masked(2))),
+                last.advance(Advance(session=8, start=0, tokens=(1,), states=zeros, choose=1, sampling=masked(1))),
+                last.advance(Advance(session=9, start=0, tokens=(1,), states=zeros, choose=1, sampling=biased)),
                 return_exceptions=True,
             )
             sentences = [str(one) for one in bad if isinstance(one, EngineFailed)]
-            assert len(sentences) == 4
-            for sentence, part in zip(sentences, ("cannot go on", "vocabulary", "3 bytes", "not finite"), strict=True):
+            parts = (
+                "cannot go on", "vocabulary", "3 bytes", "not finite", "2 tokens are wanted after 1 positions",
+                "1 tokens are wanted, and 2 masks came", "not whole", "no token 96 of which a bias speaks",
+            )  # fmt: skip
+            for sentence, part in zip(sentences, parts, strict=True):
                 assert part in sentence
             assert len(await good) == 1
             with pytest.raises(EngineFailed, match="are needed for sessions"):

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from shoal.inference import rows
-from shoal.inference.stage import BadPiece, NoRoom, Piece, StageEngine
+from shoal.inference.stage import BadPiece, NoRoom, NoSource, Piece, StageEngine
 from shoal.models.configs import BadModel, read_config
 from shoal.models.stages import shape_of
 
@@ -187,6 +187,50 @@ def test_memory_for_sessions_is_bounded_and_given_back(tmp_path: Path) -> None:
     stage.close(2)
     stage.close(2)
     assert stage.free_bytes == 3 * 2 * 128 * 32 * 4
+
+
+def test_a_session_takes_over_what_another_has(tmp_path: Path) -> None:
+    ids = torch.randint(1, 96, (200,), generator=torch.Generator().manual_seed(3)).tolist()
+    (engine,) = stages(a_checkpoint(tmp_path, "qwen3"), (), memory=1 << 20)
+    alone = engine.step([Piece(1, 0, torch.tensor(ids))])[0]
+    # Within a block of positions, at its end, and beside another one that does the same.
+    for number, at in enumerate((1, 127, 128, 199), start=2):
+        rest, beside = engine.step(
+            [
+                Piece(number, at, torch.tensor(ids[at:]), source=1),
+                Piece(number + 10, 50, torch.tensor(ids[50:]), source=1),
+            ]
+        )
+        assert torch.equal(rest, alone[at:]) and torch.equal(beside, alone[50:])
+        engine.close(number)
+        engine.close(number + 10)
+    with pytest.raises(NoSource, match="take over 201 positions of session 1, of which 200"):
+        engine.step([Piece(9, 201, torch.tensor(ids[:1]), source=1)])
+    with pytest.raises(NoSource, match="of which 0"):
+        engine.step([Piece(9, 5, torch.tensor(ids[:1]), source=77)])
+    assert engine.length(9) == 0
+
+
+def test_what_is_over_is_kept_while_there_is_room(tmp_path: Path) -> None:
+    ids = torch.arange(1, 91)
+    (engine,) = stages(a_checkpoint(tmp_path, "llama"), (), memory=1 << 30)
+    engine.step([Piece(0, 0, ids)])
+    each = (1 << 30) - engine.free_bytes
+    engine.close(0)
+    (engine,) = stages(tmp_path, (), memory=3 * each)
+    for session in (1, 2, 3):
+        engine.step([Piece(session, 0, ids, tuple(ids.tolist()))])
+        engine.close(session, keep=True)
+    assert engine.free_bytes == 0
+    engine.step([Piece(4, 80, ids[80:], tuple(ids[80:].tolist()), source=2)])
+    assert (engine.length(1), engine.length(2), engine.length(3)) == (0, 90, 90), "the oldest makes way"
+    assert engine.tokens(4) == ids.tolist()
+    engine.step([Piece(5, 0, ids)])
+    assert engine.length(3) == 0 and engine.length(2) == 90, "the one that was of use stays longer"
+    engine.step([Piece(6, 0, ids)])
+    with pytest.raises(NoRoom):
+        engine.step([Piece(7, 0, ids)])
+    assert [engine.length(session) for session in (4, 5, 6)] == [90, 90, 90], "who is not over never makes way"
 
 
 def test_bad_checkpoints_are_named(tmp_path: Path) -> None:

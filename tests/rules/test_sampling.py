@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shoal.inference.masks import allow, packed, unpacked
 from shoal.inference.sampling import choose, uniform
 from shoal.protocol.serving import Choosing, Chosen
 
@@ -69,3 +70,60 @@ def test_a_draw_follows_from_seed_choice_and_position(seed: int, choice: int, po
 def test_logits_that_are_no_numbers_choose_nothing() -> None:
     with pytest.raises(ValueError, match="position 4 are not finite"):
         choose(np.array([0, math.nan], dtype=np.float32), Choosing(), 4)
+
+
+def test_a_bias_is_added_and_may_all_but_ban_a_token() -> None:
+    greedy = Choosing(temperature=0, logit_bias=((1, -100.0), (2, 1.0)))
+    assert choose(LOGITS, greedy, 0).token == 3
+    assert choose(LOGITS, Choosing(temperature=0, logit_bias=((2, 100.0),)), 0).token == 2
+    drawn = {choose(LOGITS, Choosing(logit_bias=((1, -100.0),)), at).token for at in range(2000)}
+    assert drawn == {0, 2, 3}
+    told = choose(LOGITS, Choosing(temperature=0, top_logprobs=0, logit_bias=((2, 100.0),)), 0)
+    assert told.logprob == pytest.approx(math.log(0.05), abs=1e-6), "the model's own"
+    with pytest.raises(ValueError, match="no token 4"):
+        choose(LOGITS, Choosing(logit_bias=((4, 1.0),)), 0)
+
+
+@given(st.lists(st.integers(0, (1 << 300) - 1), max_size=6), st.integers(1, 310))
+def test_masks_travel_whole(masks: list[int], vocabulary: int) -> None:
+    befores = [0, *masks]
+    sent = [packed(mask, before) for mask, before in zip(masks, befores, strict=False)]
+    got = list(unpacked(sent, vocabulary))
+    assert len(got) == len(masks)
+    for mask, allowed in zip(masks, got, strict=True):
+        assert allowed.tolist() == [bool(mask >> token & 1) for token in range(vocabulary)]
+    assert masks == [] or len(packed(masks[0], masks[0])) < 10
+    tokens = [mask.bit_length() - 1 if mask else 0 for mask in masks]
+    assert allow(sent, tokens) == all(masks)
+    assert not allow(sent[:1], [(1 << 31) - 1]) or masks == []
+
+
+@given(
+    st.lists(st.floats(-30, 30, width=32), min_size=2, max_size=40),
+    st.data(),
+    st.sampled_from([0.0, 1e-4, 0.3, 1.0, 2.0, 10.0]),
+    st.floats(0, 1),
+    st.integers(0, 1 << 40),
+)
+def test_what_a_mask_forbids_is_never_chosen(
+    logits: list[float], data: st.DataObject, temperature: float, top_p: float, seed: int
+) -> None:
+    some = data.draw(st.lists(st.booleans(), min_size=len(logits), max_size=len(logits)).filter(any))
+    bias = data.draw(st.dictionaries(st.integers(0, len(logits) - 1), st.floats(-100, 100), max_size=5))
+    sampling = Choosing(
+        temperature=temperature, top_p=top_p, seed=seed, presence_penalty=2.0, logit_bias=tuple(bias.items())
+    )
+    chosen = choose(np.array(logits, dtype=np.float32), sampling, 3, {0: 2}, np.array(some))
+    assert some[chosen.token]
+
+
+def test_a_mask_that_allows_all_changes_nothing_and_one_that_allows_none_is_an_error() -> None:
+    for at in range(200):
+        assert choose(LOGITS, Choosing(seed=5), at, None, np.ones(4, bool)) == choose(LOGITS, Choosing(seed=5), at)
+    with pytest.raises(ValueError, match="position 7 no token is allowed"):
+        choose(LOGITS, Choosing(), 7, None, np.zeros(4, bool))
+    with pytest.raises(ValueError, match="not whole"):
+        list(unpacked([b"mask"], 4))
+    for broken in (b"", packed(15)[:1]):
+        assert not any(next(unpacked([broken], 4)))
+    assert not any(next(unpacked([packed(1 << (300 << 20))], 4))), "300 million tokens in some kilobytes"

@@ -11,7 +11,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.sharding import GATEWAY, Links, ModelNeeds, Plan, Replica, ServingNode, Stage, loaded, plan, replan
+from shoal.sharding import (
+    GATEWAY,
+    Links,
+    ModelNeeds,
+    Plan,
+    Replica,
+    ServingNode,
+    Stage,
+    loaded,
+    plan,
+    replan,
+    standbys,
+)
 from shoal.sharding.rings import EXACT_MAX, all_rings, long_ring, replica_of, ring_of
 
 LAYER = 100
@@ -278,3 +290,52 @@ def test_figures_that_are_no_measurement_are_refused() -> None:
 
 def test_ring_of_nobody_is_none() -> None:
     assert ring_of(NEEDS, [], Links()) is None
+
+
+@given(scenes(most=6))
+@settings(max_examples=200, deadline=None)
+def test_a_ring_in_reserve_is_the_ring_but_for_one_node_that_has_the_room(
+    scene: tuple[ModelNeeds, list[ServingNode], Links],
+) -> None:
+    needs, nodes, links = scene
+    made = plan(needs, nodes, links)
+    reserve = standbys(made, needs, nodes, links)
+    if len(made.replicas) != 1:
+        assert reserve == ()
+        return
+    (ring,) = made.replicas
+    used = {stage.node for stage in ring.stages}
+    held: dict[bytes, list[Stage]] = {}
+    for one in reserve:
+        (new,) = [stage for stage, old in zip(one.stages, ring.stages, strict=True) if stage != old]
+        assert new.node not in used
+        assert [(stage.first, stage.stop) for stage in one.stages] == [(old.first, old.stop) for old in ring.stages]
+        held.setdefault(new.node, []).append(new)
+    free = {one.node: one.free_bytes for one in nodes}
+    for spare, stages in held.items():
+        weights = sum(needs.bytes_of(stage) - stage.layers * needs.cache_bytes for stage in stages)
+        assert weights + max(stage.layers for stage in stages) * needs.cache_bytes <= free[spare]
+        assert len({stage.first for stage in stages}) == len(stages)
+
+
+def test_a_loss_that_a_ring_in_reserve_covers_loads_nothing() -> None:
+    needs = ModelNeeds(layers=6, layer_bytes=10, cache_bytes=90)
+    nodes = [node(number, 290) for number in range(1, 5)]
+    links = mesh(nodes)
+    before = plan(needs, nodes, links)
+    assert [len(ring.stages) for ring in before.replicas] == [3]
+    reserve = standbys(before, needs, nodes, links)
+    assert len(reserve) == 3, "the spare node has room for the weights of all stages, and the cache of one"
+    for lost in before.replicas[0].stages:
+        left = [one for one in nodes if one.node != lost.node]
+        after = replan(before, needs, left, links, reserve=reserve)
+        assert after.replicas[0].stages in {ring.stages for ring in reserve}
+        assert "nothing to load" in after.reason
+
+
+def test_the_stage_that_is_likeliest_to_be_lost_is_covered_first() -> None:
+    needs = ModelNeeds(layers=4, layer_bytes=90, cache_bytes=10)
+    nodes = [node(1, 200, survival=0.99), node(2, 200, survival=0.3), node(3, 200, 5.0)]
+    before = plan(needs, nodes, mesh(nodes))
+    (only,) = standbys(before, needs, nodes, mesh(nodes))
+    assert {stage.node for stage in only.stages} == {bytes([1]), bytes([3])}

@@ -57,6 +57,13 @@ def serve(
         bool,
         typer.Option(help="Guess tokens that repeat what was said before, so that a crossing may bring several."),
     ] = True,
+    draft: Annotated[
+        Path | None,
+        typer.Option(
+            help="A small checkpoint with the same tokenizer: it guesses on this machine, the model checks.",
+            show_default="none",
+        ),
+    ] = None,
     json: JsonFlag = False,
 ) -> None:
     """Serve a model to OpenAI clients: on the nodes at the hubs, or on this machine where there is no hub.
@@ -92,6 +99,7 @@ def serve(
         listen=listen,
         sessions=sessions,
         guess=guess,
+        draft=draft,
         say=lambda sentence: err.print(sentence, markup=False, style="dim"),
     )
 

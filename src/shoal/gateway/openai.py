@@ -1,5 +1,5 @@
 """The OpenAI API as types: what a client may ask and what it is answered. Source: the API reference of OpenAI, for
-`/v1/models`, `/v1/chat/completions` and `/v1/completions`.
+`/v1/models`, `/v1/chat/completions`, `/v1/completions` and `/v1/embeddings`.
 
 What would change an answer and is not offered is refused with its name; what changes nothing (`user`, `metadata`, ...)
 is taken and left. Unknown fields are refused, as OpenAI does.
@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
+
+from shoal.protocol.serving import BIASES_MAX
 
 BODY_MAX_BYTES = 2 << 20
 MESSAGES_MAX = 2048
@@ -25,6 +27,11 @@ Share = Annotated[float, Meta(ge=0, le=1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 Tokens = Annotated[int, Meta(ge=1, le=1 << 24)]
 Choices = Annotated[int, Meta(ge=1, le=CHOICES_MAX)]
+Biases = Annotated[
+    dict[Annotated[int, Meta(ge=0, lt=1 << 31)], Annotated[float, Meta(ge=-100, le=100)]],
+    Meta(max_length=BIASES_MAX),
+]
+"""By token id."""
 Seed = Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 Stop = Annotated[str, Meta(min_length=1, max_length=256)]
 Stops = Annotated[list[Stop], Meta(max_length=STOPS_MAX)]
@@ -59,7 +66,7 @@ class StreamOptions(_Strict, frozen=True, kw_only=True):
 
 class JsonSchema(_Strict, frozen=True, kw_only=True):
     name: Annotated[str, Meta(max_length=64)]
-    schema: dict[str, Any] = {}
+    schema: dict[str, Any] | None = None
     strict: bool | None = None
     description: Text | None = None
 
@@ -67,6 +74,13 @@ class JsonSchema(_Strict, frozen=True, kw_only=True):
 class ResponseFormat(_Strict, frozen=True, kw_only=True):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
+
+    @property
+    def schema(self) -> dict[str, Any] | None:
+        """What the answer is held to."""
+        if self.type == "json_object":
+            return {"type": "object"}
+        return self.json_schema.schema if self.type == "json_schema" and self.json_schema else None
 
 
 class _Asked(_Strict, frozen=True, kw_only=True):
@@ -83,7 +97,7 @@ class _Asked(_Strict, frozen=True, kw_only=True):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     user: Annotated[str, Meta(max_length=256)] | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Biases | None = None
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -118,6 +132,15 @@ class CompletionRequest(_Asked, frozen=True, kw_only=True):
     echo: bool | None = None
     best_of: Choices | None = None
     suffix: Text | None = None
+
+
+class EmbeddingRequest(_Strict, frozen=True, kw_only=True):
+    model: Annotated[str, Meta(max_length=256)]
+    input: Text | Annotated[list[Any], Meta(min_length=1, max_length=TEXT_MAX)]
+    """A text, several, token ids, or several lists of token ids."""
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[int, Meta(ge=1, le=1 << 20)] | None = None
+    user: Annotated[str, Meta(max_length=256)] | None = None
 
 
 # --- answers -------------------------------------------------------------------------------------------------------
@@ -216,6 +239,25 @@ class TextCompletion(msgspec.Struct, frozen=True):
     object: str = "text_completion"
     usage: Usage | UnsetType | None = UNSET
     system_fingerprint: str | None = None
+
+
+class Embedding(msgspec.Struct, frozen=True):
+    index: int
+    embedding: list[float] | str
+    """Numbers, or little-endian float32 in base64."""
+    object: str = "embedding"
+
+
+class EmbeddingUsage(msgspec.Struct, frozen=True):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingList(msgspec.Struct, frozen=True):
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
+    object: str = "list"
 
 
 class ModelCard(msgspec.Struct, frozen=True):

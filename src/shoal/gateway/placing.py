@@ -12,6 +12,7 @@ from shoal.gateway.remote import Latency, Loss, NodeRing, Rings
 from shoal.gateway.rings import Ring, RingLost, RingRefused
 from shoal.gateway.scouting import Scout
 from shoal.identity import Envelope
+from shoal.inference.commands import Advance
 from shoal.protocol.blobs import BlobHolder
 from shoal.protocol.messages import encode
 from shoal.protocol.serving import Choosing, ServeJob, StageInvite, StagePlace
@@ -219,7 +220,7 @@ class Placer:
         session, plain = int.from_bytes(self.dice.bytes(8)) >> 1, Choosing(temperature=0)
         try:
             for at in range(2):
-                await ring.advance(session, at, (0,), 1, plain)
+                await ring.advance(Advance(session=session, start=at, tokens=(0,), choose=1, sampling=plain))
         except RingLost:
             return
         except RingRefused as error:

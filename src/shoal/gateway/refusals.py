@@ -12,11 +12,13 @@ from shoal.gateway.openai import (
     BODY_MAX_BYTES,
     ChatRequest,
     CompletionRequest,
+    EmbeddingRequest,
     Trouble,
     TroubleAnswer,
 )
 
-R = TypeVar("R", ChatRequest, CompletionRequest)
+R = TypeVar("R", ChatRequest, CompletionRequest, EmbeddingRequest)
+C = TypeVar("C", ChatRequest, CompletionRequest)
 
 
 class RequestRefused(BadInput):
@@ -73,7 +75,6 @@ class Unserved(EngineError):
 
 
 NOT_OFFERED = {
-    "logit_bias": "logit_bias is not offered; leave it away.",
     "tools": "Tools are not offered; leave them away.",
     "tool_choice": "Tools are not offered; leave tool_choice away.",
     "suffix": "suffix is not offered; leave it away.",
@@ -84,19 +85,27 @@ NOT_OFFERED = {
 
 def read_chat(body: bytes) -> ChatRequest:
     """Raises RequestRefused."""
-    request = _read(body, ChatRequest)
+    request = _without_options(_read(body, ChatRequest))
     if request.modalities not in (None, ["text"]):
         raise RequestRefused("Only text is offered.", param="modalities")
     if request.top_logprobs is not None and not request.logprobs:
         raise RequestRefused("top_logprobs asks for logprobs to be true.", param="top_logprobs")
     if request.max_tokens is not None and request.max_completion_tokens is not None:
         raise RequestRefused("Set max_tokens or max_completion_tokens, not both.", param="max_tokens")
+    wanted = request.response_format
+    if wanted is not None and wanted.type == "json_schema" and wanted.schema is None:
+        raise RequestRefused("json_schema asks for json_schema.schema.", param="response_format.json_schema.schema")
     return request
 
 
 def read_completion(body: bytes) -> CompletionRequest:
     """Raises RequestRefused."""
-    return _read(body, CompletionRequest)
+    return _without_options(_read(body, CompletionRequest))
+
+
+def read_embedding(body: bytes) -> EmbeddingRequest:
+    """Raises RequestRefused."""
+    return _read(body, EmbeddingRequest)
 
 
 def _read(body: bytes, kind: type[R]) -> R:
@@ -109,6 +118,10 @@ def _read(body: bytes, kind: type[R]) -> R:
         raise RequestRefused(_sentence(said), param=_param(path, said)) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RequestRefused(f"The body is not JSON: {error}.") from error
+    return request
+
+
+def _without_options(request: C) -> C:
     for name, sentence in NOT_OFFERED.items():
         if getattr(request, name, None):
             raise RequestRefused(sentence, param=name, code="unsupported_parameter")

@@ -13,11 +13,11 @@ from typing import Any
 from shoal.errors import BadRecord, LinkError, ShoalError
 from shoal.gateway.rings import LimitedRing, RingLost, RingRefused
 from shoal.identity import Envelope
+from shoal.inference.commands import Advance, Advanced
+from shoal.inference.masks import allow
 from shoal.protocol.messages import decode, encode
 from shoal.protocol.offers import Done
 from shoal.protocol.serving import (
-    Choosing,
-    Chosen,
     LinkEcho,
     StageAnswer,
     StageEnd,
@@ -188,9 +188,7 @@ class NodeRing(LimitedRing):
 
     # --- what the gateway asks -------------------------------------------------------------------------------------
 
-    async def _through(
-        self, session: int, start: int, tokens: Sequence[int], choose: int, sampling: Choosing, source: int | None
-    ) -> tuple[Chosen, ...]:
+    async def _through(self, piece: Advance) -> Advanced:
         if self.lost.done():
             raise RingLost(f"{self.name}: {self.lost.result().reason}.")
         self._number += 1
@@ -198,16 +196,17 @@ class NodeRing(LimitedRing):
         future: asyncio.Future[StageAnswer] = asyncio.get_running_loop().create_future()
         self._waiting[number] = future
         work = StageWork(
-            ring=self.ring, session=session, number=number, start=start, tokens=tuple(tokens), choose=choose,
-            choosing=sampling, source=source,
+            ring=self.ring, session=piece.session, number=number, start=piece.start, tokens=piece.tokens,
+            choose=piece.choose,
+            states_wanted=piece.states_wanted, choosing=piece.sampling, source=piece.source,
         )  # fmt: skip
         began, alone = self._clock.monotonic(), not self._flying
-        self._flying += len(tokens)
+        self._flying += len(piece.tokens)
         handing = asyncio.create_task(self._hand(work, future))
         try:
             answer = await self._answer(future, self.latency.deadline_s(self._flying))
         finally:
-            self._flying -= len(tokens)
+            self._flying -= len(piece.tokens)
             del self._waiting[number]
             handing.cancel()
             future.exception() if future.done() else future.cancel()  # whatever it says now, nobody waits for it
@@ -215,13 +214,17 @@ class NodeRing(LimitedRing):
             raise RingRefused(f"{self.name}: {answer.sentence}", answer.code)
         if answer.code:
             raise await self._given_up(Loss(answer.sentence.rstrip(".")))
-        if len(answer.chosen) != choose:
-            said = f"it chose {len(answer.chosen)} tokens where {choose} were asked for"
+        said = ""
+        if len(answer.chosen) != piece.choose and not piece.states_wanted:
+            said = f"it chose {len(answer.chosen)} tokens where {piece.choose} were asked for"
+        elif not allow(piece.sampling.masks, [one.token for one in answer.chosen]):
+            said = "it chose a token that was not allowed"
+        if said:
             raise await self._given_up(Loss(said, frozenset({self.places[-1].node})))
         if alone:
-            self.latency.measured(self._clock.monotonic() - began, len(tokens))
+            self.latency.measured(self._clock.monotonic() - began, len(piece.tokens))
             self.token_ms = self.latency.mean_s * 1000
-        return answer.chosen
+        return Advanced(states=answer.states, chosen=answer.chosen)
 
     async def _hand(self, work: StageWork, answered: asyncio.Future[StageAnswer]) -> None:
         """To the first stage. What it refuses is the answer."""

@@ -7,12 +7,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Protocol
 
+import msgspec
+
 from shoal.engines import EngineDied, EngineFailed
 from shoal.errors import EngineError
 from shoal.gateway.prefixes import Prefixes
-from shoal.inference.commands import Advance
+from shoal.inference.commands import Advance, Advanced
 from shoal.inference.process import StageProcess
-from shoal.protocol.serving import Choosing, Chosen
 
 AT_ONCE = 40
 """Pieces of work in a replica at a time; an engine, and a node, refuse a few more than that. Others wait their turn."""
@@ -57,19 +58,9 @@ class Ring(Protocol):
     prefixes: Prefixes
     """What sessions that are over have left in it."""
 
-    async def advance(
-        self,
-        session: int,
-        start: int,
-        tokens: Sequence[int],
-        choose: int,
-        sampling: Choosing,
-        source: int | None = None,
-    ) -> tuple[Chosen, ...]:
-        """Take positions of a session through all layers; gives the tokens that follow the last `choose` of them.
-        Several calls at once, also of one session: they go through in the order in which they were begun. A session
-        that is new may take over the positions before `start` of another one, its `source`. Raises RingLost and
-        RingRefused."""
+    async def advance(self, piece: Advance) -> Advanced:
+        """Take positions of a session through all layers. Several calls at once, also of one session: they go through
+        in the order in which they were begun. Raises RingLost and RingRefused."""
         ...
 
     async def close_session(self, session: int, *, keep: bool = False) -> None:
@@ -87,22 +78,12 @@ class LimitedRing(ABC):
         self.prefixes = Prefixes()
         self._places = asyncio.Semaphore(AT_ONCE)
 
-    async def advance(
-        self,
-        session: int,
-        start: int,
-        tokens: Sequence[int],
-        choose: int,
-        sampling: Choosing,
-        source: int | None = None,
-    ) -> tuple[Chosen, ...]:
+    async def advance(self, piece: Advance) -> Advanced:
         async with self._places:
-            return await self._through(session, start, tokens, choose, sampling, source)
+            return await self._through(piece)
 
     @abstractmethod
-    async def _through(
-        self, session: int, start: int, tokens: Sequence[int], choose: int, sampling: Choosing, source: int | None
-    ) -> tuple[Chosen, ...]: ...
+    async def _through(self, piece: Advance) -> Advanced: ...
 
 
 class LocalRing(LimitedRing):
@@ -112,30 +93,16 @@ class LocalRing(LimitedRing):
         super().__init__(name, stages=len(stages), exact=exact, token_ms=token_ms)
         self._stages = tuple(stages)
 
-    async def _through(
-        self, session: int, start: int, tokens: Sequence[int], choose: int, sampling: Choosing, source: int | None
-    ) -> tuple[Chosen, ...]:
-        states = b""
-        chosen: tuple[Chosen, ...] = ()
+    async def _through(self, piece: Advance) -> Advanced:
+        done = Advanced()
         for stage in self._stages:
             try:
-                done = await stage.advance(
-                    Advance(
-                        session=session,
-                        start=start,
-                        tokens=tuple(tokens),
-                        states=states,
-                        choose=choose,
-                        sampling=sampling,
-                        source=source,
-                    )
-                )
+                done = await stage.advance(msgspec.structs.replace(piece, states=done.states))
             except EngineDied as error:
                 raise RingLost(f"{self.name}: {error.sentence}") from error
             except EngineFailed as error:
                 raise RingRefused(f"{self.name}: {error.sentence}", error.cause_code) from error
-            states, chosen = done.states, done.chosen
-        return chosen
+        return done
 
     async def close_session(self, session: int, *, keep: bool = False) -> None:
         await asyncio.gather(

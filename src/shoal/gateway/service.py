@@ -6,17 +6,24 @@ import asyncio
 import math
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from shoal.gateway import openai
 from shoal.gateway.admission import Admission
-from shoal.gateway.openai import ChatRequest, CompletionRequest
+from shoal.gateway.constraints import Constraint, JsonFormats
+from shoal.gateway.embeddings import INPUTS_AT_ONCE, INPUTS_MAX, AskedVectors, pooled
+from shoal.gateway.guesses import Draft
+from shoal.gateway.openai import ChatRequest, CompletionRequest, EmbeddingRequest
 from shoal.gateway.prompts import ChatTemplate
 from shoal.gateway.refusals import RequestRefused, UnknownModel, Unserved
-from shoal.gateway.rings import Ring
-from shoal.gateway.streams import Stream
+from shoal.gateway.rings import Ring, RingLost
+from shoal.gateway.streams import REPLICAS_MAX, Stream, StreamLost
 from shoal.gateway.text import Decoder, StopAt
+from shoal.models.pooling import Pooling
 from shoal.models.tokenizers import BadTokenizer, TextTokenizer
 from shoal.protocol.serving import Choosing, Chosen
 from shoal.world import Clock, Dice
@@ -36,6 +43,8 @@ class Asked:
     sampling: Choosing
     tokens_max: int
     stops: tuple[str, ...]
+    schema: dict[str, Any] | None = None
+    """What answers are held to, a JSON schema."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +92,16 @@ class ModelService:
     clock: Clock
     dice: Dice
     guess: bool = True
+    draft: Draft | None = None
+    """A small model that guesses."""
+    pooling: Pooling | None = None
+    """Where the model offers embeddings."""
+    generates: bool = True
+    """Whether it says anything; one without a head does not."""
     counts: Counts = field(default_factory=Counts)
+
+    def __post_init__(self) -> None:
+        self._formats = JsonFormats(self.tokenizer, self.ends)
 
     @property
     def replicas(self) -> int:
@@ -95,14 +113,11 @@ class ModelService:
     def chat(self, request: ChatRequest) -> Asked:
         """Raises RequestRefused."""
         self._known(request.model)
-        if request.response_format is not None and request.response_format.type != "text":
-            raise RequestRefused(
-                "Only response_format text is offered.", param="response_format", code="unsupported_parameter"
-            )
         prompt = self._encoded(self.template.render(request.messages), "messages")
         limit = request.max_completion_tokens or request.max_tokens
         top = (request.top_logprobs or 0) if request.logprobs else None
-        return self._asked(request, (prompt,), limit, top)
+        schema = request.response_format.schema if request.response_format is not None else None
+        return self._asked(request, (prompt,), limit, top, schema)
 
     def completion(self, request: CompletionRequest) -> Asked:
         """Raises RequestRefused."""
@@ -111,8 +126,36 @@ class ModelService:
         several = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
         if len(several) > PROMPTS_TOTAL_MAX:
             raise RequestRefused(f"At most {PROMPTS_TOTAL_MAX} prompts are taken at once.", param="prompt")
-        prompts = [self._encoded(one, "prompt") if isinstance(one, str) else self._checked(one) for one in several]
+        prompts = [
+            self._encoded(one, "prompt") if isinstance(one, str) else self._checked(one, "prompt") for one in several
+        ]
         return self._asked(request, tuple(prompts), request.max_tokens or COMPLETION_TOKENS, request.logprobs)
+
+    def embedding(self, request: EmbeddingRequest) -> AskedVectors:
+        """Raises RequestRefused."""
+        self._known(request.model)
+        if self.pooling is None:
+            raise RequestRefused(
+                f"{self.name} offers no embeddings: beside it lies no modules.json of sentence-transformers.",
+                param="model",
+                code="unsupported_model",
+            )
+        given = request.input
+        several = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
+        if len(several) > INPUTS_MAX:
+            raise RequestRefused(f"At most {INPUTS_MAX} inputs are taken at once.", param="input")
+        inputs = tuple(
+            self._encoded(one, "input", special=True) if isinstance(one, str) else self._checked(one, "input")
+            for one in several
+        )
+        longest = min(self.context, self.pooling.positions or self.context)
+        for number, tokens in enumerate(inputs):
+            if not 1 <= len(tokens) <= longest:
+                what = f"has {len(tokens)} tokens; up to {longest} are taken" if tokens else "is empty"
+                raise RequestRefused(f"Input {number} {what}.", param="input")
+        if request.dimensions is not None and request.dimensions > self.pooling.hidden:
+            raise RequestRefused(f"This model's embeddings have {self.pooling.hidden} numbers.", param="dimensions")
+        return AskedVectors(inputs, self.pooling, request.dimensions)
 
     def _known(self, model: str) -> None:
         if model != self.name:
@@ -122,16 +165,16 @@ class ModelService:
                 code="model_not_found",
             )
 
-    def _encoded(self, text: str, param: str) -> tuple[int, ...]:
+    def _encoded(self, text: str, param: str, *, special: bool = False) -> tuple[int, ...]:
         try:
-            return tuple(self.tokenizer.encode(text).tolist())
+            return tuple(self.tokenizer.encode(text, special=special).tolist())
         except BadTokenizer as error:
             raise RequestRefused(error.sentence, param=param) from error
 
-    def _checked(self, tokens: object) -> tuple[int, ...]:
+    def _checked(self, tokens: object, param: str) -> tuple[int, ...]:
         known = self.tokenizer.vocabulary
         if not isinstance(tokens, list) or any(type(one) is not int or not 0 <= one < known for one in tokens):
-            raise RequestRefused(f"A prompt is a text, or a list of token ids below {known}.", param="prompt")
+            raise RequestRefused(f"{param} is a text, or a list of token ids below {known}.", param=param)
         return tuple(tokens)
 
     def _asked(
@@ -140,7 +183,10 @@ class ModelService:
         prompts: tuple[tuple[int, ...], ...],
         limit: int | None,
         top: int | None,
+        schema: dict[str, Any] | None = None,
     ) -> Asked:
+        if not self.generates:
+            raise RequestRefused(f"{self.name} gives embeddings alone: its files hold no head.", param="model")
         param = "messages" if isinstance(request, ChatRequest) else "prompt"
         longest = max(len(prompt) for prompt in prompts)
         if min(len(prompt) for prompt in prompts) < 1:
@@ -161,6 +207,12 @@ class ModelService:
         choices = request.n or 1
         if choices * len(prompts) > PROMPTS_TOTAL_MAX:
             raise RequestRefused(f"At most {PROMPTS_TOTAL_MAX} choices are made for one request.", param="n")
+        biases = request.logit_bias or {}
+        unknown = next((token for token in biases if token >= self.tokenizer.vocabulary), None)
+        if unknown is not None:
+            raise RequestRefused(
+                f"There is no token {unknown}; this model has {self.tokenizer.vocabulary}.", param="logit_bias"
+            )
         seed = self._number() if request.seed is None else request.seed % (1 << 63)
         sampling = Choosing(
             temperature=1.0 if request.temperature is None else request.temperature,
@@ -169,15 +221,17 @@ class ModelService:
             presence_penalty=request.presence_penalty or 0.0,
             frequency_penalty=request.frequency_penalty or 0.0,
             top_logprobs=top,
+            logit_bias=tuple(biases.items()),
         )
-        return Asked(prompts, choices, sampling, limit or self.context - longest, request.stops)
+        return Asked(prompts, choices, sampling, limit or self.context - longest, request.stops, schema)
 
     # --- what is answered ------------------------------------------------------------------------------------------
 
     async def answer(self, asked: Asked) -> AsyncGenerator[Piece]:
-        """Pieces of all choices as they come. Raises Overloaded, Unserved, StreamLost, RingRefused."""
+        """Pieces of all choices as they come. Raises RequestRefused, Overloaded, Unserved, StreamLost, RingRefused."""
         if not self.rings:
             raise Unserved(f"No node serves {self.name} at the moment.")
+        constraint = None if asked.schema is None else await self._formats.constraint(asked.schema)
         streams = [(prompt, number) for prompt in asked.prompts for number in range(asked.choices)]
         positions = sum(len(prompt) + asked.tokens_max for prompt, _ in streams)
         await self.admission.enter(positions)
@@ -185,7 +239,7 @@ class ModelService:
         self.counts.running += 1
         pieces: asyncio.Queue[Piece | BaseException] = asyncio.Queue(256)
         tasks = [
-            asyncio.create_task(self._choice(index, prompt, number, asked, pieces))
+            asyncio.create_task(self._choice(index, prompt, number, asked, constraint, pieces))
             for index, (prompt, number) in enumerate(streams)
         ]
         left = len(tasks)
@@ -203,10 +257,19 @@ class ModelService:
             self.admission.leave(positions, self.clock.monotonic() - began)
 
     async def _choice(
-        self, index: int, prompt: tuple[int, ...], number: int, asked: Asked, out: asyncio.Queue[Piece | BaseException]
+        self,
+        index: int,
+        prompt: tuple[int, ...],
+        number: int,
+        asked: Asked,
+        constraint: Constraint | None,
+        out: asyncio.Queue[Piece | BaseException],
     ) -> None:
         sampling = msgspec.structs.replace(asked.sampling, choice=number, prompt_tokens=len(prompt))
-        stream = Stream(prompt, sampling, asked.tokens_max, self.ends, self._pick, self._number, self.guess)
+        stream = Stream(
+            prompt, sampling, asked.tokens_max, self.ends, self._pick, self._number, guess=self.guess,
+            draft=self.draft.session if self.draft else None, constraint=constraint and constraint.copy(),
+        )  # fmt: skip
         decoder, stop = Decoder(self.tokenizer.decode), StopAt(asked.stops)
         self.counts.prompt_tokens += len(prompt)
         tokens = stream.tokens()
@@ -227,6 +290,45 @@ class ModelService:
             self.counts.resumed += len(stream.lost)
             self.counts.moved += stream.moved
             self.counts.reused += stream.reused
+
+    async def embed(self, asked: AskedVectors) -> list[NDArray[np.float32]]:
+        """A vector for each input. Raises Overloaded, Unserved, StreamLost, RingRefused."""
+        if not self.rings:
+            raise Unserved(f"No node serves {self.name} at the moment.")
+        places = asyncio.Semaphore(INPUTS_AT_ONCE)
+
+        async def one(tokens: tuple[int, ...]) -> NDArray[np.float32]:
+            async with places:
+                return await self._vector(tokens, asked)
+
+        tasks = [asyncio.create_task(one(tokens)) for tokens in asked.inputs]
+        self.counts.running += 1
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            self.counts.running -= 1
+
+    async def _vector(self, tokens: tuple[int, ...], asked: AskedVectors) -> NDArray[np.float32]:
+        await self.admission.enter(len(tokens))
+        self.counts.prompt_tokens += len(tokens)
+        began = self.clock.monotonic()
+        lost: list[Ring] = []
+        why = "."
+        try:
+            while len(lost) < REPLICAS_MAX and (ring := self._pick(lost)) is not None:
+                ring.streams += 1
+                try:
+                    return await pooled(tokens, asked, ring, self._number())
+                except RingLost as error:
+                    lost.append(ring)
+                    why = f": {error.sentence}"
+                finally:
+                    ring.streams -= 1
+            raise StreamLost(f"No replica is left to go on with{why}")
+        finally:
+            self.admission.leave(len(tokens), self.clock.monotonic() - began)
 
     def _pick(self, lost: Sequence[Ring]) -> Ring | None:
         """The replica that is expected to be quickest, of those that the stream has not lost: one that stays before

@@ -8,12 +8,18 @@ taken back. A replica that wants to go is left without a pause: another one read
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
 
 from shoal.errors import EngineError
+from shoal.gateway.constraints import Constraint
+from shoal.gateway.guesses import DraftSession, Guesses
 from shoal.gateway.rings import Ring, RingLost, RingRefused
-from shoal.inference.guessing import Guessing, held, look_up
+from shoal.inference.commands import Advance
+from shoal.inference.guessing import held
 from shoal.protocol.serving import Choosing, Chosen
 
 PIECES_AT_ONCE = 12
@@ -22,8 +28,6 @@ REPLICAS_MAX = 16
 """Replicas that one stream may lose before it is given up."""
 MOVES_MAX = 64
 """Times that a stream tries to leave a replica that wants to go: it may find no other place, or one without room."""
-GUESS_AGAIN = 32
-"""Tokens after which guessing is tried again where it was not worth it."""
 NO_SOURCE = "SH-273"
 
 _ending: set[asyncio.Future[None]] = set()
@@ -59,7 +63,11 @@ class Stream:
     pick: Callable[[Sequence[Ring]], Ring | None]
     """Where to go, given the replicas that were lost or are being left."""
     new_session: Callable[[], int]
+    constraint: Constraint | None = None
+    """What its text is held to."""
     guess: bool = True
+    draft: Callable[[], DraftSession] | None = None
+    """Makes a place in the draft model, where there is one."""
     position_ms: float = 1.0
     """What one more position in a step costs, about: decides how much is guessed."""
     scope: str = ""
@@ -77,7 +85,7 @@ class Stream:
         """The tokens, as they come. Raises StreamLost; RingRefused when the replica does not take what it is asked."""
         done: list[int] = list(self.prompt)
         until = len(self.prompt) + self.tokens_max
-        guessing = _Rest()
+        guesses = Guesses(self.draft() if self.draft is not None else None)
         seat = self._sit(done, None)
         moving: asyncio.Task[_Seat] | None = None
         tried = 0
@@ -89,10 +97,17 @@ class Stream:
                     moving, tried = self._move(done), tried + 1
                 guess: tuple[int, ...] = ()
                 if self.guess and seat.kept == len(done) - 1:
-                    most = guessing.length(seat.ring.token_ms, self.position_ms)
-                    guess = look_up(done, min(most, until - len(done) - 1)) if most else ()
+                    guess = await guesses.ahead(
+                        done, until - len(done) - 1, self.sampling, ring_ms=seat.ring.token_ms,
+                        position_ms=self.position_ms,
+                    )  # fmt: skip
+                sampling = self.sampling
+                if self.constraint is not None:
+                    said = done[len(self.prompt) :]
+                    guess, masks = self.constraint.ahead(said, guess, until - len(done) - 1)
+                    sampling = msgspec.structs.replace(sampling, masks=masks)
                 try:
-                    chosen = await self._step(seat, done, guess)
+                    chosen = await self._step(seat, done, guess, sampling)
                 except RingLost as error:
                     self.lost.append(seat.ring)
                     seat.ring.streams -= 1
@@ -108,14 +123,17 @@ class Stream:
                     continue
                 self.steps += 1
                 right = held(guess, [one.token for one in chosen])
-                guessing.checked(len(guess), right)
+                guesses.checked(len(guess), right)
                 seat.kept = len(done) + right  # the guesses that held are kept there already
                 fresh = self._until_end(chosen[: right + 1], until - len(done))
                 done += [one.token for one in fresh]
+                if self.constraint is not None and self.constraint.complete(done[len(self.prompt) :]):
+                    self.finish = "stop"
                 if fresh:
                     yield fresh
         finally:
             self._leave(seat, done)
+            _afterwards(guesses.close())
             if moving is not None:
                 self._drop(moving)
 
@@ -131,29 +149,46 @@ class Stream:
 
     # --- through a replica -----------------------------------------------------------------------------------------
 
-    async def _step(self, seat: _Seat, done: Sequence[int], guess: Sequence[int]) -> tuple[Chosen, ...]:
+    async def _step(
+        self, seat: _Seat, done: Sequence[int], guess: Sequence[int], sampling: Choosing
+    ) -> tuple[Chosen, ...]:
         """All positions that the replica does not have yet, the guess after them, and what follows each of those."""
         size = seat.ring.piece
         last = seat.kept + (len(done) - 1 - seat.kept) // size * size
-        given = (last, [*done[last:], *guess], 1 + len(guess))
-        chosen = await self._read(seat, [*_pieces(done, seat.kept, last, size), given])
+        pieces = self._pieces(seat, done, last)
+        pieces.append(
+            Advance(
+                session=seat.session, start=last, tokens=(*done[last:], *guess), choose=1 + len(guess),
+                sampling=sampling,
+            )
+        )  # fmt: skip
+        chosen = await self._read(seat, pieces)
         seat.source = None
         return chosen
 
-    async def _read(self, seat: _Seat, pieces: Sequence[tuple[int, Sequence[int], int]]) -> tuple[Chosen, ...]:
-        """Pieces (start, tokens, how many to choose), some at a time: a ring takes them in the order in which they
-        come. Gives what the last one gave; raises what the first of them did that failed."""
+    def _pieces(self, seat: _Seat, done: Sequence[int], stop: int) -> list[Advance]:
+        """Positions up to `stop` that the replica does not have."""
+        size = seat.ring.piece
+        return [
+            Advance(session=seat.session, start=at, tokens=tuple(done[at : min(stop, at + size)]))
+            for at in range(seat.kept, stop, size)
+        ]
+
+    async def _read(self, seat: _Seat, pieces: list[Advance]) -> tuple[Chosen, ...]:
+        """Some pieces at a time: a ring takes them in the order in which they come. Gives what the last one gave;
+        raises what the first of them did that failed."""
+        if not pieces:
+            return ()
+        pieces[0] = msgspec.structs.replace(pieces[0], source=seat.source)
+        if len(pieces) == 1:
+            return (await seat.ring.advance(pieces[0])).chosen
         window = asyncio.Semaphore(PIECES_AT_ONCE)
 
-        async def through(at: int) -> tuple[Chosen, ...]:
-            start, tokens, choose = pieces[at]
+        async def through(piece: Advance) -> tuple[Chosen, ...]:
             async with window:
-                source = seat.source if at == 0 else None
-                return await seat.ring.advance(seat.session, start, tokens, choose, self.sampling, source)
+                return (await seat.ring.advance(piece)).chosen
 
-        if len(pieces) == 1:
-            return await through(0)
-        found = await asyncio.gather(*map(through, range(len(pieces))), return_exceptions=True)
+        found = await asyncio.gather(*map(through, pieces), return_exceptions=True)
         chosen: tuple[Chosen, ...] = ()
         for one in found:
             if isinstance(one, BaseException):
@@ -180,10 +215,7 @@ class Stream:
         seat.ring.streams -= 1
         forget = seat.ring.prefixes.add(seat.session, done[: seat.kept], self.scope)
         for session in {seat.session, *forget}:
-            # Whoever reads may be cancelled again and again; the memory is given back all the same.
-            ending = asyncio.ensure_future(seat.ring.close_session(session, keep=session not in forget))
-            _ending.add(ending)
-            ending.add_done_callback(_ending.discard)
+            _afterwards(seat.ring.close_session(session, keep=session not in forget))
 
     def _move(self, done: Sequence[int]) -> asyncio.Task[_Seat] | None:
         """Have another replica read what there is so far, if there is one to go to."""
@@ -194,7 +226,7 @@ class Stream:
 
     async def _read_beside(self, seat: _Seat, done: tuple[int, ...]) -> _Seat:
         try:
-            await self._read(seat, list(_pieces(done, seat.kept, len(done) - 1, seat.ring.piece)))
+            await self._read(seat, self._pieces(seat, done, len(done) - 1))
         except BaseException:
             self._leave(seat, done)
             raise
@@ -217,23 +249,8 @@ class Stream:
         )
 
 
-def _pieces(done: Sequence[int], start: int, stop: int, size: int) -> Iterator[tuple[int, Sequence[int], int]]:
-    for at in range(start, stop, size):
-        yield at, done[at : min(stop, at + size)], 0
-
-
-class _Rest:
-    """How much is guessed: nothing for a while, where it was not worth it."""
-
-    def __init__(self) -> None:
-        self._guessing, self._rests = Guessing(), 0
-
-    def checked(self, guessed: int, right: int) -> None:
-        self._guessing = self._guessing.checked(guessed, right)
-
-    def length(self, ring_ms: float, position_ms: float) -> int:
-        most = self._guessing.length(ring_ms=ring_ms, position_ms=position_ms)
-        if most == 0:
-            self._rests += 1
-            return 1 if self._rests % GUESS_AGAIN == 0 else 0
-        return most
+def _afterwards(work: Coroutine[Any, Any, None]) -> None:
+    """Whoever reads may be cancelled again and again; memory is given back all the same."""
+    ending = asyncio.ensure_future(work)
+    _ending.add(ending)
+    ending.add_done_callback(_ending.discard)

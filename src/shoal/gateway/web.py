@@ -1,4 +1,5 @@
-"""The endpoint over HTTP: `/v1/models`, `/v1/chat/completions`, `/v1/completions`, `/healthz`, `/metrics`.
+"""The endpoint over HTTP: `/v1/models`, `/v1/chat/completions`, `/v1/completions`, `/v1/embeddings`, `/healthz`,
+`/metrics`.
 
 Errors have OpenAI's shape and status codes. A stream is a sequence of server-sent events that ends with `[DONE]`; what
 goes wrong after it has begun is its last event. When a client hangs up, its sessions are freed at once.
@@ -6,6 +7,7 @@ goes wrong after it has begun is its last event. When a client hangs up, its ses
 
 from __future__ import annotations
 
+import base64
 import hmac
 import logging
 import secrets
@@ -13,16 +15,28 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from typing import Any
 
 import msgspec
+import numpy as np
 from litestar import Litestar, MediaType, Request, Response, get, post
 from litestar.exceptions import HTTPException
 from litestar.response import Stream
+from numpy.typing import NDArray
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from shoal.errors import EngineError, ShoalError
 from shoal.gateway import openai
-from shoal.gateway.openai import ChatRequest, CompletionRequest, Trouble, TroubleAnswer, Usage
+from shoal.gateway.openai import (
+    ChatRequest,
+    CompletionRequest,
+    Embedding,
+    EmbeddingList,
+    EmbeddingRequest,
+    EmbeddingUsage,
+    Trouble,
+    TroubleAnswer,
+    Usage,
+)
 from shoal.gateway.refusals import (
     KeyRefused,
     Overloaded,
@@ -31,6 +45,7 @@ from shoal.gateway.refusals import (
     Unserved,
     read_chat,
     read_completion,
+    read_embedding,
 )
 from shoal.gateway.service import Asked, ModelService, Piece
 from shoal.protocol.serving import Chosen
@@ -77,6 +92,16 @@ def make_app(
         asked = service.completion(asked_for)
         return await _reply(service, asked, _Text(service, asked_for))
 
+    @post("/v1/embeddings", status_code=200)
+    async def embeddings(request: Request[Any, Any, Any]) -> Response[bytes]:
+        asked_for = read_embedding(await request.body())
+        asked = service.embedding(asked_for)
+        service.counts.requests += 1
+        vectors = await service.embed(asked)
+        data = [Embedding(at, _numbers(vector, asked_for)) for at, vector in enumerate(vectors)]
+        count = sum(map(len, asked.inputs))
+        return _json(EmbeddingList(data, service.name, EmbeddingUsage(count, count)))
+
     @get("/healthz")
     async def health() -> Response[bytes]:
         if not service.rings:
@@ -97,7 +122,7 @@ def make_app(
         return _trouble(error)
 
     return Litestar(
-        [models, model, chat, completions, health, metrics],
+        [models, model, chat, completions, embeddings, health, metrics],
         before_request=admit,
         exception_handlers={ShoalError: trouble, HTTPException: trouble, Exception: trouble},
         openapi_config=None,
@@ -236,6 +261,13 @@ async def _events(
 def _usage(asked: Asked, said: int) -> Usage:
     prompt = sum(len(one) for one in asked.prompts)
     return Usage(prompt, said, prompt + said)
+
+
+def _numbers(vector: NDArray[np.float32], asked: EmbeddingRequest) -> list[float] | str:
+    if asked.encoding_format == "base64":
+        return base64.b64encode(vector.astype("<f4").tobytes()).decode()
+    numbers: list[float] = vector.tolist()
+    return numbers
 
 
 def _event(said: Any) -> bytes:

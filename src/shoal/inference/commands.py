@@ -11,10 +11,8 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from shoal.engines.messages import FRAME_MAX_BYTES, Done, EngineMessage, Failed, Stop
-from shoal.protocol.serving import LAYERS_MAX, PIECE_MAX, Choosing, Chosen, Count, Session, Tokens
-
-STATES_MAX_BYTES = FRAME_MAX_BYTES - 64 * 1024
+from shoal.engines.messages import Done, EngineMessage, Failed, Stop
+from shoal.protocol.serving import LAYERS_MAX, PIECE_MAX, Choosing, Chosen, Count, Session, States, Tokens
 
 FilePath = Annotated[str, Meta(min_length=1, max_length=4096)]
 
@@ -35,13 +33,14 @@ class LoadStage(EngineMessage, frozen=True, kw_only=True):
 
 class Advance(EngineMessage, frozen=True, kw_only=True):
     """Take positions of a session through the layers. `states` are for any but the first stage. In the last stage the
-    tokens that follow the last `choose` of the positions are chosen."""
+    tokens that follow the last `choose` of the positions are chosen, or their final states given."""
 
     session: Session
     start: Count
     tokens: Tokens
-    states: Annotated[bytes, Meta(max_length=STATES_MAX_BYTES)] = b""
+    states: States = b""
     choose: Annotated[int, Meta(ge=0, le=PIECE_MAX)] = 0
+    states_wanted: bool = False
     sampling: Choosing = Choosing()
     source: Session | None = None
     """Of a session that begins: the one of which it takes over the positions before `start`."""
@@ -68,9 +67,9 @@ class StageLoaded(EngineMessage, frozen=True, kw_only=True):
 
 
 class Advanced(EngineMessage, frozen=True, kw_only=True):
-    """Hidden states for the next stage, or what the last one chose."""
+    """Hidden states for the next stage, or what was wanted of the last one."""
 
-    states: Annotated[bytes, Meta(max_length=STATES_MAX_BYTES)] = b""
+    states: States = b""
     chosen: Annotated[tuple[Chosen, ...], Meta(max_length=PIECE_MAX)] = ()
 
 

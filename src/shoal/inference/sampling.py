@@ -1,5 +1,5 @@
-"""From logits to a token. A token is a function of logits, settings, seed and position, and of nothing else: whoever
-computes the position again, in whatever batch, after whatever loss, chooses the same one."""
+"""From logits to a token. A token is a function of logits, settings, seed, position and mask, and of nothing else:
+whoever computes the position again, in whatever batch, after whatever loss, chooses the same one."""
 
 from __future__ import annotations
 
@@ -17,19 +17,31 @@ GREEDY_BELOW = 1e-5
 
 
 def choose(
-    logits: NDArray[np.float32], sampling: Choosing, position: int, seen: Mapping[int, int] | None = None
+    logits: NDArray[np.float32],
+    sampling: Choosing,
+    position: int,
+    seen: Mapping[int, int] | None = None,
+    allowed: NDArray[np.bool_] | None = None,
 ) -> Chosen:
     """The token at `position` (counted from the start of the prompt). `logits` [vocabulary]; `seen`: how often each
-    token was generated before, for the penalties. Log probabilities are the model's own, before temperature and
-    penalties. Raises ValueError for logits that are not finite."""
+    token was generated before, for the penalties; `allowed` [vocabulary]: which ones it may be. Log probabilities are
+    the model's own, before temperature, penalties, bias and mask. Raises ValueError for logits that are not finite, a
+    bias of a token that is not there, none that is allowed."""
     exact = logits.astype(np.float64)
     if not np.isfinite(exact).all():
         raise ValueError(f"the logits at position {position} are not finite")
-    judged = exact
+    judged = exact.copy()
     if seen and (sampling.presence_penalty or sampling.frequency_penalty):
-        judged = exact.copy()
         for token, times in seen.items():
             judged[token] -= sampling.presence_penalty + times * sampling.frequency_penalty
+    for token, bias in sampling.logit_bias:
+        if token >= len(judged):
+            raise ValueError(f"there is no token {token} of which a bias speaks; the vocabulary has {len(judged)}")
+        judged[token] += bias
+    if allowed is not None:
+        judged[~allowed] = -np.inf
+        if judged.max() == -np.inf:
+            raise ValueError(f"at position {position} no token is allowed")
     token = int(judged.argmax()) if sampling.temperature < GREEDY_BELOW else _drawn(judged, sampling, position)
     if sampling.top_logprobs is None:
         return Chosen(token)

@@ -67,6 +67,7 @@ class StageEngine:
     def __init__(self, module: StageModule, shape: Shape, memory_bytes: int) -> None:
         self.shape = shape
         self.takes_tokens, self.is_last = module.takes_tokens, module.is_last
+        self.has_head = module.head is not None
         self._module = module
         self._layers = module.stop - module.first
         self._memory = memory_bytes
@@ -130,9 +131,11 @@ class StageEngine:
 
     @torch.inference_mode()
     def logits(self, states: torch.Tensor) -> torch.Tensor:
-        """Of the last stage's hidden states [n, hidden]: [n, vocabulary], in float32."""
+        """Of the last stage's hidden states [n, hidden]: [n, vocabulary], in float32. Raises BadPiece where there is no
+        head."""
         head = self._module.head
-        assert head is not None, "only the last stage has a head"
+        if head is None:
+            raise BadPiece("Tokens are wanted where the model has no head: of the last stage alone, if of any.")
         logits: torch.Tensor = head(states).float()
         cap = self.shape.logit_cap
         return logits if cap is None else torch.tanh(logits / cap) * cap
@@ -150,12 +153,12 @@ class StageEngine:
             began = monotonic()
             (out,) = self.step([Piece(-1, at, states)])
             between = monotonic()
-            if self.is_last:
+            if self.has_head:
                 self.logits(out)
             layers.append((between - began) * 1000)
             heads.append((monotonic() - between) * 1000)
         self.close(-1)
-        return min(layers), min(heads) if self.is_last else 0.0
+        return min(layers), min(heads) if self.has_head else 0.0
 
     def _tried(self) -> bool:
         """The same positions one by one, at once, and beside another session."""
@@ -174,7 +177,7 @@ class StageEngine:
             self._memory = memory
             for session in (-1, -2, -3, -4):
                 self.close(session)
-        heads = [self.logits(states) for states in (alone, at_once[:2], beside)] if self.is_last else []
+        heads = [self.logits(states) for states in (alone, at_once[:2], beside)] if self.has_head else []
         return (
             torch.equal(alone, at_once)
             and torch.equal(alone, beside)

@@ -9,17 +9,20 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from shoal.engines import Done, Stop, worker
 from shoal.engines.failures import FAILURES, failed
 from shoal.errors import EngineError
 from shoal.inference.batching import Ask, StepCost, next_step
 from shoal.inference.commands import Advance, Advanced, Asked, CloseSession, LoadStage, Reply, StageLoaded
+from shoal.inference.masks import unpacked
 from shoal.inference.sampling import choose
 from shoal.inference.stage import POSITIONS_MAX, BadPiece, Piece, StageEngine
 from shoal.protocol.serving import Chosen
@@ -154,6 +157,8 @@ class Worker:
 
     def _together(self, commands: list[Advance]) -> list[Reply]:
         engine = self._loaded()
+        for command in commands:
+            _check_wanted(command)
         states = engine.step(
             [
                 Piece(command.session, command.start, self._inputs(command), command.tokens, command.source)
@@ -161,15 +166,18 @@ class Worker:
             ]
         )
         if not engine.is_last:
-            return [Advanced(states=one.float().cpu().numpy().astype("<f4").tobytes()) for one in states]
+            return [Advanced(states=_bytes(one)) for one in states]
         wanted = [one[len(one) - command.choose :] for one, command in zip(states, commands, strict=True)]
-        logits = iter(engine.logits(torch.cat(wanted)).cpu().numpy() if any(map(len, wanted)) else ())
-        replies: list[Reply] = []
-        for command, rows in zip(commands, wanted, strict=True):
-            stop = command.start + len(command.tokens)
-            positions = range(stop - len(rows), stop)
-            replies.append(Advanced(chosen=tuple(self._choose(command, next(logits), at) for at in positions)))
-        return replies
+        followed = [
+            one for one, command in zip(wanted, commands, strict=True) if len(one) and not command.states_wanted
+        ]
+        logits = iter(engine.logits(torch.cat(followed)).cpu().numpy() if followed else ())
+        return [
+            Advanced(states=_bytes(one))
+            if command.states_wanted
+            else Advanced(chosen=tuple(self._chosen(command, logits)))
+            for one, command in zip(wanted, commands, strict=True)
+        ]
 
     def _inputs(self, command: Advance) -> torch.Tensor:
         engine = self._loaded()
@@ -184,25 +192,38 @@ class Worker:
         values = np.frombuffer(command.states, dtype="<f4").astype(np.float32)
         return torch.from_numpy(values.reshape(len(command.tokens), hidden))
 
-    def _choose(
-        self, command: Advance, logits: np.ndarray[tuple[int, ...], np.dtype[np.float32]], position: int
-    ) -> Chosen:
-        """The token that follows `position`."""
+    def _chosen(self, command: Advance, logits: Iterator[NDArray[np.float32]]) -> Iterator[Chosen]:
+        """The tokens that follow the last `choose` positions; takes so many of `logits`."""
         wanted = command.sampling
-        seen = None
-        if wanted.presence_penalty or wanted.frequency_penalty:
-            seen = Counter(self._loaded().tokens(command.session)[wanted.prompt_tokens : position + 1])
-        try:
-            return choose(logits, wanted, position + 1, seen)
-        except ValueError as error:
-            raise BadPiece(f"The model gave no usable answer: {error}.") from error
+        allowed = unpacked(wanted.masks, self._loaded().shape.vocabulary)
+        stop = command.start + len(command.tokens)
+        for position in range(stop - command.choose, stop):
+            seen = None
+            if wanted.presence_penalty or wanted.frequency_penalty:
+                seen = Counter(self._loaded().tokens(command.session)[wanted.prompt_tokens : position + 1])
+            try:
+                yield choose(next(logits), wanted, position + 1, seen, next(allowed, None))
+            except ValueError as error:
+                raise BadPiece(f"The model gave no usable answer: {error}.") from error
 
     def _now_ms(self) -> int:
         return round(self._clock.monotonic() * 1000)
 
 
+def _bytes(states: torch.Tensor) -> bytes:
+    return states.float().cpu().numpy().astype("<f4").tobytes()
+
+
+def _check_wanted(command: Advance) -> None:
+    if command.choose > len(command.tokens):
+        raise BadPiece(f"{command.choose} tokens are wanted after {len(command.tokens)} positions.")
+    masks = len(command.sampling.masks)
+    if masks not in (0, command.choose):
+        raise BadPiece(f"{command.choose} tokens are wanted, and {masks} masks came.")
+
+
 def _is_stream(command: Advance) -> bool:
-    return command.choose > 0 and len(command.tokens) <= STREAM_MAX and command.start > 0
+    return command.choose > 0 and not command.states_wanted and len(command.tokens) <= STREAM_MAX and command.start > 0
 
 
 def work(parent: int) -> None:

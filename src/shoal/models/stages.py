@@ -127,6 +127,7 @@ def read_stage(
     device: torch.device | str = "cpu",
 ) -> StageModule:
     """Build a stage and read its tensors, and no others. `attention`: name of a function that `transformers` knows.
+    Where the files hold no head of its own (models for embeddings have none), the last stage has none.
 
     Raises BadModel: a family that cannot be served, layers that are not there, tensors that are missing, misshapen or
     not finite, each by name.
@@ -153,6 +154,8 @@ def read_stage(
                         raise BadModel(f"{file.name}: tensor {stored!r} holds numbers that are not finite.")
         except (SafetensorError, OSError) as error:
             raise BadModel(f"{file.name} is not a whole safetensors file: {error}.") from error
+    if stage.head is not None and "head.weight" not in found and not shape_of(config).tied:
+        stage.head, wanted = None, {name: at for name, at in wanted.items() if not name.startswith("head.")}
     for name, spellings in wanted.items():
         if name not in found:
             raise BadModel(f"No file has the tensor {spellings[0]!r}, which the model's config asks for.")
@@ -258,6 +261,8 @@ class Survey:
     layer_files: tuple[frozenset[int], ...]
     first_files: frozenset[int]
     last_files: frozenset[int]
+    has_head: bool
+    """Else it gives hidden states, and no tokens."""
 
     def files_of(self, first: int, stop: int) -> tuple[int, ...]:
         """Which files the layers `first` to `stop` - 1, and what goes with them, lie in."""
@@ -273,6 +278,7 @@ def survey(config: str, files: list[Path], itemsize: int = 4) -> Survey:
     family = FAMILIES[shape.family]
     sizes, where = [0] * shape.layers, [set[int]() for _ in range(shape.layers)]
     ends = {"first": (0, set[int]()), "last": (0, set[int]())}
+    headed = shape.tied
 
     def add(end: str, size: int, number: int) -> None:
         ends[end] = (ends[end][0] + size, ends[end][1] | {number})
@@ -294,7 +300,10 @@ def survey(config: str, files: list[Path], itemsize: int = 4) -> Survey:
                 add("first", size, number)
                 if shape.tied and family.embedding in parts:
                     add("last", size, number)
-            elif family.norm in parts or "lm_head" in parts or family.stored_head in parts:
+            elif "lm_head" in parts or family.stored_head in parts:
+                headed = True
+                add("last", size, number)
+            elif family.norm in parts:
                 add("last", size, number)
     for layer, place in enumerate(where):
         if not place:
@@ -307,4 +316,5 @@ def survey(config: str, files: list[Path], itemsize: int = 4) -> Survey:
         layer_files=tuple(map(frozenset, where)),
         first_files=frozenset(first_files),
         last_files=frozenset(last_files),
+        has_head=headed,
     )

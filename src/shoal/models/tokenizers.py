@@ -38,11 +38,15 @@ class TextTokenizer(Protocol):
     end: int | None
     """The id that stands between documents, where there is one."""
 
-    def encode(self, text: str) -> NDArray[np.uint32]:
-        """Raises BadTokenizer."""
+    def encode(self, text: str, *, special: bool = False) -> NDArray[np.uint32]:
+        """`special`: with what the tokenizer adds around a text, if anything. Raises BadTokenizer."""
         ...
 
     def decode(self, ids: list[int]) -> str: ...
+
+    def of_library(self) -> Any:
+        """The same as a Tokenizer of the tokenizers library."""
+        ...
 
     def save(self, directory: Path) -> None:
         """Write tokenizer.json and tokenizer_config.json, as `AutoTokenizer.from_pretrained` reads them."""
@@ -62,25 +66,30 @@ class ByteTokenizer:
     vocabulary = 257
     end: int | None = 256
 
-    def encode(self, text: str) -> NDArray[np.uint32]:
+    def encode(self, text: str, *, special: bool = False) -> NDArray[np.uint32]:
         return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32)
 
     def decode(self, ids: list[int]) -> str:
         return bytes(token for token in ids if token < 256).decode(errors="replace")
 
-    def save(self, directory: Path) -> None:
+    def of_library(self) -> Any:
         alphabet = {character: byte for byte, character in enumerate(byte_alphabet())}
-        written = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
-        written.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        written.decoder = decoders.ByteLevel()
-        written.add_special_tokens([AddedToken(END_OF_DOCUMENT, special=True)])
-        _save(written, directory, END_OF_DOCUMENT)
+        made = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        made.decoder = decoders.ByteLevel()
+        made.add_special_tokens([AddedToken(END_OF_DOCUMENT, special=True)])
+        return made
+
+    def save(self, directory: Path) -> None:
+        _save(self.of_library(), directory, END_OF_DOCUMENT)
 
 
 class FileTokenizer:
     """A tokenizer of the tokenizers library, from a `tokenizer.json` or made of a checkpoint's older files."""
 
     def __init__(self, tokenizer: Any, source: Path, beside: Path) -> None:
+        tokenizer.no_truncation()  # a file may ask for both: a text is what it is
+        tokenizer.no_padding()
         self._tokenizer = tokenizer
         self._source = source
         self._beside = beside
@@ -120,9 +129,9 @@ class FileTokenizer:
                 f"{textwrap.shorten(str(error), 300)}"
             ) from error
 
-    def encode(self, text: str) -> NDArray[np.uint32]:
+    def encode(self, text: str, *, special: bool = False) -> NDArray[np.uint32]:
         try:
-            return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+            return np.asarray(self._tokenizer.encode(text, add_special_tokens=special).ids, dtype=np.uint32)
         except Exception as error:  # the library raises nothing narrower: a vocabulary may lack what it needs
             raise BadTokenizer(
                 f"The tokenizer {self._source} cannot encode {text[:SHOWN_CHARACTERS]!r}: {error}. Give it a token for "
@@ -132,6 +141,9 @@ class FileTokenizer:
     def decode(self, ids: list[int]) -> str:
         text: str = self._tokenizer.decode(ids)
         return text
+
+    def of_library(self) -> Any:
+        return self._tokenizer
 
     def save(self, directory: Path) -> None:
         _save(self._tokenizer, directory, None if self.end is None else self._tokenizer.id_to_token(self.end))

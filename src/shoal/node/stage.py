@@ -230,8 +230,9 @@ class StageRun:
         while following is not None:
             session.reached = following.start + len(following.tokens)
             session.computed += len(following.tokens)
-            session.generated += following.choose
-            if not following.choose:
+            chosen = 0 if following.states_wanted else following.choose
+            session.generated += chosen
+            if not chosen:
                 session.prompt += len(following.tokens)
             self._keep(self._take_on(following))
             following = session.early.pop(session.reached, None)
@@ -258,12 +259,13 @@ class StageRun:
                     tokens=message.tokens,
                     states=message.states,
                     choose=message.choose,
+                    states_wanted=message.states_wanted,
                     sampling=message.choosing,
                     source=message.source,
                 )
             )
             if self._mine + 1 == len(self._invite.stages):
-                await self._answer(message, chosen=done.chosen)
+                await self._answer(message, chosen=done.chosen, states=done.states)
                 return
             await self._ask(await self._next_link(), msgspec.structs.replace(message, states=done.states))
         except EngineDied:
@@ -289,11 +291,18 @@ class StageRun:
         return StagePulsed(next_answers=True, waiting_ms=waiting_ms)
 
     async def _answer(
-        self, message: StageWork, *, chosen: tuple[Chosen, ...] = (), code: str = "", sentence: str = ""
+        self,
+        message: StageWork,
+        *,
+        chosen: tuple[Chosen, ...] = (),
+        states: bytes = b"",
+        code: str = "",
+        sentence: str = "",
     ) -> None:
         answer = StageAnswer(
-            ring=self.ring, session=message.session, number=message.number, chosen=chosen, code=code, sentence=sentence
-        )
+            ring=self.ring, session=message.session, number=message.number, chosen=chosen, states=states, code=code,
+            sentence=sentence,
+        )  # fmt: skip
         try:
             await self._ask(await self._gateway_link(), answer)
         except LinkError as error:  # the gateway notices by itself

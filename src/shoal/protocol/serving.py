@@ -22,7 +22,12 @@ FILES_MAX = 1024
 HOLDERS_MAX = 64
 PIECE_MAX = 256
 """Positions of a session that travel at once."""
+STATES_MAX_BYTES = (4 << 20) - 64 * 1024
+"""Of the hidden states in a message; the rest of it has room beside them."""
 TOP_MAX = 20
+BIASES_MAX = 300
+MASK_MAX_BYTES = 48 * 1024
+"""Of the masks of one message together; beside hidden states there is room for so much."""
 CONFIG_MAX_BYTES = 64 * 1024
 
 RingId = Annotated[bytes, Meta(min_length=16, max_length=16)]
@@ -30,6 +35,8 @@ Count = Annotated[int, Meta(ge=0, le=1 << 53)]
 Session = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 TokenId = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
 Tokens = Annotated[tuple[TokenId, ...], Meta(min_length=1, max_length=PIECE_MAX)]
+States = Annotated[bytes, Meta(max_length=STATES_MAX_BYTES)]
+"""Hidden states [positions, hidden], little-endian float32."""
 Milliseconds = Annotated[float, Meta(ge=0, le=1e9)]
 Sentence = Annotated[str, Meta(max_length=400)]
 Code = Annotated[str, Meta(max_length=16)]
@@ -174,8 +181,13 @@ class Choosing(Struct, frozen=True, kw_only=True):
     presence_penalty: Annotated[float, Meta(ge=-10, le=10)] = 0.0
     frequency_penalty: Annotated[float, Meta(ge=-10, le=10)] = 0.0
     top_logprobs: Annotated[int, Meta(ge=0, le=TOP_MAX)] | None = None
+    logit_bias: Annotated[
+        tuple[tuple[TokenId, Annotated[float, Meta(ge=-100, le=100)]], ...], Meta(max_length=BIASES_MAX)
+    ] = ()
     prompt_tokens: Count = 0
     """Positions before this one are the prompt, whose tokens no penalty counts."""
+    masks: Annotated[tuple[Annotated[bytes, Meta(max_length=MASK_MAX_BYTES)], ...], Meta(max_length=PIECE_MAX)] = ()
+    """For each token that is wanted, which ones it may be (`shoal.inference.masks`); none: any."""
 
 
 class StageWork(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -193,10 +205,12 @@ class StageWork(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, 
     tokens: Tokens
     source: Session | None = None
     """Of a session that begins: the one of which it takes over the positions before `start`."""
-    states: Annotated[bytes, Meta(max_length=(4 << 20) - 64 * 1024)] = b""
-    """Hidden states [positions, hidden], little-endian float32; none to the first stage."""
+    states: States = b""
+    """None to the first stage."""
     choose: Annotated[int, Meta(ge=0, le=PIECE_MAX)] = 0
     """The tokens that follow the last so many positions are wanted."""
+    states_wanted: bool = False
+    """Not the tokens: the final hidden states of these positions."""
     choosing: Choosing = Choosing()
 
 
@@ -210,12 +224,14 @@ class StageAnswer(Message, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Request `stage.answer`, to the gateway: from the last stage what it chose, from any stage that it cannot."""
 
     KIND: ClassVar[str] = "stage.answer"
-    MAX_BYTES: ClassVar[int] = 256 * 1024
+    MAX_BYTES: ClassVar[int] = 4 << 20
 
     ring: RingId
     session: Session
     number: Count
     chosen: Annotated[tuple[Chosen, ...], Meta(max_length=PIECE_MAX)] = ()
+    states: States = b""
+    """Where they were wanted."""
     code: Code = ""
     """Of the error, where there is one."""
     sentence: Sentence = ""

@@ -16,6 +16,7 @@ import psutil
 from shoal.engines import EngineFailed, warm
 from shoal.errors import JobError
 from shoal.gateway.admission import Admission
+from shoal.gateway.guesses import Draft
 from shoal.gateway.placing import ModelOnNodes, Placer
 from shoal.gateway.prompts import read_template
 from shoal.gateway.remote import Rings
@@ -29,8 +30,9 @@ from shoal.inference.commands import LoadStage
 from shoal.inference.process import StageProcess
 from shoal.models.checkpoints import weight_files
 from shoal.models.configs import BadModel, read_config
+from shoal.models.pooling import read_pooling
 from shoal.models.stages import Shape, shape_of, survey
-from shoal.models.tokenizers import has_tokenizer, load_tokenizer
+from shoal.models.tokenizers import TextTokenizer, has_tokenizer, load_tokenizer
 from shoal.protocol.blobs import BlobHolder
 from shoal.protocol.hubs import HubTicket
 from shoal.protocol.messages import sign
@@ -44,6 +46,8 @@ from shoal.world import Clock, Dice
 SESSIONS_SHARE = 0.5
 """Part of the memory that is free when the model is loaded which sessions may take."""
 SESSIONS_MAX_BYTES = 64 << 30
+DRAFT_SHARE = 0.125
+"""The same for a draft model."""
 
 
 class ServeFailed(JobError):
@@ -71,7 +75,9 @@ class ServeOptions:
     """On this machine: layers at which the model is cut into stages, each in a process of its own."""
     context: int | None = None
     guess: bool = True
-    """Whether tokens are guessed (prompt look-up); what is said is the same."""
+    """Whether tokens are guessed; what is said is the same."""
+    draft: Path | None = None
+    """A small model with the same vocabulary, held beside the gateway, that guesses."""
     say: Callable[[str], None] = lambda _: None
 
 
@@ -102,6 +108,7 @@ class ServedModel:
         self.options, self.clock, self.dice = options, clock, dice
         self.service: ModelService | None = None
         self._face: HttpFace | None = None
+        self._draft: StageProcess | None = None
 
     async def start(self) -> str:
         """Load and serve; gives the URL. Raises BadModel, BadTokenizer, ServeFailed, HttpFailed, LinkError."""
@@ -117,6 +124,12 @@ class ServedModel:
         config = read_config(directory)
         model = _Model(directory, config, shape_of(config), weight_files(directory))
         tokenizer = load_tokenizer(str(directory) if has_tokenizer(directory) else "bytes")
+        pooling = read_pooling(directory, config, model.shape.hidden)
+        generates = survey(config, model.files).has_head
+        if not generates and pooling is None:
+            raise BadModel(
+                f"{directory}: its files hold no head, so it says nothing; and no modules.json says how it embeds."
+            )
         context = min(model.shape.positions, options.context or model.shape.positions)
         self.service = ModelService(
             name=options.name,
@@ -130,10 +143,37 @@ class ServedModel:
             clock=self.clock,
             dice=self.dice,
             guess=options.guess,
+            pooling=pooling,
+            generates=generates,
         )
         await self._hold(model, self.service)
+        if options.draft is not None and options.guess:
+            self.service.draft = await self._hold_draft(options.draft, model, tokenizer)
         self._face = HttpFace(make_app(self.service, keys=options.keys), self.clock)
         return await self._face.start(options.http)
+
+    async def _hold_draft(self, path: Path, model: _Model, tokenizer: TextTokenizer) -> Draft:
+        """The draft model in a process of this machine."""
+        directory = checkpoint_of(path)
+        config = read_config(directory)
+        shape = shape_of(config)
+        its = load_tokenizer(str(directory) if has_tokenizer(directory) else "bytes")
+        if its.of_library().get_vocab() != tokenizer.of_library().get_vocab():
+            raise BadModel(f"{directory} reads texts as other tokens than {model.directory}: it cannot guess for it.")
+        stage = self._draft = await StageProcess.start("the draft model", threads=1)
+        memory = min(SESSIONS_MAX_BYTES, int(psutil.virtual_memory().available * DRAFT_SHARE))
+        try:
+            loaded = await stage.load(
+                LoadStage(
+                    config=config, files=tuple(map(str, weight_files(directory))), first=0, stop=shape.layers,
+                    memory_bytes=memory,
+                )
+            )  # fmt: skip
+        except EngineFailed as error:
+            raise ServeFailed(f"{path} cannot be used as a draft: {error.sentence}") from error
+        token_ms = loaded.layer_ms * shape.layers + loaded.last_ms
+        self.options.say(f"The draft model is loaded: {token_ms:.1f} ms a token.")
+        return Draft(stage, token_ms, shape.positions)
 
     async def _hold(self, model: _Model, service: ModelService) -> None:
         """Have the model held, and fill in the service's rings and how much they admit."""
@@ -143,6 +183,9 @@ class ServedModel:
         """Twice, or before the start, is harmless."""
         if self._face is not None:
             await self._face.stop()
+        if self._draft is not None:
+            with contextlib.suppress(EngineFailed):
+                await self._draft.stop()
 
 
 class LocalServer(ServedModel):
