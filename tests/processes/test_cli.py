@@ -53,6 +53,7 @@ def shoal(place: Path, *words: str, **more: str) -> subprocess.CompletedProcess[
     )
 
 
+NO_SERVER = "http://127.0.0.1:1/v1"
 MISTAKES = [
     pytest.param(["nonsense"], "SH-103", "No such command 'nonsense'", id="unknown command"),
     pytest.param(["node", "nonsense"], "SH-103", "No such command", id="unknown command below node"),
@@ -71,6 +72,15 @@ MISTAKES = [
     pytest.param(["up", "--threads", "0"], "SH-103", "at least one", id="no threads"),
     pytest.param(["node", "start", "--max-speed", "nan", "--hub", NOBODY], "SH-103", "above 0", id="no speed"),
     pytest.param(["node", "start", "--listen", "tcp://0.0.0.0:1", "--hub", NOBODY], "SH-103", "dial", id="wildcard"),
+    pytest.param(["node", "start", "--engine-only", "--hub", NOBODY], "SH-103", "--engine URL", id="no engine"),
+    pytest.param(
+        ["node", "start", "--engine", NO_SERVER, "--engine-key", "gone", "--hub", NOBODY], "SH-103", "gone", id="no key"
+    ),
+    pytest.param(
+        ["node", "start", "--engine", NO_SERVER, "--hub", NOBODY], "SH-149", "Start the server first", id="no server"
+    ),
+    pytest.param(["serve", "x", "--engines-only", "--here"], "SH-103", "contradict", id="engines elsewhere and here"),
+    pytest.param(["serve", "x", "--engines-only"], "SH-102", "shoal up", id="no hub to find engines at"),
     pytest.param(["hub", "--listen", "tcp://[::]:1"], "SH-103", "--public", id="a hub everywhere"),
     pytest.param(["hub", "--listen", "somewhere"], "SH-115", "tcp://host:port", id="no address"),
     pytest.param(["hub", "--http", "somewhere"], "SH-116", "host:port", id="no address for HTTP"),

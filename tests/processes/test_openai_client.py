@@ -64,6 +64,25 @@ def test_a_streamed_chat(client: openai.OpenAI, checkpoint: Path) -> None:
     assert len(told) == 16 and all(one.top_logprobs[0].logprob >= one.logprob - 1e-6 for one in told)
 
 
+def test_how_an_answer_came_about(client: openai.OpenAI) -> None:
+    """The client keeps what it does not know."""
+    expected = {"exact": True, "replicas": ["this machine"], "resumed": 0}
+    chat = {"model": "small", "messages": HELLO, "max_tokens": 5, "temperature": 0}
+    said = client.chat.completions.create(**chat)  # type: ignore[call-overload]
+    assert said.model_extra == {"shoal": expected} and said.system_fingerprint == "shoal-exact"
+    chunks = list(client.chat.completions.create(**chat, stream=True))  # type: ignore[call-overload]
+    assert chunks[-1].model_extra == {"shoal": expected} and chunks[-1].choices[0].finish_reason == "length"
+    assert [chunk.system_fingerprint for chunk in chunks] == [None] * (len(chunks) - 1) + ["shoal-exact"]
+    both = client.chat.completions.create(**chat, n=2, stream=True)  # type: ignore[call-overload]
+    assert sum("shoal" in (chunk.model_extra or {}) for chunk in both) == 2, "each choice says it when it ends"
+    text = client.completions.create(
+        model="small", prompt="ab", max_tokens=5, temperature=0, extra_body={"return_token_ids": True}
+    )
+    assert text.model_extra == {"shoal": expected}
+    ids = (text.choices[0].model_extra or {})["token_ids"]
+    assert ByteTokenizer().decode(ids) == text.choices[0].text and len(ids) == 5
+
+
 def test_choices_and_seeds(client: openai.OpenAI) -> None:
     def texts(**more: object) -> list[str | None]:
         said = client.chat.completions.create(model="small", messages=HELLO, max_tokens=12, n=3, **more)  # type: ignore[call-overload]

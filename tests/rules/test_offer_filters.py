@@ -32,6 +32,7 @@ OFFER = Offer(
         (OfferFind(node=OTHER), "heron (abababab) is not the node cdcdcdcd that was asked for."),
         (OfferFind(name="stork"), "heron (abababab) is not named stork."),
         (OfferFind(accepts="serve"), "heron (abababab) takes train, run jobs, not serve."),
+        (OfferFind(model="org/m"), "heron (abababab) has no engine that is up; org/m wanted."),
         (OfferFind(device="mps"), "heron (abababab) has no mps device (it has cuda)."),
         (OfferFind(memory_bytes_min=81 * GIB), "heron (abababab) has 80.0 GiB on cuda-80; 81.0 GiB wanted."),
         (OfferFind(flops_min=2e14), "heron (abababab) measured 100.0 TFLOP/s on cuda-8; 200.0 TFLOP/s wanted."),

@@ -18,12 +18,12 @@ SURFACE = {
     "shoal train": "[JOB.YAML] --hub --runs --resume --replace --dry-run --prompt --listen --fields --json",
     "shoal report": "RUN --json",
     "shoal replay": "RUN --round -r --node -n --threads --device --script --hub --listen --json",
-    "shoal serve": "MODEL --name --http --api-keys --threads --device --hub --here --listen --sessions --guess --no-guess "
-    "--draft --json",
+    "shoal serve": "MODEL --name --http --api-keys --threads --device --hub --here --listen --sessions "
+    "--guess --no-guess --draft --engine-model --engines-only --json",
     "shoal hub": "--listen --http --data --name --public --json",
     "shoal node": "",
     "shoal node start": "--hub --name --max-speed --threads --device --processes --listen --storage --memory --data "
-    "--json",
+    "--engine --engine-model --engine-key --engine-only --json",
     "shoal offers": "--hub --device --memory --idle --limit --json",
 }
 HIDDEN = {"shoal hub": {"--with-parent"}, "shoal node start": {"--with-parent", "--dishonest"}}

@@ -64,6 +64,21 @@ def serve(
             show_default="none",
         ),
     ] = None,
+    engine_model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="What servers beside nodes (`shoal node start --engine`) call this model.",
+            show_default="what clients call it",
+        ),
+    ] = None,
+    engines_only: Annotated[
+        bool,
+        typer.Option(
+            "--engines-only",
+            help="Serve it from such servers alone: nodes hold no layers, and MODEL needs no weights, only config and tokenizer.",
+        ),
+    ] = False,
     json: JsonFlag = False,
 ) -> None:
     """Serve a model to OpenAI clients: on the nodes at the hubs, or on this machine where there is no hub.
@@ -74,6 +89,9 @@ def serve(
     `shoal serve runs/quickstart` serves what was trained. Then, with any OpenAI client, base URL
     http://127.0.0.1:8000/v1; or with curl as it prints.
 
+    A node with a server of its own (vLLM, SGLang, llama-server, ...) that serves the model is a whole replica, too. Such
+    servers are not exact: a stream that one of them broke goes on from what was said, and its answer tells so.
+
     Families that are served: llama, mistral, qwen2, qwen3, gemma, gemma2, phi3, gpt2, gpt_neox. Tokens are those of
     plain transformers, and do not depend on what else is served at the time.
     """  # fmt: skip
@@ -83,7 +101,9 @@ def serve(
         raise BadFlag(f"--threads {threads} cannot be used: at least one is needed.")
     if not 1 <= sessions <= SESSIONS_MAX:
         raise BadFlag(f"--sessions {sessions} cannot be used: from 1 to {SESSIONS_MAX}.")
-    tickets = () if here else _hubs(hub)
+    if engines_only and here:
+        raise BadFlag("--engines-only and --here contradict each other: such servers are found at hubs.")
+    tickets = () if here else tuple(places.find_hubs(hub)) if engines_only else _hubs(hub)
     if tickets:
         places.refuse_wildcard(listen, "use an address of this machine that nodes can reach")
     keys = _keys(api_keys) if api_keys is not None else ()
@@ -100,6 +120,8 @@ def serve(
         sessions=sessions,
         guess=guess,
         draft=draft,
+        engine_model=engine_model or "",
+        engines_only=engines_only,
         say=lambda sentence: err.print(sentence, markup=False, style="dim"),
     )
 

@@ -33,7 +33,7 @@ def offers(
     """Show what is offered at the hubs: measured, signed, alive.
 
     One line a node: its fastest device with the memory and the matrix product rate that it measured, its owner's speed
-    limit, and whether a job has it. `--json` prints the offers whole.
+    limit, whether a job has it, and the model that an engine beside it serves. `--json` prints the offers whole.
     """  # fmt: skip
     from shoal.hub import HubClient
     from shoal.protocol.offers import FOUND_MAX, OfferFind
@@ -66,7 +66,9 @@ def offers(
         if json:
             print_json({"offers": [{"node": one.node, "offer": one.offer} for one in found]})
             return
-        table = Table("node", "name", "device", "memory", "fastest", "limit", "state", box=None, header_style="bold")
+        engines = any(one.offer.engine for one in found)
+        columns = ["node", "name", "device", "memory", "fastest", "limit", "state", *(["engine"] if engines else [])]
+        table = Table(*columns, box=None, header_style="bold")
         for one in found:
             rates = [(rate, device) for device in one.offer.capability.devices for rate in device.throughput]
             rate, best = max(rates, key=lambda each: each[0].flops, default=(None, one.offer.capability.devices[0]))
@@ -78,6 +80,7 @@ def offers(
                 escape(shown(f"{rate.flops / 1e9:,.1f} GFLOP/s {rate.dtype}")) if rate else "?",
                 f"{one.offer.capability.speed_limit:g}",
                 "busy" if one.offer.busy else "idle",
+                *([escape(shown(one.offer.engine.model)) if one.offer.engine else ""] if engines else []),
             )
         out.print(table if found else "Nothing that fits is offered. Start a node with: shoal node start")
 

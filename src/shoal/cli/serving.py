@@ -13,7 +13,7 @@ import typer
 
 from shoal.cli import places
 from shoal.cli.app import HERE, MACHINES, app
-from shoal.cli.output import BadFlag, HubFlag, JsonFlag, WithParent, out, print_json, run, until_stopped
+from shoal.cli.output import BadFlag, HubFlag, JsonFlag, WithParent, out, print_json, run, shown, until_stopped
 from shoal.quantities import format_bytes, parse_bytes
 from shoal.sdk.local import LocalProcessFailed, LocalShoal, shoal_home
 from shoal.world import SystemClock, SystemDice
@@ -21,6 +21,7 @@ from shoal.world.processes import die_with_parent
 
 NODES_MAX = 64
 """Nodes that `shoal up` starts on one machine."""
+ENGINE_KEY_MAX = 4096
 STOP_S = 30
 """`shoal up` gives each of its processes a third of that before it insists."""
 
@@ -129,6 +130,23 @@ def node_start(
         typer.Option(metavar="BYTES", help="How much of a device's memory it offers.", show_default="all"),
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Its key and blobs.", show_default="~/.shoal/node")] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="An OpenAI-compatible server on this machine to offer as well: its base, such as http://127.0.0.1:8080/v1.",
+        ),
+    ] = None,
+    engine_model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Which of its models.", show_default="the only one")
+    ] = None,
+    engine_key: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A file with the API key that it asks for.", show_default="SHOAL_ENGINE_KEY"),
+    ] = None,
+    engine_only: Annotated[
+        bool, typer.Option("--engine-only", help="Take no other work: the server needs this machine for itself.")
+    ] = False,
     dishonest: Annotated[str, typer.Option(hidden=True, help="Lie in this way, for trying the defences.")] = "",
     json: JsonFlag = False,
     with_parent: WithParent = 0,
@@ -140,7 +158,11 @@ def node_start(
 
     From another machine: `shoal node start --hub TICKET --listen tcp://192.168.1.20:7701`. A second node on one machine
     needs a `--data` of its own: a node is its key.
+
+    With `--engine URL` the node has vLLM, SGLang, llama-server or another server beside it as a whole replica: any
+    `shoal serve` of that model sends streams there while the server is up.
     """  # fmt: skip
+    from shoal.node.openai_server import ServerSettings
     from shoal.node.start import start_node
 
     if with_parent:
@@ -152,6 +174,9 @@ def node_start(
     if processes < 1:
         raise BadFlag(f"--processes {processes} cannot be used: at least one is needed.")
     places.refuse_wildcard(listen, "use an address of this machine, or --listen '' to open links only")
+    if engine is None and (engine_model or engine_key or engine_only):
+        raise BadFlag("--engine-model, --engine-key and --engine-only speak of a server; name it with --engine URL.")
+    server = ServerSettings(engine, engine_model or "", _engine_key(engine_key), engine_only) if engine else None
     storage_bytes = parse_bytes(storage)
     memory_bytes = parse_bytes(memory) if memory is not None else None
     tickets = places.find_hubs(hub)
@@ -170,6 +195,7 @@ def node_start(
             storage_bytes=storage_bytes,
             memory_bytes=memory_bytes,
             dishonest=dishonest,
+            server=server,
             clock=SystemClock(),
             dice=SystemDice(),
         )
@@ -183,6 +209,8 @@ def node_start(
                 )
                 for line in ready["devices"]:
                     out.print(f"  {line}", markup=False)
+                if ready["engine"]:
+                    out.print(f"  engine: {shown(ready['engine'])}", markup=False)
                 out.print(f"  blobs: up to {format_bytes(storage_bytes)} in {folder}", markup=False)
                 out.print("[dim]Ctrl-C stops it.[/]")
             await until_stopped()
@@ -190,6 +218,17 @@ def node_start(
             await agent.close()
 
     run(work)
+
+
+def _engine_key(file: Path | None) -> str:
+    """What the server beside a node asks for; never an argument, which every user of the machine can see."""
+    try:
+        key = os.environ.get("SHOAL_ENGINE_KEY", "") if file is None else file.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadFlag(f"--engine-key {file} cannot be read: {error}.") from error
+    if (file is not None and not key) or not key.isascii() or not key.isprintable() or len(key) > ENGINE_KEY_MAX:
+        raise BadFlag(f"{file or 'SHOAL_ENGINE_KEY'} holds no API key: one line of printable ASCII.")
+    return key
 
 
 def parse_speeds(text: str | None, nodes: int) -> list[float]:

@@ -130,6 +130,8 @@ class CompletionRequest(_Asked, frozen=True, kw_only=True):
     max_tokens: Tokens | None = None
     logprobs: Annotated[int, Meta(ge=0, le=5)] | None = None
     echo: bool | None = None
+    return_token_ids: bool | None = None
+    """Not OpenAI's: the ids of the chosen tokens come along, as with vLLM."""
     best_of: Choices | None = None
     suffix: Text | None = None
 
@@ -150,6 +152,21 @@ class Usage(msgspec.Struct, frozen=True):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+
+
+class CameBy(msgspec.Struct, frozen=True):
+    """Not OpenAI's: how an answer came about. Clients keep fields that they do not know."""
+
+    exact: bool
+    """Whether these are the very tokens of a run that no loss disturbed, whatever was lost."""
+    replicas: tuple[str, ...]
+    """Where they came from, in the order of their first use."""
+    resumed: int
+    """How many times it went on at another replica."""
+
+    @property
+    def fingerprint(self) -> str:
+        return "shoal-exact" if self.exact else "shoal-inexact"
 
 
 class TopLogprob(msgspec.Struct, frozen=True):
@@ -191,6 +208,7 @@ class ChatCompletion(msgspec.Struct, frozen=True):
     usage: Usage
     object: str = "chat.completion"
     system_fingerprint: str | None = None
+    shoal: CameBy | UnsetType = UNSET
 
 
 class Delta(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -213,6 +231,7 @@ class ChatChunk(msgspec.Struct, frozen=True):
     object: str = "chat.completion.chunk"
     usage: Usage | UnsetType | None = UNSET
     system_fingerprint: str | None = None
+    shoal: CameBy | UnsetType = UNSET
 
 
 class TextLogprobs(msgspec.Struct, frozen=True):
@@ -227,6 +246,7 @@ class TextChoice(msgspec.Struct, frozen=True):
     text: str
     finish_reason: str | None = None
     logprobs: TextLogprobs | None = None
+    token_ids: list[int] | UnsetType = UNSET
 
 
 class TextCompletion(msgspec.Struct, frozen=True):
@@ -239,6 +259,7 @@ class TextCompletion(msgspec.Struct, frozen=True):
     object: str = "text_completion"
     usage: Usage | UnsetType | None = UNSET
     system_fingerprint: str | None = None
+    shoal: CameBy | UnsetType = UNSET
 
 
 class Embedding(msgspec.Struct, frozen=True):

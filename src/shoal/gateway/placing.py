@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 
 from shoal.errors import LinkError
 from shoal.gateway.remote import Latency, Loss, NodeRing, Rings
-from shoal.gateway.rings import Ring, RingLost, RingRefused
+from shoal.gateway.rings import Replica as ServingReplica
+from shoal.gateway.rings import RingLost, RingRefused
 from shoal.gateway.scouting import Scout
 from shoal.identity import Envelope
 from shoal.inference.commands import Advance
@@ -52,8 +53,8 @@ class Placer:
     clock: Clock
     dice: Dice
     rings: Rings
-    serving: list[Ring]
-    """Rings that are ready, for whoever sends streams through them."""
+    serving: list[ServingReplica]
+    """Replicas that are ready, for whoever sends streams through them."""
     say: Callable[[str], None] = lambda _: None
     _plan: Plan = field(default_factory=lambda: Plan((), (), ""))
     _reserve: tuple[Replica, ...] = ()

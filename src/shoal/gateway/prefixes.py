@@ -36,8 +36,20 @@ class Prefixes:
     def __len__(self) -> int:
         return len(self._sessions)
 
+    def held(self, tokens: Sequence[int], scope: str = "") -> int:
+        """How many of the first positions are likely to be there."""
+        found = self._longest(tokens, scope)
+        return found.positions if found else 0
+
     def find(self, tokens: Sequence[int], scope: str = "") -> Found | None:
-        """The session that begins as `tokens` do for the longest; none where that is not worth while."""
+        """The session that begins as `tokens` do for the longest; none where that is not worth while. It is kept for
+        longer then."""
+        found = self._longest(tokens, scope)
+        if found is not None:
+            self._sessions.move_to_end(found.session)
+        return found
+
+    def _longest(self, tokens: Sequence[int], scope: str) -> Found | None:
         wanted = np.asarray(tokens, dtype=np.int64)
         best: Found | None = None
         for session, (theirs, known) in self._sessions.items():
@@ -45,8 +57,6 @@ class Prefixes:
                 positions = _alike(known, wanted)
                 if positions >= max(SHORTEST, best.positions + 1 if best else 0):
                     best = Found(session, positions)
-        if best is not None:
-            self._sessions.move_to_end(best.session)
         return best
 
     def add(self, session: int, tokens: Sequence[int], scope: str = "") -> list[int]:

@@ -49,14 +49,14 @@ FEW = 8
 ARRIVED_S = 5.0
 HANDED_S = 60.0
 """For the first stage to say that positions arrived; a ring that is silent is noticed long before."""
-REFUSALS = frozenset({"SH-270", "SH-272", "SH-273", "SH-570"})
+REFUSALS = frozenset({"SH-270", "SH-272", "SH-275", "SH-570"})
 """What a stage says of a request, not of itself: elsewhere it would be the same, or memory is full."""
 
 
 class UnknownRing(BadRecord):
     """A node asks about a ring that its gateway has given up, or never had."""
 
-    code = "SH-274"
+    code = "SH-276"
 
 
 @dataclass

@@ -1,11 +1,15 @@
-"""A replica as the gateway sees it: tokens go in, tokens come out, and it may be gone at any time."""
+"""A replica as the gateway sees it: tokens go in, tokens come out, and it may be gone at any time.
+
+A `Ring` is told every position and gives the tokens that follow; a `Continuing` one goes on by itself.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import msgspec
 
@@ -14,6 +18,7 @@ from shoal.errors import EngineError
 from shoal.gateway.prefixes import Prefixes
 from shoal.inference.commands import Advance, Advanced
 from shoal.inference.process import StageProcess
+from shoal.protocol.serving import Choosing, Chosen
 
 AT_ONCE = 40
 """Pieces of work in a replica at a time; an engine, and a node, refuse a few more than that. Others wait their turn."""
@@ -39,24 +44,50 @@ class RingRefused(EngineError):
         self.cause_code = cause_code
 
 
-class Ring(Protocol):
-    """All layers of a model, on one node or several."""
+class _Replica(Protocol):
+    """Where a stream can go, whatever it is made of."""
 
     name: str
     exact: bool
     """Whether a session that is replayed has the very bits that it had."""
     token_ms: float
     """What a token of one stream takes, as far as is known."""
+    start_ms: float
+    """What a stream takes once, there and back, beside its positions and tokens."""
     streams: int
     """Streams that go through it."""
     standby: bool
     """It is there for when others are lost."""
     leaving: bool
     """It will be gone soon: streams move elsewhere as they can."""
-    piece: int
-    """Positions of a prompt that are sent through at once."""
     prefixes: Prefixes
     """What sessions that are over have left in it."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a replica that chooses by itself says."""
+
+    chosen: tuple[Chosen, ...]
+    finish: str = ""
+    """`stop` or `length`, when that was all."""
+
+
+@runtime_checkable
+class Continuing(_Replica, Protocol):
+    """A replica that gives whole continuations: a server of another make."""
+
+    def generate(self, tokens: Sequence[int], choosing: Choosing, tokens_max: int) -> AsyncGenerator[Given]:
+        """What follows these tokens, at most so many, until it says that it ended. Closing it cancels. Raises
+        RingLost."""
+        ...
+
+
+class Ring(_Replica, Protocol):
+    """All layers of a model, on one node or several."""
+
+    piece: int
+    """Positions of a prompt that are sent through at once."""
 
     async def advance(self, piece: Advance) -> Advanced:
         """Take positions of a session through all layers. Several calls at once, also of one session: they go through
@@ -68,11 +99,14 @@ class Ring(Protocol):
         ...
 
 
+Replica: TypeAlias = Ring | Continuing
+
+
 class LimitedRing(ABC):
     """A Ring that does AT_ONCE pieces of work at a time."""
 
     def __init__(self, name: str, *, stages: int, exact: bool, token_ms: float) -> None:
-        self.name, self.exact, self.token_ms = name, exact, token_ms
+        self.name, self.exact, self.token_ms, self.start_ms = name, exact, token_ms, 0.0
         self.piece = PIECE if stages == 1 else PIECE_OF_SEVERAL
         self.streams, self.standby, self.leaving = 0, False, False
         self.prefixes = Prefixes()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,8 @@ from shoal.gateway.guesses import Draft
 from shoal.gateway.openai import ChatRequest, CompletionRequest, EmbeddingRequest
 from shoal.gateway.prompts import ChatTemplate
 from shoal.gateway.refusals import RequestRefused, UnknownModel, Unserved
-from shoal.gateway.rings import Ring, RingLost
+from shoal.gateway.rings import Continuing, Replica, RingLost
+from shoal.gateway.routing import Candidate, choose
 from shoal.gateway.streams import REPLICAS_MAX, Stream, StreamLost
 from shoal.gateway.text import Decoder, StopAt
 from shoal.models.pooling import Pooling
@@ -32,6 +34,8 @@ COMPLETION_TOKENS = 16
 """What `/v1/completions` gives when it is not told, as at OpenAI."""
 PROMPTS_TOTAL_MAX = 64
 """Choices of one request, over all its prompts."""
+
+_log = logging.getLogger("shoal.gateway")
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,11 @@ class Asked:
     schema: dict[str, Any] | None = None
     """What answers are held to, a JSON schema."""
 
+    @property
+    def own(self) -> bool:
+        """Whether Shoal's own runtime alone can answer it."""
+        return self.schema is not None or self.sampling.top_logprobs is not None or bool(self.sampling.logit_bias)
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -55,6 +64,8 @@ class Piece:
     text: str
     tokens: tuple[Chosen, ...] = ()
     finish: str | None = None
+    came_by: openai.CameBy | None = None
+    """With the last piece."""
 
 
 @dataclass
@@ -87,7 +98,7 @@ class ModelService:
     tokenizer: TextTokenizer
     template: ChatTemplate
     ends: frozenset[int]
-    rings: list[Ring]
+    rings: list[Replica]
     admission: Admission
     clock: Clock
     dice: Dice
@@ -231,6 +242,12 @@ class ModelService:
         """Pieces of all choices as they come. Raises RequestRefused, Overloaded, Unserved, StreamLost, RingRefused."""
         if not self.rings:
             raise Unserved(f"No node serves {self.name} at the moment.")
+        if asked.own and all(isinstance(one, Continuing) for one in self.rings):
+            raise RequestRefused(
+                f"Only engines of another make serve {self.name} at the moment; they offer no logprobs, logit_bias or "
+                "response_format.",
+                code="unsupported_parameter",
+            )
         constraint = None if asked.schema is None else await self._formats.constraint(asked.schema)
         streams = [(prompt, number) for prompt in asked.prompts for number in range(asked.choices)]
         positions = sum(len(prompt) + asked.tokens_max for prompt, _ in streams)
@@ -267,7 +284,8 @@ class ModelService:
     ) -> None:
         sampling = msgspec.structs.replace(asked.sampling, choice=number, prompt_tokens=len(prompt))
         stream = Stream(
-            prompt, sampling, asked.tokens_max, self.ends, self._pick, self._number, guess=self.guess,
+            prompt, sampling, asked.tokens_max, self.ends,
+            lambda lost: self._pick(lost, prompt, asked.tokens_max, own=asked.own), self._number, guess=self.guess,
             draft=self.draft.session if self.draft else None, constraint=constraint and constraint.copy(),
         )  # fmt: skip
         decoder, stop = Decoder(self.tokenizer.decode), StopAt(asked.stops)
@@ -277,11 +295,13 @@ class ModelService:
             async for chosen in tokens:
                 self.counts.tokens += len(chosen)
                 text = stop.add(decoder.add([one.token for one in chosen]))
-                await out.put(Piece(index, text, chosen, "stop" if stop.stopped else None))
                 if stop.stopped:
+                    await out.put(Piece(index, text, chosen, "stop", _came_by(stream)))
                     return
+                await out.put(Piece(index, text, chosen))
             rest = stop.add(decoder.rest())
-            await out.put(Piece(index, rest + stop.rest(), (), "stop" if stop.stopped else stream.finish))
+            finish = "stop" if stop.stopped else stream.finish
+            await out.put(Piece(index, rest + stop.rest(), (), finish, _came_by(stream)))
         except Exception as error:  # noqa: BLE001 - whoever answers the request is told
             await out.put(error)
         finally:
@@ -314,10 +334,11 @@ class ModelService:
         await self.admission.enter(len(tokens))
         self.counts.prompt_tokens += len(tokens)
         began = self.clock.monotonic()
-        lost: list[Ring] = []
+        lost: list[Replica] = []
         why = "."
         try:
-            while len(lost) < REPLICAS_MAX and (ring := self._pick(lost)) is not None:
+            while len(lost) < REPLICAS_MAX and (ring := self._pick(lost, tokens, 0, own=True)) is not None:
+                assert not isinstance(ring, Continuing)
                 ring.streams += 1
                 try:
                     return await pooled(tokens, asked, ring, self._number())
@@ -330,15 +351,21 @@ class ModelService:
         finally:
             self.admission.leave(len(tokens), self.clock.monotonic() - began)
 
-    def _pick(self, lost: Sequence[Ring]) -> Ring | None:
-        """The replica that is expected to be quickest, of those that the stream has not lost: one that stays before
-        one that wants to go, one that works before one in reserve."""
-        able = [ring for ring in self.rings if ring not in lost]
-        return min(
-            able,
-            key=lambda one: (one.leaving, one.standby, one.token_ms * (1 + one.streams), one.name),
-            default=None,
-        )
+    def _pick(self, lost: Sequence[Replica], prompt: tuple[int, ...], tokens: int, *, own: bool) -> Replica | None:
+        """The replica from which the answer is expected soonest, of those that can give it (`own`: only Shoal's own
+        runtime can) and were not lost: one that stays before one that wants to go, one that works before one in
+        reserve."""
+        able = [one for one in self.rings if one not in lost and not (own and isinstance(one, Continuing))]
+        if not able:
+            return None
+        first = min((one.leaving, one.standby) for one in able)
+        able = [one for one in able if (one.leaving, one.standby) == first]
+        candidates = [
+            Candidate(one.name, one.token_ms, one.streams, one.start_ms, one.prefixes.held(prompt)) for one in able
+        ]
+        best, reason = choose(candidates, len(prompt), tokens)
+        _log.debug("%s", reason)
+        return able[best]
 
     def _number(self) -> int:
         return int.from_bytes(self.dice.bytes(8)) >> 1
@@ -355,6 +382,11 @@ class ModelService:
             ]
             content.append(openai.TokenLogprob(text, _finite(one.logprob), list(text.encode()), top))
         return openai.ChoiceLogprobs(content)
+
+
+def _came_by(stream: Stream) -> openai.CameBy:
+    names = tuple(dict.fromkeys(one.name for one in stream.went))
+    return openai.CameBy(all(one.exact for one in stream.went), names, len(stream.lost))
 
 
 def _finite(logprob: float | None) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +18,7 @@ import msgspec
 from shoal.errors import EngineError
 from shoal.gateway.constraints import Constraint
 from shoal.gateway.guesses import DraftSession, Guesses
-from shoal.gateway.rings import Ring, RingLost, RingRefused
+from shoal.gateway.rings import Continuing, Replica, Ring, RingLost, RingRefused
 from shoal.inference.commands import Advance
 from shoal.inference.guessing import held
 from shoal.protocol.serving import Choosing, Chosen
@@ -28,7 +29,7 @@ REPLICAS_MAX = 16
 """Replicas that one stream may lose before it is given up."""
 MOVES_MAX = 64
 """Times that a stream tries to leave a replica that wants to go: it may find no other place, or one without room."""
-NO_SOURCE = "SH-273"
+NO_SOURCE = "SH-275"
 
 _ending: set[asyncio.Future[None]] = set()
 
@@ -41,9 +42,9 @@ class StreamLost(EngineError):
 
 @dataclass
 class _Seat:
-    """A session of a stream in a replica."""
+    """A session of a stream in a replica. One that continues by itself has none; a number does no harm there."""
 
-    ring: Ring
+    ring: Replica
     session: int
     kept: int = 0
     """Positions that the replica has."""
@@ -60,7 +61,7 @@ class Stream:
     tokens_max: int
     ends: frozenset[int]
     """Token ids that end it; they are not given out."""
-    pick: Callable[[Sequence[Ring]], Ring | None]
+    pick: Callable[[Sequence[Replica]], Replica | None]
     """Where to go, given the replicas that were lost or are being left."""
     new_session: Callable[[], int]
     constraint: Constraint | None = None
@@ -72,7 +73,9 @@ class Stream:
     """What one more position in a step costs, about: decides how much is guessed."""
     scope: str = ""
     """Whose earlier sessions it may take prompts over from."""
-    lost: list[Ring] = field(default_factory=list)
+    lost: list[Replica] = field(default_factory=list)
+    went: list[Replica] = field(default_factory=list)
+    """Replicas that its tokens came from, one after another."""
     steps: int = 0
     reused: int = 0
     """Positions that were taken over."""
@@ -95,10 +98,28 @@ class Stream:
                     seat, moving = self._moved(seat, moving, done), None
                 if moving is None and seat.ring.leaving and tried < MOVES_MAX:
                     moving, tried = self._move(done), tried + 1
+                ring = seat.ring
+                if isinstance(ring, Continuing):
+                    try:
+                        async with aclosing(ring.generate(done, self.sampling, until - len(done))) as continuation:
+                            async for more in continuation:
+                                fresh = self._until_end(more.chosen, until - len(done))
+                                self.finish = self.finish or more.finish
+                                done += [one.token for one in fresh]
+                                if fresh:
+                                    self._came_from(ring)
+                                    yield fresh
+                                if self.finish:
+                                    break
+                    except RingLost as error:
+                        self.lost.append(ring)
+                        ring.streams -= 1
+                        seat = self._sit(done, error)
+                    continue
                 guess: tuple[int, ...] = ()
                 if self.guess and seat.kept == len(done) - 1:
                     guess = await guesses.ahead(
-                        done, until - len(done) - 1, self.sampling, ring_ms=seat.ring.token_ms,
+                        done, until - len(done) - 1, self.sampling, ring_ms=ring.token_ms,
                         position_ms=self.position_ms,
                     )  # fmt: skip
                 sampling = self.sampling
@@ -107,21 +128,22 @@ class Stream:
                     guess, masks = self.constraint.ahead(said, guess, until - len(done) - 1)
                     sampling = msgspec.structs.replace(sampling, masks=masks)
                 try:
-                    chosen = await self._step(seat, done, guess, sampling)
+                    chosen = await self._step(ring, seat, done, guess, sampling)
                 except RingLost as error:
-                    self.lost.append(seat.ring)
-                    seat.ring.streams -= 1
+                    self.lost.append(ring)
+                    ring.streams -= 1
                     seat = self._sit(done, error)
                     continue
                 except RingRefused as error:
                     if error.cause_code != NO_SOURCE or seat.source is None:
                         raise
-                    seat.ring.prefixes.forget(seat.source)
+                    ring.prefixes.forget(seat.source)
                     self._leave(seat, done)
-                    seat = _Seat(seat.ring, self.new_session())
-                    seat.ring.streams += 1
+                    seat = _Seat(ring, self.new_session())
+                    ring.streams += 1
                     continue
                 self.steps += 1
+                self._came_from(ring)
                 right = held(guess, [one.token for one in chosen])
                 guesses.checked(len(guess), right)
                 seat.kept = len(done) + right  # the guesses that held are kept there already
@@ -137,6 +159,10 @@ class Stream:
             if moving is not None:
                 self._drop(moving)
 
+    def _came_from(self, ring: Replica) -> None:
+        if not self.went or self.went[-1] is not ring:
+            self.went.append(ring)
+
     def _until_end(self, chosen: Sequence[Chosen], room: int) -> tuple[Chosen, ...]:
         for at, one in enumerate(chosen):
             if one.token in self.ends:
@@ -150,43 +176,43 @@ class Stream:
     # --- through a replica -----------------------------------------------------------------------------------------
 
     async def _step(
-        self, seat: _Seat, done: Sequence[int], guess: Sequence[int], sampling: Choosing
+        self, ring: Ring, seat: _Seat, done: Sequence[int], guess: Sequence[int], sampling: Choosing
     ) -> tuple[Chosen, ...]:
         """All positions that the replica does not have yet, the guess after them, and what follows each of those."""
-        size = seat.ring.piece
+        size = ring.piece
         last = seat.kept + (len(done) - 1 - seat.kept) // size * size
-        pieces = self._pieces(seat, done, last)
+        pieces = self._pieces(ring, seat, done, last)
         pieces.append(
             Advance(
                 session=seat.session, start=last, tokens=(*done[last:], *guess), choose=1 + len(guess),
                 sampling=sampling,
             )
         )  # fmt: skip
-        chosen = await self._read(seat, pieces)
+        chosen = await self._read(ring, seat, pieces)
         seat.source = None
         return chosen
 
-    def _pieces(self, seat: _Seat, done: Sequence[int], stop: int) -> list[Advance]:
+    def _pieces(self, ring: Ring, seat: _Seat, done: Sequence[int], stop: int) -> list[Advance]:
         """Positions up to `stop` that the replica does not have."""
-        size = seat.ring.piece
+        size = ring.piece
         return [
             Advance(session=seat.session, start=at, tokens=tuple(done[at : min(stop, at + size)]))
             for at in range(seat.kept, stop, size)
         ]
 
-    async def _read(self, seat: _Seat, pieces: list[Advance]) -> tuple[Chosen, ...]:
+    async def _read(self, ring: Ring, seat: _Seat, pieces: list[Advance]) -> tuple[Chosen, ...]:
         """Some pieces at a time: a ring takes them in the order in which they come. Gives what the last one gave;
         raises what the first of them did that failed."""
         if not pieces:
             return ()
         pieces[0] = msgspec.structs.replace(pieces[0], source=seat.source)
         if len(pieces) == 1:
-            return (await seat.ring.advance(pieces[0])).chosen
+            return (await ring.advance(pieces[0])).chosen
         window = asyncio.Semaphore(PIECES_AT_ONCE)
 
         async def through(piece: Advance) -> tuple[Chosen, ...]:
             async with window:
-                return (await seat.ring.advance(piece)).chosen
+                return (await ring.advance(piece)).chosen
 
         found = await asyncio.gather(*map(through, pieces), return_exceptions=True)
         chosen: tuple[Chosen, ...] = ()
@@ -205,28 +231,31 @@ class Stream:
             why = f": {error.sentence}" if error else "."
             raise StreamLost(f"No replica is left to go on with{why}") from error
         ring.streams += 1
-        found = ring.prefixes.find(done[:-1], self.scope)
+        found = None if isinstance(ring, Continuing) else ring.prefixes.find(done[:-1], self.scope)
         if found is None:
             return _Seat(ring, self.new_session())
         self.reused += found.positions
         return _Seat(ring, self.new_session(), found.positions, found.session)
 
     def _leave(self, seat: _Seat, done: Sequence[int]) -> None:
-        seat.ring.streams -= 1
-        forget = seat.ring.prefixes.add(seat.session, done[: seat.kept], self.scope)
+        ring = seat.ring
+        ring.streams -= 1
+        if isinstance(ring, Continuing):
+            return
+        forget = ring.prefixes.add(seat.session, done[: seat.kept], self.scope)
         for session in {seat.session, *forget}:
-            _afterwards(seat.ring.close_session(session, keep=session not in forget))
+            _afterwards(ring.close_session(session, keep=session not in forget))
 
     def _move(self, done: Sequence[int]) -> asyncio.Task[_Seat] | None:
         """Have another replica read what there is so far, if there is one to go to."""
         ring = self.pick(self.lost)
-        if ring is None or ring.leaving:
+        if ring is None or ring.leaving or isinstance(ring, Continuing):
             return None
-        return asyncio.create_task(self._read_beside(self._sit(done, None), tuple(done)))
+        return asyncio.create_task(self._read_beside(ring, self._sit(done, None), tuple(done)))
 
-    async def _read_beside(self, seat: _Seat, done: tuple[int, ...]) -> _Seat:
+    async def _read_beside(self, ring: Ring, seat: _Seat, done: tuple[int, ...]) -> _Seat:
         try:
-            await self._read(seat, self._pieces(seat, done, len(done) - 1))
+            await self._read(ring, seat, self._pieces(ring, seat, done, len(done) - 1))
         except BaseException:
             self._leave(seat, done)
             raise

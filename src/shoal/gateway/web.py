@@ -48,6 +48,7 @@ from shoal.gateway.refusals import (
     read_embedding,
 )
 from shoal.gateway.service import Asked, ModelService, Piece
+from shoal.gateway.streams import StreamLost
 from shoal.protocol.serving import Chosen
 
 EVENTS = "text/event-stream"
@@ -171,7 +172,7 @@ class _Chat(_Reply):
     def chunk(self, piece: Piece) -> Any:
         delta = openai.Delta(content=piece.text) if piece.text or piece.tokens else openai.Delta()
         choice = openai.ChunkChoice(piece.index, delta, piece.finish, self._said(piece.tokens))
-        return self._chunk([choice], self._no_usage)
+        return _signed(self._chunk([choice], self._no_usage), [piece])
 
     def last(self, usage: Usage) -> Any:
         return self._chunk([], usage)
@@ -182,13 +183,14 @@ class _Chat(_Reply):
             chosen = [one for part in parts for one in part.tokens]
             message = openai.AnswerMessage("assistant", "".join(part.text for part in parts))
             choices.append(openai.ChatChoice(index, message, parts[-1].finish or "length", self._said(chosen)))
-        return openai.ChatCompletion(self._id, self._created, self._service.name, choices, usage)
+        whole = openai.ChatCompletion(self._id, self._created, self._service.name, choices, usage)
+        return _signed(whole, [parts[-1] for parts in pieces])
 
 
 class _Text(_Reply):
     def __init__(self, service: ModelService, request: CompletionRequest) -> None:
         super().__init__(service, request, "cmpl-")
-        self._top = request.logprobs
+        self._top, self._with_ids = request.logprobs, bool(request.return_token_ids)
         self._offsets: dict[int, int] = {}
 
     def _said(self, index: int, chosen: Sequence[Chosen]) -> openai.TextLogprobs | None:
@@ -202,12 +204,16 @@ class _Text(_Reply):
         tops: list[dict[str, float] | None] = [{top.token: top.logprob for top in one.top_logprobs} for one in said]
         return openai.TextLogprobs([one.token for one in said], [one.logprob for one in said], tops, offsets)
 
+    def _choice(self, index: int, text: str, finish: str | None, chosen: Sequence[Chosen]) -> openai.TextChoice:
+        ids = [one.token for one in chosen] if self._with_ids else msgspec.UNSET
+        return openai.TextChoice(index, text, finish, self._said(index, chosen), ids)
+
     def _completion(self, choices: list[openai.TextChoice], usage: Usage | msgspec.UnsetType | None) -> Any:
         return openai.TextCompletion(self._id, self._created, self._service.name, choices, usage=usage)
 
     def chunk(self, piece: Piece) -> Any:
-        choice = openai.TextChoice(piece.index, piece.text, piece.finish, self._said(piece.index, piece.tokens))
-        return self._completion([choice], self._no_usage)
+        choice = self._choice(piece.index, piece.text, piece.finish, piece.tokens)
+        return _signed(self._completion([choice], self._no_usage), [piece])
 
     def last(self, usage: Usage) -> Any:
         return self._completion([], usage)
@@ -217,8 +223,8 @@ class _Text(_Reply):
         for index, parts in enumerate(pieces):
             chosen = [one for part in parts for one in part.tokens]
             text = "".join(part.text for part in parts)
-            choices.append(openai.TextChoice(index, text, parts[-1].finish or "length", self._said(index, chosen)))
-        return self._completion(choices, usage)
+            choices.append(self._choice(index, text, parts[-1].finish or "length", chosen))
+        return _signed(self._completion(choices, usage), [parts[-1] for parts in pieces])
 
 
 async def _reply(service: ModelService, asked: Asked, reply: _Reply) -> Response[bytes] | Stream:
@@ -258,6 +264,16 @@ async def _events(
         await pieces.aclose()
 
 
+def _signed(said: Any, last: Sequence[Piece]) -> Any:
+    """An answer, or a chunk of one, with how the choices that end in it came about."""
+    ways = [piece.came_by for piece in last if piece.came_by is not None]
+    if not ways:
+        return said
+    names = tuple(dict.fromkeys(name for way in ways for name in way.replicas))
+    all_of_them = openai.CameBy(all(way.exact for way in ways), names, sum(way.resumed for way in ways))
+    return msgspec.structs.replace(said, shoal=all_of_them, system_fingerprint=all_of_them.fingerprint)
+
+
 def _usage(asked: Asked, said: int) -> Usage:
     prompt = sum(len(one) for one in asked.prompts)
     return Usage(prompt, said, prompt + said)
@@ -287,7 +303,7 @@ def _said_trouble(error: Exception) -> tuple[int, TroubleAnswer]:
         return error.status, error.answer
     if isinstance(error, Overloaded):
         return 429, TroubleAnswer(Trouble(error.sentence, "rate_limit_exceeded", code="rate_limit_exceeded"))
-    if isinstance(error, Unserved):
+    if isinstance(error, Unserved | StreamLost):
         return 503, TroubleAnswer(Trouble(error.sentence, "server_error", code=error.code))
     if isinstance(error, HTTPException):
         kind = "invalid_request_error" if error.status_code < 500 else "server_error"

@@ -23,7 +23,7 @@ from shoal.hub.index import KeptOffer, OfferIndex
 from shoal.hub.rates import FINDS_PER_SOURCE, AtOnce, HubBusy, RateLimit, TooManyRequests
 from shoal.identity import node_id_from_hex, short_id
 from shoal.protocol.hubs import HubInfo
-from shoal.protocol.offers import FOUND_MAX, Capability, OfferFind
+from shoal.protocol.offers import FOUND_MAX, Capability, EngineOffer, OfferFind
 from shoal.world import Clock, source_of
 
 READ_PER_S, READ_BURST = 20.0, 200
@@ -57,6 +57,7 @@ class OfferView(msgspec.Struct, frozen=True):
     addresses: tuple[str, ...]
     accepts: tuple[str, ...]
     busy: bool
+    engine: EngineOffer | None
     capability: Capability
     envelope: bytes
     """The signed record as the node made it: msgpack, here in base64."""
@@ -107,6 +108,7 @@ def _view(kept: KeptOffer) -> OfferView:
         addresses=offer.addresses,
         accepts=offer.accepts,
         busy=offer.busy,
+        engine=offer.engine,
         capability=offer.capability,
         envelope=kept.envelope,
     )
@@ -140,6 +142,7 @@ def make_app(index: OfferIndex, info: Callable[[], Awaitable[HubInfo]], clock: C
         request: Request[Any, Any, Any],
         accepts: Annotated[str | None, Parameter(description="Takes jobs of this kind, for example train.")] = None,
         device: Annotated[str | None, Parameter(description="Has a cuda, rocm, mps, xpu or cpu device.")] = None,
+        model: Annotated[str | None, Parameter(description="Has an engine that serves this model.")] = None,
         name: Annotated[str | None, Parameter(description="Has exactly this name.")] = None,
         node: Annotated[str | None, Parameter(description="Is this node: 64 hexadecimal digits.")] = None,
         memory_bytes_min: Annotated[int, Parameter(description="Memory on one device, bytes.")] = 0,
@@ -148,7 +151,10 @@ def make_app(index: OfferIndex, info: Callable[[], Awaitable[HubInfo]], clock: C
         limit: Annotated[int, Parameter(description=f"At most so many, 1 to {FOUND_MAX}.")] = 64,
         after: Annotated[str | None, Parameter(description="Go on after this node: `next` of the last page.")] = None,
     ) -> OffersPage:
-        known = {"accepts", "device", "name", "node", "memory_bytes_min", "flops_min", "idle_only", "limit", "after"}
+        known = {
+            "accepts", "device", "model", "name", "node", "memory_bytes_min", "flops_min", "idle_only", "limit",
+            "after",
+        }  # fmt: skip
         unknown = sorted(set(request.query_params) - known)
         if unknown:
             raise BadQuery(f"{unknown[0]!r} is no filter; there are {', '.join(sorted(known))}.")
@@ -156,6 +162,7 @@ def make_app(index: OfferIndex, info: Callable[[], Awaitable[HubInfo]], clock: C
             {
                 "accepts": accepts,
                 "device": device,
+                "model": model,
                 "name": name,
                 "node": node,
                 "memory_bytes_min": memory_bytes_min,

@@ -30,7 +30,7 @@ class BadPiece(BadRecord):
 class NoSource(BadRecord):
     """A session was to take over positions of one that is not kept any more, or never had them."""
 
-    code = "SH-273"
+    code = "SH-275"
 
 
 class NoRoom(EngineError):

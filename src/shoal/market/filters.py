@@ -27,6 +27,9 @@ def fits(node: bytes, offer: Offer, wanted: OfferFind) -> tuple[bool, str]:
         return False, f"{who} takes {', '.join(offer.accepts) or 'no'} jobs, not {wanted.accepts}."
     if wanted.idle_only and offer.busy:
         return False, f"{who} is busy."
+    if wanted.model is not None and (offer.engine is None or offer.engine.model != wanted.model):
+        there = f"serves {offer.engine.model}" if offer.engine else "has no engine that is up"
+        return False, f"{who} {there}; {wanted.model} wanted."
     device, reason = _closest_device(offer, wanted)
     if reason:
         return False, f"{who} {reason}"

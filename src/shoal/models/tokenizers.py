@@ -48,6 +48,10 @@ class TextTokenizer(Protocol):
         """The same as a Tokenizer of the tokenizers library."""
         ...
 
+    def written(self, ids: list[int]) -> str:
+        """The same with special tokens, as one who reads text alone has to be told them."""
+        ...
+
     def save(self, directory: Path) -> None:
         """Write tokenizer.json and tokenizer_config.json, as `AutoTokenizer.from_pretrained` reads them."""
         ...
@@ -71,6 +75,9 @@ class ByteTokenizer:
 
     def decode(self, ids: list[int]) -> str:
         return bytes(token for token in ids if token < 256).decode(errors="replace")
+
+    def written(self, ids: list[int]) -> str:
+        return self.decode(ids)
 
     def of_library(self) -> Any:
         alphabet = {character: byte for byte, character in enumerate(byte_alphabet())}
@@ -144,6 +151,10 @@ class FileTokenizer:
 
     def of_library(self) -> Any:
         return self._tokenizer
+
+    def written(self, ids: list[int]) -> str:
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=False)
+        return text
 
     def save(self, directory: Path) -> None:
         _save(self._tokenizer, directory, None if self.end is None else self._tokenizer.id_to_token(self.end))

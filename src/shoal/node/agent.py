@@ -16,6 +16,7 @@ from shoal.devices import measure_in_child
 from shoal.errors import BadInput, JobError, LinkError, StorageError
 from shoal.hub import HubClient
 from shoal.identity import Envelope, KeyPair
+from shoal.node.engine import EngineHost
 from shoal.node.member import (
     PIN_PREFIX,
     PRIVATE_MEDIA_TYPE,
@@ -24,6 +25,7 @@ from shoal.node.member import (
     MemberRun,
     NotAMember,
 )
+from shoal.node.openai_server import ServerSettings
 from shoal.node.stages import StageHost
 from shoal.protocol.messages import DEFAULT_NETWORK, decode, encode, sign
 from shoal.protocol.offers import Capability, Device, Done, Offer
@@ -95,6 +97,8 @@ class NodeSettings:
     members_max: int = 1
     accepts: tuple[str, ...] = ("train", "serve")
     """The kinds of jobs it takes, as its offer says."""
+    server: ServerSettings | None = None
+    """A server beside it that serves a whole model, which it offers, too."""
     network: str = DEFAULT_NETWORK
 
 
@@ -167,13 +171,33 @@ class NodeAgent:
         self._inviting = asyncio.Lock()
         self._closing = False
         self._stages: StageHost | None = None
+        self._engine: EngineHost | None = None
         self._publishing = asyncio.Lock()
         self._sequence = 0
+
+    @property
+    def engine(self) -> str | None:
+        """The server beside this node, as far as it is up."""
+        offer = self._engine.offer if self._engine else None
+        if offer is None:
+            return None
+        form = "token ids" if offer.takes_tokens else "text"
+        return f"{offer.model}, {offer.token_ms:.1f} ms a token, prompts as {form}"
 
     # ---- life ----
 
     async def start(self) -> None:
-        """Measure, accept links, and publish the offer. Raises DuplicateKey where another node runs with this key."""
+        """Measure, accept links, and publish the offer. Raises DuplicateKey where another node runs with this key,
+        ServerUnusable where the server beside it does not serve."""
+        if self.settings.server is not None:
+            self._engine = EngineHost(
+                self.settings.server,
+                name=self.settings.name,
+                endpoint=self._endpoint,
+                clock=self._clock,
+                changed=self._changed,
+            )
+            await self._engine.start()
         self.capability = await self._measure(
             speed_limit=self.settings.engine.speed_limit,
             threads=self.settings.engine.threads,
@@ -198,7 +222,7 @@ class NodeAgent:
             (JobEnd, self._job_end),
         ):
             self._endpoint.handle(kind.KIND, handler)
-        if "serve" in self.settings.accepts:
+        if "serve" in self._accepts():
             self._stages = StageHost(
                 key=self._key,
                 name=self.settings.name,
@@ -236,14 +260,13 @@ class NodeAgent:
         for member in list(self._members.values()):
             member.end("The node is stopping.", tell=True)
         tasks = list(self._tasks.values())
-        serving = asyncio.create_task(self._stages.close()) if self._stages is not None else None
+        serving = [asyncio.create_task(each.close()) for each in (self._stages, self._engine) if each is not None]
         if tasks:
             _, slow = await asyncio.wait(tasks, timeout=LEAVE_S)
             for task in slow:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        if serving is not None:
-            await serving
+        await asyncio.gather(*serving)
         await self._hubs.close()
         await self._endpoint.close()
         self._store.close()
@@ -273,13 +296,18 @@ class NodeAgent:
                 lifetime_ms=OFFER_LIFETIME_MS,
                 addresses=tuple(self._endpoint.addresses),
                 capability=self.capability,
-                accepts=self.settings.accepts,
+                accepts=self._accepts(),
                 busy=len(self._jobs()) >= self.settings.members_max,
+                engine=self._engine.offer if self._engine else None,
             )
             try:
                 await self._hubs.publish(sign(self._key, offer, self.settings.network))
             except LinkError as error:
                 _log.warning("%s: the offer was not taken: %s", self.settings.name, error)
+
+    def _accepts(self) -> tuple[str, ...]:
+        server, kinds = self.settings.server, self.settings.accepts
+        return kinds if server is None else ("engine",) if server.alone else (*kinds, "engine")
 
     # ---- what drivers ask ----
 
@@ -338,6 +366,8 @@ class NodeAgent:
     def _admit(self, without: MemberRun | None = None) -> None:
         """Raises NodeUnable, NodeBusy; `without` makes way."""
         self._refuse_when_stopping()
+        if self.settings.server is not None and self.settings.server.alone:
+            raise NodeUnable(f"Node {self.settings.name} takes no jobs: it has an engine for whole replicas alone.")
         jobs = self._jobs(without)
         if len(jobs) >= self.settings.members_max:
             raise NodeBusy(f"Node {self.settings.name} is busy with {', '.join(jobs)}; try again when that has ended.")
@@ -347,7 +377,7 @@ class NodeAgent:
             raise NodeUnable(f"Node {self.settings.name} is stopping.")
 
     async def _changed(self) -> None:
-        if not self._closing:
+        if not self._closing and self.capability is not None:
             await self._publish()
 
     async def _run_member(self, member: MemberRun, scratch: Path) -> None:

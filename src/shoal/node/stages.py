@@ -76,7 +76,7 @@ class StageHost:
             (StagePulse, self._pulse),
             (StageEnd, self._end),
             (LinkProbe, self._probe),
-            (LinkEcho, self._echo),
+            (LinkEcho, echo),
         ):
             endpoint.handle(kind.KIND, handler)
 
@@ -155,10 +155,6 @@ class StageHost:
 
     # --- how far others are ----------------------------------------------------------------------------------------
 
-    async def _echo(self, request: Request) -> bytes:
-        decode(LinkEcho, request.body, request.version)
-        return encode(Done(), request.version)
-
     async def _probe(self, request: Request) -> bytes:
         message = decode(LinkProbe, request.body, request.version)
         async with self._probing:
@@ -166,6 +162,12 @@ class StageHost:
                 *(round_trip_ms(self._endpoint, holder, self._clock) for holder in message.nodes)
             )
         return encode(LinksProbed(round_trip_ms=tuple(found)), request.version)
+
+
+async def echo(request: Request) -> bytes:
+    """Whoever asks takes the time of it."""
+    decode(LinkEcho, request.body, request.version)
+    return encode(Done(), request.version)
 
 
 async def round_trip_ms(endpoint: Endpoint, holder: BlobHolder, clock: Clock) -> float | None:

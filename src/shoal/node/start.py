@@ -15,6 +15,7 @@ from shoal.identity import load_or_create_key
 from shoal.node.agent import NodeAgent, NodeSettings
 from shoal.node.dishonest import dishonest_member
 from shoal.node.member import EngineSettings, MemberRun
+from shoal.node.openai_server import ServerSettings
 from shoal.protocol.hubs import HubTicket
 from shoal.quantities import format_bytes
 from shoal.storage import BlobStore
@@ -47,6 +48,7 @@ class RunningNode:
             "addresses": list(self.endpoint.addresses),
             "devices": devices,
             "speed_limit": capability.speed_limit,
+            "engine": self.agent.engine,
         }
 
 
@@ -63,6 +65,7 @@ async def start_node(
     storage_bytes: int,
     memory_bytes: int | None = None,
     dishonest: str,
+    server: ServerSettings | None = None,
     clock: Clock,
     dice: Dice,
 ) -> RunningNode:
@@ -79,6 +82,7 @@ async def start_node(
         engine=EngineSettings(device=device, threads=threads, processes=processes, speed_limit=max_speed),
         listen=listen,
         memory_bytes=memory_bytes,
+        server=server,
     )
     agent = NodeAgent(
         settings,
@@ -96,7 +100,8 @@ async def start_node(
     except BaseException:
         await agent.close()
         raise
-    warm()  # after measuring, which it would disturb
+    if server is None or not server.alone:
+        warm()  # after measuring, which it would disturb
     return running
 
 

@@ -11,6 +11,8 @@ from shoal.identity import NodeId
 from shoal.protocol.messages import Message, Record
 
 Name = Annotated[str, Meta(min_length=1, max_length=48, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+ModelName = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[!-~]+$")]
+"""As servers name their models: printable ASCII without spaces, for example `org/model-8B` or a file's path."""
 AddressText = Annotated[str, Meta(max_length=128)]
 Positive = Annotated[float, Meta(ge=0, le=1e18)]
 UnixMs = Annotated[int, Meta(ge=0, le=1 << 53)]
@@ -53,6 +55,18 @@ class Capability(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
     software: Annotated[str, Meta(max_length=128)] = ""
 
 
+class EngineOffer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A whole replica that a node has beside it, in a server of its own, as the node found it."""
+
+    model: ModelName
+    takes_tokens: bool = False
+    """Whether it takes a prompt as token ids; else as text."""
+    gives_tokens: bool = False
+    """Whether it says the ids of the tokens that it chose, beside their text."""
+    token_ms: Positive = 0.0
+    """What a token of one stream took when it was tried."""
+
+
 class Offer(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """A node's signed word about itself: what it measured, where it can be dialled, and until when this holds.
 
@@ -71,6 +85,8 @@ class Offer(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_
     capability: Capability
     accepts: Annotated[tuple[Annotated[str, Meta(max_length=16)], ...], Meta(max_length=8)] = ("train",)
     busy: bool = False
+    engine: EngineOffer | None = None
+    """None also while its server does not answer."""
 
 
 class OfferPublish(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -102,6 +118,8 @@ class OfferFind(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, 
     flops_min: Positive = 0.0
     """Of the device's best dtype."""
     idle_only: bool = False
+    model: ModelName | None = None
+    """Has an engine that serves it."""
     limit: Annotated[int, Meta(ge=1, le=FOUND_MAX)] = 64
     after: NodeId | None = None
 

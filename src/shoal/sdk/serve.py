@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import tempfile
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ import psutil
 from shoal.engines import EngineFailed, warm
 from shoal.errors import JobError
 from shoal.gateway.admission import Admission
+from shoal.gateway.engines import EngineFinder
 from shoal.gateway.guesses import Draft
 from shoal.gateway.placing import ModelOnNodes, Placer
 from shoal.gateway.prompts import read_template
@@ -29,7 +31,7 @@ from shoal.inference.attention import BLOCK, kept_bytes, padded
 from shoal.inference.commands import LoadStage
 from shoal.inference.process import StageProcess
 from shoal.models.checkpoints import weight_files
-from shoal.models.configs import BadModel, read_config
+from shoal.models.configs import BadModel, positions_of, read_config
 from shoal.models.pooling import read_pooling
 from shoal.models.stages import Shape, shape_of, survey
 from shoal.models.tokenizers import TextTokenizer, has_tokenizer, load_tokenizer
@@ -69,6 +71,10 @@ class ServeOptions:
     """Where nodes link to the gateway."""
     sessions: int = 16
     """Streams of the model's whole context for which nodes hold memory."""
+    engine_model: str = ""
+    """What engines beside nodes call the model; empty where they call it by `name`."""
+    engines_only: bool = False
+    """Nodes hold no layers of it: its weights are not needed here."""
     threads: int = 1
     device: str = "cpu"
     cuts: tuple[int, ...] = ()
@@ -87,8 +93,27 @@ class _Model:
 
     directory: Path
     config: str
-    shape: Shape
-    files: list[Path]
+    engines_only: bool = False
+
+    @functools.cached_property
+    def shape(self) -> Shape:
+        """Raises BadModel."""
+        return shape_of(self.config)
+
+    @functools.cached_property
+    def files(self) -> list[Path]:
+        """Raises BadModel."""
+        return weight_files(self.directory)
+
+    @property
+    def positions(self) -> int:
+        """Raises BadModel. Engines may serve families that Shoal's own runtime does not."""
+        if not self.engines_only:
+            return self.shape.positions
+        positions = positions_of(self.config)
+        if positions is None:
+            raise BadModel(f"The config in {self.directory} does not say how long a text may be.")
+        return positions
 
 
 def checkpoint_of(path: Path) -> Path:
@@ -122,15 +147,19 @@ class ServedModel:
         options = self.options
         directory = checkpoint_of(options.model)
         config = read_config(directory)
-        model = _Model(directory, config, shape_of(config), weight_files(directory))
+        model = _Model(directory, config, options.engines_only)
+        if not options.engines_only:
+            _ = model.shape, model.files  # what is wrong with them is said before anything is started
         tokenizer = load_tokenizer(str(directory) if has_tokenizer(directory) else "bytes")
-        pooling = read_pooling(directory, config, model.shape.hidden)
-        generates = survey(config, model.files).has_head
+        pooling, generates = None, True
+        if not options.engines_only:
+            pooling = read_pooling(directory, config, model.shape.hidden)
+            generates = survey(config, model.files).has_head
         if not generates and pooling is None:
             raise BadModel(
                 f"{directory}: its files hold no head, so it says nothing; and no modules.json says how it embeds."
             )
-        context = min(model.shape.positions, options.context or model.shape.positions)
+        context = min(model.positions, options.context or model.positions)
         self.service = ModelService(
             name=options.name,
             created=self.clock.now_ms() // 1000,
@@ -230,29 +259,47 @@ class LocalServer(ServedModel):
 
 
 class NodesServer(ServedModel):
-    """The model on nodes of the shoal, placed and placed anew as they come and go."""
+    """The model on nodes of the shoal: layers placed and placed anew as nodes come and go, and engines beside nodes as
+    they are found."""
 
     def __init__(self, options: ServeOptions, clock: Clock, dice: Dice) -> None:
         super().__init__(options, clock, dice)
         self._stack = contextlib.AsyncExitStack()
-        self._placing: asyncio.Task[None] | None = None
+        self._looking: list[asyncio.Task[None]] = []
         self.placer: Placer | None = None
+        self.finder: EngineFinder | None = None
 
     async def _hold(self, model: _Model, service: ModelService) -> None:
-        options, shape = self.options, model.shape
-        found = survey(model.config, model.files)
+        options = self.options
         key = KeyPair.generate()
-        folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="shoal-serve-"))
-        size = sum(file.stat().st_size for file in model.files)
-        store = BlobStore(Path(folder), 2 * size + (1 << 30), self.clock)
-        self._stack.callback(store.close)
         endpoint = TlsEndpoint(key)
         self._stack.push_async_callback(endpoint.close)
-        serve(endpoint, store)
         await endpoint.listen(options.listen)
         hubs = HubClient(endpoint, options.hubs, clock=self.clock, dice=self.dice)
         self._stack.push_async_callback(hubs.close)
         await hubs.start()
+        service.admission.positions = options.sessions * padded(service.context)
+        self.finder = EngineFinder(
+            options.engine_model or options.name, service.tokenizer, endpoint, hubs, self.clock, service.rings,
+            options.say,
+        )  # fmt: skip
+        self._looking.append(asyncio.create_task(self.finder.run()))
+        if not options.engines_only:
+            self.placer = await self._placer(model, service, key, endpoint, hubs)
+            self._stack.push_async_callback(self.placer.close)
+            self._looking.append(asyncio.create_task(self.placer.run()))
+
+    async def _placer(
+        self, model: _Model, service: ModelService, key: KeyPair, endpoint: TlsEndpoint, hubs: HubClient
+    ) -> Placer:
+        """What keeps layers of the model on nodes, which fetch its files from here."""
+        options, shape = self.options, model.shape
+        found = survey(model.config, model.files)
+        folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="shoal-serve-"))
+        size = sum(file.stat().st_size for file in model.files)
+        store = BlobStore(Path(folder), 2 * size + (1 << 30), self.clock)
+        self._stack.callback(store.close)
+        serve(endpoint, store)
         files = []
         for file in model.files:
             blob = await asyncio.to_thread(store.adopt, file)
@@ -269,21 +316,18 @@ class NodesServer(ServedModel):
             first_bytes=found.first_bytes,
             last_bytes=found.last_bytes,
         )
-        self.placer = Placer(
+        return Placer(
             ModelOnNodes(
                 job, sign(key, job), needs, found.files_of, BlobHolder(key.node_id, tuple(endpoint.addresses))
             ),
             endpoint, hubs, self.clock, self.dice, Rings(endpoint), service.rings, options.say,
         )  # fmt: skip
-        self._stack.push_async_callback(self.placer.close)
-        service.admission.positions = options.sessions * padded(service.context)
-        self._placing = asyncio.create_task(self.placer.run())
 
     async def stop(self) -> None:
         await super().stop()
-        if self._placing is not None:
-            self._placing.cancel()
-            await asyncio.gather(self._placing, return_exceptions=True)
+        for task in self._looking:
+            task.cancel()
+        await asyncio.gather(*self._looking, return_exceptions=True)
         await self._stack.aclose()
 
 

@@ -1,0 +1,219 @@
+"""Whole replicas in servers beside nodes: found by what their nodes offer, and asked for continuations.
+
+Such a server chooses tokens by itself, in whatever arithmetic it has: it is not exact. When it is lost, what was given
+out stays, and the stream goes on elsewhere from there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import itertools
+import logging
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field
+
+from shoal.errors import BadRecord, LinkError, ShoalError
+from shoal.gateway.encoding import Encoder, Unwritable
+from shoal.gateway.prefixes import Prefixes
+from shoal.gateway.rings import AT_ONCE, Given, Replica, RingLost
+from shoal.models.tokenizers import TextTokenizer
+from shoal.protocol.engines import EngineAsk, EnginePiece, PieceReader
+from shoal.protocol.messages import encode
+from shoal.protocol.offers import FOUND_MAX, EngineOffer, OfferFind
+from shoal.protocol.serving import Choosing, Chosen
+from shoal.world import Clock, Directory, Endpoint, FoundOffer, Link, Refused
+from shoal.world.reach import echo_ms, reach
+
+LOOK_EVERY_S = 2.0
+DIAL_DEADLINE_S = 5.0
+SILENCE_S = 3.0
+"""A node says every second that it is there, whatever its server does."""
+REPLY_MAX_BYTES = 1 << 30
+AGAIN_S = 30.0
+"""A replica that was lost is taken again after so long, or as soon as its node's offer is a new one."""
+REFUSALS = frozenset({"SH-273", "SH-274", "SH-581"})
+"""What a node says of one request; others may go there."""
+PREFIXES_MAX = 256
+FIRST_TOKEN_MS = 50.0
+"""Of an engine of which nothing is known."""
+
+_log = logging.getLogger("shoal.gateway")
+
+
+class EngineReplica:
+    """A whole model in a server beside a node, with a link from the gateway to the node."""
+
+    exact = False
+
+    def __init__(
+        self,
+        name: str,
+        engine: EngineOffer,
+        link: Link,
+        *,
+        far_ms: float,
+        tokenizer: TextTokenizer,
+        clock: Clock,
+        lost: Callable[[EngineReplica], None] = lambda _: None,
+    ) -> None:
+        """`lost` is told once when it is of no more use."""
+        self.name, self.engine = name, engine
+        self.token_ms, self.start_ms = engine.token_ms or FIRST_TOKEN_MS, far_ms
+        self.reason = ""
+        """Why it is of no more use, if it is not."""
+        self._link, self._tokenizer, self._clock, self._lost = link, tokenizer, clock, lost
+        self._places = asyncio.Semaphore(AT_ONCE)
+        self.streams, self.standby, self.leaving = 0, False, False
+        self.prefixes = Prefixes(PREFIXES_MAX)
+        """What it is likely to have: it keeps them as it sees fit."""
+        self._numbers = itertools.count()
+        self._running = 0
+
+    def lose(self, reason: str) -> None:
+        if not self.reason:
+            self.reason = reason
+            self._lost(self)
+
+    async def generate(self, tokens: Sequence[int], choosing: Choosing, tokens_max: int) -> AsyncGenerator[Given]:
+        """What follows these tokens, until it ends by itself. Raises RingLost."""
+        said = list(tokens)
+        async with self._places:
+            self._running += 1
+            try:
+                async with contextlib.aclosing(self._pieces(self._ask(tokens, choosing, tokens_max))) as pieces:
+                    encoder = None if self.engine.gives_tokens else Encoder(self._tokenizer, said)
+                    last = None
+                    async for piece in pieces:
+                        chosen = self._chosen(piece, encoder)
+                        now = self._clock.monotonic()
+                        if last is not None and chosen and self._running == 1:
+                            self.token_ms += 0.05 * (1000 * (now - last) / len(chosen) - self.token_ms)
+                        last = now if chosen else last
+                        said += [one.token for one in chosen]
+                        yield Given(chosen, piece.finish)
+            except Unwritable as error:
+                raise RingLost(f"{self.name}: {error}.") from error
+            finally:
+                self._running -= 1
+                self.prefixes.add(next(self._numbers), said)
+
+    def _ask(self, tokens: Sequence[int], choosing: Choosing, tokens_max: int) -> EngineAsk:
+        ask = functools.partial(EngineAsk, model=self.engine.model, tokens_max=tokens_max, choosing=choosing)
+        if self.engine.takes_tokens:
+            return ask(tokens=tuple(tokens))
+        Encoder(self._tokenizer, tokens)  # refuses what no text can say
+        return ask(text=self._tokenizer.written(list(tokens)))
+
+    async def _pieces(self, ask: EngineAsk) -> AsyncGenerator[EnginePiece]:
+        """Raises RingLost, also where the stream ends without having said why."""
+        link = self._link
+        try:
+            body, reader = encode(ask, link.version), PieceReader(link.version)
+            async with link.stream(ask.KIND, body, stall_s=SILENCE_S, max_bytes=REPLY_MAX_BYTES) as parts:
+                async for part in parts:
+                    for piece in reader.feed(part):
+                        yield piece
+                        if piece.finish:
+                            return
+            self._give_up("it ended in the middle")
+        except Refused as error:
+            if error.remote_code in REFUSALS:
+                raise RingLost(f"{self.name}: {error.sentence}") from error
+            self._give_up(error.sentence.rstrip("."), error)
+        except (LinkError, BadRecord) as error:
+            self._give_up(error.sentence.rstrip("."), error)
+
+    def _chosen(self, piece: EnginePiece, encoder: Encoder | None) -> tuple[Chosen, ...]:
+        if encoder is not None:
+            return tuple(Chosen(token) for token in encoder.add(piece.text, last=bool(piece.finish)))
+        if any(token >= self._tokenizer.vocabulary for token in piece.tokens):
+            self._give_up(f"it chose a token that is none of the model's {self._tokenizer.vocabulary}")
+        return tuple(Chosen(token) for token in piece.tokens)
+
+    def _give_up(self, reason: str, cause: Exception | None = None) -> None:
+        self.lose(reason)
+        raise RingLost(f"{self.name}: {reason}.") from cause
+
+
+@dataclass
+class _Met:
+    replica: EngineReplica
+    link: Link
+    sequence: int
+    """Of the offer by which it was found."""
+    lost_s: float | None = None
+
+
+@dataclass
+class EngineFinder:
+    """Keeps the replicas of a model that are engines. `run` goes on until it is cancelled."""
+
+    model: str
+    """As the engines call it."""
+    tokenizer: TextTokenizer
+    endpoint: Endpoint
+    directory: Directory
+    clock: Clock
+    serving: list[Replica]
+    """Replicas that are ready, for whoever sends streams through them."""
+    say: Callable[[str], None] = lambda _: None
+    met: dict[bytes, _Met] = field(default_factory=dict)
+
+    async def run(self) -> None:
+        while True:
+            try:
+                await self.look()
+            except LinkError as error:
+                _log.info("no hub answers; the engines go on as they are: %s", error)
+            await self.clock.sleep(LOOK_EVERY_S)
+
+    async def look(self) -> None:
+        """One look at what is offered."""
+        found = {
+            one.node: one
+            for one in await self.directory.find(OfferFind(accepts="engine", model=self.model, limit=FOUND_MAX))
+        }
+        for node, met in list(self.met.items()):
+            if met.link.closed:
+                met.replica.lose("the link to its node is down")
+            elif node not in found:
+                met.replica.lose("its node does not offer it any more")
+            if node not in found or self._again(met, found[node]):
+                del self.met[node]
+        await asyncio.gather(*(self._meet(one) for node, one in found.items() if node not in self.met))
+
+    def _again(self, met: _Met, one: FoundOffer) -> bool:
+        if met.lost_s is None:
+            return False
+        return one.offer.sequence != met.sequence or self.clock.monotonic() - met.lost_s > AGAIN_S
+
+    async def _meet(self, one: FoundOffer) -> None:
+        engine = one.offer.engine
+        if engine is None or engine.model != self.model:
+            return
+        try:
+            link = await reach(
+                one.node, one.offer, endpoint=self.endpoint, directory=self.directory, clock=self.clock,
+                dial_deadline_s=DIAL_DEADLINE_S,
+            )  # fmt: skip
+            far_ms = await echo_ms(link, self.clock, DIAL_DEADLINE_S)
+        except ShoalError as error:  # whatever is wrong with one offer, serving goes on
+            _log.info("the engine of %s cannot serve: %s", one.offer.name, error)
+            return
+        replica = EngineReplica(
+            f"{one.offer.name} (engine)", engine, link, far_ms=far_ms, tokenizer=self.tokenizer, clock=self.clock,
+            lost=functools.partial(self._lost, one.node),
+        )  # fmt: skip
+        self.met[one.node] = _Met(replica, link, one.offer.sequence)
+        self.serving.append(replica)
+        self.say(f"{replica.name} is ready: {replica.token_ms:.1f} ms a token, {far_ms:.1f} ms away.")
+
+    def _lost(self, node: bytes, replica: EngineReplica) -> None:
+        with contextlib.suppress(ValueError):
+            self.serving.remove(replica)
+        met = self.met.get(node)
+        if met is not None and met.replica is replica:
+            met.lost_s = self.clock.monotonic()
+        self.say(f"{replica.name} is lost: {replica.reason}.")
