@@ -93,6 +93,8 @@ MISTAKES = [
     pytest.param(["report", "gone"], "SH-105", "gone is not there", id="a run that is not there"),
     pytest.param(["report", "."], "SH-105", "no job.record", id="a folder that is no run"),
     pytest.param(["replay", "gone", "--round", "1", "--node", "x"], "SH-105", "gone", id="a replay of nothing"),
+    pytest.param(["receipts"], "SH-106", "shoal serve", id="no receipts"),
+    pytest.param(["receipts", "gone"], "SH-106", "gone holds no receipts", id="receipts that are not there"),
     pytest.param(["quickstart", "--tokens", "many"], "SH-101", "2.5M", id="no count"),
 ]
 
@@ -168,7 +170,10 @@ def test_nothing_to_stop_is_no_failure(place: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "No shoal runs on this machine.\n")
 
 
-@pytest.mark.parametrize("path", ["", "quickstart", "up", "down", "train", "report", "replay", "hub", "node start"])
+@pytest.mark.parametrize(
+    "path",
+    ["", "quickstart", "up", "down", "train", "report", "replay", "serve", "chat", "receipts", "hub", "node start"],
+)
 def test_help_teaches(inside: Callable[..., Done], monkeypatch: pytest.MonkeyPatch, path: str) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     status, out, err = inside(*path.split(), "--help")

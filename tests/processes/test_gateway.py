@@ -27,7 +27,7 @@ from shoal.gateway.rings import LocalRing
 from shoal.models.configs import BadModel
 from shoal.models.tokenizers import ByteTokenizer
 from shoal.sdk.serve import LocalServer, ServeOptions
-from shoal.world import SystemClock, SystemDice
+from shoal.world import Clock, SystemClock, SystemDice
 
 GENEROUS_S = 120.0
 PROMPT = "def f(x):"
@@ -144,11 +144,11 @@ def test_what_cannot_be_served_is_refused_in_openais_shape(
 
 
 @contextlib.contextmanager
-def a_served(checkpoint: Path, **options: Any) -> Iterator[str]:
+def a_served(checkpoint: Path, clock: Clock | None = None, **options: Any) -> Iterator[str]:
     """An endpoint in a thread of its own: its URL."""
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, daemon=True).start()
-    server = LocalServer(ServeOptions(checkpoint, "small", **options), SystemClock(), SystemDice())
+    server = LocalServer(ServeOptions(checkpoint, "small", **options), clock or SystemClock(), SystemDice())
     try:
         yield asyncio.run_coroutine_threadsafe(server.start(), loop).result(GENEROUS_S)
     finally:

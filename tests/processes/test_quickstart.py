@@ -3,8 +3,10 @@
 import asyncio
 from pathlib import Path
 
+import httpx
 import msgspec
 import pytest
+from test_gateway import a_served
 
 from shoal.driver.folder import RunFolder
 from shoal.driver.lines import AuditLine, AuditVerdict
@@ -13,7 +15,17 @@ from shoal.driver.write_report import make_report
 from shoal.identity import KeyPair
 from shoal.node.dishonest import LIES
 from shoal.protocol.training import Contribution
-from shoal.sdk.quickstart import NODES, QuickstartOptions, Truth, draw_truth, found_out, quickstart
+from shoal.sdk.quickstart import (
+    ASKED_TOKENS,
+    NODES,
+    TEMPERATURE,
+    Asked,
+    QuickstartOptions,
+    Truth,
+    draw_truth,
+    found_out,
+    quickstart,
+)
 from shoal.sdk.replay import replay_round
 from shoal.world import SeededDice, SystemClock
 
@@ -22,11 +34,15 @@ SEED = 3
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report, Truth]:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report, Truth, Asked | None]:
     folder = tmp_path_factory.mktemp("runs") / "quickstart"
     options = QuickstartOptions(folder=folder, key=KeyPair.from_seed(b"q" * 32), seed=SEED, tokens=TOKENS, files_max=60)
-    report, truth = asyncio.run(quickstart(options))
-    return folder, report, truth
+    return folder, *asyncio.run(quickstart(options))
+
+
+@pytest.fixture(scope="module")
+def run(whole: tuple[Path, Report, Truth, Asked | None]) -> tuple[Path, Report, Truth]:
+    return whole[:3]
 
 
 def node(report: Report, name: str):  # type: ignore[no-untyped-def]
@@ -54,6 +70,19 @@ def test_it_trains_and_knows_who_died_and_who_lied(run: tuple[Path, Report, Trut
     assert wanted | {"compute_fraction", "nodes"} <= written.keys()
     row = {"node_id", "name", "tokens", "bytes_sent", "bytes_received", "accepted_share", "status", "reason"}
     assert all(row <= one.keys() for one in written["nodes"])
+
+
+@pytest.mark.timeout(600)
+def test_the_nodes_that_are_left_serve_what_they_trained(whole: tuple[Path, Report, Truth, Asked | None]) -> None:
+    folder, report, truth, asked = whole
+    assert asked is not None and asked.prompt == "def " and 0 < asked.answer_s < 60
+    (name,) = asked.nodes  # a model this small is held whole
+    assert name != truth.killed and name in {one.name for one in report.nodes}
+    body = {"model": "small", "prompt": asked.prompt, "max_tokens": ASKED_TOKENS, "temperature": TEMPERATURE,
+            "seed": SEED}  # fmt: skip
+    with a_served(folder) as url:  # on this machine, what was just trained: the same words
+        again = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()["choices"][0]["text"]
+    assert asked.text == again and asked.text
 
 
 @pytest.mark.timeout(600)

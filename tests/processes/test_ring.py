@@ -8,7 +8,7 @@ import itertools
 import json
 import os
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from test_stages import a_checkpoint
 from transformers import AutoModel, AutoModelForCausalLM
 
 from shoal.gateway.constraints import Constraint, JsonFormats
+from shoal.gateway.receipts import Accounts, Books, Figures, Kept, Metering, read_accounts
 from shoal.gateway.remote import NodeRing, Rings
 from shoal.gateway.rings import Ring, RingLost, RingRefused
 from shoal.gateway.streams import Stream
@@ -36,7 +37,6 @@ from shoal.protocol.serving import (
     Choosing,
     Chosen,
     ModelFile,
-    RequestReceipt,
     ServeJob,
     StageAnswer,
     StageInvite,
@@ -48,8 +48,8 @@ from shoal.transport import TlsEndpoint
 from shoal.world import Refused, SystemClock, SystemDice
 
 GENEROUS_S = 120.0
-GREEDY = Choosing(temperature=0)
 PROMPT = tuple(range(5, 85))
+GREEDY = Choosing(temperature=0, prompt_tokens=len(PROMPT))
 SESSIONS = itertools.count(1)
 
 
@@ -96,7 +96,7 @@ class World:
         self.checkpoint = a_checkpoint(folder / "model", "llama", **model)
         self.gateway = Place(folder, "gateway")
         self.nodes = [Place(folder, f"node{number}") for number in range(nodes)]
-        self.receipts: list[RequestReceipt] = []
+        self.books = Books(folder / "books", print)
 
     async def start(self) -> None:
         await self.gateway.start(node=False)
@@ -110,6 +110,7 @@ class World:
         )
         self.job = ServeJob(name="small", created_ms=0, config=config, layers=shape_of(config).layers, files=files)
         self.envelope = sign(self.gateway.key, self.job)
+        self.metering = Metering(self.envelope.record_id, self.books, self.gateway.clock)
 
     def invite(self, ring: bytes, places: tuple[StagePlace, ...], mine: int) -> StageInvite:
         return StageInvite(
@@ -127,9 +128,10 @@ class World:
         )
         links = [await self.gateway.endpoint.dial(place.node, place.addresses) for place in places]
         name = "-".join(str(n) for n in who)
+        number = os.urandom(16)
         ring = NodeRing(
-            name, os.urandom(16), places, links, self.gateway.clock, token_ms=1.0,
-            receipt=lambda envelope: self.receipts.append(_opened(envelope)),
+            name, number, places, links, self.gateway.clock, token_ms=1.0,
+            meter=self.metering.ring(number, places, [str(n) for n in who]),
         )  # fmt: skip
         self.rings.add(ring)
         for mine, link in enumerate(links):
@@ -142,12 +144,10 @@ class World:
         for node in self.nodes:
             await node.close()
         await self.gateway.close()
+        self.books.close()
 
-
-def _opened(envelope: object) -> RequestReceipt:
-    from shoal.protocol.messages import open_record
-
-    return open_record(envelope, RequestReceipt)  # type: ignore[arg-type]
+    def accounts(self) -> Accounts:
+        return read_accounts(Path(self.books._disk.place))
 
 
 @contextlib.asynccontextmanager
@@ -180,6 +180,11 @@ async def states(ring: Ring, session: int, start: int, tokens: tuple[int, ...], 
     return (await ring.advance(piece)).states
 
 
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.001)
+
+
 async def said(stream: Stream) -> list[int]:
     return [one.token async for chosen in stream.tokens() for one in chosen]
 
@@ -193,12 +198,19 @@ def test_a_ring_of_three_says_what_transformers_says(tmp_path: Path) -> None:
             assert await said(a_stream([ring], 20)) == tokens
             together = await asyncio.gather(*(said(a_stream([ring], 20)) for _ in range(8)))
             assert together == [tokens] * 8
-            while len(world.receipts) < 3 * 9:
-                await asyncio.sleep(0.001)
-            assert {(one.first, one.stop) for one in world.receipts} == {(0, 1), (1, 2), (2, 3)}
-            assert all(one.generated_tokens >= 20 for one in world.receipts)
-            assert all(one.computed_positions + one.reused_positions >= 99 for one in world.receipts)
-            assert any(one.reused_positions for one in world.receipts), "what the first session left is of use"
+            await until(lambda: world.metering.counts.receipts == 3 * 9)
+            for account in world.accounts().nodes.values():
+                assert (account.sessions, account.prompt_tokens) == (9, 9 * len(PROMPT))
+                assert 9 <= account.generated_tokens <= 9 * 20 and account.layer_positions >= 9 * 99
+            plain = a_stream([ring], 20)
+            plain.guess = False
+            assert await said(plain) == tokens
+            await until(lambda: world.metering.counts.receipts == 3 * 10)
+            file = Path(world.books._disk.place) / "receipts.jsonl"
+            for text in file.read_text().splitlines()[-3:]:
+                line = msgspec.json.decode(text, type=Kept)
+                assert line.figures == Figures(len(PROMPT), 20, len(PROMPT) + 19) and line.stop == line.first + 1
+            assert not world.accounts().bad and not world.metering.counts.receipts_disputed
             far = await round_trip_ms(world.nodes[0].endpoint, world.nodes[1].holder, SystemClock())
             assert far is not None and far > 0
 
@@ -226,6 +238,34 @@ def test_a_stream_goes_on_elsewhere_when_a_stage_is_killed(tmp_path: Path, stage
                     assert stream.lost == [ring] or len(got) - position <= 1
                     assert ring.lost.done() or len(got) - position <= 1
                     await ring.close("done")
+
+    asyncio.run(asyncio.wait_for(scene(), GENEROUS_S))
+
+
+def test_a_node_that_claims_more_is_disputed_and_one_that_died_is_missed(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with a_world(tmp_path, 3) as world:
+            spare, ring = await world.ring(2, cuts=()), await world.ring(0, 1, cuts=(1,))
+            liar, dies = (world.nodes[n].host._stages[ring.ring][0] for n in (0, 1))  # type: ignore[union-attr]
+            stream, got = a_stream([ring, spare], 16), []
+            async for chosen in stream.tokens():
+                if not got:
+                    (session,) = liar._sessions.values()
+                    session.served.computed += 1000
+                    os.kill(dies._layers.engine.pid, signal.SIGKILL)  # type: ignore[union-attr]
+                got += [one.token for one in chosen]
+            assert stream.lost == [ring]
+            await ring.close("It is lost.")
+            counts = world.metering.counts
+            await until(lambda: counts.receipts == 1)
+            assert (counts.receipts_disputed, counts.receipts_missing) == (1, 1)
+            accounts = {one.name: one for one in world.accounts().nodes.values()}
+            assert (accounts["0"].disputed, accounts["0"].sessions, accounts["0"].layer_positions) == (1, 0, 0)
+            assert (accounts["1"].missing, accounts["1"].sessions) == (1, 0)
+            assert (accounts["2"].sessions, accounts["2"].prompt_tokens) == (1, len(PROMPT))
+            (line,) = world.accounts().disputed
+            assert line.claimed is not None and line.claimed.computed_positions > 1000 > line.seen.computed_positions
+            assert "positions computed" in line.reason
 
     asyncio.run(asyncio.wait_for(scene(), GENEROUS_S))
 

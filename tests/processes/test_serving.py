@@ -7,6 +7,8 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ import pytest
 from test_gateway import PROMPT, expected
 from test_stages import a_checkpoint
 
+from shoal.gateway.receipts import GatewayRunning
+from shoal.identity import load_key
 from shoal.models.tokenizers import ByteTokenizer
 from shoal.protocol.hubs import HubTicket
 from shoal.sdk.local import LocalShoal
@@ -66,13 +70,15 @@ async def a_gateway(
 def test_replicas_on_nodes_and_a_stream_that_outlives_one(checkpoint: Path, tmp_path: Path) -> None:
     async def scene() -> None:
         said: list[str] = []
-        async with a_shoal(tmp_path, "a", "b") as shoal, a_gateway(shoal, checkpoint, said) as (server, web):
+        data = tmp_path / "gateway"
+        async with a_shoal(tmp_path, "a", "b") as shoal, a_gateway(shoal, checkpoint, said, data=data) as (server, web):
             service = server.service
             assert service is not None
             await until(lambda: len(service.rings) == 2)
             assert sorted(ring.name for ring in service.rings) == ["a", "b"], "a whole replica on each"
             text = expected(checkpoint, PROMPT * 3, 40)
             assert (await web.post("/v1/completions", json=BODY)).json()["choices"][0]["text"] == text
+            await until(lambda: service.counts.receipts == 1)
             got, doomed = "", None
             long = BODY | {"stream": True, "max_tokens": 400}
             async with web.stream("POST", "/v1/completions", json=long) as response:
@@ -88,6 +94,34 @@ def test_replicas_on_nodes_and_a_stream_that_outlives_one(checkpoint: Path, tmp_
             await shoal.start_node("c", options=("--threads", "1"))
             await until(lambda: len(service.rings) == 2)
             assert (await web.post("/v1/completions", json=BODY)).json()["choices"][0]["text"] == text
+            counts = service.counts
+            await until(lambda: counts.receipts + counts.receipts_missing == 4)
+            assert (counts.receipts, counts.receipts_disputed, counts.receipts_missing) == (3, 0, 1)
+            assert "shoal_receipts_missing_total 1.0" in (await web.get("/metrics")).text
+            busy = NodesServer(ServeOptions(checkpoint, "small", hubs=server.options.hubs, data=data), SystemClock(),
+                               SystemDice())  # fmt: skip
+            with pytest.raises(GatewayRunning, match="--data"):
+                await busy.start()
+            assert server.placer is not None
+            assert server.placer.model.holder.node == load_key(data / "gateway.key").node_id, "it is who it was"
+        accounts(data, doomed)
+
+    def accounts(data: Path, doomed: str | None) -> None:
+        """As `shoal receipts` has them, each signature checked."""
+        words = [sys.executable, "-m", "shoal", "receipts", str(data)]
+        told = json.loads(subprocess.run([*words, "--json"], check=True, capture_output=True, text=True).stdout)
+        by_name = {one["name"]: one for one in told["nodes"]}
+        assert told["bad"] == [] and told["disputed"] == []
+        assert {name for name, one in by_name.items() if one["missing"]} == {doomed}
+        assert sum(one["sessions"] for one in by_name.values()) == 3
+        assert sum(one["prompt_tokens"] for one in by_name.values()) == 3 * len(PROMPT * 3)
+        assert all(one["layer_positions"] == 3 * one["computed_positions"] for one in by_name.values())
+        shown = subprocess.run(words, check=True, capture_output=True, text=True).stdout
+        assert "x layers" in shown and all(one["node"][:8] in shown for one in told["nodes"])
+        lines = (data / "receipts.jsonl").read_text()
+        (data / "receipts.jsonl").write_text(lines.replace('"prompt_tokens":', '"prompt_tokens":1', 1))
+        forged = subprocess.run(words, capture_output=True, text=True)
+        assert forged.returncode == 1 and "line 1: its figures are not those that were signed" in forged.stdout
 
     asyncio.run(asyncio.wait_for(scene(), GENEROUS_S))
 

@@ -19,14 +19,20 @@ SURFACE = {
     "shoal report": "RUN --json",
     "shoal replay": "RUN --round -r --node -n --threads --device --script --hub --listen --json",
     "shoal serve": "MODEL --name --http --api-keys --threads --device --hub --here --listen --sessions "
-    "--guess --no-guess --draft --engine-model --engines-only --json",
+    "--guess --no-guess --draft --engine-model --engines-only --data --json",
+    "shoal chat": "[MODEL] [QUESTION] --url --system --temperature --max-tokens --seed --key-file --hub --here --json",
+    "shoal receipts": "[DIR] --json",
     "shoal hub": "--listen --http --data --name --public --json",
     "shoal node": "",
     "shoal node start": "--hub --name --max-speed --threads --device --processes --listen --storage --memory --data "
     "--engine --engine-model --engine-key --engine-only --json",
     "shoal offers": "--hub --device --memory --idle --limit --json",
 }
-HIDDEN = {"shoal hub": {"--with-parent"}, "shoal node start": {"--with-parent", "--dishonest"}}
+HIDDEN = {
+    "shoal serve": {"--with-parent"},
+    "shoal hub": {"--with-parent"},
+    "shoal node start": {"--with-parent", "--dishonest"},
+}
 """For the processes that Shoal starts itself, and for trying its defences."""
 
 

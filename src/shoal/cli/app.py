@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 from shoal import __version__
 from shoal.cli import output
 
-ORDER = ("quickstart", "up", "down", "train", "report", "replay", "serve", "hub", "node", "offers")
+ORDER = ("quickstart", "up", "down", "train", "report", "replay", "serve", "chat", "receipts", "hub", "node", "offers")
 """As a newcomer meets them."""
 HERE, JOBS, MACHINES = "On this machine", "Jobs", "Several machines"
 """Headings of the list."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -12,12 +13,13 @@ import typer
 
 from shoal.cli import places
 from shoal.cli.app import JOBS, app
-from shoal.cli.output import BadFlag, HubFlag, JsonFlag, err, out, print_json, run, until_stopped
+from shoal.cli.output import BadFlag, HubFlag, JsonFlag, WithParent, err, out, print_json, run, until_stopped
 from shoal.protocol.hubs import HubTicket
+from shoal.sdk.local import shoal_home
 from shoal.sdk.places import NoHub
 from shoal.world import SystemClock, SystemDice
+from shoal.world.processes import die_with_parent
 
-KEYS_MAX = 64
 SESSIONS_MAX = 4096
 
 
@@ -36,7 +38,10 @@ def serve(
     api_keys: Annotated[
         Path | None,
         typer.Option(
-            help="A file of API keys, one a line, of which every request must carry one.", show_default="none asked"
+            help="A file of API keys, one a line, of which every request must carry one, each with its limits: "
+            "KEY name=alice requests=60 tokens=100000 at-once=4 (a minute; each may be left out). It is read again when "
+            "it has changed.",
+            show_default="none asked",
         ),
     ] = None,
     threads: Annotated[
@@ -79,7 +84,12 @@ def serve(
             help="Serve it from such servers alone: nodes hold no layers, and MODEL needs no weights, only config and tokenizer.",
         ),
     ] = False,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="The gateway's key, and the receipts of nodes.", show_default="~/.shoal/serve/NAME"),
+    ] = None,
     json: JsonFlag = False,
+    with_parent: WithParent = 0,
 ) -> None:
     """Serve a model to OpenAI clients: on the nodes at the hubs, or on this machine where there is no hub.
 
@@ -97,6 +107,8 @@ def serve(
     """  # fmt: skip
     from shoal.sdk.serve import LocalServer, NodesServer, ServeOptions
 
+    if with_parent:
+        die_with_parent(with_parent)
     if threads is not None and threads < 1:
         raise BadFlag(f"--threads {threads} cannot be used: at least one is needed.")
     if not 1 <= sessions <= SESSIONS_MAX:
@@ -106,16 +118,16 @@ def serve(
     tickets = () if here else tuple(places.find_hubs(hub)) if engines_only else _hubs(hub)
     if tickets:
         places.refuse_wildcard(listen, "use an address of this machine that nodes can reach")
-    keys = _keys(api_keys) if api_keys is not None else ()
     called = name or (model.resolve().parent.name if model.resolve().name == "model" else model.resolve().name)
     options = ServeOptions(
         model=model,
         name=called,
         http=http,
-        keys=keys,
+        key_file=api_keys,
         threads=threads or psutil.cpu_count(logical=False) or 1,
         device=device,
         hubs=tickets,
+        data=(data or shoal_home() / "serve" / re.sub(r"[^A-Za-z0-9._-]", "_", called)) if tickets else None,
         listen=listen,
         sessions=sessions,
         guess=guess,
@@ -138,7 +150,7 @@ def serve(
                 out.print(
                     f"[bold]{called}[/] is served at {url}/v1, {service.context} tokens of context.", soft_wrap=True
                 )
-                key = "-H 'Authorization: Bearer KEY' " if keys else ""
+                key = "-H 'Authorization: Bearer KEY' " if api_keys else ""
                 body = msgspec.json.encode(
                     {"model": called, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 20}
                 ).decode()
@@ -158,14 +170,3 @@ def _hubs(named: list[str] | None) -> tuple[HubTicket, ...]:
     except NoHub:
         err.print("No hub is known: this machine holds the model.", style="dim")
         return ()
-
-
-def _keys(file: Path) -> tuple[str, ...]:
-    try:
-        lines = [line.strip() for line in file.read_text().splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadFlag(f"--api-keys {file} cannot be read: {error}.") from error
-    keys = tuple(line for line in lines if line and not line.startswith("#"))
-    if not 1 <= len(keys) <= KEYS_MAX:
-        raise BadFlag(f"--api-keys {file} has {len(keys)} keys; from 1 to {KEYS_MAX} can be used.")
-    return keys

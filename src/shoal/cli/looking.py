@@ -1,10 +1,10 @@
-"""Commands that look: `shoal offers`, `shoal report`, `shoal replay`."""
+"""Commands that look: `shoal offers`, `shoal report`, `shoal replay`, `shoal receipts`."""
 
 from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 from rich.markup import escape
@@ -17,6 +17,9 @@ from shoal.errors import BadInput, LinkError
 from shoal.identity import KeyPair, short_id
 from shoal.quantities import format_bytes, parse_bytes
 from shoal.world import SystemClock, SystemDice
+
+if TYPE_CHECKING:
+    from shoal.gateway.receipts import Accounts
 
 
 @app.command("offers", rich_help_panel=MACHINES)
@@ -196,3 +199,65 @@ def replay(
     code = run(work)
     if code:
         raise typer.Exit(code)
+
+
+class NoReceipts(BadInput):
+    """A folder that was named holds no receipts."""
+
+    code = "SH-106"
+
+
+@app.command("receipts", rich_help_panel=JOBS)
+def receipts(
+    folder: Annotated[
+        Path | None,
+        typer.Argument(metavar="DIR", help="What `shoal serve --data` named.", show_default="all below ~/.shoal/serve"),
+    ] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Show what nodes did for the models that were served, by the receipts that they signed.
+
+    Every signature is checked again. Positions x layers is what a node computed: the positions that it took through
+    each of its layers, guesses and repeats included. Receipts that claim more than the gateway saw go through are disputed and count nothing; a
+    missing one is a stage that was given work and did not answer for it, as a node that died.
+
+    Exit code 1 where a line is not what was signed.
+    """  # fmt: skip
+    from shoal.gateway.receipts import Accounts, holds_receipts, read_accounts
+    from shoal.sdk.local import shoal_home
+
+    served = shoal_home() / "serve"
+    named = [folder] if folder is not None else sorted(served.glob("*"))
+    folders = [path for path in named if holds_receipts(path)]
+    if not folders:
+        where = folder or served
+        raise NoReceipts(f"{where} holds no receipts; nodes give them for what `shoal serve` has them do.")
+    found = Accounts()
+    for path in folders:
+        read_accounts(path, found)
+    if json:
+        print_json({"nodes": [vars(one) for one in found.nodes.values()], "disputed": found.disputed, "bad": found.bad})
+    else:
+        _print_accounts(found)
+    if found.bad:
+        raise typer.Exit(1)
+
+
+def _print_accounts(found: Accounts) -> None:
+    table = Table(box=None, header_style="bold", pad_edge=False, collapse_padding=True)
+    table.add_column("node", overflow="fold")
+    table.add_column("id", no_wrap=True)
+    for name in ("sessions", "prompt", "generated", "positions", "x layers", "disputed", "missing"):
+        table.add_column(name, justify="right", overflow="fold")
+    for one in sorted(found.nodes.values(), key=lambda one: -one.layer_positions):
+        figures = (
+            one.sessions, one.prompt_tokens, one.generated_tokens, one.computed_positions, one.layer_positions,
+            one.disputed, one.missing,
+        )  # fmt: skip
+        table.add_row(escape(shown(one.name)), one.node[:8], *(f"{figure:,}" for figure in figures))
+    out.print(table)
+    for line in found.disputed:
+        who = escape(shown(line.name or line.node[:8]))
+        out.print(f"[red]disputed[/]  {who}: {escape(shown(line.reason))}", soft_wrap=True)
+    for trouble in found.bad:
+        out.print(f"[red]not as signed[/]  {escape(shown(trouble))}", soft_wrap=True)

@@ -17,6 +17,7 @@ UsageError: Any = typer.BadParameter.__base__
 
 def load_commands() -> None:
     """Each of these adds its commands to `app`."""
+    import shoal.cli.chat
     import shoal.cli.inference
     import shoal.cli.looking
     import shoal.cli.quickstart

@@ -9,8 +9,8 @@ import typer
 
 from shoal.cli import places
 from shoal.cli.app import HERE, app
-from shoal.cli.output import JsonFlag, out, print_json, run, shoal_command
-from shoal.cli.tables import RunView, print_completion, print_report
+from shoal.cli.output import JsonFlag, out, print_json, run, shoal_command, to_plain
+from shoal.cli.tables import RunView, print_asked, print_completion, print_report
 from shoal.quantities import parse_count
 from shoal.sdk.quickstart import TOKENS, QuickstartOptions, found_out, quickstart
 from shoal.sdk.train import TrainOptions
@@ -27,7 +27,8 @@ def quickstart_command(
 ) -> None:
     """Train a small model on five unequal nodes on this machine, one of which dies, one comes late, and one lies.
 
-    Takes about four minutes on two cores. Everything it leaves is in runs/quickstart: the model, every signed record,
+    Then the nodes that are left serve it, and it is asked something through the endpoint. Takes about four minutes on two
+    cores. Everything it leaves is in runs/quickstart: the model, every signed record,
     report.html, report.json. Exit code 0 only if the model learned what it should.
     """
     view = RunView("quickstart")
@@ -49,10 +50,10 @@ def quickstart_command(
         train=add_view,
     )
     with view:
-        report, truth = run(lambda: quickstart(options))
+        report, truth, asked = run(lambda: quickstart(options))
     told = found_out(report, truth)
     if json:
-        print_json(report)
+        print_json(to_plain(report) | {"asked": asked})
     else:
         print_completion(report)
         print_report(report)
@@ -61,6 +62,8 @@ def quickstart_command(
         liar = truth.liar or next(node.name for node in report.nodes if node.name != truth.killed)
         honest_name = next(name for name in (node.name for node in report.nodes) if name not in (liar, truth.killed))
         folder = options.folder
+        if asked is not None:
+            print_asked(asked, f"{shoal_command()} serve {folder}")
         out.print(f"Look at {folder / 'report.html'}, and see for yourself:", markup=False)
         for name, verdict in ((liar, "   # mismatch" if truth.liar else ""), (honest_name, "   # match")):
             command = f"  {shoal_command()} replay {folder} --round 2 --node {name}{verdict}"

@@ -17,6 +17,7 @@ from shoal.driver.lines import AuditLine, AuditVerdict, Event, EventKind
 from shoal.driver.report import NodeStatus, Report
 from shoal.driver.training import Progress as JobProgress
 from shoal.quantities import format_bytes, format_count, format_duration_s
+from shoal.sdk.quickstart import Asked
 
 _COLOURS = {
     NodeStatus.FINISHED: "green",
@@ -146,6 +147,20 @@ def print_completion(report: Report, *, console: Console = out) -> None:
         console.print("[bold]The model continues[/] [dim](the prompt is dim)[/]")
         console.print(Text(shown(report.completion.prompt), "dim") + Text(shown(report.completion.text)))
         console.print()
+
+
+def print_asked(asked: Asked, again: str, *, console: Console = out) -> None:
+    """What the model answered through the endpoint, who did, and how to do it again."""
+    who = shown(" and ".join(asked.nodes)) or "the nodes"
+    console.print(
+        f"[bold]Served by {escape(who)}[/]: the endpoint was up after {asked.ready_s:.1f} s and answered in "
+        f"{asked.answer_s:.1f} s [dim](the question is dim)[/]"
+    )
+    console.print(Text(shown(asked.prompt), "dim") + Text(shown(asked.text)))
+    console.print(
+        f"  {again}   # serves it again; then: shoal chat, or any OpenAI client", markup=False, soft_wrap=True
+    )
+    console.print()
 
 
 def _loss_line(report: Report) -> str:

@@ -285,6 +285,8 @@ class ModelCard(msgspec.Struct, frozen=True):
     id: str
     created: int
     owned_by: str
+    max_model_len: int
+    """Tokens of context; others that serve models call it so too."""
     object: str = "model"
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 
 from shoal.errors import LinkError
+from shoal.gateway.receipts import Metering
 from shoal.gateway.remote import Latency, Loss, NodeRing, Rings
 from shoal.gateway.rings import Replica as ServingReplica
 from shoal.gateway.rings import RingLost, RingRefused
@@ -56,6 +57,7 @@ class Placer:
     serving: list[ServingReplica]
     """Replicas that are ready, for whoever sends streams through them."""
     say: Callable[[str], None] = lambda _: None
+    metering: Metering = field(default_factory=Metering)
     _plan: Plan = field(default_factory=lambda: Plan((), (), ""))
     _reserve: tuple[Replica, ...] = ()
     _placed: dict[Places, NodeRing] = field(default_factory=dict)
@@ -136,8 +138,10 @@ class Placer:
 
     def _new_ring(self, places: Places, replica: Replica) -> NodeRing:
         links = [link for place in places if (link := self.scout.link(place.node)) is not None]
-        name = " - ".join(self.scout.name(place.node) for place in places)
-        ring = NodeRing(name, self.dice.bytes(16), places, links, self.clock, token_ms=replica.token_ms)
+        names = [self.scout.name(place.node) for place in places]
+        number = self.dice.bytes(16)
+        meter = self.metering.ring(number, places, names)
+        ring = NodeRing(" - ".join(names), number, places, links, self.clock, token_ms=replica.token_ms, meter=meter)
         began = self.clock.monotonic()
         self.rings.add(ring)
         ring.lost.add_done_callback(lambda lost: self._lost(ring, lost.result(), self.clock.monotonic() - began))

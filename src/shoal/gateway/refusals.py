@@ -26,7 +26,7 @@ class RequestRefused(BadInput):
 
     code = "SH-170"
     status = 400
-    kind = "invalid_request_error"
+    kind: str = "invalid_request_error"
 
     def __init__(self, sentence: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(sentence)
@@ -56,6 +56,18 @@ class TooLarge(RequestRefused):
 
     code = "SH-173"
     status = 413
+
+
+class LimitReached(RequestRefused):
+    """A request is beyond what its API key may be used for, now or ever."""
+
+    code = "SH-178"
+    status = 429
+
+    def __init__(self, sentence: str, kind: str, retry_after_s: float) -> None:
+        """`kind`: `requests` or `tokens`. `retry_after_s` is infinite for what could never be let in."""
+        super().__init__(sentence, code="rate_limit_exceeded")
+        self.kind, self.retry_after_s = kind, retry_after_s
 
 
 class Overloaded(EngineError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import itertools
 import math
@@ -11,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from shoal.errors import BadRecord, LinkError, ShoalError
+from shoal.gateway.receipts import Metering, RingMeter
 from shoal.gateway.rings import LimitedRing, RingLost, RingRefused
-from shoal.identity import Envelope
 from shoal.inference.commands import Advance, Advanced
 from shoal.inference.masks import allow
 from shoal.protocol.messages import decode, encode
@@ -49,6 +50,8 @@ FEW = 8
 ARRIVED_S = 5.0
 HANDED_S = 60.0
 """For the first stage to say that positions arrived; a ring that is silent is noticed long before."""
+RECEIPTS_S = 1.0
+"""How long the receipts of a ring that ends are waited for: a node of it may be silent."""
 REFUSALS = frozenset({"SH-270", "SH-272", "SH-275", "SH-570"})
 """What a stage says of a request, not of itself: elsewhere it would be the same, or memory is full."""
 
@@ -112,13 +115,13 @@ class NodeRing(LimitedRing):
         clock: Clock,
         *,
         token_ms: float,
-        receipt: Callable[[Envelope], None] = lambda _: None,
+        meter: RingMeter | None = None,
     ) -> None:
         super().__init__(name, stages=len(places), exact=True, token_ms=token_ms)
         self.ring = ring
         self.places = tuple(places)
         self._links = tuple(links)
-        self._clock, self._receipt = clock, receipt
+        self._clock, self._meter = clock, meter or Metering().ring(ring, places)
         self._number = 0
         self._flying = 0
         """Positions under way, of all sessions."""
@@ -200,6 +203,7 @@ class NodeRing(LimitedRing):
             choose=piece.choose,
             states_wanted=piece.states_wanted, choosing=piece.sampling, source=piece.source,
         )  # fmt: skip
+        self._meter.sent(piece.session, piece.start, len(piece.tokens), piece.choose, piece.sampling)
         began, alone = self._clock.monotonic(), not self._flying
         self._flying += len(piece.tokens)
         handing = asyncio.create_task(self._hand(work, future))
@@ -309,22 +313,27 @@ class NodeRing(LimitedRing):
         return Loss(blamed.reason, nodes, ways)
 
     async def close_session(self, session: int, *, keep: bool = False) -> None:
-        forget = StageForget(ring=self.ring, session=session, keep=keep)
+        forget, seen = StageForget(ring=self.ring, session=session, keep=keep), self._meter.close(session)
 
-        async def tell(link: Link) -> None:
+        async def tell(at: int, link: Link) -> None:
+            receipt = None
             try:
                 reply = await link.request(forget.KIND, encode(forget, link.version), deadline_s=ARRIVED_S)
-                forgotten = decode(StageForgotten, reply, link.version)
-                if forgotten.receipt:
-                    self._receipt(Envelope.from_bytes(forgotten.receipt, StageForgotten.MAX_BYTES))
+                receipt = decode(StageForgotten, reply, link.version).receipt
             except LinkError:
                 return
+            finally:
+                if seen is not None:
+                    self._meter.heard(session, seen, at, receipt)
 
-        await asyncio.gather(*(tell(link) for link in self._links), return_exceptions=True)
+        await asyncio.gather(*(tell(at, link) for at, link in enumerate(self._links)), return_exceptions=True)
 
     async def close(self, reason: str) -> None:
-        """Let the nodes go."""
+        """Let the nodes go, those that are left of a lost ring with a receipt for what they did."""
         self.lose(Loss(reason))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(RECEIPTS_S):
+                await asyncio.gather(*(self.close_session(session) for session in self._meter.open))
         end = StageEnd(ring=self.ring, reason=reason)
 
         async def tell(link: Link) -> None:

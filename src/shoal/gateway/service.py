@@ -85,6 +85,9 @@ class Counts:
     """Streams that left a replica that wanted to go."""
     reused: int = 0
     """Positions of prompts that an earlier session had left."""
+    receipts: int = 0
+    receipts_disputed: int = 0
+    receipts_missing: int = 0
 
 
 @dataclass
@@ -238,8 +241,10 @@ class ModelService:
 
     # --- what is answered ------------------------------------------------------------------------------------------
 
-    async def answer(self, asked: Asked) -> AsyncGenerator[Piece]:
-        """Pieces of all choices as they come. Raises RequestRefused, Overloaded, Unserved, StreamLost, RingRefused."""
+    async def answer(self, asked: Asked, whose: bytes = b"") -> AsyncGenerator[Piece]:
+        """Pieces of all choices as they come. Where requests of several wait, `whose` is who takes turns.
+
+        Raises RequestRefused, Overloaded, Unserved, StreamLost, RingRefused."""
         if not self.rings:
             raise Unserved(f"No node serves {self.name} at the moment.")
         if asked.own and all(isinstance(one, Continuing) for one in self.rings):
@@ -251,12 +256,12 @@ class ModelService:
         constraint = None if asked.schema is None else await self._formats.constraint(asked.schema)
         streams = [(prompt, number) for prompt in asked.prompts for number in range(asked.choices)]
         positions = sum(len(prompt) + asked.tokens_max for prompt, _ in streams)
-        await self.admission.enter(positions)
+        await self.admission.enter(positions, whose)
         began = self.clock.monotonic()
         self.counts.running += 1
         pieces: asyncio.Queue[Piece | BaseException] = asyncio.Queue(256)
         tasks = [
-            asyncio.create_task(self._choice(index, prompt, number, asked, constraint, pieces))
+            asyncio.create_task(self._choice(index, prompt, number, asked, constraint, whose.hex(), pieces))
             for index, (prompt, number) in enumerate(streams)
         ]
         left = len(tasks)
@@ -280,13 +285,14 @@ class ModelService:
         number: int,
         asked: Asked,
         constraint: Constraint | None,
+        scope: str,
         out: asyncio.Queue[Piece | BaseException],
     ) -> None:
         sampling = msgspec.structs.replace(asked.sampling, choice=number, prompt_tokens=len(prompt))
         stream = Stream(
             prompt, sampling, asked.tokens_max, self.ends,
             lambda lost: self._pick(lost, prompt, asked.tokens_max, own=asked.own), self._number, guess=self.guess,
-            draft=self.draft.session if self.draft else None, constraint=constraint and constraint.copy(),
+            draft=self.draft.session if self.draft else None, constraint=constraint and constraint.copy(), scope=scope,
         )  # fmt: skip
         decoder, stop = Decoder(self.tokenizer.decode), StopAt(asked.stops)
         self.counts.prompt_tokens += len(prompt)
@@ -311,7 +317,7 @@ class ModelService:
             self.counts.moved += stream.moved
             self.counts.reused += stream.reused
 
-    async def embed(self, asked: AskedVectors) -> list[NDArray[np.float32]]:
+    async def embed(self, asked: AskedVectors, whose: bytes = b"") -> list[NDArray[np.float32]]:
         """A vector for each input. Raises Overloaded, Unserved, StreamLost, RingRefused."""
         if not self.rings:
             raise Unserved(f"No node serves {self.name} at the moment.")
@@ -319,7 +325,7 @@ class ModelService:
 
         async def one(tokens: tuple[int, ...]) -> NDArray[np.float32]:
             async with places:
-                return await self._vector(tokens, asked)
+                return await self._vector(tokens, asked, whose)
 
         tasks = [asyncio.create_task(one(tokens)) for tokens in asked.inputs]
         self.counts.running += 1
@@ -330,8 +336,8 @@ class ModelService:
                 task.cancel()
             self.counts.running -= 1
 
-    async def _vector(self, tokens: tuple[int, ...], asked: AskedVectors) -> NDArray[np.float32]:
-        await self.admission.enter(len(tokens))
+    async def _vector(self, tokens: tuple[int, ...], asked: AskedVectors, whose: bytes) -> NDArray[np.float32]:
+        await self.admission.enter(len(tokens), whose)
         self.counts.prompt_tokens += len(tokens)
         began = self.clock.monotonic()
         lost: list[Replica] = []

@@ -196,7 +196,9 @@ class Stream:
         """Positions up to `stop` that the replica does not have."""
         size = ring.piece
         return [
-            Advance(session=seat.session, start=at, tokens=tuple(done[at : min(stop, at + size)]))
+            Advance(
+                session=seat.session, start=at, tokens=tuple(done[at : min(stop, at + size)]), sampling=self.sampling
+            )
             for at in range(seat.kept, stop, size)
         ]
 

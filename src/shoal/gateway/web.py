@@ -8,15 +8,16 @@ goes wrong after it has begun is its last event. When a client hangs up, its ses
 from __future__ import annotations
 
 import base64
-import hmac
 import logging
+import math
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
 
 import msgspec
 import numpy as np
 from litestar import Litestar, MediaType, Request, Response, get, post
+from litestar.datastructures import MutableScopeHeaders
 from litestar.exceptions import HTTPException
 from litestar.response import Stream
 from numpy.typing import NDArray
@@ -26,6 +27,7 @@ from prometheus_client.registry import Collector
 
 from shoal.errors import EngineError, ShoalError
 from shoal.gateway import openai
+from shoal.gateway.keys import Account, ApiKey, Keys
 from shoal.gateway.openai import (
     ChatRequest,
     CompletionRequest,
@@ -39,6 +41,7 @@ from shoal.gateway.openai import (
 )
 from shoal.gateway.refusals import (
     KeyRefused,
+    LimitReached,
     Overloaded,
     RequestRefused,
     UnknownModel,
@@ -52,23 +55,34 @@ from shoal.gateway.streams import StreamLost
 from shoal.protocol.serving import Chosen
 
 EVENTS = "text/event-stream"
+EVERYBODY = ApiKey(b"", "")
+"""Whoever asks where no keys are asked for."""
 _log = logging.getLogger("shoal.gateway")
 _encode = msgspec.json.encode
 
 
 def make_app(
-    service: ModelService, *, keys: Sequence[str] = (), body_max_bytes: int = openai.BODY_MAX_BYTES
+    service: ModelService, *, keys: Callable[[], Keys] | None = None, body_max_bytes: int = openai.BODY_MAX_BYTES
 ) -> Litestar:
-    """The ASGI application. `keys`: API keys of which a request must carry one; none: everybody is served."""
+    """The ASGI application. `keys`: the API keys of which a request must carry one; none: everybody is served."""
 
     async def admit(request: Request[Any, Any, Any]) -> None:
-        if not keys or request.url.path == "/healthz":
+        if keys is None or request.url.path == "/healthz":
             return
         kind, _, key = request.headers.get("authorization", "").partition(" ")
         if kind.lower() != "bearer" or not key:
             raise KeyRefused("Send an API key: Authorization: Bearer KEY.", code="invalid_api_key")
-        if not any(hmac.compare_digest(key.encode(), known.encode()) for known in keys):  # all are looked at
+        account = keys().find(key)
+        if account is None:
             raise KeyRefused("This API key is not known here.", code="invalid_api_key")
+        request.state.account = account
+
+    async def say_limits(message: Any, scope: Any) -> None:
+        account = scope.get("state", {}).get("account")
+        if account is not None and message["type"] == "http.response.start":
+            headers = MutableScopeHeaders.from_message(message)
+            for name, value in account.headers(service.clock.monotonic()).items():
+                headers[name] = value
 
     @get("/v1/models")
     async def models() -> Response[bytes]:
@@ -85,22 +99,26 @@ def make_app(
     async def chat(request: Request[Any, Any, Any]) -> Response[bytes] | Stream:
         asked_for = read_chat(await request.body())
         asked = service.chat(asked_for)
-        return await _reply(service, asked, _Chat(service, asked, asked_for))
+        return await _reply(service, asked, _Chat(service, asked, asked_for), request.state.get("account"))
 
     @post("/v1/completions", status_code=200)
     async def completions(request: Request[Any, Any, Any]) -> Response[bytes] | Stream:
         asked_for = read_completion(await request.body())
         asked = service.completion(asked_for)
-        return await _reply(service, asked, _Text(service, asked_for))
+        return await _reply(service, asked, _Text(service, asked_for), request.state.get("account"))
 
     @post("/v1/embeddings", status_code=200)
     async def embeddings(request: Request[Any, Any, Any]) -> Response[bytes]:
         asked_for = read_embedding(await request.body())
         asked = service.embedding(asked_for)
+        count, account = sum(map(len, asked.inputs)), request.state.get("account") or Account(EVERYBODY, 0.0)
+        account.enter(count, 0, service.clock.monotonic())
         service.counts.requests += 1
-        vectors = await service.embed(asked)
+        try:
+            vectors = await service.embed(asked, account.key.digest)
+        finally:
+            account.leave(0, 0, service.clock.monotonic())
         data = [Embedding(at, _numbers(vector, asked_for)) for at, vector in enumerate(vectors)]
-        count = sum(map(len, asked.inputs))
         return _json(EmbeddingList(data, service.name, EmbeddingUsage(count, count)))
 
     @get("/healthz")
@@ -110,7 +128,7 @@ def make_app(
         return _json({"status": "ok", "model": service.name, "replicas": service.replicas})
 
     figures = CollectorRegistry(auto_describe=False)
-    figures.register(_Figures(service))
+    figures.register(_Figures(service, keys))
 
     @get("/metrics")
     async def metrics() -> Response[bytes]:
@@ -125,6 +143,7 @@ def make_app(
     return Litestar(
         [models, model, chat, completions, embeddings, health, metrics],
         before_request=admit,
+        before_send=[] if keys is None else [say_limits],
         exception_handlers={ShoalError: trouble, HTTPException: trouble, Exception: trouble},
         openapi_config=None,
         logging_config=None,
@@ -227,9 +246,10 @@ class _Text(_Reply):
         return _signed(self._completion(choices, usage), [parts[-1] for parts in pieces])
 
 
-async def _reply(service: ModelService, asked: Asked, reply: _Reply) -> Response[bytes] | Stream:
-    service.counts.requests += 1
-    pieces = service.answer(asked)
+async def _reply(
+    service: ModelService, asked: Asked, reply: _Reply, account: Account | None
+) -> Response[bytes] | Stream:
+    pieces = _pieces(service, asked, account)
     if reply.stream:
         first = await anext(pieces)  # what is wrong from the beginning is no stream
         return Stream(
@@ -240,6 +260,24 @@ async def _reply(service: ModelService, asked: Asked, reply: _Reply) -> Response
         parts[piece.index].append(piece)
     said = sum(len(piece.tokens) for part in parts for piece in part)
     return _json(reply.whole(parts, _usage(asked, said)))
+
+
+async def _pieces(service: ModelService, asked: Asked, account: Account | None) -> AsyncGenerator[Piece]:
+    """What is answered, on the account of the key that asks. Raises LimitReached, and what `answer` does."""
+    if account is None:
+        account = Account(EVERYBODY, 0.0)
+    most = len(asked.prompts) * asked.choices * asked.tokens_max
+    account.enter(sum(map(len, asked.prompts)), most, service.clock.monotonic())
+    service.counts.requests += 1
+    said = 0
+    pieces = service.answer(asked, account.key.digest)
+    try:
+        async for piece in pieces:
+            said += len(piece.tokens)
+            yield piece
+    finally:
+        account.leave(said, most, service.clock.monotonic())
+        await pieces.aclose()
 
 
 async def _events(
@@ -295,7 +333,7 @@ def _json(said: Any, status: int = 200, headers: dict[str, str] | None = None) -
 
 
 def _card(service: ModelService) -> openai.ModelCard:
-    return openai.ModelCard(service.name, service.created, "shoal")
+    return openai.ModelCard(service.name, service.created, "shoal", service.context)
 
 
 def _said_trouble(error: Exception) -> tuple[int, TroubleAnswer]:
@@ -315,15 +353,20 @@ def _said_trouble(error: Exception) -> tuple[int, TroubleAnswer]:
 
 def _trouble(error: Exception) -> Response[bytes]:
     status, answer = _said_trouble(error)
-    headers = {"retry-after": str(round(error.retry_after_s))} if isinstance(error, Overloaded) else None
+    headers = {}
+    if isinstance(error, Overloaded | LimitReached):
+        if math.isfinite(error.retry_after_s):
+            headers["retry-after"] = str(math.ceil(error.retry_after_s))
+        else:  # clients of OpenAI repeat what is answered with 429, unless they are told
+            headers["x-should-retry"] = "false"
     return _json(answer, status, headers)
 
 
 class _Figures(Collector):
     """The counts, as Prometheus reads them."""
 
-    def __init__(self, service: ModelService) -> None:
-        self._service = service
+    def __init__(self, service: ModelService, keys: Callable[[], Keys] | None) -> None:
+        self._service, self._keys = service, keys
 
     def collect(self) -> Iterator[Metric]:
         counts, admission = self._service.counts, self._service.admission
@@ -337,6 +380,9 @@ class _Figures(Collector):
             ("streams_resumed", "Times that a stream went on at another replica.", counts.resumed),
             ("streams_moved", "Times that a stream left a replica that wanted to go.", counts.moved),
             ("prompt_tokens_reused", "Tokens of prompts that an earlier session had left.", counts.reused),
+            ("receipts", "Receipts of nodes that count.", counts.receipts),
+            ("receipts_disputed", "Receipts that claim what did not go through.", counts.receipts_disputed),
+            ("receipts_missing", "Receipts that did not come, of nodes that died.", counts.receipts_missing),
         ):
             yield CounterMetricFamily(f"shoal_{name}", said, value)
         for name, said, value in (
@@ -352,3 +398,24 @@ class _Figures(Collector):
             ),
         ):
             yield GaugeMetricFamily(f"shoal_{name}", said, value)
+        if self._keys is not None:
+            yield from _used(self._keys().accounts)
+
+
+def _used(accounts: Sequence[Account]) -> Iterator[Metric]:
+    """What each key was used for, by its name: as many as there are keys."""
+    counters: tuple[tuple[str, str, Callable[[Account], int]], ...] = (
+        ("requests", "Requests of a key that were let in.", lambda one: one.requests),
+        ("requests_limited", "Requests of a key that a limit held up.", lambda one: one.limited),
+        ("prompt_tokens", "Tokens of its prompts.", lambda one: one.prompt_tokens),
+        ("tokens", "Tokens that were generated for it.", lambda one: one.tokens),
+    )
+    for name, said, value in counters:
+        family = CounterMetricFamily(f"shoal_key_{name}", said, labels=["key"])
+        for account in accounts:
+            family.add_metric([account.key.name], value(account))
+        yield family
+    running = GaugeMetricFamily("shoal_key_requests_running", "Requests of a key under way.", labels=["key"])
+    for account in accounts:
+        running.add_metric([account.key.name], account.running)
+    yield running

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from shoal.errors import LinkError
+from shoal.quantities import Bucket
 from shoal.world import Clock
 
 PEERS_MAX = 20_000
@@ -33,21 +34,20 @@ class RateLimit:
         self._per_s = per_s
         self._burst = burst
         self._peers_max = peers_max
-        self._buckets: OrderedDict[bytes, tuple[float, float]] = OrderedDict()
+        self._buckets: OrderedDict[bytes, Bucket] = OrderedDict()
 
     def spend(self, peer: bytes, what: str) -> None:
         """Count one request. Raises TooManyRequests with the time to wait."""
         now = self._clock.monotonic()
-        tokens, since = self._buckets.pop(peer, (float(self._burst), now))
-        tokens = min(float(self._burst), tokens + (now - since) * self._per_s)
-        allowed = tokens >= 1
-        self._buckets[peer] = (tokens - 1 if allowed else tokens, now)
+        bucket = (self._buckets.pop(peer, None) or Bucket.full(self._burst, self._per_s, now)).seen(now)
+        wait_s = bucket.wait_s(1)
+        self._buckets[peer] = bucket if wait_s else bucket.less(1)
         while len(self._buckets) > self._peers_max:
             self._buckets.popitem(last=False)
-        if not allowed:
+        if wait_s:
             raise TooManyRequests(
                 f"{what} came too often: this hub allows {self._burst} at once and {self._per_s:g} a second; "
-                f"wait {(1 - tokens) / self._per_s:.1f} s."
+                f"wait {wait_s:.1f} s."
             )
 
 

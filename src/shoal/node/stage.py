@@ -16,6 +16,7 @@ from shoal.engines import EngineDied, EngineFailed
 from shoal.errors import BadRecord, LinkError, ShoalError
 from shoal.identity import Envelope, KeyPair, short_id
 from shoal.inference.commands import Advance
+from shoal.inference.metering import Served
 from shoal.node.layers import Layers, Wanted
 from shoal.protocol.messages import encode, open_record, sign
 from shoal.protocol.serving import (
@@ -69,11 +70,9 @@ class StageFull(BadRecord):
 
 @dataclass
 class _Session:
-    """What a session had of this stage."""
+    """A session in this stage."""
 
-    prompt: int = 0
-    generated: int = 0
-    computed: int = 0
+    served: Served = field(default_factory=Served)
     reused: int = 0
     reached: int = 0
     """Positions that went to the engine, or were there before."""
@@ -229,11 +228,8 @@ class StageRun:
         following: StageWork | None = message
         while following is not None:
             session.reached = following.start + len(following.tokens)
-            session.computed += len(following.tokens)
             chosen = 0 if following.states_wanted else following.choose
-            session.generated += chosen
-            if not chosen:
-                session.prompt += len(following.tokens)
+            session.served.add(following.start, len(following.tokens), chosen, following.choosing.prompt_tokens)
             self._keep(self._take_on(following))
             following = session.early.pop(session.reached, None)
 
@@ -312,16 +308,17 @@ class StageRun:
         """A session is over; gives the receipt of what was done for it."""
         if peer != self.gateway:
             raise NotInRing("Only the gateway of a ring ends its sessions.")
-        served = self._sessions.pop(message.session, None)
+        session = self._sessions.pop(message.session, None)
         if self._ready:
             with contextlib.suppress(EngineFailed, EngineDied):
                 await self._layers.engine.close_session(message.session, keep=message.keep)
-        if served is None:
+        if session is None:
             return None
+        served = session.served
         receipt = RequestReceipt(
             job=self.job_id, ring=self.ring, session=message.session, first=self._place.first, stop=self._place.stop,
             prompt_tokens=served.prompt, generated_tokens=served.generated, computed_positions=served.computed,
-            reused_positions=served.reused,
+            reused_positions=session.reused,
         )  # fmt: skip
         return sign(self._key, receipt, self._network)
 

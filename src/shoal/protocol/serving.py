@@ -293,9 +293,9 @@ class RequestReceipt(Record, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     first: Annotated[int, Meta(ge=0, lt=LAYERS_MAX)]
     stop: Annotated[int, Meta(ge=1, le=LAYERS_MAX)]
     prompt_tokens: Count
-    """Positions that went through without a token being wanted."""
+    """Positions of the prompt, each once."""
     generated_tokens: Count
-    """Tokens that were wanted."""
+    """Tokens that were chosen after them; guesses count when they held, those of the last piece not at all."""
     computed_positions: Count
     """All positions that went through, guesses and repeats included."""
     reused_positions: Count = 0

@@ -1,9 +1,10 @@
 """Quantities with units: bytes, durations and rates, as people write them and as code uses them.
 
 Inside Shoal a quantity is a plain number whose name ends in its unit (`latency_ms`, `size_bytes`, `rate_bps`).
-This room turns text into such numbers and back. Money comes with the market.
+This room turns text into such numbers and back; `Bucket` is a rate with a burst. Money comes with the market.
 """
 
+from shoal.quantities.buckets import Bucket
 from shoal.quantities.units import (
     BadQuantity,
     format_bytes,
@@ -18,6 +19,7 @@ from shoal.quantities.units import (
 
 __all__ = [
     "BadQuantity",
+    "Bucket",
     "format_bytes",
     "format_count",
     "format_duration_s",

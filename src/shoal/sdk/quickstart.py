@@ -2,12 +2,14 @@
 
 A hub and five unequal nodes on loopback train a small model on the Python sources that lie on this machine. One node
 joins halfway, one is killed, one lies. Who dies, who lies and how is drawn from the seed; neither the driver nor the
-training code is told, so the report shows what they found out, and the truth is put beside it.
+training code is told, so the report shows what they found out, and the truth is put beside it. In the end the nodes
+that are left serve what they have trained, and it is asked something through the endpoint.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import sysconfig
 from collections.abc import Callable
@@ -19,13 +21,14 @@ import msgspec
 from shoal.driver.folder import RunFolder
 from shoal.driver.report import Goal, NodeStatus, Report
 from shoal.driver.training import Progress
-from shoal.errors import BadInput
+from shoal.errors import BadInput, ShoalError
 from shoal.identity import KeyPair
 from shoal.node.dishonest import LIES
 from shoal.protocol.hubs import HubTicket
 from shoal.sdk.jobfile import JobFile, parse_job
 from shoal.sdk.local import LocalShoal
 from shoal.sdk.train import TrainOptions, train
+from shoal.world import SystemClock, SystemDice
 
 NODES = (("amber", 1.0), ("birch", 1.0), ("cedar", 0.5), ("dune", 0.25))
 """Names and speed limits of the nodes that are there from the start."""
@@ -59,6 +62,15 @@ requirements:
 """
 
 
+ASKED = "def "
+ASKED_TOKENS = 80
+TEMPERATURE = 0.3
+ASK_PATIENCE_S = 60.0
+"""Until nodes hold the model and have answered; it takes a few seconds."""
+RECEIPT_PATIENCE_S = 5.0
+LOOK_EVERY_S = 0.05
+
+
 class NoSources(BadInput):
     """This Python has no sources of its standard library to train on."""
 
@@ -73,6 +85,18 @@ class Truth:
     late: str
     liar: str | None
     lie: str | None
+
+
+class Asked(msgspec.Struct, frozen=True):
+    """What the trained model was asked through the endpoint, and who answered."""
+
+    prompt: str
+    text: str
+    nodes: tuple[str, ...]
+    """Names of those that signed a receipt for it."""
+    ready_s: float
+    """Until nodes held the model."""
+    answer_s: float
 
 
 @dataclass
@@ -123,8 +147,9 @@ def job_text(options: QuickstartOptions) -> bytes:
     return _JOB.format(seed=options.seed, paths=paths, tokens=options.tokens, nodes=len(NODES)).encode()
 
 
-async def quickstart(options: QuickstartOptions) -> tuple[Report, Truth]:
-    """Run it. The folder then holds everything a run leaves, and the truth in `local/truth.json`."""
+async def quickstart(options: QuickstartOptions) -> tuple[Report, Truth, Asked | None]:
+    """Run it. The folder then holds everything a run leaves, and the truth in `local/truth.json`. None was asked where
+    there is no model, or nobody to serve it, which is said."""
     truth = draw_truth(options.seed, honest=options.honest)
     with RunFolder.create(options.folder, replace=True) as folder:
         text = job_text(options)
@@ -134,8 +159,9 @@ async def quickstart(options: QuickstartOptions) -> tuple[Report, Truth]:
             options.say(f"Starting a hub and {len(NODES)} nodes; each measures itself first.")
             await asyncio.gather(*(_start(shoal, name, speed, truth) for name, speed in NODES))
             report = await _train(job_file, text, options, folder, shoal, truth)
+            asked = await _ask(options, shoal, folder.local / "serve")
         (folder.local / "truth.json").write_bytes(msgspec.json.encode(truth.__dict__))
-    return report, truth
+    return report, truth, asked
 
 
 async def _start(shoal: LocalShoal, name: str, speed: float, truth: Truth) -> None:
@@ -181,6 +207,44 @@ async def _train(
         return await train(job_file, text, train_options, folder)
     finally:
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _ask(options: QuickstartOptions, shoal: LocalShoal, data: Path) -> Asked | None:
+    """Have the nodes serve the run's model, and ask it."""
+    import httpx
+
+    from shoal.gateway.receipts import read_accounts
+    from shoal.sdk.serve import NodesServer, ServeOptions
+
+    hubs = [HubTicket.parse(ticket) for ticket in shoal.hub_tickets]
+    clock = SystemClock()
+    server = NodesServer(ServeOptions(options.folder, "quickstart", hubs=hubs, data=data), clock, SystemDice())
+    began = clock.monotonic()
+    try:
+        async with asyncio.timeout(ASK_PATIENCE_S):
+            url = await server.start()
+            service = server.service
+            while service is None or not service.rings:
+                await clock.sleep(LOOK_EVERY_S)
+            ready = clock.monotonic()
+            body = {"model": "quickstart", "prompt": ASKED, "max_tokens": ASKED_TOKENS, "temperature": TEMPERATURE,
+                    "seed": options.seed}  # fmt: skip
+            async with httpx.AsyncClient(timeout=ASK_PATIENCE_S) as web:
+                said = (await web.post(f"{url}/v1/completions", json=body)).raise_for_status().json()
+            answered = clock.monotonic()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(RECEIPT_PATIENCE_S):
+                while not service.counts.receipts:
+                    await clock.sleep(LOOK_EVERY_S)
+    except (ShoalError, TimeoutError, httpx.HTTPError) as error:
+        why = str(error) or f"no node held it and answered within {ASK_PATIENCE_S:.0f} s"
+        options.say(f"The model could not be asked: {why}")
+        return None
+    finally:
+        await server.stop()
+    names = sorted(one.name for one in read_accounts(data).nodes.values() if one.sessions)
+    text = said["choices"][0]["text"]
+    return Asked(ASKED, text, tuple(names), round(ready - began, 2), round(answered - ready, 2))
 
 
 def reached_goal(report: Report) -> Goal:

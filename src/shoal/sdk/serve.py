@@ -19,14 +19,17 @@ from shoal.errors import JobError
 from shoal.gateway.admission import Admission
 from shoal.gateway.engines import EngineFinder
 from shoal.gateway.guesses import Draft
+from shoal.gateway.keyfile import KeyFile
+from shoal.gateway.keys import Keys, parse_keys
 from shoal.gateway.placing import ModelOnNodes, Placer
 from shoal.gateway.prompts import read_template
+from shoal.gateway.receipts import Books, Metering
 from shoal.gateway.remote import Rings
 from shoal.gateway.rings import LocalRing
 from shoal.gateway.service import ModelService
 from shoal.gateway.web import make_app
 from shoal.hub import HubClient
-from shoal.identity import KeyPair
+from shoal.identity import KeyPair, load_or_create_key
 from shoal.inference.attention import BLOCK, kept_bytes, padded
 from shoal.inference.commands import LoadStage
 from shoal.inference.process import StageProcess
@@ -65,8 +68,13 @@ class ServeOptions:
     name: str
     http: str = "127.0.0.1:0"
     keys: tuple[str, ...] = ()
+    """API keys, each a line as a file of keys has it; none: everybody is served."""
+    key_file: Path | None = None
+    """The same in a file, which is read again when it has changed."""
     hubs: Sequence[HubTicket] = ()
     """Where nodes are found; none: the model is held by this machine."""
+    data: Path | None = None
+    """Where the gateway's key and the receipts of nodes are kept; none: a fresh key, and receipts are counted only."""
     listen: str = "tcp://127.0.0.1:0"
     """Where nodes link to the gateway."""
     sessions: int = 16
@@ -126,6 +134,16 @@ def checkpoint_of(path: Path) -> Path:
     raise BadModel(f"{path} is neither a checkpoint directory (with a config.json) nor a run.")
 
 
+def _keys(options: ServeOptions, clock: Clock) -> Callable[[], Keys] | None:
+    """Raises BadKeys."""
+    if options.key_file is not None:
+        return KeyFile(options.key_file, clock, options.say)
+    if not options.keys:
+        return None
+    keys = Keys.of(parse_keys(options.keys, "the list of keys"), clock.monotonic())
+    return lambda: keys
+
+
 class ServedModel:
     """An endpoint from `start` to `stop`; where the model is held is for subclasses to say."""
 
@@ -136,7 +154,9 @@ class ServedModel:
         self._draft: StageProcess | None = None
 
     async def start(self) -> str:
-        """Load and serve; gives the URL. Raises BadModel, BadTokenizer, ServeFailed, HttpFailed, LinkError."""
+        """Load and serve; gives the URL.
+
+        Raises BadModel, BadTokenizer, BadKeys, BadKeyFile, GatewayRunning, ServeFailed, HttpFailed, LinkError."""
         try:
             return await self._start()
         except BaseException:
@@ -145,6 +165,7 @@ class ServedModel:
 
     async def _start(self) -> str:
         options = self.options
+        keys = _keys(options, self.clock)
         directory = checkpoint_of(options.model)
         config = read_config(directory)
         model = _Model(directory, config, options.engines_only)
@@ -178,7 +199,7 @@ class ServedModel:
         await self._hold(model, self.service)
         if options.draft is not None and options.guess:
             self.service.draft = await self._hold_draft(options.draft, model, tokenizer)
-        self._face = HttpFace(make_app(self.service, keys=options.keys), self.clock)
+        self._face = HttpFace(make_app(self.service, keys=keys), self.clock)
         return await self._face.start(options.http)
 
     async def _hold_draft(self, path: Path, model: _Model, tokenizer: TextTokenizer) -> Draft:
@@ -271,7 +292,11 @@ class NodesServer(ServedModel):
 
     async def _hold(self, model: _Model, service: ModelService) -> None:
         options = self.options
-        key = KeyPair.generate()
+        key, books = KeyPair.generate(), None
+        if options.data is not None:
+            books = Books(options.data, options.say)
+            self._stack.callback(books.close)
+            key = load_or_create_key(options.data / "gateway.key")
         endpoint = TlsEndpoint(key)
         self._stack.push_async_callback(endpoint.close)
         await endpoint.listen(options.listen)
@@ -285,12 +310,18 @@ class NodesServer(ServedModel):
         )  # fmt: skip
         self._looking.append(asyncio.create_task(self.finder.run()))
         if not options.engines_only:
-            self.placer = await self._placer(model, service, key, endpoint, hubs)
+            self.placer = await self._placer(model, service, key, books, endpoint, hubs)
             self._stack.push_async_callback(self.placer.close)
             self._looking.append(asyncio.create_task(self.placer.run()))
 
     async def _placer(
-        self, model: _Model, service: ModelService, key: KeyPair, endpoint: TlsEndpoint, hubs: HubClient
+        self,
+        model: _Model,
+        service: ModelService,
+        key: KeyPair,
+        books: Books | None,
+        endpoint: TlsEndpoint,
+        hubs: HubClient,
     ) -> Placer:
         """What keeps layers of the model on nodes, which fetch its files from here."""
         options, shape = self.options, model.shape
@@ -316,11 +347,13 @@ class NodesServer(ServedModel):
             first_bytes=found.first_bytes,
             last_bytes=found.last_bytes,
         )
+        envelope = sign(key, job)
+        metering = Metering(envelope.record_id, books, self.clock, service.counts)
         return Placer(
             ModelOnNodes(
-                job, sign(key, job), needs, found.files_of, BlobHolder(key.node_id, tuple(endpoint.addresses))
+                job, envelope, needs, found.files_of, BlobHolder(key.node_id, tuple(endpoint.addresses))
             ),
-            endpoint, hubs, self.clock, self.dice, Rings(endpoint), service.rings, options.say,
+            endpoint, hubs, self.clock, self.dice, Rings(endpoint), service.rings, options.say, metering,
         )  # fmt: skip
 
     async def stop(self) -> None:

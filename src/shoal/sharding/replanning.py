@@ -15,7 +15,9 @@ from shoal.sharding.planning import plan
 from shoal.sharding.rings import crossings, replica_of, room
 
 WORTH = 1.25
-"""A new ring is worth loading its layers when a mended or a present one takes this many times as long per token."""
+"""A new ring is worth loading its layers when a mended or a present one takes this many times as long per token..."""
+WORTH_MS = 3.0
+"""... and so much longer: less is no more than what measured distances are off by."""
 
 
 def replan(
@@ -53,7 +55,7 @@ def replan(
     replicas = tuple(sorted((*kept, *added.replicas), key=lambda one: (one.token_ms, one.stages[0].node)))
     after = Plan(replicas, added.left_out, "")
     afresh = plan(needs, nodes, links, price_max=price_max)
-    if afresh.rate > WORTH * after.rate:
+    if _is_worth_it(afresh, after):
         return Plan(
             afresh.replicas,
             afresh.left_out,
@@ -67,6 +69,15 @@ def replan(
     on = f"{len(kept)} {'replica goes' if len(kept) == 1 else 'replicas go'} on"
     new = f"{len(added.replicas)} {'is' if len(added.replicas) == 1 else 'are'} new"
     return Plan(replicas, after.left_out, f"{on} and {new}; {what}.")
+
+
+def _is_worth_it(afresh: Plan, after: Plan) -> bool:
+    """Whether to place the whole model anew."""
+    if not after.replicas:
+        return bool(afresh.replicas)
+    saved_ms = 1000 / after.rate - 1000 / max(afresh.rate, 1e-9)
+    more = len(afresh.replicas) > len(after.replicas)
+    return afresh.rate > WORTH * after.rate and (more or saved_ms > WORTH_MS)
 
 
 def loaded(before: Plan, after: Plan) -> int:
@@ -119,7 +130,7 @@ def _mended(
     if not options:
         return fresh[0] if fresh else None
     least = min(options, key=lambda option: option[:2])[2]
-    if fresh and least.token_ms > WORTH * fresh[0].token_ms:
+    if fresh and least.token_ms > max(WORTH * fresh[0].token_ms, fresh[0].token_ms + WORTH_MS):
         return fresh[0]
     return least
 

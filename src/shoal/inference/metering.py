@@ -1,0 +1,28 @@
+"""What a session had of a stage. Node and gateway count it by this one rule, from the same pieces of work. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class Served:
+    """Counted as pieces come. A guess counts as generated when a later piece shows that it held; of the last piece,
+    guesses do not count."""
+
+    prompt: int = 0
+    """Positions of the prompt, each once."""
+    generated: int = 0
+    computed: int = 0
+    """All positions, guesses and repeats included."""
+    _begun: int | None = None
+
+    def add(self, start: int, positions: int, choose: int, prompt_tokens: int) -> None:
+        """A piece: `positions` from `start` on, of which the tokens after the last `choose` were wanted; the session's
+        prompt has `prompt_tokens`."""
+        self.computed += positions
+        self.prompt = max(self.prompt, min(start + positions, prompt_tokens))
+        if choose:
+            certain = start + positions - choose + 1
+            self._begun = certain if self._begun is None else self._begun
+            self.generated = max(self.generated, certain - self._begun + 1)
