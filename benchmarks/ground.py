@@ -58,6 +58,11 @@ class Process:
     def pid(self) -> int:
         return self._popen.pid
 
+    @property
+    def log(self) -> str:
+        """What it has said on stderr so far."""
+        return self._log.read_text(errors="replace")
+
     def line(self, timeout_s: float) -> str:
         """The next line of output. Raises CannotMeasure when the process ended or stays silent for so long."""
         try:

@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -22,6 +23,7 @@ from ground import Process
 from links import Access, CannotMeasure, Host, Network
 
 READY_S = 120.0
+SESSIONS = 16
 SHOAL = [sys.executable, "-m", "shoal"]
 
 
@@ -62,11 +64,10 @@ class Rings:
         nodes: int,
         memory_bytes: int,
         beside_first: bool = False,
-        serve: Sequence[str] = (),
     ) -> None:
         """`beside_first`: the gateway is on the first node's host."""
         self._folder, self._model, self._one_way_ms = folder, model, one_way_ms
-        self._count, self._memory, self._serve = nodes, memory_bytes, tuple(serve)
+        self._count, self._memory = nodes, memory_bytes
         self._gateway_host = "node0" if beside_first else "gateway"
         self._started: list[Process] = []
         self.nodes: dict[str, Process] = {}
@@ -86,7 +87,6 @@ class Rings:
                 self.start_node(f"node{number}")
             for node in self.nodes.values():
                 node.line(READY_S)
-            self.serve()
             self._stack = stack.pop_all()
         return self
 
@@ -123,12 +123,41 @@ class Rings:
         os.killpg(self.nodes[name].pid, signal.SIGKILL)
         return at
 
-    def serve(self) -> None:
-        """The endpoint and a client of it; returns when a replica is ready."""
+    def cut(self, name: str) -> float:
+        """No packet of a node gets through any more, or all of them again; gives the moment."""
+        self.network.cut(name)
+        return time.monotonic()
+
+    @property
+    def working(self) -> list[str]:
+        """The nodes of the ring that serves, in its order."""
+        for line in reversed(self.gateway.log.splitlines()):
+            found = re.match(r"(.*) (is ready:|has taken over)", line)
+            if found:
+                return found[1].split(" - ")
+        return []
+
+    @property
+    def computing_ms(self) -> float:
+        """What a token takes of computing in the ring that serves, as its nodes measured it when they loaded."""
+        name = " - ".join(self.working)
+        return float(re.findall(rf"^{name} is (?:ready|in reserve): ([\d.]+) ms", self.gateway.log, re.M)[-1])
+
+    def serve_model(self, model: Path, *options: str) -> None:
+        """Another model from now on."""
+        self._model = model
+        self.serve(*options)
+
+    def serve(self, *options: str) -> None:
+        """The endpoint and a client of it; one that runs already is ended first."""
+        if hasattr(self, "gateway"):
+            self.client.reap()
+            self.gateway.interrupt()
+            self.gateway.wait(30)
         gateway = self.network.hosts[self._gateway_host]
         self.gateway = self.start(gateway, "gateway", [
             *SHOAL, "serve", str(self._model), "--name", "m", "--hub", self.ticket, "--http", "127.0.0.1:8000",
-            "--listen", f"tcp://{gateway.address}:0", "--json", *self._serve,
+            "--listen", f"tcp://{gateway.address}:0", "--sessions", str(SESSIONS), "--json", *options,
         ])  # fmt: skip
         self.gateway.line(READY_S)
         self.client = self.start(gateway, "client", [
@@ -180,8 +209,3 @@ class Rings:
             if reading.text.startswith("error"):
                 raise CannotMeasure(f"A stream failed: {reading.text}")
         return found
-
-    def said(self, part: str) -> str:
-        """The last line of the gateway's log with `part` in it."""
-        lines = self.gateway._log.read_text().splitlines()
-        return next((line for line in reversed(lines) if part in line), "")

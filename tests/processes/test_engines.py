@@ -258,8 +258,8 @@ def test_tokens_are_those_of_the_server(checkpoint: Path, standin: Standin, mann
             stop = text[20:23]
             cut = (await web.post("/v1/completions", json={**BODY, "stop": stop})).json()["choices"][0]
             assert cut["text"] == text[: text.index(stop)] and cut["finish_reason"] == "stop"
-            held = world.service.rings[0].held(ByteTokenizer().encode(PROMPT * 3 + text).tolist())
-            assert held == 64, "what was said is known to be there, in steps of 64"
+            held = world.service.rings[0].prefixes.held(ByteTokenizer().encode(PROMPT * 3 + text).tolist())
+            assert held >= 64, "what was said is known to be there"
 
     play(scene)
 

@@ -141,9 +141,9 @@ class World:
         return ring
 
     async def close(self) -> None:
+        await self.gateway.close()  # first: nodes that stop wait for its streams to go on elsewhere
         for node in self.nodes:
             await node.close()
-        await self.gateway.close()
         self.books.close()
 
     def accounts(self) -> Accounts:
@@ -176,7 +176,9 @@ def a_stream(
 
 
 async def states(ring: Ring, session: int, start: int, tokens: tuple[int, ...], wanted: int) -> bytes:
-    piece = Advance(session=session, start=start, tokens=tokens, choose=wanted, states_wanted=True)
+    piece = Advance(
+        session=session, start=start, tokens=tokens, choose=wanted, states_wanted=True, sampling=GREEDY
+    )  # fmt: skip
     return (await ring.advance(piece)).states
 
 
@@ -201,7 +203,7 @@ def test_a_ring_of_three_says_what_transformers_says(tmp_path: Path) -> None:
             await until(lambda: world.metering.counts.receipts == 3 * 9)
             for account in world.accounts().nodes.values():
                 assert (account.sessions, account.prompt_tokens) == (9, 9 * len(PROMPT))
-                assert 9 <= account.generated_tokens <= 9 * 20 and account.layer_positions >= 9 * 99
+                assert 9 <= account.generated_tokens <= 9 * 20 and account.layer_positions >= 99 + 8 * 19
             plain = a_stream([ring], 20)
             plain.guess = False
             assert await said(plain) == tokens
@@ -209,7 +211,8 @@ def test_a_ring_of_three_says_what_transformers_says(tmp_path: Path) -> None:
             file = Path(world.books._disk.place) / "receipts.jsonl"
             for text in file.read_text().splitlines()[-3:]:
                 line = msgspec.json.decode(text, type=Kept)
-                assert line.figures == Figures(len(PROMPT), 20, len(PROMPT) + 19) and line.stop == line.first + 1
+                assert line.figures == Figures(len(PROMPT), 20, 20), "the prompt was there, but for its last position"
+                assert line.stop == line.first + 1
             assert not world.accounts().bad and not world.metering.counts.receipts_disputed
             far = await round_trip_ms(world.nodes[0].endpoint, world.nodes[1].holder, SystemClock())
             assert far is not None and far > 0
@@ -334,7 +337,7 @@ def test_a_stream_that_is_held_to_a_format_goes_on_elsewhere(tmp_path: Path, mon
                             with contextlib.suppress(ProcessLookupError):
                                 os.kill(engine.pid, signal.SIGKILL)
                     assert got == undisturbed and stream.lost == [ring] and stream.finish == "stop"
-                    assert trouble == "killed" or "not allowed" in ring.lost.result()
+                    assert trouble == "killed" or "not allowed" in ring.lost.result().reason
 
     asyncio.run(asyncio.wait_for(scene(), GENEROUS_S))
 
@@ -354,7 +357,8 @@ def test_final_states_come_from_a_ring_of_nodes(tmp_path: Path) -> None:
             with pytest.raises(RingRefused, match="3 tokens are wanted after 1 positions"):
                 await states(ring, 3, 0, PROMPT[:1], 3)
             await ring.close_session(1)
-            receipt = world.receipts[-1]
-            assert (receipt.prompt_tokens, receipt.generated_tokens) == (len(PROMPT), 0)
+            await until(lambda: world.metering.counts.receipts == 2)
+            for account in world.accounts().nodes.values():
+                assert (account.prompt_tokens, account.generated_tokens) == (len(PROMPT), 0)
 
     asyncio.run(asyncio.wait_for(scene(), GENEROUS_S))

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from shoal.gateway.rings import Ring, RingLost
 from shoal.inference.commands import Advance
 from shoal.models.pooling import Pooling
+from shoal.protocol.serving import Choosing
 
 INPUTS_MAX = 2048
 """Of one request, as at OpenAI."""
@@ -37,7 +38,8 @@ async def pooled(tokens: tuple[int, ...], asked: AskedVectors, ring: Ring, sessi
             stop = min(start + ring.piece, seen)
             wanted = pooling.wanted(start, stop, seen)
             piece = Advance(
-                session=session, start=start, tokens=tokens[start:stop], choose=wanted, states_wanted=True
+                session=session, start=start, tokens=tokens[start:stop], choose=wanted, states_wanted=True,
+                sampling=Choosing(prompt_tokens=seen),
             )  # fmt: skip
             states = (await ring.advance(piece)).states
             if len(states) != 4 * wanted * pooling.hidden:

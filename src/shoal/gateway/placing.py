@@ -14,10 +14,9 @@ from shoal.gateway.rings import Replica as ServingReplica
 from shoal.gateway.rings import RingLost, RingRefused
 from shoal.gateway.scouting import Scout
 from shoal.identity import Envelope
-from shoal.inference.commands import Advance
 from shoal.protocol.blobs import BlobHolder
 from shoal.protocol.messages import encode
-from shoal.protocol.serving import Choosing, ServeJob, StageInvite, StagePlace
+from shoal.protocol.serving import ServeJob, StageInvite, StagePlace
 from shoal.sharding import ModelNeeds, Plan, Replica, plan, replan, standbys
 from shoal.world import Clock, Dice, Directory, Endpoint, Refused, within
 
@@ -221,18 +220,15 @@ class Placer:
         await self._try(ring)
 
     async def _try(self, ring: NodeRing) -> None:
-        """Two positions through all stages: the links between them are open then, and what they take is known."""
-        session, plain = int.from_bytes(self.dice.bytes(8)) >> 1, Choosing(temperature=0)
+        """Have it ready for its first stream."""
         try:
-            for at in range(2):
-                await ring.advance(Advance(session=session, start=at, tokens=(0,), choose=1, sampling=plain))
+            await ring.try_out(int.from_bytes(self.dice.bytes(8)) >> 1)
         except RingLost:
             return
         except RingRefused as error:
             if error.cause_code != "SH-570":  # full of streams that came meanwhile
                 ring.lose(Loss(error.sentence.rstrip("."), frozenset({ring.places[-1].node})))
             return
-        await ring.close_session(session)
 
     async def _retire(self, ring: NodeRing, invited: Sequence[asyncio.Task[None]]) -> None:
         """Let a ring go: after those that come instead were invited, so that they take over layers that are loaded, and

@@ -19,6 +19,7 @@ from shoal.inference.masks import allow
 from shoal.protocol.messages import decode, encode
 from shoal.protocol.offers import Done
 from shoal.protocol.serving import (
+    Choosing,
     LinkEcho,
     StageAnswer,
     StageEnd,
@@ -192,6 +193,19 @@ class NodeRing(LimitedRing):
     # --- what the gateway asks -------------------------------------------------------------------------------------
 
     async def _through(self, piece: Advance) -> Advanced:
+        self._meter.sent(piece.session, piece.start, len(piece.tokens), piece.choose, piece.sampling)
+        return await self._cross(piece)
+
+    async def try_out(self, session: int) -> None:
+        """Two positions through all stages: the links between them are open then, and what they take is known. Nobody
+        asked for them, so they are not metered. Raises RingLost and RingRefused."""
+        for at in range(2):
+            await self._cross(
+                Advance(session=session, start=at, tokens=(0,), choose=1, sampling=Choosing(temperature=0))
+            )
+        await self.close_session(session)
+
+    async def _cross(self, piece: Advance) -> Advanced:
         if self.lost.done():
             raise RingLost(f"{self.name}: {self.lost.result().reason}.")
         self._number += 1
@@ -203,7 +217,6 @@ class NodeRing(LimitedRing):
             choose=piece.choose,
             states_wanted=piece.states_wanted, choosing=piece.sampling, source=piece.source,
         )  # fmt: skip
-        self._meter.sent(piece.session, piece.start, len(piece.tokens), piece.choose, piece.sampling)
         began, alone = self._clock.monotonic(), not self._flying
         self._flying += len(piece.tokens)
         handing = asyncio.create_task(self._hand(work, future))
