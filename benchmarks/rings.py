@@ -24,6 +24,8 @@ from links import Access, CannotMeasure, Host, Network
 
 READY_S = 120.0
 SESSIONS = 16
+COALESCE_S = 0.0001
+"""Few packets are under way, and each of them is waited for: the switch may wake for every one."""
 SHOAL = [sys.executable, "-m", "shoal"]
 
 
@@ -77,7 +79,7 @@ class Rings:
         with contextlib.ExitStack() as stack:
             names = dict.fromkeys([self._gateway_host, *(f"node{number}" for number in range(self._count))])
             access = Access(self._one_way_ms / 2)
-            self.network = stack.enter_context(Network(dict.fromkeys(names, access), seed=1))
+            self.network = stack.enter_context(Network(dict.fromkeys(names, access), seed=1, coalesce_s=COALESCE_S))
             stack.callback(self._reap)
             gateway = self.network.hosts[self._gateway_host]
             hub = self.start(gateway, "hub", [*SHOAL, "hub", "--listen", f"tcp://{gateway.address}:0",
@@ -138,10 +140,12 @@ class Rings:
         return []
 
     @property
-    def computing_ms(self) -> float:
-        """What a token takes of computing in the ring that serves, as its nodes measured it when they loaded."""
+    def computing_ms(self) -> tuple[float, float]:
+        """What a token takes of computing in the ring that serves: in its stages' steps of late, and as measured
+        over and over when they were loaded."""
         name = " - ".join(self.working)
-        return float(re.findall(rf"^{name} is (?:ready|in reserve): ([\d.]+) ms", self.gateway.log, re.M)[-1])
+        loaded = re.findall(rf"^{name} is (?:ready|in reserve): ([\d.]+) ms", self.gateway.log, re.M)[-1]
+        return self.figures()[f'shoal_replica_computing_ms{{replica="{name}"}}'], float(loaded)
 
     def serve_model(self, model: Path, *options: str) -> None:
         """Another model from now on."""
@@ -174,7 +178,7 @@ class Rings:
         found = {}
         for line in answer["text"].splitlines():
             if line and not line.startswith("#"):
-                name, _, value = line.partition(" ")
+                name, _, value = line.rpartition(" ")
                 found[name] = float(value)
         return found
 

@@ -65,6 +65,7 @@ class EngineReplica:
         """Why it is of no more use, if it is not."""
         self._link, self._tokenizer, self._clock, self._lost = link, tokenizer, clock, lost
         self._places = asyncio.Semaphore(AT_ONCE)
+        self.computing_ms = 0.0
         self.streams, self.standby, self.leaving = 0, False, False
         self.prefixes = Prefixes(PREFIXES_MAX)
         """What it is likely to have: it keeps them as it sees fit."""

@@ -84,7 +84,8 @@ class Placer:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.gather(*(ring.close("The gateway is stopping.") for ring in self._placed.values()))
+        rings, self._placed = list(self._placed.values()), {}
+        await asyncio.gather(*(ring.close("The gateway is stopping.") for ring in rings))
 
     def arrange(self) -> None:
         """Plan with what is there now, and begin to carry it out."""

@@ -241,7 +241,9 @@ class NodeRing(LimitedRing):
         if alone:
             self.latency.measured(self._clock.monotonic() - began, len(piece.tokens))
             self.token_ms = self.latency.mean_s * 1000
-        return Advanced(states=answer.states, chosen=answer.chosen)
+            if len(piece.tokens) <= FEW:
+                self.computed(answer.computed_ms)
+        return Advanced(states=answer.states, chosen=answer.chosen, computed_ms=answer.computed_ms)
 
     async def _hand(self, work: StageWork, answered: asyncio.Future[StageAnswer]) -> None:
         """To the first stage. What it refuses is the answer."""

@@ -52,6 +52,8 @@ class _Replica(Protocol):
     """Whether a session that is replayed has the very bits that it had."""
     token_ms: float
     """What a token of one stream takes, as far as is known."""
+    computing_ms: float
+    """What of that is computing, as its stages say; 0 where nobody does."""
     start_ms: float
     """What a stream takes once, there and back, beside its positions and tokens."""
     streams: int
@@ -107,6 +109,7 @@ class LimitedRing(ABC):
 
     def __init__(self, name: str, *, stages: int, exact: bool, token_ms: float) -> None:
         self.name, self.exact, self.token_ms, self.start_ms = name, exact, token_ms, 0.0
+        self.computing_ms = 0.0
         self.piece = PIECE if stages == 1 else PIECE_OF_SEVERAL
         self.streams, self.standby, self.leaving = 0, False, False
         self.prefixes = Prefixes()
@@ -115,6 +118,10 @@ class LimitedRing(ABC):
     async def advance(self, piece: Advance) -> Advanced:
         async with self._places:
             return await self._through(piece)
+
+    def computed(self, took_ms: float) -> None:
+        """A step of a stream or two was computed in so long."""
+        self.computing_ms += (0.1 if self.computing_ms else 1.0) * (took_ms - self.computing_ms)
 
     @abstractmethod
     async def _through(self, piece: Advance) -> Advanced: ...

@@ -398,6 +398,12 @@ class _Figures(Collector):
             ),
         ):
             yield GaugeMetricFamily(f"shoal_{name}", said, value)
+        token = GaugeMetricFamily("shoal_replica_token_ms", "What a token of one stream takes.", labels=["replica"])
+        computing = GaugeMetricFamily("shoal_replica_computing_ms", "What of that is computing.", labels=["replica"])
+        for ring in self._service.rings:
+            token.add_metric([ring.name], ring.token_ms)
+            computing.add_metric([ring.name], ring.computing_ms)
+        yield from (token, computing)
         if self._keys is not None:
             yield from _used(self._keys().accounts)
 

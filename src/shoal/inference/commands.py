@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from shoal.engines.messages import Done, EngineMessage, Failed, Stop
-from shoal.protocol.serving import LAYERS_MAX, PIECE_MAX, Choosing, Chosen, Count, Session, States, Tokens
+from shoal.protocol.serving import LAYERS_MAX, PIECE_MAX, Choosing, Chosen, Count, Milliseconds, Session, States, Tokens
 
 FilePath = Annotated[str, Meta(min_length=1, max_length=4096)]
 
@@ -71,6 +71,8 @@ class Advanced(EngineMessage, frozen=True, kw_only=True):
 
     states: States = b""
     chosen: Annotated[tuple[Chosen, ...], Meta(max_length=PIECE_MAX)] = ()
+    computed_ms: Milliseconds = 0.0
+    """What the step took in which it was; of a ring, those of all its stages."""
 
 
 Reply = Done | StageLoaded | Advanced | Failed

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -139,9 +140,12 @@ class Worker:
         for one in taken:
             self._waiting.remove(one)
         began = self._clock.monotonic()
-        for one, reply in self._computed(taken):
-            await self._pipe.send(one.number, reply)
+        computed = self._computed(taken)
         took = self._clock.monotonic() - began
+        for one, reply in computed:
+            if isinstance(reply, Advanced):
+                reply = msgspec.structs.replace(reply, computed_ms=took * 1000)
+            await self._pipe.send(one.number, reply)
         self._cost = self._cost.measured(sum(len(one.command.tokens) for one in taken), took * 1000)
         if self._limit < 1:
             await self._clock.sleep(took * (1 / self._limit - 1))

@@ -260,10 +260,12 @@ class StageRun:
                     source=message.source,
                 )
             )
+            computed_ms = message.computed_ms + done.computed_ms
             if self._mine + 1 == len(self._invite.stages):
-                await self._answer(message, chosen=done.chosen, states=done.states)
+                await self._answer(message, chosen=done.chosen, states=done.states, computed_ms=computed_ms)
                 return
-            await self._ask(await self._next_link(), msgspec.structs.replace(message, states=done.states))
+            handed_on = msgspec.structs.replace(message, states=done.states, computed_ms=computed_ms)
+            await self._ask(await self._next_link(), handed_on)
         except EngineDied:
             return  # `run` tells the gateway
         except (EngineFailed, LinkError) as error:
@@ -292,12 +294,13 @@ class StageRun:
         *,
         chosen: tuple[Chosen, ...] = (),
         states: bytes = b"",
+        computed_ms: float = 0.0,
         code: str = "",
         sentence: str = "",
     ) -> None:
         answer = StageAnswer(
-            ring=self.ring, session=message.session, number=message.number, chosen=chosen, states=states, code=code,
-            sentence=sentence,
+            ring=self.ring, session=message.session, number=message.number, chosen=chosen, states=states,
+            computed_ms=computed_ms, code=code, sentence=sentence,
         )  # fmt: skip
         try:
             await self._ask(await self._gateway_link(), answer)

@@ -209,6 +209,8 @@ class StageWork(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, 
     """None to the first stage."""
     choose: Annotated[int, Meta(ge=0, le=PIECE_MAX)] = 0
     """The tokens that follow the last so many positions are wanted."""
+    computed_ms: Milliseconds = 0.0
+    """By the stages before."""
     states_wanted: bool = False
     """Not the tokens: the final hidden states of these positions."""
     choosing: Choosing = Choosing()
@@ -232,6 +234,8 @@ class StageAnswer(Message, frozen=True, kw_only=True, forbid_unknown_fields=True
     chosen: Annotated[tuple[Chosen, ...], Meta(max_length=PIECE_MAX)] = ()
     states: States = b""
     """Where they were wanted."""
+    computed_ms: Milliseconds = 0.0
+    """By all stages."""
     code: Code = ""
     """Of the error, where there is one."""
     sentence: Sentence = ""
