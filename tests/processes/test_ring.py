@@ -25,7 +25,7 @@ from shoal.gateway.remote import NodeRing, Rings
 from shoal.gateway.rings import Ring, RingLost, RingRefused
 from shoal.gateway.streams import Stream
 from shoal.identity import KeyPair
-from shoal.inference.commands import Advance
+from shoal.inference.commands import Advance, Advanced
 from shoal.models.configs import read_config
 from shoal.models.stages import shape_of
 from shoal.models.tokenizers import ByteTokenizer
@@ -269,6 +269,32 @@ def test_a_node_that_claims_more_is_disputed_and_one_that_died_is_missed(tmp_pat
             (line,) = world.accounts().disputed
             assert line.claimed is not None and line.claimed.computed_positions > 1000 > line.seen.computed_positions
             assert "positions computed" in line.reason
+
+    asyncio.run(asyncio.wait_for(scene(), GENEROUS_S))
+
+
+@pytest.mark.parametrize("wrong", ["not finite", "short"])
+def test_a_stage_that_computes_nonsense_is_noticed_by_the_next_one(tmp_path: Path, wrong: str) -> None:
+    async def scene() -> None:
+        async with a_world(tmp_path, 3) as world:
+            spare, ring = await world.ring(2, cuts=()), await world.ring(0, 1, cuts=(1,))
+            engine = world.nodes[0].host._stages[ring.ring][0]._layers.engine  # type: ignore[union-attr]
+            honest, steps = engine.advance, itertools.count()
+
+            async def advance(piece: Advance) -> Advanced:
+                done = await honest(piece)
+                if next(steps) < 4:
+                    return done
+                nonsense = b"\xff" * len(done.states) if wrong == "not finite" else done.states[4:]
+                return Advanced(states=nonsense)
+
+            engine.advance = advance  # type: ignore[method-assign]
+            stream = a_stream([ring, spare], 16)
+            assert await said(stream) == expected(world.checkpoint, 16)
+            assert stream.lost == [ring]
+            loss = ring.lost.result()
+            assert "hidden states" in loss.reason.lower() and loss.nodes == frozenset()
+            assert loss.ways == {(ring.places[0].node, ring.places[1].node)}
 
     asyncio.run(asyncio.wait_for(scene(), GENEROUS_S))
 

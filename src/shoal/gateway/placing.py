@@ -142,19 +142,18 @@ class Placer:
         number = self.dice.bytes(16)
         meter = self.metering.ring(number, places, names)
         ring = NodeRing(" - ".join(names), number, places, links, self.clock, token_ms=replica.token_ms, meter=meter)
-        began = self.clock.monotonic()
         self.rings.add(ring)
-        ring.lost.add_done_callback(lambda lost: self._lost(ring, lost.result(), self.clock.monotonic() - began))
+        ring.lost.add_done_callback(lambda lost: self._lost(ring, lost.result()))
         ring.asked_to_leave.add_done_callback(lambda asked: self._leaving(ring, asked.result()))
         if len(links) < len(places):
             ring.lose(Loss("the link to a stage of it is down"))
         return ring
 
-    def _lost(self, ring: NodeRing, loss: Loss, lived_s: float) -> None:
+    def _lost(self, ring: NodeRing, loss: Loss) -> None:
         self._stop_serving(ring)
         if ring in self._placed.values():
             self.say(f"{ring.name} is lost: {loss.reason}.")
-        self.scout.failed(loss, lived_s)
+        self.scout.failed(loss)
         self._wake.set()
 
     def _leaving(self, ring: NodeRing, asked: tuple[bytes, str]) -> None:

@@ -56,6 +56,8 @@ RECEIPTS_S = 1.0
 REFUSALS = frozenset({"SH-270", "SH-272", "SH-275", "SH-570"})
 """What a stage says of a request, not of itself: elsewhere it would be the same, or memory is full."""
 
+BAD_STATES = "SH-277"
+
 
 class UnknownRing(BadRecord):
     """A node asks about a ring that its gateway has given up, or never had."""
@@ -185,6 +187,11 @@ class NodeRing(LimitedRing):
     def answered(self, message: StageAnswer, peer: bytes) -> None:
         """The last stage answers; any stage may say that it cannot."""
         if peer != self.places[-1].node and not (message.code and peer in {place.node for place in self.places}):
+            return
+        order = [place.node for place in self.places]
+        if message.code == BAD_STATES and (at := order.index(peer)) > 0:
+            # One of the two lies, or computes wrongly; which one, others will show.
+            self.lose(Loss(message.sentence.rstrip("."), ways=frozenset({(order[at - 1], peer)})))
             return
         future = self._waiting.get(message.number)
         if future is not None and not future.done():

@@ -33,8 +33,8 @@ PROBE_AGAIN_S = 30.0
 """A way that did not get through is tried again."""
 REST_S, REST_MAX_S = 2.0, 300.0
 """How long a node that failed is left alone: the first time, and at most; each time twice as long."""
-STEADY_S = 60.0
-"""Who has worked for so long has failed for the first time."""
+STEADY_S = 30.0
+"""Who was there for so long has failed for the first time."""
 CPU_SHARE = 0.5
 """Part of a machine's memory that a stage on its processor may take."""
 DEVICE_SHARE = 0.9
@@ -51,6 +51,8 @@ class _Known:
     far_ms: float
     """Round trip."""
     layer_ms: float
+    since: float
+    """When it was met."""
     last_ms: float = 0.0
     ours: bool = False
     """It has held layers for this gateway: when it is busy, then with that."""
@@ -118,7 +120,8 @@ class Scout:
         finally:
             del self._meeting[one.node]
         rate = _device(one.offer).memory_bytes_per_s or 1e9
-        self._known[one.node] = _Known(one.offer, link, far_ms, 1000 * self._needs.layer_bytes / rate)
+        guess_ms = 1000 * self._needs.layer_bytes / rate
+        self._known[one.node] = _Known(one.offer, link, far_ms, guess_ms, self._clock.monotonic())
         if not self._meeting:  # of several that come at once, the last measures for all
             await self._probe()
             self._changed()
@@ -221,13 +224,16 @@ class Scout:
         if known is not None:
             known.leaving = True
 
-    def failed(self, loss: Loss, lived_s: float) -> None:
-        """A ring was lost after `lived_s` seconds; who is to blame is left alone for a while."""
+    def failed(self, loss: Loss) -> None:
+        """A ring was lost; who is to blame is left alone for a while, once for all the rings that are lost with it."""
+        now = self._clock.monotonic()
         for node in loss.nodes:
-            if lived_s > STEADY_S:
+            if self._failed.rests(node):
+                continue
+            known = self._known.get(node)
+            if known is not None and now - known.since > STEADY_S:
                 self._failed.succeeded(node)
             self._failed.tried(node)
-        now = self._clock.monotonic()
         for one, other in loss.ways:
             self._between[min(one, other), max(one, other)] = (math.inf, now)
 

@@ -27,6 +27,12 @@ class BadPiece(BadRecord):
     code = "SH-270"
 
 
+class BadStates(BadRecord):
+    """What the stage before sends are no hidden states: of another shape, or not finite."""
+
+    code = "SH-277"
+
+
 class NoSource(BadRecord):
     """A session was to take over positions of one that is not kept any more, or never had them."""
 
@@ -205,7 +211,7 @@ class StageEngine:
                 if int(piece.inputs.min()) < 0 or int(piece.inputs.max()) >= self.shape.vocabulary:
                     raise BadPiece(f"A token id is not within the vocabulary of {self.shape.vocabulary}.")
             elif piece.inputs.shape[1:] != (self.shape.hidden,) or not torch.isfinite(piece.inputs).all():
-                raise BadPiece(
+                raise BadStates(
                     f"Hidden states of shape {tuple(piece.inputs.shape)} came, or such that are not finite; "
                     f"[{count}, {self.shape.hidden}] is what this stage takes."
                 )

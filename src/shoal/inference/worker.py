@@ -25,7 +25,7 @@ from shoal.inference.batching import Ask, StepCost, next_step
 from shoal.inference.commands import Advance, Advanced, Asked, CloseSession, LoadStage, Reply, StageLoaded
 from shoal.inference.masks import unpacked
 from shoal.inference.sampling import choose
-from shoal.inference.stage import POSITIONS_MAX, BadPiece, Piece, StageEngine
+from shoal.inference.stage import POSITIONS_MAX, BadPiece, BadStates, Piece, StageEngine
 from shoal.protocol.serving import Chosen
 from shoal.world import Clock, SystemClock
 from shoal.world.processes import stay_within_memory
@@ -189,7 +189,7 @@ class Worker:
             return torch.tensor(command.tokens, dtype=torch.int64)
         hidden = engine.shape.hidden
         if len(command.states) != 4 * hidden * len(command.tokens):
-            raise BadPiece(
+            raise BadStates(
                 f"{len(command.states)} bytes of hidden states came for {len(command.tokens)} positions; this stage "
                 f"takes {4 * hidden} for each."
             )
