@@ -52,7 +52,7 @@ class _Known:
     """Round trip."""
     layer_ms: float
     since: float
-    """When it was met."""
+    """When it was met, or failed last."""
     last_ms: float = 0.0
     ours: bool = False
     """It has held layers for this gateway: when it is busy, then with that."""
@@ -231,8 +231,10 @@ class Scout:
             if self._failed.rests(node):
                 continue
             known = self._known.get(node)
-            if known is not None and now - known.since > STEADY_S:
-                self._failed.succeeded(node)
+            if known is not None:
+                if now - known.since > STEADY_S:
+                    self._failed.succeeded(node)
+                known.since = now
             self._failed.tried(node)
         for one, other in loss.ways:
             self._between[min(one, other), max(one, other)] = (math.inf, now)
