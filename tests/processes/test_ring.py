@@ -273,6 +273,24 @@ def test_a_node_that_claims_more_is_disputed_and_one_that_died_is_missed(tmp_pat
     asyncio.run(asyncio.wait_for(scene(), GENEROUS_S))
 
 
+def test_a_prompt_whose_beginning_was_let_go_is_read_anew_and_known_from_then_on(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with a_world(tmp_path, 2) as world:
+            ring = await world.ring(0, 1, cuts=(1,))
+            tokens = expected(world.checkpoint, 8)
+            ring.prefixes.add(999, PROMPT)  # no stage has it any more
+            first, second, stranger = (a_stream([ring], 8) for _ in range(3))
+            stranger.scope = "somebody else"
+            assert await said(first) == tokens
+            found = ring.prefixes.find(PROMPT)
+            assert found is not None and found.session != 999
+            assert await said(second) == tokens and second.reused >= len(PROMPT) - 1
+            assert await said(stranger) == tokens and stranger.reused == 0
+            assert first.lost == second.lost == []
+
+    asyncio.run(asyncio.wait_for(scene(), GENEROUS_S))
+
+
 @pytest.mark.parametrize("wrong", ["not finite", "short"])
 def test_a_stage_that_computes_nonsense_is_noticed_by_the_next_one(tmp_path: Path, wrong: str) -> None:
     async def scene() -> None:

@@ -138,6 +138,7 @@ class Stream:
                     if error.cause_code != NO_SOURCE or seat.source is None:
                         raise
                     ring.prefixes.forget(seat.source)
+                    self.reused -= seat.kept
                     self._leave(seat, done)
                     seat = _Seat(ring, self.new_session())
                     ring.streams += 1
@@ -244,7 +245,8 @@ class Stream:
         ring.streams -= 1
         if isinstance(ring, Continuing):
             return
-        forget = ring.prefixes.add(seat.session, done[: seat.kept], self.scope)
+        kept = 0 if seat.source is not None else seat.kept  # what was to be taken over has not been
+        forget = ring.prefixes.add(seat.session, done[:kept], self.scope)
         for session in {seat.session, *forget}:
             _afterwards(ring.close_session(session, keep=session not in forget))
 
