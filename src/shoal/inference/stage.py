@@ -27,7 +27,7 @@ class BadPiece(BadRecord):
     code = "SH-270"
 
 
-class BadStates(BadRecord):
+class BadStates(BadPiece):
     """What the stage before sends are no hidden states: of another shape, or not finite."""
 
     code = "SH-277"
