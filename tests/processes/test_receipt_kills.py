@@ -37,9 +37,8 @@ def a_line(session: int) -> Kept:
 
 
 def test_what_was_written_survives_kill_9(tmp_path: Path) -> None:
-    written = -1
-    for _ in range(3):
-        folder = tmp_path / str(written)
+    for attempt in range(3):
+        folder = tmp_path / str(attempt)
         words = [sys.executable, "-c", WRITER, str(folder), str(Path(__file__).parent)]
         written = -1
         with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
