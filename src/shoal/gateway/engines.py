@@ -24,7 +24,7 @@ from shoal.protocol.messages import encode
 from shoal.protocol.offers import FOUND_MAX, EngineOffer, OfferFind
 from shoal.protocol.serving import Choosing, Chosen
 from shoal.world import Clock, Directory, Endpoint, FoundOffer, Link, Refused
-from shoal.world.reach import echo_ms, reach
+from shoal.world.reach import reach_and_time
 
 LOOK_EVERY_S = 2.0
 DIAL_DEADLINE_S = 5.0
@@ -195,11 +195,10 @@ class EngineFinder:
         if engine is None or engine.model != self.model:
             return
         try:
-            link = await reach(
+            link, far_ms = await reach_and_time(
                 one.node, one.offer, endpoint=self.endpoint, directory=self.directory, clock=self.clock,
-                dial_deadline_s=DIAL_DEADLINE_S,
+                deadline_s=DIAL_DEADLINE_S,
             )  # fmt: skip
-            far_ms = await echo_ms(link, self.clock, DIAL_DEADLINE_S)
         except ShoalError as error:  # whatever is wrong with one offer, serving goes on
             _log.info("the engine of %s cannot serve: %s", one.offer.name, error)
             return

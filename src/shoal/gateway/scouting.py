@@ -19,7 +19,7 @@ from shoal.sharding import GATEWAY, Links, ModelNeeds, ServingNode
 from shoal.world import Clock, Endpoint, FoundOffer, Link
 from shoal.world.directory import Directory
 from shoal.world.lookout import Backoff, Lookout
-from shoal.world.reach import echo_ms, reach
+from shoal.world.reach import reach_and_time
 
 LOOK_EVERY_S = 2.0
 DIAL_DEADLINE_S = 5.0
@@ -108,11 +108,10 @@ class Scout:
 
     async def _meet(self, one: FoundOffer) -> None:
         try:
-            link = await reach(
+            link, far_ms = await reach_and_time(
                 one.node, one.offer, endpoint=self._endpoint, directory=self._directory, clock=self._clock,
-                dial_deadline_s=DIAL_DEADLINE_S,
+                deadline_s=DIAL_DEADLINE_S,
             )  # fmt: skip
-            far_ms = await echo_ms(link, self._clock, DIAL_DEADLINE_S)
         except ShoalError as error:  # whatever is wrong with one offer, serving goes on
             self._failed.tried(one.node)
             _log.info("%s cannot serve: %s", one.offer.name, error)

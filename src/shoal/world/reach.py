@@ -42,6 +42,16 @@ async def reach(
     raise LinkError(f"Node {offer.name} ({short_id(node)}) was asked to call back and did not.")
 
 
+async def reach_and_time(
+    node: bytes, offer: Offer, *, endpoint: Endpoint, directory: Directory, clock: Clock, deadline_s: float
+) -> tuple[Link, float]:
+    """A link to the node that made an offer, and its round trip in milliseconds. Raises ShoalError."""
+    link = await reach(
+        node, offer, endpoint=endpoint, directory=directory, clock=clock, dial_deadline_s=deadline_s
+    )  # fmt: skip
+    return link, await echo_ms(link, clock, deadline_s)
+
+
 async def echo_ms(link: Link, clock: Clock, deadline_s: float) -> float:
     """The shortest round trip of a few small requests. Raises LinkError."""
     times = []
