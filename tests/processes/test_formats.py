@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,14 +11,12 @@ import httpx
 import openai
 import pytest
 import torch
-from test_gateway import GENEROUS_S, a_served, events, with_endpoint
+from test_gateway import GENEROUS_S, a_doomed_replica, a_served, events, with_endpoint
 from test_stages import a_checkpoint
 from transformers import AutoModelForCausalLM
 
-from shoal.gateway.rings import LocalRing
 from shoal.models.tokenizers import ByteTokenizer
-from shoal.sdk.serve import LocalServer, ServeOptions
-from shoal.world import SystemClock, SystemDice
+from shoal.sdk.serve import LocalServer
 
 PERSON: dict[str, Any] = {
     "type": "object",
@@ -181,25 +177,16 @@ def test_a_format_holds_where_a_replica_is_killed(checkpoint: Path) -> None:
         body = {"model": "small", "messages": ASK, "max_tokens": 120, "seed": 5, "response_format": SCHEMA}
         undisturbed = (await web.post("/v1/chat/completions", json=body)).json()["choices"][0]["message"]["content"]
         for position in (1, 3, 6):
-            spare = LocalServer(ServeOptions(checkpoint, "small", cuts=(1,)), SystemClock(), SystemDice())
-            await spare.start()
-            assert spare.service is not None
-            (doomed,) = spare.service.rings
-            assert isinstance(doomed, LocalRing)
-            doomed.token_ms = 0.001  # it is chosen first
-            service.rings.insert(0, doomed)
-            stages = list(spare._stages)
-            said, pieces = "", 0
-            async with web.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as response:
-                async for line in response.aiter_lines():
-                    if line.startswith("data: {"):
-                        said += json.loads(line.removeprefix("data: "))["choices"][0]["delta"].get("content", "")
-                        pieces += 1
-                        if pieces == position:
-                            os.kill(stages[position % 2].pid, signal.SIGKILL)
-            assert said == undisturbed, position
-            service.rings.remove(doomed)
-            await spare.stop()
+            async with a_doomed_replica(checkpoint, service) as kill:
+                said, pieces = "", 0
+                async with web.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as response:
+                    async for line in response.aiter_lines():
+                        if line.startswith("data: {"):
+                            said += json.loads(line.removeprefix("data: "))["choices"][0]["delta"].get("content", "")
+                            pieces += 1
+                            if pieces == position:
+                                kill(position % 2)
+                assert said == undisturbed, position
         assert service.counts.resumed > 0
         assert is_person(undisturbed)
         steps = service.counts.steps

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM
 
 from shoal.gateway.rings import LocalRing
+from shoal.gateway.service import ModelService
 from shoal.models.configs import BadModel
 from shoal.models.tokenizers import ByteTokenizer
 from shoal.sdk.serve import LocalServer, ServeOptions
@@ -205,6 +206,24 @@ def test_a_client_that_hangs_up_frees_its_session_at_once(checkpoint: Path) -> N
     with_endpoint(checkpoint, scene)
 
 
+@contextlib.asynccontextmanager
+async def a_doomed_replica(checkpoint: Path, service: ModelService) -> AsyncIterator[Callable[[int], None]]:
+    """A second replica of two stages, which is chosen first; gives what kills one of them (SIGKILL)."""
+    spare = LocalServer(ServeOptions(checkpoint, "small", cuts=(1,)), SystemClock(), SystemDice())
+    await spare.start()
+    assert spare.service is not None
+    (doomed,) = spare.service.rings
+    assert isinstance(doomed, LocalRing)
+    doomed.token_ms = 0.001
+    service.rings.insert(0, doomed)
+    stages = list(spare._stages)
+    try:
+        yield lambda stage: os.kill(stages[stage].pid, signal.SIGKILL)
+    finally:
+        service.rings.remove(doomed)
+        await spare.stop()
+
+
 def test_a_stream_goes_on_when_its_replica_is_killed(checkpoint: Path) -> None:
     """At every position of a short text, greedy and drawn: two replicas, of which the one in use dies."""
 
@@ -215,25 +234,16 @@ def test_a_stream_goes_on_when_its_replica_is_killed(checkpoint: Path) -> None:
             body = {"model": "small", "prompt": PROMPT * 3, "max_tokens": 12, **sampling}
             undisturbed = (await web.post("/v1/completions", json=body)).json()["choices"][0]["text"]
             for position in range(12):
-                spare = LocalServer(ServeOptions(checkpoint, "small", cuts=(1,)), SystemClock(), SystemDice())
-                await spare.start()
-                assert spare.service is not None
-                (doomed,) = spare.service.rings
-                assert isinstance(doomed, LocalRing)
-                doomed.token_ms = 0.001  # it is chosen first
-                service.rings.insert(0, doomed)
-                stages = list(spare._stages)
-                said, pieces = "", 0
-                async with web.stream("POST", "/v1/completions", json={**body, "stream": True}) as response:
-                    async for line in response.aiter_lines():
-                        if line.startswith("data: {"):
-                            said += json.loads(line.removeprefix("data: "))["choices"][0]["text"]
-                            pieces += 1
-                            if pieces == position:
-                                os.kill(stages[position % 2].pid, signal.SIGKILL)
-                assert said == undisturbed, position
-                service.rings.remove(doomed)
-                await spare.stop()
+                async with a_doomed_replica(checkpoint, service) as kill:
+                    said, pieces = "", 0
+                    async with web.stream("POST", "/v1/completions", json={**body, "stream": True}) as response:
+                        async for line in response.aiter_lines():
+                            if line.startswith("data: {"):
+                                said += json.loads(line.removeprefix("data: "))["choices"][0]["text"]
+                                pieces += 1
+                                if pieces == position:
+                                    kill(position % 2)
+                    assert said == undisturbed, position
         assert service.counts.resumed > 0
 
     with_endpoint(checkpoint, scene)
@@ -271,8 +281,8 @@ def test_a_draft_model_changes_nothing_that_is_said(checkpoint: Path, tmp_path: 
             assert texts == plain
             steps[name] = server.service.counts.steps
             if kill:
-                assert server._draft is not None
-                os.kill(server._draft.pid, signal.SIGKILL)
+                assert server.service.draft is not None
+                os.kill(server.service.draft.stage.pid, signal.SIGKILL)
                 assert await said(web) == plain
 
         return scene

@@ -31,12 +31,12 @@ from shoal.gateway.web import make_app
 from shoal.hub import HubClient
 from shoal.identity import KeyPair, load_or_create_key
 from shoal.inference.attention import BLOCK, kept_bytes, padded
-from shoal.inference.commands import LoadStage
+from shoal.inference.commands import LoadStage, StageLoaded
 from shoal.inference.process import StageProcess
 from shoal.models.checkpoints import weight_files
 from shoal.models.configs import BadModel, positions_of, read_config
 from shoal.models.pooling import read_pooling
-from shoal.models.stages import Shape, shape_of, survey
+from shoal.models.stages import Shape, Survey, shape_of, survey
 from shoal.models.tokenizers import TextTokenizer, has_tokenizer, load_tokenizer
 from shoal.protocol.blobs import BlobHolder
 from shoal.protocol.hubs import HubTicket
@@ -113,6 +113,11 @@ class _Model:
         """Raises BadModel."""
         return weight_files(self.directory)
 
+    @functools.cached_property
+    def layout(self) -> Survey:
+        """Where its tensors lie. Raises BadModel."""
+        return survey(self.config, self.files)
+
     @property
     def positions(self) -> int:
         """Raises BadModel. Engines may serve families that Shoal's own runtime does not."""
@@ -122,6 +127,11 @@ class _Model:
         if positions is None:
             raise BadModel(f"The config in {self.directory} does not say how long a text may be.")
         return positions
+
+
+def _tokenizer_of(directory: Path) -> TextTokenizer:
+    """Raises BadTokenizer."""
+    return load_tokenizer(str(directory) if has_tokenizer(directory) else "bytes")
 
 
 def checkpoint_of(path: Path) -> Path:
@@ -151,7 +161,8 @@ class ServedModel:
         self.options, self.clock, self.dice = options, clock, dice
         self.service: ModelService | None = None
         self._face: HttpFace | None = None
-        self._draft: StageProcess | None = None
+        self._stages: list[StageProcess] = []
+        """Processes of this machine that hold layers."""
 
     async def start(self) -> str:
         """Load and serve; gives the URL.
@@ -171,11 +182,11 @@ class ServedModel:
         model = _Model(directory, config, options.engines_only)
         if not options.engines_only:
             _ = model.shape, model.files  # what is wrong with them is said before anything is started
-        tokenizer = load_tokenizer(str(directory) if has_tokenizer(directory) else "bytes")
+        tokenizer = _tokenizer_of(directory)
         pooling, generates = None, True
         if not options.engines_only:
             pooling = read_pooling(directory, config, model.shape.hidden)
-            generates = survey(config, model.files).has_head
+            generates = model.layout.has_head
         if not generates and pooling is None:
             raise BadModel(
                 f"{directory}: its files hold no head, so it says nothing; and no modules.json says how it embeds."
@@ -207,23 +218,26 @@ class ServedModel:
         directory = checkpoint_of(path)
         config = read_config(directory)
         shape = shape_of(config)
-        its = load_tokenizer(str(directory) if has_tokenizer(directory) else "bytes")
-        if its.of_library().get_vocab() != tokenizer.of_library().get_vocab():
+        if _tokenizer_of(directory).of_library().get_vocab() != tokenizer.of_library().get_vocab():
             raise BadModel(f"{directory} reads texts as other tokens than {model.directory}: it cannot guess for it.")
-        stage = self._draft = await StageProcess.start("the draft model", threads=1)
         memory = min(SESSIONS_MAX_BYTES, int(psutil.virtual_memory().available * DRAFT_SHARE))
-        try:
-            loaded = await stage.load(
-                LoadStage(
-                    config=config, files=tuple(map(str, weight_files(directory))), first=0, stop=shape.layers,
-                    memory_bytes=memory,
-                )
-            )  # fmt: skip
-        except EngineFailed as error:
-            raise ServeFailed(f"{path} cannot be used as a draft: {error.sentence}") from error
+        command = LoadStage(
+            config=config, files=tuple(map(str, weight_files(directory))), first=0, stop=shape.layers,
+            memory_bytes=memory,
+        )  # fmt: skip
+        stage, loaded = await self._load_here("the draft model", command, f"{path} cannot be used as a draft")
         token_ms = loaded.layer_ms * shape.layers + loaded.last_ms
         self.options.say(f"The draft model is loaded: {token_ms:.1f} ms a token.")
         return Draft(stage, token_ms, shape.positions)
+
+    async def _load_here(self, name: str, command: LoadStage, trouble: str) -> tuple[StageProcess, StageLoaded]:
+        """Layers in a process of this machine, until `stop`. Raises ServeFailed, which begins with `trouble`."""
+        stage = await StageProcess.start(name, threads=command.threads)
+        self._stages.append(stage)
+        try:
+            return stage, await stage.load(command)
+        except EngineFailed as error:
+            raise ServeFailed(f"{trouble}: {error.sentence}") from error
 
     async def _hold(self, model: _Model, service: ModelService) -> None:
         """Have the model held, and fill in the service's rings and how much they admit."""
@@ -233,50 +247,36 @@ class ServedModel:
         """Twice, or before the start, is harmless."""
         if self._face is not None:
             await self._face.stop()
-        if self._draft is not None:
+        for stage in self._stages:
             with contextlib.suppress(EngineFailed):
-                await self._draft.stop()
+                await stage.stop()
+        self._stages.clear()
 
 
 class LocalServer(ServedModel):
     """The model in child processes of this machine."""
-
-    def __init__(self, options: ServeOptions, clock: Clock, dice: Dice) -> None:
-        super().__init__(options, clock, dice)
-        self._stages: list[StageProcess] = []
 
     async def _hold(self, model: _Model, service: ModelService) -> None:
         warm()
         options, layers = self.options, model.shape.layers
         memory = min(SESSIONS_MAX_BYTES, int(psutil.virtual_memory().available * SESSIONS_SHARE))
         ends = [0, *options.cuts, layers]
-        token_ms, exact = 0.0, True
+        stages, token_ms, exact = list[StageProcess](), 0.0, True
         for first, stop in itertools.pairwise(ends):
-            stage = await StageProcess.start(f"layers {first} to {stop - 1}", threads=options.threads)
-            self._stages.append(stage)
-            try:
-                loaded = await stage.load(
-                    LoadStage(
-                        config=model.config, files=tuple(map(str, model.files)), first=first, stop=stop,
-                        memory_bytes=memory * (stop - first) // layers, device=options.device,
-                        threads=options.threads,
-                    )
-                )  # fmt: skip
-            except EngineFailed as error:
-                raise ServeFailed(f"{options.model} cannot be served: {error.sentence}") from error
+            command = LoadStage(
+                config=model.config, files=tuple(map(str, model.files)), first=first, stop=stop,
+                memory_bytes=memory * (stop - first) // layers, device=options.device, threads=options.threads,
+            )  # fmt: skip
+            stage, loaded = await self._load_here(
+                f"layers {first} to {stop - 1}", command, f"{options.model} cannot be served"
+            )
+            stages.append(stage)
             token_ms += loaded.layer_ms * (stop - first) + loaded.last_ms
             exact = exact and loaded.exact
             options.say(f"Layers {first} to {stop - 1} are loaded: {loaded.layer_ms * (stop - first):.1f} ms a token.")
-        service.rings.append(LocalRing("this machine", self._stages, exact=exact, token_ms=token_ms))
+        service.rings.append(LocalRing("this machine", stages, exact=exact, token_ms=token_ms))
         block_bytes = _cache_bytes(model.shape, layers, BLOCK)
         service.admission.positions = max(service.context, memory * BLOCK // block_bytes)
-
-    async def stop(self) -> None:
-        await super().stop()
-        for stage in self._stages:
-            with contextlib.suppress(EngineFailed):
-                await stage.stop()
-        self._stages.clear()
 
 
 class NodesServer(ServedModel):
@@ -325,7 +325,7 @@ class NodesServer(ServedModel):
     ) -> Placer:
         """What keeps layers of the model on nodes, which fetch its files from here."""
         options, shape = self.options, model.shape
-        found = survey(model.config, model.files)
+        found = model.layout
         folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="shoal-serve-"))
         size = sum(file.stat().st_size for file in model.files)
         store = BlobStore(Path(folder), 2 * size + (1 << 30), self.clock)
