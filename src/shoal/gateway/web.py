@@ -99,19 +99,19 @@ def make_app(
     async def chat(request: Request[Any, Any, Any]) -> Response[bytes] | Stream:
         asked_for = read_chat(await request.body())
         asked = service.chat(asked_for)
-        return await _reply(service, asked, _Chat(service, asked, asked_for), request.state.get("account"))
+        return await _reply(service, asked, _Chat(service, asked, asked_for), _account(request))
 
     @post("/v1/completions", status_code=200)
     async def completions(request: Request[Any, Any, Any]) -> Response[bytes] | Stream:
         asked_for = read_completion(await request.body())
         asked = service.completion(asked_for)
-        return await _reply(service, asked, _Text(service, asked_for), request.state.get("account"))
+        return await _reply(service, asked, _Text(service, asked_for), _account(request))
 
     @post("/v1/embeddings", status_code=200)
     async def embeddings(request: Request[Any, Any, Any]) -> Response[bytes]:
         asked_for = read_embedding(await request.body())
         asked = service.embedding(asked_for)
-        count, account = sum(map(len, asked.inputs)), request.state.get("account") or Account(EVERYBODY, 0.0)
+        count, account = sum(map(len, asked.inputs)), _account(request)
         account.enter(count, 0, service.clock.monotonic())
         service.counts.requests += 1
         try:
@@ -246,9 +246,12 @@ class _Text(_Reply):
         return _signed(self._completion(choices, usage), [parts[-1] for parts in pieces])
 
 
-async def _reply(
-    service: ModelService, asked: Asked, reply: _Reply, account: Account | None
-) -> Response[bytes] | Stream:
+def _account(request: Request[Any, Any, Any]) -> Account:
+    """Of the key that asks."""
+    return request.state.get("account") or Account(EVERYBODY, 0.0)
+
+
+async def _reply(service: ModelService, asked: Asked, reply: _Reply, account: Account) -> Response[bytes] | Stream:
     pieces = _pieces(service, asked, account)
     if reply.stream:
         first = await anext(pieces)  # what is wrong from the beginning is no stream
@@ -262,10 +265,8 @@ async def _reply(
     return _json(reply.whole(parts, _usage(asked, said)))
 
 
-async def _pieces(service: ModelService, asked: Asked, account: Account | None) -> AsyncGenerator[Piece]:
+async def _pieces(service: ModelService, asked: Asked, account: Account) -> AsyncGenerator[Piece]:
     """What is answered, on the account of the key that asks. Raises LimitReached, and what `answer` does."""
-    if account is None:
-        account = Account(EVERYBODY, 0.0)
     most = len(asked.prompts) * asked.choices * asked.tokens_max
     account.enter(sum(map(len, asked.prompts)), most, service.clock.monotonic())
     service.counts.requests += 1
