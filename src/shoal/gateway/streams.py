@@ -101,20 +101,11 @@ class Stream:
                 ring = seat.ring
                 if isinstance(ring, Continuing):
                     try:
-                        async with aclosing(ring.generate(done, self.sampling, until - len(done))) as continuation:
-                            async for more in continuation:
-                                fresh = self._until_end(more.chosen, until - len(done))
-                                self.finish = self.finish or more.finish
-                                done += [one.token for one in fresh]
-                                if fresh:
-                                    self._came_from(ring)
-                                    yield fresh
-                                if self.finish:
-                                    break
+                        async with aclosing(self._continued(ring, done, until)) as continuation:
+                            async for fresh in continuation:
+                                yield fresh
                     except RingLost as error:
-                        self.lost.append(ring)
-                        ring.streams -= 1
-                        seat = self._sit(done, error)
+                        seat = self._elsewhere(seat, done, error)
                     continue
                 guess: tuple[int, ...] = ()
                 if self.guess and seat.kept == len(done) - 1:
@@ -130,9 +121,7 @@ class Stream:
                 try:
                     chosen = await self._step(ring, seat, done, guess, sampling)
                 except RingLost as error:
-                    self.lost.append(ring)
-                    ring.streams -= 1
-                    seat = self._sit(done, error)
+                    seat = self._elsewhere(seat, done, error)
                     continue
                 except RingRefused as error:
                     if error.cause_code != NO_SOURCE or seat.source is None:
@@ -173,6 +162,19 @@ class Stream:
                 self.finish = "length"
                 return tuple(chosen[: at + 1])
         return tuple(chosen)
+
+    async def _continued(self, ring: Continuing, done: list[int], until: int) -> AsyncGenerator[tuple[Chosen, ...]]:
+        """What a replica that goes on by itself says, until the stream ends or the replica does; `done` grows by it."""
+        async with aclosing(ring.generate(done, self.sampling, until - len(done))) as continuation:
+            async for more in continuation:
+                fresh = self._until_end(more.chosen, until - len(done))
+                self.finish = self.finish or more.finish
+                done += [one.token for one in fresh]
+                if fresh:
+                    self._came_from(ring)
+                    yield fresh
+                if self.finish:
+                    return
 
     # --- through a replica -----------------------------------------------------------------------------------------
 
@@ -239,6 +241,13 @@ class Stream:
             return _Seat(ring, self.new_session())
         self.reused += found.positions
         return _Seat(ring, self.new_session(), found.positions, found.session)
+
+    def _elsewhere(self, seat: _Seat, done: Sequence[int], error: RingLost) -> _Seat:
+        """The replica is lost. Raises StreamLost where there is no other; the seat is then still to be left."""
+        self.lost.append(seat.ring)
+        other = self._sit(done, error)
+        seat.ring.streams -= 1
+        return other
 
     def _leave(self, seat: _Seat, done: Sequence[int]) -> None:
         ring = seat.ring
