@@ -73,6 +73,7 @@ class Rings:
         self._gateway_host = "node0" if beside_first else "gateway"
         self._started: list[Process] = []
         self.nodes: dict[str, Process] = {}
+        self.gateway: Process | None = None
 
     def __enter__(self) -> Rings:
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -154,7 +155,7 @@ class Rings:
 
     def serve(self, *options: str) -> None:
         """The endpoint and a client of it; one that runs already is ended first."""
-        if hasattr(self, "gateway"):
+        if self.gateway is not None:
             self.client.reap()
             self.gateway.interrupt()
             self.gateway.wait(30)

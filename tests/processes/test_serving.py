@@ -79,15 +79,14 @@ def test_replicas_on_nodes_and_a_stream_that_outlives_one(checkpoint: Path, tmp_
             text = expected(checkpoint, PROMPT * 3, 40)
             assert (await web.post("/v1/completions", json=BODY)).json()["choices"][0]["text"] == text
             await until(lambda: service.counts.receipts == 1)
-            got, doomed = "", None
-            long = BODY | {"stream": True, "max_tokens": 400}
-            async with web.stream("POST", "/v1/completions", json=long) as response:
-                async for line in response.aiter_lines():
-                    if line.startswith("data: {"):
-                        got += json.loads(line.removeprefix("data: "))["choices"][0]["text"]
-                        if doomed is None:
-                            (doomed,) = [ring.name for ring in service.rings if ring.streams]
-                            shoal.nodes[doomed].kill()
+            doomed = ""
+
+            def kill() -> None:
+                nonlocal doomed
+                (doomed,) = [ring.name for ring in service.rings if ring.streams]
+                shoal.nodes[doomed].kill()
+
+            got, _ = await a_long_stream(web, kill, after=1)
             assert got == expected(checkpoint, PROMPT * 3, 400)
             assert service.counts.resumed == 1
             await until(lambda: len(service.rings) == 1)
