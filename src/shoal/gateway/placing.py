@@ -59,7 +59,8 @@ class Placer:
     metering: Metering = field(default_factory=Metering)
     _plan: Plan = field(default_factory=lambda: Plan((), (), ""))
     _reserve: tuple[Replica, ...] = ()
-    _planned_with: tuple[list[ServingNode], Links] | None = None
+    _settled_with: tuple[list[ServingNode], Links] | None = None
+    """With which planning again gave the same plan."""
     _placed: dict[Places, NodeRing] = field(default_factory=dict)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
@@ -93,13 +94,13 @@ class Placer:
         needs = self.model.needs
         nodes, links = self.scout.nodes(), self.scout.links()
         lost = any(ring.lost.done() for ring in self._placed.values())
-        if (nodes, links) == self._planned_with and not lost:
+        if (nodes, links) == self._settled_with and not lost:
             return  # planning holds up all streams: 0.04 s for 8 nodes that hold stages, 0.2 s for 40
-        self._planned_with = (nodes, links)
         if self._plan.replicas:
             wanted = replan(self._plan, needs, nodes, links, reserve=self._reserve)
         else:
             wanted = plan(needs, nodes, links)
+        self._settled_with = (nodes, links) if wanted == self._plan else None
         self._plan, self._reserve = wanted, standbys(wanted, needs, nodes, links)
         if wanted.reason != self._said:
             self._said = wanted.reason
