@@ -102,6 +102,7 @@ class World:
         self.service = ModelService(
             name="small", created=0, context=512, tokenizer=tokenizer, template=read_template(checkpoint),
             ends=frozenset({256}), rings=[], admission=Admission(1 << 20), clock=CLOCK, dice=SystemDice(),
+            patience_s=0.0,
         )  # fmt: skip
         self.finder = EngineFinder(
             "small",

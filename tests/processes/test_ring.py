@@ -23,7 +23,7 @@ from shoal.gateway.constraints import Constraint, JsonFormats
 from shoal.gateway.receipts import Accounts, Books, Figures, Kept, Metering, read_accounts
 from shoal.gateway.remote import NodeRing, Rings
 from shoal.gateway.rings import Ring, RingLost, RingRefused
-from shoal.gateway.streams import Stream
+from shoal.gateway.streams import Stream, StreamLost
 from shoal.identity import KeyPair
 from shoal.inference.commands import Advance, Advanced
 from shoal.models.configs import read_config
@@ -167,11 +167,15 @@ def expected(checkpoint: Path, count: int) -> list[int]:
 
 
 def a_stream(
-    rings: list[Ring], count: int, sampling: Choosing = GREEDY, constraint: Constraint | None = None
+    rings: list[Ring],
+    count: int,
+    sampling: Choosing = GREEDY,
+    constraint: Constraint | None = None,
+    patience_s: float = 0.0,
 ) -> Stream:
     return Stream(
         PROMPT, sampling, count, frozenset(), lambda lost: next((one for one in rings if one not in lost), None),
-        lambda: next(SESSIONS), constraint=constraint,
+        lambda: next(SESSIONS), SystemClock(), patience_s, constraint=constraint,
     )  # fmt: skip
 
 
@@ -241,6 +245,34 @@ def test_a_stream_goes_on_elsewhere_when_a_stage_is_killed(tmp_path: Path, stage
                     assert stream.lost == [ring] or len(got) - position <= 1
                     assert ring.lost.done() or len(got) - position <= 1
                     await ring.close("done")
+
+    asyncio.run(asyncio.wait_for(scene(), GENEROUS_S))
+
+
+def test_a_stream_that_has_nowhere_to_go_waits_for_the_next_plan(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with a_world(tmp_path, 2) as world:
+            rings: list[Ring] = [only := await world.ring(0, cuts=())]
+            undisturbed = await said(a_stream(list(rings), 16))
+            stream, got = a_stream(rings, 16, patience_s=GENEROUS_S), list[int]()
+            engine = world.nodes[0].host._stages[only.ring][0]._layers.engine  # type: ignore[union-attr]
+
+            async def plan_again() -> None:
+                await only.lost
+                rings.append(await world.ring(1, cuts=()))
+
+            planning = asyncio.create_task(plan_again())
+            async for chosen in stream.tokens():
+                got += [one.token for one in chosen]
+                if len(got) > 3 and not only.lost.done():
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(engine.pid, signal.SIGKILL)
+            await planning
+            assert got == undisturbed and stream.lost == [only]
+
+            impatient = a_stream([], 16)
+            with pytest.raises(StreamLost, match="No replica is left"):
+                await said(impatient)
 
     asyncio.run(asyncio.wait_for(scene(), GENEROUS_S))
 

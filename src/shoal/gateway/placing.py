@@ -26,6 +26,8 @@ LOAD_PATIENCE_S = 600.0
 RETIRE_S = 300.0
 """How long a ring that is not wanted any more waits for the last of its streams to move."""
 RETIRE_LOOK_S = 0.05
+FULL = "SH-570"
+"""Layers that other rings use too may be full of their streams."""
 
 Places = tuple[StagePlace, ...]
 
@@ -220,21 +222,23 @@ class Placer:
             self.scout.measured(place.node, ready.layer_ms, ready.last_ms)
         expected_s = ring.token_ms / 1000
         ring.latency = Latency(expected_s, expected_s / 4, computing_ms / 1000)
+        if not await self._try(ring):
+            return
         self.serving.append(ring)
         self.say(f"{ring.name} is {'in reserve' if ring.standby else 'ready'}: {computing_ms:.1f} ms of computing a "
                  "token.")  # fmt: skip
-        await self._try(ring)
 
-    async def _try(self, ring: NodeRing) -> None:
-        """Have it ready for its first stream."""
+    async def _try(self, ring: NodeRing) -> bool:
+        """Whether something gets through it."""
         try:
             await ring.try_out(int.from_bytes(self.dice.bytes(8)) >> 1)
         except RingLost:
-            return
+            return False
         except RingRefused as error:
-            if error.cause_code != "SH-570":  # full of streams that came meanwhile
+            if error.cause_code != FULL:
                 ring.lose(Loss(error.sentence.rstrip("."), frozenset({ring.places[-1].node})))
-            return
+                return False
+        return True
 
     async def _retire(self, ring: NodeRing, invited: Sequence[asyncio.Task[None]]) -> None:
         """Let a ring go: after those that come instead were invited, so that they take over layers that are loaded, and

@@ -41,11 +41,13 @@ FIRST_DEADLINE_S = 10.0
 LEAST_DEADLINE_S = 0.25
 LATE, DEVIATIONS = 1.25, 4.0
 """An answer is late after so many times what it takes in the mean, and so many mean deviations."""
-PULSE_S = 0.4
-"""What a stage, or the next one, is given at least to say that it is there; more where a ring is long."""
+PULSE_S, PULSE_MAX_S = 0.4, 10.0
+"""What a stage, or the next one, is given at least to say that it is there, and at most; more where a ring is long."""
 STUCK_S = 30.0
 """So long a late answer is waited for while all stages say that they are there; then who has been at it for longest is
 to blame."""
+TRIES = 3
+"""Positions that a new ring is tried out with."""
 FEW = 8
 """Positions under way that say what a crossing takes; more say what each of them adds."""
 ARRIVED_S = 5.0
@@ -124,6 +126,8 @@ class NodeRing(LimitedRing):
         self.ring = ring
         self.places = tuple(places)
         self._links = tuple(links)
+        self._planned_s = token_ms / 1000
+        """What it takes by the plan: there and back to any of its stages takes no more."""
         self._clock, self._meter = clock, meter or Metering().ring(ring, places)
         self._number = 0
         self._flying = 0
@@ -204,15 +208,14 @@ class NodeRing(LimitedRing):
         return await self._cross(piece)
 
     async def try_out(self, session: int) -> None:
-        """Two positions through all stages: the links between them are open then, and what they take is known. Nobody
-        asked for them, so they are not metered. Raises RingLost and RingRefused."""
-        for at in range(2):
-            await self._cross(
-                Advance(session=session, start=at, tokens=(0,), choose=1, sampling=Choosing(temperature=0))
-            )
+        """A few positions through all stages: the first opens the links between them, and from the others it is known
+        what they take. Nobody asked for them, so they are not metered. Raises RingLost and RingRefused."""
+        for at in range(TRIES):
+            piece = Advance(session=session, start=at, tokens=(0,), choose=1, sampling=Choosing(temperature=0))
+            await self._cross(piece, measure=at > 0)
         await self.close_session(session)
 
-    async def _cross(self, piece: Advance) -> Advanced:
+    async def _cross(self, piece: Advance, *, measure: bool = True) -> Advanced:
         if self.lost.done():
             raise RingLost(f"{self.name}: {self.lost.result().reason}.")
         self._number += 1
@@ -226,9 +229,10 @@ class NodeRing(LimitedRing):
         )  # fmt: skip
         began, alone = self._clock.monotonic(), not self._flying
         self._flying += len(piece.tokens)
+        flying = self._flying
         handing = asyncio.create_task(self._hand(work, future))
         try:
-            answer = await self._answer(future, self.latency.deadline_s(self._flying))
+            answer = await self._answer(future, self.latency.deadline_s(flying))
         finally:
             self._flying -= len(piece.tokens)
             del self._waiting[number]
@@ -245,11 +249,11 @@ class NodeRing(LimitedRing):
             said = "it chose a token that was not allowed"
         if said:
             raise await self._given_up(Loss(said, frozenset({self.places[-1].node})))
-        if alone:
-            self.latency.measured(self._clock.monotonic() - began, len(piece.tokens))
+        if measure and (alone or flying <= FEW):
+            self.latency.measured(self._clock.monotonic() - began, flying)
             self.token_ms = self.latency.mean_s * 1000
-            if len(piece.tokens) <= FEW:
-                self.computed(answer.computed_ms)
+        if alone and len(piece.tokens) <= FEW:
+            self.computed(answer.computed_ms)
         return Advanced(states=answer.states, chosen=answer.chosen, computed_ms=answer.computed_ms)
 
     async def _hand(self, work: StageWork, answered: asyncio.Future[StageAnswer]) -> None:
@@ -301,12 +305,13 @@ class NodeRing(LimitedRing):
         return await asyncio.shield(self._checking)
 
     async def _checked(self) -> Loss | None:
-        patience_s = max(PULSE_S, 2 * self.token_ms / 1000)
+        far_s = min(max(PULSE_S, 2 * self._planned_s), PULSE_MAX_S)
+        # From stage to stage the question queues behind hidden states.
+        patience_s = min(max(far_s, self.latency.deadline_s(self._flying)), PULSE_MAX_S)
         order = [place.node for place in self.places]
 
         async def pulse(at: int) -> Loss | None:
             link, ask, echo = self._links[at], StagePulse(ring=self.ring, patience_ms=patience_s * 1000), LinkEcho()
-            far_s = max(PULSE_S, 3 * (link.stats().round_trip_ms or self.token_ms) / 1000)
             pulsing = asyncio.create_task(
                 link.request(ask.KIND, encode(ask, link.version), deadline_s=patience_s + far_s)
             )

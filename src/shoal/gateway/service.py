@@ -23,7 +23,7 @@ from shoal.gateway.prompts import ChatTemplate
 from shoal.gateway.refusals import RequestRefused, UnknownModel, Unserved
 from shoal.gateway.rings import Continuing, Replica, RingLost
 from shoal.gateway.routing import Candidate, choose
-from shoal.gateway.streams import REPLICAS_MAX, Stream, StreamLost
+from shoal.gateway.streams import REPLICAS_MAX, Stream, StreamLost, another
 from shoal.gateway.text import Decoder, StopAt
 from shoal.models.pooling import Pooling
 from shoal.models.tokenizers import BadTokenizer, TextTokenizer
@@ -34,6 +34,9 @@ COMPLETION_TOKENS = 16
 """What `/v1/completions` gives when it is not told, as at OpenAI."""
 PROMPTS_TOTAL_MAX = 64
 """Choices of one request, over all its prompts."""
+
+PATIENCE_S = 30.0
+"""How long a stream that has lost its replica waits for another where none is left."""
 
 _log = logging.getLogger("shoal.gateway")
 
@@ -110,6 +113,7 @@ class ModelService:
     """A small model that guesses."""
     pooling: Pooling | None = None
     """Where the model offers embeddings."""
+    patience_s: float = PATIENCE_S
     generates: bool = True
     """Whether it says anything; one without a head does not."""
     counts: Counts = field(default_factory=Counts)
@@ -291,8 +295,9 @@ class ModelService:
         sampling = msgspec.structs.replace(asked.sampling, choice=number, prompt_tokens=len(prompt))
         stream = Stream(
             prompt, sampling, asked.tokens_max, self.ends,
-            lambda lost: self._pick(lost, prompt, asked.tokens_max, own=asked.own), self._number, guess=self.guess,
-            draft=self.draft.session if self.draft else None, constraint=constraint and constraint.copy(), scope=scope,
+            lambda lost: self._pick(lost, prompt, asked.tokens_max, own=asked.own), self._number,
+            self.clock, self.patience_s, guess=self.guess, draft=self.draft.session if self.draft else None,
+            constraint=constraint and constraint.copy(), scope=scope,
         )  # fmt: skip
         decoder, stop = Decoder(self.tokenizer.decode), StopAt(asked.stops)
         self.counts.prompt_tokens += len(prompt)
@@ -343,7 +348,10 @@ class ModelService:
         lost: list[Replica] = []
         why = "."
         try:
-            while len(lost) < REPLICAS_MAX and (ring := self._pick(lost, tokens, 0, own=True)) is not None:
+            while len(lost) < REPLICAS_MAX:
+                ring = await another(lambda: self._pick(lost, tokens, 0, own=True), self.clock, self.patience_s)
+                if ring is None:
+                    break
                 assert not isinstance(ring, Continuing)
                 ring.streams += 1
                 try:

@@ -22,6 +22,7 @@ from shoal.gateway.rings import Continuing, Replica, Ring, RingLost, RingRefused
 from shoal.inference.commands import Advance
 from shoal.inference.guessing import held
 from shoal.protocol.serving import Choosing, Chosen
+from shoal.world import Clock
 
 PIECES_AT_ONCE = 12
 """Pieces of one stream under way: stages work on several, and distance costs once."""
@@ -29,6 +30,8 @@ REPLICAS_MAX = 16
 """Replicas that one stream may lose before it is given up."""
 MOVES_MAX = 64
 """Times that a stream tries to leave a replica that wants to go: it may find no other place, or one without room."""
+LOOK_S = 0.05
+"""How often a stream that has nowhere to go looks for a place."""
 NO_SOURCE = "SH-275"
 
 _ending: set[asyncio.Future[None]] = set()
@@ -62,8 +65,11 @@ class Stream:
     ends: frozenset[int]
     """Token ids that end it; they are not given out."""
     pick: Callable[[Sequence[Replica]], Replica | None]
-    """Where to go, given the replicas that were lost or are being left."""
+    """Where to go, given the replicas that were lost."""
     new_session: Callable[[], int]
+    clock: Clock
+    patience_s: float
+    """How long it waits for another replica where none is left: the next plan may be under way."""
     constraint: Constraint | None = None
     """What its text is held to."""
     guess: bool = True
@@ -105,7 +111,7 @@ class Stream:
                             async for fresh in continuation:
                                 yield fresh
                     except RingLost as error:
-                        seat = self._elsewhere(seat, done, error)
+                        seat = await self._elsewhere(seat, done, error)
                     continue
                 guess: tuple[int, ...] = ()
                 if self.guess and seat.kept == len(done) - 1:
@@ -121,7 +127,7 @@ class Stream:
                 try:
                     chosen = await self._step(ring, seat, done, guess, sampling)
                 except RingLost as error:
-                    seat = self._elsewhere(seat, done, error)
+                    seat = await self._elsewhere(seat, done, error)
                     continue
                 except RingRefused as error:
                     if error.cause_code != NO_SOURCE or seat.source is None:
@@ -242,9 +248,11 @@ class Stream:
         self.reused += found.positions
         return _Seat(ring, self.new_session(), found.positions, found.session)
 
-    def _elsewhere(self, seat: _Seat, done: Sequence[int], error: RingLost) -> _Seat:
-        """The replica is lost. Raises StreamLost where there is no other; the seat is then still to be left."""
+    async def _elsewhere(self, seat: _Seat, done: Sequence[int], error: RingLost) -> _Seat:
+        """The replica is lost. Raises StreamLost where no other comes; the seat is then still to be left."""
         self.lost.append(seat.ring)
+        if len(self.lost) < REPLICAS_MAX:
+            await another(lambda: self.pick(self.lost), self.clock, self.patience_s)
         other = self._sit(done, error)
         seat.ring.streams -= 1
         return other
@@ -289,6 +297,14 @@ class Stream:
         moving.add_done_callback(
             lambda task: None if task.cancelled() or task.exception() else self._leave(task.result(), ())
         )
+
+
+async def another(pick: Callable[[], Replica | None], clock: Clock, patience_s: float) -> Replica | None:
+    """The replica to go on with, waited for where there is none."""
+    until = clock.monotonic() + patience_s
+    while (found := pick()) is None and clock.monotonic() < until:
+        await clock.sleep(LOOK_S)
+    return found
 
 
 def _afterwards(work: Coroutine[Any, Any, None]) -> None:
