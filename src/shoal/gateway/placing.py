@@ -238,7 +238,7 @@ class Placer:
             if error.cause_code != FULL:
                 ring.lose(Loss(error.sentence.rstrip("."), frozenset({ring.places[-1].node})))
                 return False
-        return True
+        return not ring.lost.done()
 
     async def _retire(self, ring: NodeRing, invited: Sequence[asyncio.Task[None]]) -> None:
         """Let a ring go: after those that come instead were invited, so that they take over layers that are loaded, and
