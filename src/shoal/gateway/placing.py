@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from shoal.errors import LinkError
 from shoal.gateway.receipts import Metering
-from shoal.gateway.remote import Latency, Loss, NodeRing, Rings
+from shoal.gateway.remote import FULL, Latency, Loss, NodeRing, Rings
 from shoal.gateway.rings import Replica as ServingReplica
 from shoal.gateway.rings import RingLost, RingRefused
 from shoal.gateway.scouting import Scout
@@ -26,8 +26,6 @@ LOAD_PATIENCE_S = 600.0
 RETIRE_S = 300.0
 """How long a ring that is not wanted any more waits for the last of its streams to move."""
 RETIRE_LOOK_S = 0.05
-FULL = "SH-570"
-"""Layers that other rings use too may be full of their streams."""
 
 Places = tuple[StagePlace, ...]
 
@@ -235,7 +233,7 @@ class Placer:
         except RingLost:
             return False
         except RingRefused as error:
-            if error.cause_code != FULL:
+            if error.cause_code != FULL:  # layers that other rings use too may be full of their streams
                 ring.lose(Loss(error.sentence.rstrip("."), frozenset({ring.places[-1].node})))
                 return False
         return not ring.lost.done()

@@ -55,7 +55,8 @@ HANDED_S = 60.0
 """For the first stage to say that positions arrived; a ring that is silent is noticed long before."""
 RECEIPTS_S = 1.0
 """How long the receipts of a ring that ends are waited for: a node of it may be silent."""
-REFUSALS = frozenset({"SH-270", "SH-272", "SH-275", "SH-570"})
+FULL = "SH-570"
+REFUSALS = frozenset({"SH-270", "SH-272", "SH-275", FULL})
 """What a stage says of a request, not of itself: elsewhere it would be the same, or memory is full."""
 
 BAD_STATES = "SH-277"

@@ -349,7 +349,8 @@ class ModelService:
         why = "."
         try:
             while len(lost) < REPLICAS_MAX:
-                ring = await another(lambda: self._pick(lost, tokens, 0, own=True), self.clock, self.patience_s)
+                patience_s = self.patience_s if lost else 0.0
+                ring = await another(lambda: self._pick(lost, tokens, 0, own=True), self.clock, patience_s)
                 if ring is None:
                     break
                 assert not isinstance(ring, Continuing)

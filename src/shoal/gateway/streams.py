@@ -95,7 +95,10 @@ class Stream:
         done: list[int] = list(self.prompt)
         until = len(self.prompt) + self.tokens_max
         guesses = Guesses(self.draft() if self.draft is not None else None)
-        seat = self._sit(done, None)
+        first = self.pick(self.lost)
+        if first is None:
+            raise StreamLost("No replica is left to go on with.")
+        seat = self._sit(first, done)
         moving: asyncio.Task[_Seat] | None = None
         tried = 0
         try:
@@ -235,12 +238,8 @@ class Stream:
 
     # --- from one to another ---------------------------------------------------------------------------------------
 
-    def _sit(self, done: Sequence[int], error: RingLost | None) -> _Seat:
-        """In the replica that is best now."""
-        ring = self.pick(self.lost) if len(self.lost) < REPLICAS_MAX else None
-        if ring is None:
-            why = f": {error.sentence}" if error else "."
-            raise StreamLost(f"No replica is left to go on with{why}") from error
+    def _sit(self, ring: Replica, done: Sequence[int]) -> _Seat:
+        """In a replica, with what it has of these tokens already."""
         ring.streams += 1
         found = None if isinstance(ring, Continuing) else ring.prefixes.find(done[:-1], self.scope)
         if found is None:
@@ -251,9 +250,12 @@ class Stream:
     async def _elsewhere(self, seat: _Seat, done: Sequence[int], error: RingLost) -> _Seat:
         """The replica is lost. Raises StreamLost where no other comes; the seat is then still to be left."""
         self.lost.append(seat.ring)
+        ring = None
         if len(self.lost) < REPLICAS_MAX:
-            await another(lambda: self.pick(self.lost), self.clock, self.patience_s)
-        other = self._sit(done, error)
+            ring = await another(lambda: self.pick(self.lost), self.clock, self.patience_s)
+        if ring is None:
+            raise StreamLost(f"No replica is left to go on with: {error.sentence}") from error
+        other = self._sit(ring, done)
         seat.ring.streams -= 1
         return other
 
@@ -272,7 +274,7 @@ class Stream:
         ring = self.pick(self.lost)
         if ring is None or ring.leaving or isinstance(ring, Continuing):
             return None
-        return asyncio.create_task(self._read_beside(ring, self._sit(done, None), tuple(done)))
+        return asyncio.create_task(self._read_beside(ring, self._sit(ring, done), tuple(done)))
 
     async def _read_beside(self, ring: Ring, seat: _Seat, done: tuple[int, ...]) -> _Seat:
         try:
