@@ -10,7 +10,7 @@ import pytest
 from transport_peers import echo, key, play
 
 from shoal.transport import MemoryNetwork, Path
-from shoal.world import HeldClock, Link, Request, SeededDice, Unreachable
+from shoal.world import DeadlineExceeded, HeldClock, Link, Request, SeededDice, Unreachable
 
 T = TypeVar("T")
 
@@ -138,21 +138,60 @@ def test_cut_and_silent_paths_in_a_world_of_pipes() -> None:
     play(scene)
 
 
+@pytest.mark.parametrize("outage_s", [3.0, 20.0])
+def test_a_link_outlives_an_outage_on_a_connection_made_anew(outage_s: float) -> None:
+    """The old connection never hears of it when the path is back."""
+
+    async def scene() -> None:
+        clock = HeldClock()
+        memory, link = await _pair(clock, Path(0.01))
+        hub, node = key(1).node_id, key(2).node_id
+        memory.silence(hub, node)
+        with pytest.raises(DeadlineExceeded):
+            await drive(clock, link.request("echo", b"lost", deadline_s=outage_s), step_s=0.05)
+        memory.heal(hub, node)
+        lasted_from = clock.monotonic()
+        while True:
+            try:
+                assert await drive(clock, link.request("echo", b"here", deadline_s=0.5), step_s=0.01) == b"here"
+            except DeadlineExceeded:
+                continue
+            break
+        assert clock.monotonic() - lasted_from < 5
+        await drive(clock, clock.sleep(60), step_s=0.5)
+        assert not link.closed, "the end of the old connection is not the end of the link"
+        assert await drive(clock, link.request("echo", b"still", deadline_s=0.5), step_s=0.01) == b"still"
+        await link.close()
+
+    play(scene)
+
+
+def test_an_idle_link_is_not_dialled_again() -> None:
+    async def scene() -> None:
+        clock = HeldClock()
+        memory, link = await _pair(clock, Path(0.01))
+        ends = memory._pipes[frozenset((key(1).node_id, key(2).node_id))]
+        await drive(clock, clock.sleep(200), step_s=0.5)
+        assert await drive(clock, link.request("echo", b"1")) == b"1"
+        assert len(ends) == 2
+        await link.close()
+
+    play(scene)
+
+
 def test_a_machine_that_lost_power_is_welcome_again_before_its_old_link_is_given_up() -> None:
     """Its old link does not answer, so the newcomer with the same key is the same node, started again."""
 
     async def scene() -> None:
         clock = HeldClock()
-        memory, old = await _pair(clock, Path(0.01))
+        memory, _ = await _pair(clock, Path(0.01))
         hub, node = key(1).node_id, key(2).node_id
         memory.silence(hub, node)
         memory.heal(hub, node)
         again = memory.endpoint(key(2))
         link = await drive(clock, again.dial(hub, ["tcp://hub:1"]), step_s=0.05)
         assert await drive(clock, link.request("echo", b"back")) == b"back"
-        assert clock.monotonic() < 10 and not old.closed, (
-            "it did not have to wait for the old link's silence to be noticed"
-        )
+        assert clock.monotonic() < 10, "it did not have to wait for the old link's silence to be noticed"
         await link.close()
 
     play(scene)

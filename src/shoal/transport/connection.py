@@ -97,6 +97,7 @@ class Connection:
         dialled: bool,
         serve: Serve,
         down: Callable[[Connection], None],
+        stale: Callable[[Connection], None],
         clock: Clock,
         dice: Dice,
         limits: Limits,
@@ -110,11 +111,14 @@ class Connection:
         self.down_reason: str | None = None
         self.bytes_sent = 0
         self.bytes_received = 0
+        self.is_stale = False
+        """A ping is not answered, and nothing else comes; `stale` is called when this begins."""
         self.held_bytes = 0
         """What waits here until the peer takes it, of the replies to its requests."""
         self._stream = stream
         self._serve = serve
         self._down_callback = down
+        self._stale_callback = stale
         self._clock = clock
         self._dice = dice
         self._limits = limits
@@ -648,12 +652,14 @@ class Connection:
             self._pinged_at = now = self._clock.monotonic()
             self._ping = (self._dice.bytes(8), now)  # nobody can answer it before it came
             self._send(frame(FrameType.PING, 0, self._ping[0]))
+            self._watch_before(now + self._limits.renew_s)
 
     def _pong_came(self, token: bytes) -> None:
         if self._ping is None or token != self._ping[0]:
             raise BrokenFraming("answered a ping that was not sent")
         self._round_trip.took(self._clock.monotonic() - self._ping[1])
         self._ping = None
+        self.is_stale = False
         self._wake_pong_waiters()
 
     def _wake_pong_waiters(self) -> None:
@@ -675,7 +681,7 @@ class Connection:
             self._watch_until = self._look(now)
             await self._clock.sleep(max(self._watch_until - now, _WATCH_STEP_S))
             now = self._clock.monotonic()
-            if now - self._watch_until > self._limits.ping_s / 2:
+            if now - self._watch_until > self._limits.renew_s / 2:
                 # This process itself stood still: what arrived meanwhile has not been read yet.
                 self._heard_at = now
                 if self._write_began is not None:
@@ -696,6 +702,13 @@ class Connection:
         if now >= ping_at:
             self._send_ping()
         soonest = min(stuck_at, silent_at if now >= ping_at else ping_at)
+        if self._ping is not None and not self.is_stale:
+            stale_at = max(self._ping[1], self._heard_at) + limits.renew_s
+            if now >= stale_at:
+                self.is_stale = True
+                self._stale_callback(self)
+            else:
+                soonest = min(soonest, stale_at)
         for call in list(self._calls.values()):
             if call.deadline is None:
                 continue

@@ -6,6 +6,10 @@ was dialled by the smaller NodeId (and, of several dialled by the same side, the
 other is finished there, and then the other ends. The one that is to stay must first answer a ping, so a connection that
 is dead without knowing it, or was given up while it came about, cannot win.
 
+**Made anew.** A path that went dead may come back, and the connection over it not: a router in between has forgotten
+it, or its sender waits ever longer to try again, and then for many round trips sends little at a time. So when a peer
+falls silent, the side that dialled it dials once more, and the link goes over to the new connection as above.
+
 **One node per key.** A peer that comes with another instance number than the open link's is a node that was started
 again, or a second machine with the same key. If the open link still answers, it is the second, and it is declined.
 
@@ -44,6 +48,9 @@ STAGGER_S = 0.25
 """The next hint is tried when the one before has neither failed nor succeeded for so long (RFC 8305, section 5)."""
 ALIVE_S = 3.0
 """A connection whose claim is disputed must answer a ping within this."""
+RENEWAL_S = 5.0
+"""One attempt at a further connection to a silent peer takes so long at most: each begins with an opening packet that
+is sent again after 1, 3 and 7 s."""
 _CONNECTIONS_PER_LINK_MAX = 4
 
 
@@ -105,6 +112,8 @@ class PeerLink:
         self.instance = instance
         self.wanted = False
         """This side opened it, or asked for it."""
+        self.way: Address | None = None
+        """Where this side dialled it last."""
         self._source = source
         self._endpoint = endpoint
         self._peer = peer
@@ -396,6 +405,10 @@ class BaseEndpoint(ABC):
             self._connections.discard(connection)
             link.connection_down(connection)
 
+        def stale(connection: Connection) -> None:
+            if connection.dialled and link.way is not None:
+                self.run(self._renew(link, connection, link.way))
+
         connection = Connection(
             stream,
             peer=agreed.peer,
@@ -404,6 +417,7 @@ class BaseEndpoint(ABC):
             dialled=agreed.dialled,
             serve=serve,
             down=down,
+            stale=stale,
             clock=self._clock,
             dice=self._dice,
             limits=self._limits.connection,
@@ -489,7 +503,24 @@ class BaseEndpoint(ABC):
         raise _unreachable(node, failures)
 
     async def _connect_in_time(self, node: bytes, hint: Address) -> PeerLink:
-        return await within(self._clock, self._limits.handshake_s, self._connect(node, hint))
+        link = await within(self._clock, self._limits.handshake_s, self._connect(node, hint))
+        link.way = hint
+        return link
+
+    async def _renew(self, link: PeerLink, stale: Connection, way: Address) -> None:
+        """Have another connection beside one on which nothing comes. Also where things come on it again meanwhile: it
+        has lost much and sends little for a while."""
+        while not (link.closed or stale.is_down or stale.retired):
+            again = stale.is_stale
+            try:
+                await within(self._clock, min(RENEWAL_S, self._limits.handshake_s), self._connect(link.peer, way))
+            except (ShoalError, OSError, TimeoutError, ValueError) as error:
+                if not again:
+                    return
+                _log.debug("%s is silent, and was not reached anew: %s.", short_id(link.peer), _why(error))
+                await self._clock.sleep(self._limits.connection.renew_s)
+            else:
+                return
 
     def _refuse_closed(self) -> None:
         if self._closed:
