@@ -138,14 +138,19 @@ def test_cut_and_silent_paths_in_a_world_of_pipes() -> None:
     play(scene)
 
 
+@pytest.mark.parametrize("dialled", [True, False])
 @pytest.mark.parametrize("outage_s", [3.0, 20.0])
-def test_a_link_outlives_an_outage_on_a_connection_made_anew(outage_s: float) -> None:
-    """The old connection never hears of it when the path is back."""
+def test_a_link_outlives_an_outage_on_a_connection_made_anew(outage_s: float, dialled: bool) -> None:
+    """The old connection never hears of it when the path is back; it does not matter who had dialled."""
 
     async def scene() -> None:
         clock = HeldClock()
         memory, link = await _pair(clock, Path(0.01))
         hub, node = key(1).node_id, key(2).node_id
+        if not dialled:
+            there = memory._listening["tcp://hub:1"]
+            here = link._endpoint  # type: ignore[attr-defined]
+            link = await there.dial(node, [await here.listen("tcp://node:0")])
         memory.silence(hub, node)
         with pytest.raises(DeadlineExceeded):
             await drive(clock, link.request("echo", b"lost", deadline_s=outage_s), step_s=0.05)

@@ -1,14 +1,15 @@
 """What every endpoint does whatever carries its bytes: dialling, accepting, one link per peer.
 
-**One link.** Two nodes may dial each other at the same moment, and then have two connections. Both keep the one that
-was dialled by the smaller NodeId (and, of several dialled by the same side, the newest), so both keep the same one. A
+**One link.** Two nodes may dial each other at the same moment, and then have two connections. Both keep the one with
+the higher attempt number (of equal ones that of the smaller NodeId), so both keep the same one; who dials beside a
+connection that is there gives a higher number than that has. A
 `Link` belongs to the peer, not to a connection: it goes over to the connection that stays, what is under way on the
 other is finished there, and then the other ends. The one that is to stay must first answer a ping, so a connection that
 is dead without knowing it, or was given up while it came about, cannot win.
 
 **Made anew.** A path that went dead may come back, and the connection over it not: a router in between has forgotten
-it, or its sender waits ever longer to try again, and then for many round trips sends little at a time. So when a peer
-falls silent, the side that dialled it dials once more, and the link goes over to the new connection as above.
+it, or its sender waits ever longer to try again, and then for many round trips sends little at a time. So a peer that
+falls silent is dialled once more, by whoever knows an address, and the link goes over to the new connection as above.
 
 **One node per key.** A peer that comes with another instance number than the open link's is a node that was started
 again, or a second machine with the same key. If the open link still answers, it is the second, and it is declined.
@@ -21,6 +22,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import itertools
 import logging
 import re
 from abc import ABC, abstractmethod
@@ -34,7 +36,7 @@ from shoal.errors import BadInput, LinkError, ShoalError
 from shoal.identity import KeyPair, short_id
 from shoal.protocol.messages import OLDEST_VERSION, PROTOCOL_VERSION
 from shoal.transport.connection import Connection, ReplyStream
-from shoal.transport.handshake import Agreed, Self, Versions
+from shoal.transport.handshake import ATTEMPT_MAX, Agreed, Self, Versions
 from shoal.transport.limits import Budget, EndpointLimits, WaitingReplies
 from shoal.transport.places import HeldLink, room_for
 from shoal.transport.streams import ByteStream
@@ -48,6 +50,7 @@ STAGGER_S = 0.25
 """The next hint is tried when the one before has neither failed nor succeeded for so long (RFC 8305, section 5)."""
 ALIVE_S = 3.0
 """A connection whose claim is disputed must answer a ping within this."""
+RENEWAL_HINTS_MAX = 4
 RENEWAL_S = 5.0
 """One attempt at a further connection to a silent peer takes so long at most: each begins with an opening packet that
 is sent again after 1, 3 and 7 s."""
@@ -112,12 +115,12 @@ class PeerLink:
         self.instance = instance
         self.wanted = False
         """This side opened it, or asked for it."""
-        self.way: Address | None = None
-        """Where this side dialled it last."""
+        self.hints: tuple[Address, ...] = ()
+        """Where it may be dialled once more."""
         self._source = source
         self._endpoint = endpoint
         self._peer = peer
-        self._connections: list[tuple[tuple[bool, int], Connection]] = []
+        self._connections: list[tuple[tuple[int, bool], Connection]] = []
         self._current: Connection | None = None
         self._closed_reason: str | None = None
         self._closed = asyncio.Event()
@@ -169,7 +172,12 @@ class PeerLink:
 
     # --- for the endpoint
 
-    def add(self, rank: tuple[bool, int], connection: Connection) -> None:
+    @property
+    def attempt(self) -> int:
+        """The highest number of its connections."""
+        return max((attempt for (attempt, _), _ in self._connections), default=0)
+
+    def add(self, rank: tuple[int, bool], connection: Connection) -> None:
         """A further connection. Both sides rank them alike."""
         self._connections.append((rank, connection))
         if self._current is None:
@@ -304,6 +312,7 @@ class BaseEndpoint(ABC):
         link = self._links.get(node)
         if link is not None:
             link.wanted = True
+            link.hints = tuple(dict.fromkeys((*hints, *link.hints)))[:RENEWAL_HINTS_MAX]
             return link
         if node == self.node_id:
             raise Unreachable(f"{short_id(node)} is this node itself; it has no link to itself.")
@@ -350,9 +359,11 @@ class BaseEndpoint(ABC):
     @abstractmethod
     async def _stop_accepting(self) -> None: ...
 
-    def _next_attempt(self) -> int:
+    def _next_attempt(self, node: bytes) -> int:
+        """A number for a further attempt to dial `node`."""
         self._attempts += 1
-        return self._attempts
+        link = self._links.get(node)
+        return min(self._attempts if link is None else max(self._attempts, link.attempt + 1), ATTEMPT_MAX)
 
     async def _vet(self, agreed: Agreed, source: str) -> None:
         """Whether a peer that proved who it is may have a link. Raises DuplicateKey, EndpointFull, EndpointClosed."""
@@ -406,8 +417,8 @@ class BaseEndpoint(ABC):
             link.connection_down(connection)
 
         def stale(connection: Connection) -> None:
-            if connection.dialled and link.way is not None:
-                self.run(self._renew(link, connection, link.way))
+            if link.hints:
+                self.run(self._renew(link, connection))
 
         connection = Connection(
             stream,
@@ -429,7 +440,7 @@ class BaseEndpoint(ABC):
         connection.start()
         if new:
             self._links[agreed.peer] = link
-        link.add((dialled_by_smaller, agreed.attempt), connection)
+        link.add((agreed.attempt, dialled_by_smaller), connection)
         if new:
             for callback in self._link_callbacks:
                 callback(link)
@@ -504,16 +515,18 @@ class BaseEndpoint(ABC):
 
     async def _connect_in_time(self, node: bytes, hint: Address) -> PeerLink:
         link = await within(self._clock, self._limits.handshake_s, self._connect(node, hint))
-        link.way = hint
+        link.hints = tuple(dict.fromkeys((hint, *link.hints)))[:RENEWAL_HINTS_MAX]
         return link
 
-    async def _renew(self, link: PeerLink, stale: Connection, way: Address) -> None:
+    async def _renew(self, link: PeerLink, stale: Connection) -> None:
         """Have another connection beside one on which nothing comes. Also where things come on it again meanwhile: it
         has lost much and sends little for a while."""
-        while not (link.closed or stale.is_down or stale.retired):
+        for hint in itertools.cycle(link.hints):
+            if link.closed or stale.is_down or stale.retired:
+                return
             again = stale.is_stale
             try:
-                await within(self._clock, min(RENEWAL_S, self._limits.handshake_s), self._connect(link.peer, way))
+                await within(self._clock, min(RENEWAL_S, self._limits.handshake_s), self._connect(link.peer, hint))
             except (ShoalError, OSError, TimeoutError, ValueError) as error:
                 if not again:
                     return

@@ -14,7 +14,8 @@ proof good once; its own domain string keeps it apart from every other signature
 reads a clock.
 
 An *instance* is a number drawn when an endpoint is made: it tells a node that came back from another machine that was
-given the same key. The *attempt* counts a dialler's attempts, so that both sides agree which of two is newer.
+given the same key. The *attempt* is a number that grows with a dialler's attempts, and is above those of the
+connections that are there, so that both sides agree which of two to keep.
 The form of these messages never changes; a new one would get a new ALPN name.
 """
 
@@ -36,6 +37,7 @@ from shoal.transport.streams import ByteStream
 from shoal.world import Dice
 
 _DOMAIN = b"shoal/link-proof/1\x00"
+ATTEMPT_MAX = (1 << 62) - 1
 HELLO_MAX_BYTES = 1024
 """No message of the handshake is larger."""
 
@@ -76,7 +78,7 @@ class Proof(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
     node: NodeId
     nonce: _Nonce
     instance: _Instance
-    attempt: Annotated[int, Meta(ge=0, lt=1 << 62)]
+    attempt: Annotated[int, Meta(ge=0, le=ATTEMPT_MAX)]
     oldest: _Version
     newest: _Version
     signature: Annotated[bytes, Meta(min_length=64, max_length=64)]

@@ -150,7 +150,7 @@ class MemoryEndpoint(BaseEndpoint):
         if answerer._me.network != self._me.network:
             raise NotAccepted(f"it belongs to the network {answerer._me.network!r}, this node to {self._me.network!r}")
         version = common_version(self._me.versions, answerer._me.versions)
-        attempt = self._next_attempt()
+        attempt = self._next_attempt(node)
         theirs = Agreed(self.node_id, version, self._me.instance, attempt, dialled=False)
         ours = Agreed(node, version, answerer._me.instance, attempt, dialled=True)
         here, there = self.node_id.hex(), node.hex()  # each endpoint is a machine of its own

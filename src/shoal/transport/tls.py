@@ -108,7 +108,7 @@ class TlsEndpoint(BaseEndpoint):
             if answered != node:
                 raise WrongNode(f"{short_id(answered)} answered there, not {short_id(node)}")
             stream = HelloStream(secure)
-            agreed = await introduce(stream, self._me, node, shown, self._next_attempt(), self._dice)
+            agreed = await introduce(stream, self._me, node, shown, self._next_attempt(node), self._dice)
             await self._vet(agreed, _source(under))
             return self._join(agreed, stream.over(), _source(under))
         except BaseException:
