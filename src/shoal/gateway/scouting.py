@@ -15,7 +15,7 @@ from shoal.protocol.blobs import BlobHolder
 from shoal.protocol.messages import decode, encode
 from shoal.protocol.offers import Device, Offer, OfferFind
 from shoal.protocol.serving import STAGES_MAX, LinkProbe, LinksProbed
-from shoal.sharding import GATEWAY, Links, ModelNeeds, ServingNode
+from shoal.sharding import GATEWAY, Links, ModelNeeds, Presence, ServingNode
 from shoal.world import Clock, Endpoint, FoundOffer, Link
 from shoal.world.directory import Directory
 from shoal.world.lookout import Backoff, Lookout
@@ -26,6 +26,8 @@ DIAL_DEADLINE_S = 5.0
 MEETINGS_MAX = 32
 """Nodes that are dialled at a time; each is a stranger that may let one wait."""
 KNOWN_MAX = 256
+REMEMBERED_MAX = 4096
+"""Nodes of which is remembered how often they were lost."""
 PROBE_DEADLINE_S = 10.0
 PROBED_MAX = 32
 """Nodes whose distances from one another are measured; of more, the nearest to the gateway."""
@@ -51,6 +53,7 @@ class _Known:
     far_ms: float
     """Round trip."""
     layer_ms: float
+    met: float
     since: float
     """When it was met, or failed last."""
     last_ms: float = 0.0
@@ -79,6 +82,8 @@ class Scout:
         self._between: dict[tuple[bytes, bytes], tuple[float, float]] = {}
         """Two nodes -> one-way time in ms, and when it was measured."""
         self._failed = Backoff(clock, REST_S, REST_MAX_S)
+        self._presence: dict[bytes, Presence] = {}
+        """Without the time since a known node was met."""
 
     async def run(self) -> None:
         try:
@@ -120,7 +125,8 @@ class Scout:
             del self._meeting[one.node]
         rate = _device(one.offer).memory_bytes_per_s or 1e9
         guess_ms = 1000 * self._needs.layer_bytes / rate
-        self._known[one.node] = _Known(one.offer, link, far_ms, guess_ms, self._clock.monotonic())
+        now = self._clock.monotonic()
+        self._known[one.node] = _Known(one.offer, link, far_ms, guess_ms, now, now)
         if not self._meeting:  # of several that come at once, the last measures for all
             await self._probe()
             self._changed()
@@ -169,7 +175,11 @@ class Scout:
     def nodes(self) -> list[ServingNode]:
         """Those that may hold layers from now on."""
         for node in [node for node, known in self._known.items() if known.link.closed]:
-            del self._known[node]
+            gone = self._known.pop(node)
+            presence = self._presence_of(node)
+            presence.seen_s += self._clock.monotonic() - gone.met
+            if not (gone.leaving or self._failed.rests(node)):  # a loss that is known counts already
+                presence.losses += 1
             self._between = {pair: found for pair, found in self._between.items() if node not in pair}
         return [
             self._serving_node(node, known)
@@ -180,7 +190,17 @@ class Scout:
     def _serving_node(self, node: bytes, known: _Known) -> ServingNode:
         device = _device(known.offer)
         free = int(device.memory_bytes * (CPU_SHARE if device.kind == "cpu" else DEVICE_SHARE))
-        return ServingNode(node, known.offer.name, free, max(1e-3, known.layer_ms), known.last_ms)
+        seen_s = self._clock.monotonic() - known.met
+        return ServingNode(
+            node, known.offer.name, free, max(1e-3, known.layer_ms), known.last_ms,
+            survival=self._presence_of(node).survival(seen_s),
+        )  # fmt: skip
+
+    def _presence_of(self, node: bytes) -> Presence:
+        presence = self._presence.setdefault(node, Presence())
+        while len(self._presence) > REMEMBERED_MAX:
+            del self._presence[next(iter(self._presence))]
+        return presence
 
     def links(self) -> Links:
         between = {pair: one_way for pair, (one_way, _) in self._between.items()}
@@ -234,6 +254,7 @@ class Scout:
                 if now - known.since > STEADY_S:
                     self._failed.succeeded(node)
                 known.since = now
+                self._presence_of(node).losses += 1
             self._failed.tried(node)
         for one, other in loss.ways:
             self._between[min(one, other), max(one, other)] = (math.inf, now)

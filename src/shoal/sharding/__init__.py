@@ -4,6 +4,7 @@ from shoal.sharding.needs import GATEWAY, LeftOut, Links, ModelNeeds, Plan, Repl
 from shoal.sharding.planning import plan
 from shoal.sharding.replanning import loaded, replan
 from shoal.sharding.standbys import standbys
+from shoal.sharding.survival import Presence
 
 __all__ = [
     "GATEWAY",
@@ -11,6 +12,7 @@ __all__ = [
     "Links",
     "ModelNeeds",
     "Plan",
+    "Presence",
     "Replica",
     "ServingNode",
     "Stage",
