@@ -152,6 +152,8 @@ class Connection:
         self._receive_rate = ReceiveRate()
         self._ping: tuple[bytes, float] | None = None
         self._pinged_at = float("-inf")
+        self._asked_at = float("-inf")
+        """The first request since the peer was heard last."""
         self._pong_waiters: list[asyncio.Future[None]] = []
         self._heard_at = clock.monotonic()
         self._watchdog: asyncio.Task[None] | None = None
@@ -309,7 +311,11 @@ class Connection:
             if not self._windows_bytes:
                 self._receive_rate.pause()
             self._windows_bytes += window
-        if self._clock.monotonic() - self._pinged_at > _PING_WITH_REQUEST_S:
+        now = self._clock.monotonic()
+        if self._asked_at <= self._heard_at:
+            self._asked_at = now
+            self._watch_before(now + self._limits.renew_s / 2)
+        if now - self._pinged_at > _PING_WITH_REQUEST_S:
             self._send_ping()
         opening = Opening(kind, reply_max_bytes, window, len(body))
         start = pack_opening(opening, body[:SMALL_BYTES] if call.large else body)
@@ -691,7 +697,8 @@ class Connection:
         """Act on every deadline that has passed; gives the next one."""
         limits = self._limits
         silent_at = self._heard_at + limits.silence_s
-        ping_at = self._heard_at + limits.ping_s
+        unanswered = self._heard_at < self._asked_at
+        ping_at = self._asked_at + limits.renew_s / 2 if unanswered else self._heard_at + limits.ping_s
         stuck_at = float("inf") if self._write_began is None else self._write_began + limits.silence_s
         if now >= silent_at:
             self.abort(f"the peer was silent for {limits.silence_s:g} s")
@@ -703,7 +710,7 @@ class Connection:
             self._send_ping()
         soonest = min(stuck_at, silent_at if now >= ping_at else ping_at)
         if self._ping is not None and not self.is_stale:
-            stale_at = max(self._ping[1], self._heard_at) + limits.renew_s
+            stale_at = (self._asked_at if unanswered else max(self._ping[1], self._heard_at)) + limits.renew_s
             if now >= stale_at:
                 self.is_stale = True
                 self._stale_callback(self)

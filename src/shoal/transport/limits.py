@@ -29,8 +29,9 @@ class Limits:
     """A handler's stream is held while more than this of it waits to be sent."""
     ping_s: float = 10.0
     """A peer that was not heard for so long is asked whether it is there."""
-    renew_s: float = 2.0
-    """A peer that was asked and not heard for so long is dialled once more, beside this connection."""
+    renew_s: float = 1.0
+    """A peer that was asked something and not heard for so long, a ping included, is dialled once more beside this
+    connection: it may have been cut off for a moment, after which TCP is slow for long."""
     silence_s: float = 30.0
     """A peer that was not heard, or took no bytes, for so long is gone."""
     slow_reader_s: float = 300.0
