@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -23,11 +24,13 @@ from test_stages import a_checkpoint
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM
 
+from shoal.gateway import web as face
 from shoal.gateway.rings import LocalRing
 from shoal.gateway.service import ModelService
 from shoal.models.configs import BadModel
 from shoal.models.tokenizers import ByteTokenizer
 from shoal.sdk.serve import LocalServer, ServeOptions
+from shoal.transport import http
 from shoal.world import Clock, SystemClock, SystemDice
 
 GENEROUS_S = 120.0
@@ -206,6 +209,87 @@ def test_a_client_that_hangs_up_frees_its_session_at_once(checkpoint: Path) -> N
     with_endpoint(checkpoint, scene)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_hangs_up_before_it_is_answered_frees_what_it_had(checkpoint: Path, stream: bool) -> None:
+    """A whole answer under way, and a request behind it that waits for memory."""
+
+    async def scene(web: httpx.AsyncClient, server: LocalServer) -> None:
+        service = server.service
+        assert service is not None
+        service.admission.positions = 512
+        body = {"model": "small", "prompt": PROMPT, "max_tokens": 500, "temperature": 1}
+        first = asyncio.create_task(web.post("/v1/completions", json=body))
+        while not service.counts.tokens:
+            await asyncio.sleep(0.001)
+        second = asyncio.create_task(web.post("/v1/completions", json=body | {"stream": stream}))
+        while not service.admission.waiting:
+            await asyncio.sleep(0.001)
+        second.cancel()
+        while service.admission.waiting:
+            await asyncio.sleep(0.001)
+        assert service.counts.running == 1
+        first.cancel()
+        while service.admission.used or service.counts.running:
+            await asyncio.sleep(0.001)
+        assert service.counts.tokens < 500
+
+    with_endpoint(checkpoint, scene)
+
+
+@pytest.mark.parametrize("stays", [False, True])
+def test_a_client_that_reads_nothing_of_a_long_stream(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, stays: bool
+) -> None:
+    """All buffers are full, and then it hangs up, or never does."""
+    if stays:
+        if not hasattr(socket, "TCP_USER_TIMEOUT"):
+            pytest.skip("this system closes no such connection")
+        monkeypatch.setattr(http, "TAKEN_MS_MAX", 500)
+    wanted = {"max_tokens": 480, "n": 16, "stream": True, "logprobs": True, "top_logprobs": 20}
+    body = json.dumps(ASKS | wanted | {"logit_bias": {"256": -100}}).encode()
+
+    async def scene(web: httpx.AsyncClient, server: LocalServer) -> None:
+        service = server.service
+        assert service is not None
+        client = socket.socket()
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        await asyncio.to_thread(client.connect, (web.base_url.host, web.base_url.port))
+        client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n")
+        client.sendall(f"content-length: {len(body)}\r\n\r\n".encode() + body)
+        before = -1
+        while not 0 < service.counts.tokens == before:
+            before = service.counts.tokens
+            await asyncio.sleep(0.3)
+        assert 0 < service.counts.tokens < 16 * 480
+        if not stays:
+            client.close()
+        while service.admission.used or service.counts.running:
+            await asyncio.sleep(0.001)
+        client.close()
+
+    with_endpoint(checkpoint, scene)
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(endpoint: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(face, "BODY_S_MAX", 0.05)
+    with socket.create_connection((endpoint.base_url.host, endpoint.base_url.port)) as client:
+        client.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n{")
+        answer = client.makefile("rb").read()  # until the connection is closed
+    assert answer.startswith(b"HTTP/1.1 408") and b"did not come within" in answer
+
+
+def test_who_asks_for_more_than_there_is_room_for_need_not_ask_again(checkpoint: Path) -> None:
+    async def scene(web: httpx.AsyncClient, server: LocalServer) -> None:
+        assert server.service is not None
+        server.service.admission.positions = 600
+        body = {"model": "small", "prompt": PROMPT, "n": 2, "max_tokens": 400}
+        answer = await web.post("/v1/completions", json=body)
+        assert answer.status_code == 429 and "ask for fewer tokens" in answer.json()["error"]["message"]
+        assert answer.headers["x-should-retry"] == "false" and "retry-after" not in answer.headers
+
+    with_endpoint(checkpoint, scene)
+
+
 @contextlib.asynccontextmanager
 async def a_doomed_replica(checkpoint: Path, service: ModelService) -> AsyncIterator[Callable[[int], None]]:
     """A second replica of two stages, which is chosen first; gives what kills one of them (SIGKILL)."""
@@ -254,6 +338,26 @@ DRAWN: tuple[dict[str, Any], ...] = (
     {"temperature": 1.0, "seed": 3},
     {"temperature": 0.7, "top_p": 0.8, "seed": 4, "frequency_penalty": 0.5},
 )
+
+
+def test_layers_on_this_machine_are_loaded_again_when_their_process_dies(checkpoint: Path) -> None:
+    """A stream goes on, and those that come later are served."""
+    told: list[str] = []
+
+    async def scene(web: httpx.AsyncClient, server: LocalServer) -> None:
+        service = server.service
+        assert service is not None
+        body = {"model": "small", "prompt": PROMPT, "max_tokens": 400, "temperature": 0}
+        stream = asyncio.create_task(web.post("/v1/completions", json=body))
+        while not service.counts.tokens:
+            await asyncio.sleep(0.001)
+        os.kill(server._stages[0].pid, signal.SIGKILL)
+        answer = (await stream).json()
+        assert answer["choices"][0]["text"] == expected(checkpoint, PROMPT, 400)
+        assert answer["shoal"]["resumed"] == 1 and service.replicas == 1 and len(server._stages) == 1
+        assert any("was killed" in one and "are loaded again" in one for one in told)
+
+    with_endpoint(checkpoint, scene, say=told.append)
 
 
 def test_a_draft_model_changes_nothing_that_is_said(checkpoint: Path, tmp_path: Path) -> None:
@@ -330,6 +434,22 @@ def test_the_command_serves_a_run_and_ends_when_it_is_told_to(checkpoint: Path, 
         assert process.wait(GENEROUS_S) == 0
 
 
+def test_a_second_ctrl_c_does_not_wait_for_streams(tmp_path: Path) -> None:
+    long = a_checkpoint(tmp_path / "long", "llama", vocab_size=257, eos_token_id=256, max_position_embeddings=1 << 18)
+    words = [sys.executable, "-m", "shoal", "serve", str(long), "--http", "127.0.0.1:0", "--here", "--json"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        url = json.loads(process.stdout.readline())["url"]
+        body = {"model": "long", "prompt": PROMPT, "max_tokens": 1 << 17, "stream": True, "logit_bias": {"256": -100}}
+        with httpx.stream("POST", f"{url}/completions", json=body, timeout=GENEROUS_S) as response:
+            next(response.iter_lines())
+            process.send_signal(signal.SIGINT)
+            assert any("Ctrl-C again" in line for line in process.stderr)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(GENEROUS_S) == -signal.SIGINT
+        assert "Traceback" not in process.stderr.read()
+
+
 @pytest.mark.parametrize(
     ("made", "part"),
     [
@@ -337,16 +457,42 @@ def test_the_command_serves_a_run_and_ends_when_it_is_told_to(checkpoint: Path, 
         ("a pickle", "pytorch_model.bin is a pickle"),
         ("bert", "A bert model cannot be served; these families can:"),
         ("a missing tensor", "No file has the tensor 'model.norm.weight'"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers 1000000000; from 1 to 4096 can be"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers 0; from 1"),
+        ({"max_position_embeddings": -5}, "positions would be -5"),
+        ({"num_key_value_heads": -2}, "key_heads would be -2"),
+        (
+            {
+                "rope_parameters": {
+                    "rope_type": "dynamic",
+                    "rope_theta": 1e4,
+                    "factor": 2.0,
+                    "original_max_position_embeddings": "x",
+                }
+            },
+            "sizes make no llama model: invalid literal",
+        ),
+        ("a pipe", "generation_config.json is not a plain file"),
+        ({"vocab_size": 300}, "holds no tokenizer; put its tokenizer.json there"),
         ("a template", "chat template cannot be read"),
+        ("a deep template", "chat template cannot be read: maximum recursion"),
         ("keys", "has 0 keys"),
     ],
 )
-def test_what_cannot_be_served_is_one_sentence(checkpoint: Path, tmp_path: Path, made: str, part: str) -> None:
+def test_what_cannot_be_served_is_one_sentence(
+    checkpoint: Path, tmp_path: Path, made: str | dict[str, Any], part: str
+) -> None:
     folder = tmp_path / "model"
     more: list[str] = []
     if made != "nothing":
         shutil.copytree(checkpoint, folder)
-    if made == "a pickle":
+    if made == "a pipe":
+        (folder / "generation_config.json").unlink()
+        os.mkfifo(folder / "generation_config.json")
+    elif isinstance(made, dict):
+        (folder / "tokenizer.json").unlink()
+        (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | made))
+    elif made == "a pickle":
         (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     elif made == "bert":
         (folder / "config.json").write_text('{"model_type": "bert"}')
@@ -356,6 +502,8 @@ def test_what_cannot_be_served_is_one_sentence(checkpoint: Path, tmp_path: Path,
         save_file(tensors, folder / "model.safetensors")
     elif made == "a template":
         (folder / "chat_template.jinja").write_text("{% for %}")
+    elif made == "a deep template":
+        (folder / "chat_template.jinja").write_text("{{" + "(" * 5000 + "1" + ")" * 5000 + "}}")
     elif made == "keys":
         (tmp_path / "keys").write_text("")
         more = ["--api-keys", str(tmp_path / "keys")]

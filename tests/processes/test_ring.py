@@ -39,6 +39,7 @@ from shoal.protocol.serving import (
     ModelFile,
     ServeJob,
     StageAnswer,
+    StageForget,
     StageInvite,
     StagePlace,
     StageWork,
@@ -345,6 +346,43 @@ def test_a_stage_that_computes_nonsense_is_noticed_by_the_next_one(tmp_path: Pat
             loss = ring.lost.result()
             assert "hidden states" in loss.reason.lower() and loss.nodes == frozenset()
             assert loss.ways == {(ring.places[0].node, ring.places[1].node)}
+
+    asyncio.run(asyncio.wait_for(scene(), GENEROUS_S))
+
+
+def test_positions_that_come_after_the_end_of_their_session_leave_nothing(tmp_path: Path) -> None:
+    """The end goes to each stage, positions from one to the next: the end may be the first to arrive."""
+
+    async def scene() -> None:
+        async with a_world(tmp_path, 2) as world:
+            ring = await world.ring(0, 1, cuts=(1,))
+            end = StageForget(ring=ring.ring, session=7)
+            await ring._links[1].request(end.KIND, encode(end, ring._links[1].version))
+            with pytest.raises(RingRefused, match="Session 7 is over"):
+                await ring.advance(Advance(session=7, start=0, tokens=(1, 2), choose=1))
+            await ring.close_session(7)
+            for node in world.nodes:
+                assert node.host is not None
+                ((run, _),) = node.host._stages.values()
+                assert not run._sessions
+            assert await said(a_stream([ring], 4)) == expected(world.checkpoint, 4), "the ring is as it was"
+
+    asyncio.run(asyncio.wait_for(scene(), GENEROUS_S))
+
+
+def test_many_that_hang_up_at_once_leave_room_for_others(tmp_path: Path) -> None:
+    """What a ring was given stays under way there until it is done, whoever waits for it."""
+
+    async def scene() -> None:
+        async with a_world(tmp_path, 1) as world:
+            ring = await world.ring(0, cuts=())
+            for _ in range(5):
+                gone = [asyncio.create_task(said(a_stream([ring], 40))) for _ in range(40)]
+                await until(lambda: ring._flying > 30)
+                for task in gone:
+                    task.cancel()
+                stay = [said(a_stream([ring], 4)) for _ in range(40)]
+                assert await asyncio.gather(*stay) == [expected(world.checkpoint, 4)] * 40
 
     asyncio.run(asyncio.wait_for(scene(), GENEROUS_S))
 

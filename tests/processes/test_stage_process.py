@@ -99,6 +99,23 @@ def test_streams_together_say_what_each_says_alone(tmp_path: Path) -> None:
     asyncio.run(asyncio.wait_for(life(), GENEROUS_S))
 
 
+def test_more_than_an_engine_is_asked_at_once_waits_its_turn(tmp_path: Path) -> None:
+    """However many sessions come and go at the same moment: one that could not be closed would keep its memory."""
+
+    async def life() -> None:
+        (stage,) = await a_ring(a_checkpoint(tmp_path, "llama"), cuts=())
+        try:
+            said = await asyncio.gather(
+                *(through([stage], session, 0, [7, 8, 9], sampling=GREEDY) for session in range(200))
+            )
+            assert len(said) == 200 and all(one == said[0] for one in said)
+            await asyncio.gather(*(stage.close_session(session) for session in range(200)))
+        finally:
+            await stage.stop()
+
+    asyncio.run(asyncio.wait_for(life(), GENEROUS_S))
+
+
 def test_what_does_not_fit_is_refused_and_nobody_else_is_held_up(tmp_path: Path) -> None:
     zeros, biased = bytes(256), Choosing(logit_bias=((96, 1.0),))
 

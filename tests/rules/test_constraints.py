@@ -211,6 +211,14 @@ def test_what_alone_can_follow_needs_no_crossing_of_its_own() -> None:
     assert crossings < 0.7 * len(said)
 
 
+def test_a_long_row_of_what_alone_can_follow_holds_nobody_up() -> None:
+    """Each look at it takes as long as it is: few are taken for one crossing."""
+    held = asyncio.run(JsonFormats(ByteTokenizer(), [256]).constraint({"const": "x" * 50_000}))
+    tried, masks = held.ahead([], [], 100)
+    assert (len(tried), len(masks)) == (0, 1)
+    assert len(constraint("person").ahead([], [], 100)[0]) > 5
+
+
 def test_an_end_is_allowed_exactly_where_the_text_is_whole() -> None:
     held = constraint("number").copy()
     for text, whole in (("", False), ("1", True), ("-", False), ("-1.", False), ("-1.5", True), ("2e", False)):

@@ -157,10 +157,12 @@ def set_up_logging(*, to_terminal: bool) -> None:
 
 
 async def until_stopped() -> None:
-    """Wait for SIGINT or SIGTERM."""
+    """Wait for SIGINT or SIGTERM; a second SIGINT ends the process as a crash would, which everything survives."""
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stopped.set)
     await stopped.wait()
-    err.print("[dim]Stopping.[/]")
+    loop.remove_signal_handler(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    err.print("[dim]Stopping.  Ctrl-C again ends it at once.[/]")

@@ -19,6 +19,7 @@ from shoal.engines.template import MEMORY, fork_engine
 from shoal.errors import EngineError
 
 OUTSTANDING_MAX = 64
+"""Commands that are unanswered; others wait their turn."""
 LOG_LINES_KEPT = 20
 LOG_LINE_MAX = 2_000
 STOP_WAIT_S = 5.0
@@ -87,6 +88,7 @@ class ChildEngine:
         self._decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(self.ANSWERED)
         self._waiting: dict[int, asyncio.Future[Any]] = {}
         self._number = 0
+        self._turns = asyncio.Semaphore(OUTSTANDING_MAX)
         self._ending = False
         self._last_lines: deque[str] = deque(maxlen=LOG_LINES_KEPT)
         self._died: asyncio.Future[EngineDied] = asyncio.get_running_loop().create_future()
@@ -172,10 +174,12 @@ class ChildEngine:
         return reply
 
     async def _reply_to(self, command: msgspec.Struct) -> Any:
+        async with self._turns:
+            return await self._replied(command)
+
+    async def _replied(self, command: msgspec.Struct) -> Any:
         if self._replies.done():
             raise await self._cause_of_death()
-        if len(self._waiting) >= OUTSTANDING_MAX:
-            raise EngineFailed(f"The engine of {self._name} has {OUTSTANDING_MAX} unanswered commands.", "SH-521")
         self._number += 1
         number = self._number
         body = _encoder.encode(Asked(number, command))

@@ -4,6 +4,7 @@ object that keeps the count."""
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import OrderedDict, deque
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -42,7 +43,7 @@ class Admission:
             raise Overloaded(
                 f"The request needs room for {positions} positions, and there is room for {self.positions} in all; "
                 "ask for fewer tokens.",
-                RETRY_MOST_S,
+                math.inf,
             )
         if not self._queues and self.used + positions <= self.positions:
             self.used += positions

@@ -25,6 +25,8 @@ from shoal.protocol.serving import MASK_MAX_BYTES
 SCHEMA_MAX_BYTES = 64 * 1024
 TRIED_MAX = 31
 """Tokens before the last one of a crossing: a stage takes so few for a stream's, not for a prompt."""
+FORCED_MAX = 4096
+"""Tokens that alone can follow, over all those tried for a crossing: each time the whole row of them is found anew."""
 LIMITS = LLParserLimits(
     initial_lexer_fuel=500_000,
     step_lexer_fuel=100_000,
@@ -66,19 +68,20 @@ class Constraint:
         self._follow(said)
         tried: list[int] = []
         masks: list[bytes] = []
-        walked = size = before = 0
+        walked = size = before = found = 0
         try:
             while True:
                 forced = self._matcher.compute_ff_tokens()
                 mask = 1 << forced[0] if forced else int.from_bytes(self._matcher.compute_bitmask(), "little")
                 self._check()
+                found += len(forced)
                 masks.append(packed(mask, before))
                 before = mask
                 size += len(masks[-1])
                 if tried and size > MASK_MAX_BYTES:
                     return tuple(tried[:-1]), tuple(masks[:-1])
                 token, guess = _next(forced, guess)
-                if token is None or len(tried) >= min(most, TRIED_MAX):
+                if token is None or len(tried) >= min(most, TRIED_MAX) or found > FORCED_MAX:
                     break
                 if not self._matcher.try_consume_tokens([token]):
                     break

@@ -34,7 +34,7 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _refuse
         try:
             self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, RecursionError) as error:
             raise BadModel(f"The model's chat template cannot be read: {error}.") from error
         self._special = special
 
@@ -43,7 +43,7 @@ class ChatTemplate:
         plain = [{"role": message.role, "content": message.text} for message in messages]
         try:
             text = self._template.render(messages=plain, add_generation_prompt=True, **self._special)
-        except (jinja2.TemplateError, TypeError, ValueError, OverflowError) as error:
+        except (jinja2.TemplateError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise RequestRefused(
                 f"The model's chat template refuses these messages: {error}", param="messages"
             ) from error

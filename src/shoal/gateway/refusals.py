@@ -58,6 +58,13 @@ class TooLarge(RequestRefused):
     status = 413
 
 
+class TooSlow(RequestRefused):
+    """A request's body does not come."""
+
+    code = "SH-180"
+    status = 408
+
+
 class LimitReached(RequestRefused):
     """A request is beyond what its API key may be used for, now or ever."""
 
@@ -71,11 +78,12 @@ class LimitReached(RequestRefused):
 
 
 class Overloaded(EngineError):
-    """Memory or queue are full; the request may be sent again."""
+    """Memory or queue are full; the request may be sent again, unless it is more than there is room for at all."""
 
     code = "SH-571"
 
     def __init__(self, sentence: str, retry_after_s: float) -> None:
+        """`retry_after_s` is infinite for what could never be let in."""
         super().__init__(sentence)
         self.retry_after_s = retry_after_s
 

@@ -56,7 +56,7 @@ HANDED_S = 60.0
 RECEIPTS_S = 1.0
 """How long the receipts of a ring that ends are waited for: a node of it may be silent."""
 FULL = "SH-570"
-REFUSALS = frozenset({"SH-270", "SH-272", "SH-275", FULL})
+REFUSALS = frozenset({"SH-270", "SH-272", "SH-275", "SH-278", FULL})
 """What a stage says of a request, not of itself: elsewhere it would be the same, or memory is full."""
 
 BAD_STATES = "SH-277"

@@ -116,8 +116,11 @@ class LimitedRing(ABC):
         self._places = asyncio.Semaphore(AT_ONCE)
 
     async def advance(self, piece: Advance) -> Advanced:
-        async with self._places:
-            return await self._through(piece)
+        """Whoever asks may be cancelled; what is under way keeps its place until it is done."""
+        await self._places.acquire()
+        going = asyncio.ensure_future(self._through(piece))
+        going.add_done_callback(lambda done: self._places.release())
+        return await asyncio.shield(going)
 
     def computed(self, took_ms: float) -> None:
         """A step of a stream or two was computed in so long."""

@@ -7,16 +7,18 @@ goes wrong after it has begun is its last event. When a client hangs up, its ses
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import logging
 import math
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
 from litestar import Litestar, MediaType, Request, Response, get, post
+from litestar.background_tasks import BackgroundTask
 from litestar.datastructures import MutableScopeHeaders
 from litestar.exceptions import HTTPException
 from litestar.response import Stream
@@ -44,6 +46,7 @@ from shoal.gateway.refusals import (
     LimitReached,
     Overloaded,
     RequestRefused,
+    TooSlow,
     UnknownModel,
     Unserved,
     read_chat,
@@ -54,7 +57,12 @@ from shoal.gateway.service import Asked, ModelService, Piece
 from shoal.gateway.streams import StreamLost
 from shoal.protocol.serving import Chosen
 
+T = TypeVar("T")
+BODY_S_MAX = 60.0
+"""A request's body must have come within so long."""
 EVENTS = "text/event-stream"
+HUNG_UP = 499
+"""The status of a request whose client is gone, as proxies write it; nobody reads it."""
 EVERYBODY = ApiKey(b"", "")
 """Whoever asks where no keys are asked for."""
 _log = logging.getLogger("shoal.gateway")
@@ -97,25 +105,25 @@ def make_app(
 
     @post("/v1/chat/completions", status_code=200)
     async def chat(request: Request[Any, Any, Any]) -> Response[bytes] | Stream:
-        asked_for = read_chat(await request.body())
+        asked_for = read_chat(await _body(request))
         asked = service.chat(asked_for)
-        return await _reply(service, asked, _Chat(service, asked, asked_for), _account(request))
+        return await _reply(service, asked, _Chat(service, asked, asked_for), request)
 
     @post("/v1/completions", status_code=200)
     async def completions(request: Request[Any, Any, Any]) -> Response[bytes] | Stream:
-        asked_for = read_completion(await request.body())
+        asked_for = read_completion(await _body(request))
         asked = service.completion(asked_for)
-        return await _reply(service, asked, _Text(service, asked_for), _account(request))
+        return await _reply(service, asked, _Text(service, asked_for), request)
 
     @post("/v1/embeddings", status_code=200)
     async def embeddings(request: Request[Any, Any, Any]) -> Response[bytes]:
-        asked_for = read_embedding(await request.body())
+        asked_for = read_embedding(await _body(request))
         asked = service.embedding(asked_for)
         count, account = sum(map(len, asked.inputs)), _account(request)
         account.enter(count, 0, service.clock.monotonic())
         service.counts.requests += 1
         try:
-            vectors = await service.embed(asked, account.key.digest)
+            vectors = await _while_there(request, service.embed(asked, account.key.digest))
         finally:
             account.leave(0, 0, service.clock.monotonic())
         data = [Embedding(at, _numbers(vector, asked_for)) for at, vector in enumerate(vectors)]
@@ -251,18 +259,62 @@ def _account(request: Request[Any, Any, Any]) -> Account:
     return request.state.get("account") or Account(EVERYBODY, 0.0)
 
 
-async def _reply(service: ModelService, asked: Asked, reply: _Reply, account: Account) -> Response[bytes] | Stream:
-    pieces = _pieces(service, asked, account)
+async def _reply(
+    service: ModelService, asked: Asked, reply: _Reply, request: Request[Any, Any, Any]
+) -> Response[bytes] | Stream:
+    pieces = _pieces(service, asked, _account(request))
     if reply.stream:
-        first = await anext(pieces)  # what is wrong from the beginning is no stream
+        first = await _while_there(request, _next(pieces))  # what is wrong from the beginning is no stream
         return Stream(
-            _events(service, asked, reply, first, pieces), media_type=EVENTS, headers={"cache-control": "no-cache"}
-        )
-    parts: list[list[Piece]] = [[] for _ in range(len(asked.prompts) * asked.choices)]
-    async for piece in pieces:
-        parts[piece.index].append(piece)
+            _events(service, asked, reply, first, pieces), media_type=EVENTS, headers={"cache-control": "no-cache"},
+            background=BackgroundTask(_close, pieces),  # a client that took nothing more left `_events` where it was
+        )  # fmt: skip
+    parts = await _while_there(request, _all(pieces, len(asked.prompts) * asked.choices))
     said = sum(len(piece.tokens) for part in parts for piece in part)
     return _json(reply.whole(parts, _usage(asked, said)))
+
+
+async def _body(request: Request[Any, Any, Any]) -> bytes:
+    """Raises TooSlow."""
+    try:
+        async with asyncio.timeout(BODY_S_MAX):
+            return await request.body()
+    except TimeoutError as error:
+        raise TooSlow(f"The body did not come within {BODY_S_MAX:.0f} s.") from error
+
+
+async def _next(pieces: AsyncGenerator[Piece]) -> Piece:
+    return await anext(pieces)
+
+
+async def _close(pieces: AsyncGenerator[Piece]) -> None:
+    await pieces.aclose()
+
+
+async def _all(pieces: AsyncGenerator[Piece], choices: int) -> list[list[Piece]]:
+    parts: list[list[Piece]] = [[] for _ in range(choices)]
+    async for piece in pieces:
+        parts[piece.index].append(piece)
+    return parts
+
+
+async def _while_there(request: Request[Any, Any, Any], work: Coroutine[Any, Any, T]) -> T:
+    """What `work` gives; it is cancelled as soon as the client hangs up. The request's body must have been read."""
+    doing, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_hung_up(request))
+    try:
+        await asyncio.wait({doing, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not doing.done():
+            raise HTTPException("The client hung up.", status_code=HUNG_UP)
+        return doing.result()
+    finally:
+        for task in (doing, leaving):
+            task.cancel()
+        await asyncio.gather(doing, leaving, return_exceptions=True)
+
+
+async def _hung_up(request: Request[Any, Any, Any]) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 async def _pieces(service: ModelService, asked: Asked, account: Account) -> AsyncGenerator[Piece]:
@@ -299,8 +351,6 @@ async def _events(
     except ShoalError as error:
         service.counts.failed += 1
         yield _event(_said_trouble(error)[1])
-    finally:
-        await pieces.aclose()
 
 
 def _signed(said: Any, last: Sequence[Piece]) -> Any:

@@ -16,6 +16,7 @@ from shoal.models.configs import BadModel, refuse_code
 disable_progress_bar()
 
 LAYERS_MAX = 4096
+LAYERS_NAMES = ("num_hidden_layers", "n_layer", "num_layers")
 LAYER_PARAMETERS_LEAST = 64
 
 CausalModel = nn.Module
@@ -30,6 +31,9 @@ def parse_config(config: str) -> Any:
         raise BadModel(f"The model config is not JSON, or too deep: {one_line(error)}.") from error
     refuse_code(fields, "The model config")
     model_type = fields.pop("model_type", None)
+    for name in LAYERS_NAMES:  # first: with each of them transformers takes time and memory
+        if isinstance(fields.get(name), int) and not 1 <= fields[name] <= LAYERS_MAX:
+            raise BadModel(f"The config says {name} {str(fields[name])[:20]}; from 1 to {LAYERS_MAX} can be.")
     try:
         return AutoConfig.for_model(model_type, **fields)
     except Exception as error:

@@ -72,17 +72,24 @@ def shape_of(config: str) -> Shape:
             f"A {parsed.model_type} model cannot be served; these families can: {', '.join(sorted(FAMILIES))}."
         )
     heads, grouped = parsed.num_attention_heads, FAMILIES[parsed.model_type].grouped
-    return Shape(
-        family=parsed.model_type,
-        layers=parsed.num_hidden_layers,
-        hidden=parsed.hidden_size,
-        vocabulary=parsed.vocab_size,
-        key_heads=(grouped and getattr(parsed, "num_key_value_heads", None)) or heads,
-        head_size=(grouped and getattr(parsed, "head_dim", None)) or parsed.hidden_size // heads,
-        positions=_positions(parsed),
-        tied=bool(parsed.tie_word_embeddings),
-        logit_cap=getattr(parsed, "final_logit_softcapping", None),
-    )
+    try:
+        shape = Shape(
+            family=parsed.model_type,
+            layers=parsed.num_hidden_layers,
+            hidden=parsed.hidden_size,
+            vocabulary=parsed.vocab_size,
+            key_heads=(grouped and getattr(parsed, "num_key_value_heads", None)) or heads,
+            head_size=(grouped and getattr(parsed, "head_dim", None)) or parsed.hidden_size // heads,
+            positions=_positions(parsed),
+            tied=bool(parsed.tie_word_embeddings),
+            logit_cap=getattr(parsed, "final_logit_softcapping", None),
+        )
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise BadModel(f"The config's sizes make no {parsed.model_type} model: {one_line(error)}.") from error
+    for name in ("layers", "hidden", "vocabulary", "key_heads", "head_size", "positions"):
+        if getattr(shape, name) < 1:
+            raise BadModel(f"The config's sizes make no {shape.family} model: {name} would be {getattr(shape, name)}.")
+    return shape
 
 
 def _positions(parsed: Any) -> int:

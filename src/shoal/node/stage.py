@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections import OrderedDict
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,6 +69,12 @@ class StageFull(BadRecord):
     code = "SH-272"
 
 
+class SessionOver(BadRecord):
+    """Positions come to a stage after the end of their session: the end went another way, and was quicker."""
+
+    code = "SH-278"
+
+
 @dataclass
 class _Session:
     """A session in this stage."""
@@ -118,6 +125,8 @@ class StageRun:
         self._under_way: dict[asyncio.Task[None], float] = {}
         """Pieces of work, and since when."""
         self._sessions: dict[int, _Session] = {}
+        self._over: OrderedDict[int, None] = OrderedDict()
+        """Those that ended last: what still comes of them would stay for ever."""
         self._ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._tell = True
 
@@ -201,12 +210,14 @@ class StageRun:
     # --- positions -------------------------------------------------------------------------------------------------
 
     def work(self, message: StageWork, peer: bytes) -> None:
-        """Positions have come. Raises NotInRing, StageFull."""
+        """Positions have come. Raises NotInRing, SessionOver, StageFull."""
         before = self.gateway if self._mine == 0 else self._invite.stages[self._mine - 1].node
         if peer != before:
             raise NotInRing(f"Node {short_id(peer)} is not before {self.name} in this ring.")
         if not self._ready or self._ended.done():
             raise NotInRing(f"{self.name} does not hold its layers yet, or not any more.")
+        if message.session in self._over:
+            raise SessionOver(f"Session {message.session} is over.")
         if len(self._under_way) >= UNDER_WAY_MAX:
             raise StageFull(f"{self.name} has {UNDER_WAY_MAX} pieces of work already.")
         if message.session not in self._sessions and len(self._sessions) >= SESSIONS_MAX:
@@ -269,7 +280,11 @@ class StageRun:
         except EngineDied:
             return  # `run` tells the gateway
         except (EngineFailed, LinkError) as error:
-            code = error.cause_code if isinstance(error, EngineFailed) else error.code
+            code = error.code
+            if isinstance(error, EngineFailed):
+                code = error.cause_code
+            elif isinstance(error, Refused) and error.remote_code == SessionOver.code:
+                code = error.remote_code  # no fault of the ring
             await self._answer(message, code=code, sentence=f"{self.name}: {error.sentence}"[:400])
 
     async def pulse(self, message: StagePulse, peer: bytes) -> StagePulsed:
@@ -312,6 +327,9 @@ class StageRun:
         if peer != self.gateway:
             raise NotInRing("Only the gateway of a ring ends its sessions.")
         session = self._sessions.pop(message.session, None)
+        self._over[message.session] = None
+        if len(self._over) > SESSIONS_MAX:
+            self._over.popitem(last=False)
         if self._ready:
             with contextlib.suppress(EngineFailed, EngineDied):
                 await self._layers.engine.close_session(message.session, keep=message.keep)

@@ -15,7 +15,7 @@ import msgspec
 import psutil
 
 from shoal.engines import EngineFailed, warm
-from shoal.errors import JobError
+from shoal.errors import JobError, ShoalError
 from shoal.gateway.admission import Admission
 from shoal.gateway.engines import EngineFinder
 from shoal.gateway.guesses import Draft
@@ -34,10 +34,10 @@ from shoal.inference.attention import BLOCK, kept_bytes, padded
 from shoal.inference.commands import LoadStage, StageLoaded
 from shoal.inference.process import StageProcess
 from shoal.models.checkpoints import weight_files
-from shoal.models.configs import BadModel, positions_of, read_config
+from shoal.models.configs import BadModel, positions_of, read_config, refuse_endless, vocabulary_of
 from shoal.models.pooling import read_pooling
 from shoal.models.stages import Shape, Survey, shape_of, survey
-from shoal.models.tokenizers import TextTokenizer, has_tokenizer, load_tokenizer
+from shoal.models.tokenizers import BadTokenizer, ByteTokenizer, TextTokenizer, has_tokenizer, load_tokenizer
 from shoal.protocol.blobs import BlobHolder
 from shoal.protocol.hubs import HubTicket
 from shoal.protocol.messages import sign
@@ -129,15 +129,22 @@ class _Model:
         return positions
 
 
-def _tokenizer_of(directory: Path) -> TextTokenizer:
-    """Raises BadTokenizer."""
-    return load_tokenizer(str(directory) if has_tokenizer(directory) else "bytes")
+def _tokenizer_of(directory: Path, config: str) -> TextTokenizer:
+    """Its own, or bytes where that is what its vocabulary can be. Raises BadTokenizer, BadModel."""
+    if has_tokenizer(directory):
+        return load_tokenizer(str(directory))
+    if vocabulary_of(config) != ByteTokenizer.vocabulary:
+        raise BadTokenizer(f"{directory} holds no tokenizer; put its tokenizer.json there.")
+    return load_tokenizer("bytes")
 
 
 def checkpoint_of(path: Path) -> Path:
     """A checkpoint directory as it is, a run folder's model. Raises BadModel."""
     for place in (path, path / "model"):
         if (place / "config.json").is_file():
+            for file in place.iterdir():
+                if not file.is_dir():
+                    refuse_endless(file)
             return place
     if (path / "job.record").exists():
         raise BadModel(f"{path} is a run without a model; finish it with: shoal train {path} --resume")
@@ -182,7 +189,7 @@ class ServedModel:
         model = _Model(directory, config, options.engines_only)
         if not options.engines_only:
             _ = model.shape, model.files  # what is wrong with them is said before anything is started
-        tokenizer = _tokenizer_of(directory)
+        tokenizer = _tokenizer_of(directory, config)
         pooling, generates = None, True
         if not options.engines_only:
             pooling = read_pooling(directory, config, model.shape.hidden)
@@ -218,7 +225,7 @@ class ServedModel:
         directory = checkpoint_of(path)
         config = read_config(directory)
         shape = shape_of(config)
-        if _tokenizer_of(directory).of_library().get_vocab() != tokenizer.of_library().get_vocab():
+        if _tokenizer_of(directory, config).of_library().get_vocab() != tokenizer.of_library().get_vocab():
             raise BadModel(f"{directory} reads texts as other tokens than {model.directory}: it cannot guess for it.")
         memory = min(SESSIONS_MAX_BYTES, int(psutil.virtual_memory().available * DRAFT_SHARE))
         command = LoadStage(
@@ -254,7 +261,9 @@ class ServedModel:
 
 
 class LocalServer(ServedModel):
-    """The model in child processes of this machine."""
+    """The model in child processes of this machine; it is loaded anew when one of them dies."""
+
+    _keeping: asyncio.Task[None] | None = None
 
     async def _hold(self, model: _Model, service: ModelService) -> None:
         warm()
@@ -274,9 +283,29 @@ class LocalServer(ServedModel):
             token_ms += loaded.layer_ms * (stop - first) + loaded.last_ms
             exact = exact and loaded.exact
             options.say(f"Layers {first} to {stop - 1} are loaded: {loaded.layer_ms * (stop - first):.1f} ms a token.")
-        service.rings.append(LocalRing("this machine", stages, exact=exact, token_ms=token_ms))
+        ring = LocalRing("this machine", stages, exact=exact, token_ms=token_ms)
+        service.rings.append(ring)
         block_bytes = _cache_bytes(model.shape, layers, BLOCK)
         service.admission.positions = max(service.context, memory * BLOCK // block_bytes)
+        self._keeping = asyncio.create_task(self._keep(model, service, ring, stages))
+
+    async def _keep(self, model: _Model, service: ModelService, ring: LocalRing, stages: list[StageProcess]) -> None:
+        """Streams wait for what comes in place of a ring of which a process died."""
+        dead, _ = await asyncio.wait([stage.died for stage in stages], return_when=asyncio.FIRST_COMPLETED)
+        service.rings.remove(ring)
+        self.options.say(f"{dead.pop().result().sentence} The layers are loaded again.")
+        for stage in stages:
+            self._stages.remove(stage)
+            await stage.kill()
+        try:
+            await self._hold(model, service)
+        except ShoalError as error:
+            self.options.say(f"Nothing serves {service.name} any more; start it again: {error.sentence}")
+
+    async def stop(self) -> None:
+        if self._keeping is not None:
+            self._keeping.cancel()
+        await super().stop()
 
 
 class NodesServer(ServedModel):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from typing import Any
 
+import psutil
 from granian.constants import HTTPModes, Interfaces
 from granian.http import HTTP1Settings
 from granian.server.embed import Server
@@ -19,6 +21,8 @@ CONNECTIONS_MAX = 1024
 HEADER_BYTES_MAX = 16 * 1024
 HEADER_MS_MAX = 2_000
 """A connection on which no request was read for so long is closed, idle ones too: others wait for its place."""
+TAKEN_MS_MAX = 60_000
+"""A connection whose client takes nothing of what is sent for so long is closed, where the system can (Linux)."""
 READY_TRIES_MAX = 500
 READY_EVERY_S = 0.01
 STOP_S = 10.0
@@ -74,6 +78,7 @@ class HttpFace:
                 await self._clock.sleep(READY_EVERY_S)
             else:
                 writer.close()
+                _close_those_who_take_nothing(port)
                 return f"http://{shown}"
         cause = serving.exception() if serving.done() and not serving.cancelled() else None
         raise HttpFailed(f"HTTP did not come up at {shown}: {_first_line(cause)}.")
@@ -88,6 +93,16 @@ class HttpFace:
             server.stop()  # type: ignore[no-untyped-call]
         await asyncio.wait([serving], timeout=STOP_S)
         serving.cancel()
+
+
+def _close_those_who_take_nothing(port: int) -> None:
+    """The server does not say which socket it listens on. What is accepted there is set alike (tcp(7))."""
+    if not hasattr(socket, "TCP_USER_TIMEOUT"):
+        return
+    for one in psutil.Process().net_connections("tcp"):
+        if one.status == psutil.CONN_LISTEN and one.laddr.port == port:
+            with socket.socket(fileno=os.dup(one.fd)) as listening:
+                listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, TAKEN_MS_MAX)
 
 
 def _first_line(cause: BaseException | None) -> str:
