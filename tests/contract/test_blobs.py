@@ -298,7 +298,7 @@ def test_pins_outlive_the_process_and_the_owner_lets_go_of_all(disk: Disk) -> No
     store.close()
     store = open_store(disk, 2 * 4096)
     assert store.pins("job/7:../x") == {a, absent} and store.pins("other") == {a}
-    assert store.holdings()[0].owners == ("job/7:../x", "other")
+    assert store.holdings()[0].owners == ("job/7:../x", "other") and store.owners() == {"job/7:../x", "other"}
     with pytest.raises(BlobPinned, match="other"):
         store.delete(a)
     store.release("job/7:../x")
@@ -488,6 +488,7 @@ def test_abandoned_downloads_make_room_first(disk: Disk) -> None:
     small = store.put(b"small").hash
     partial = open_partial_with_list(store, data)
     partial.write(0, piece(data, 0))
+    partial.write(1, piece(data, 1))
     with pytest.raises(StorageFull):
         store.put(noise(BIG, 2))
     partial.close()

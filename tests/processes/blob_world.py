@@ -77,6 +77,11 @@ class Node:
         finally:
             self.reading -= 1
 
+    async def close(self) -> None:
+        await self.fetcher.close()
+        await self.endpoint.close()
+        self.store.close()
+
     @property
     def id(self) -> bytes:
         return self.endpoint.node_id
@@ -148,6 +153,5 @@ class World:
 
     async def __aexit__(self, *_: object) -> None:
         for node in self.nodes:
-            await node.fetcher.close()
-            await node.endpoint.close()
-            node.store.close()
+            closing = asyncio.create_task(node.close())
+            await (self.pass_time(closing) if isinstance(self.clock, HeldClock) else closing)

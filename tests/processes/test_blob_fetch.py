@@ -4,6 +4,7 @@ import asyncio
 import errno
 import threading
 from collections.abc import AsyncIterator
+from pathlib import Path as FilePath
 
 import pytest
 from blob_world import Node, World, noise, play, ref_of, stream_of, trickle
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from shoal.identity import short_id
 from shoal.protocol.blobs import CHUNK_BYTES, BlobChunkList, BlobHolder, BlobRead, BlobRef
 from shoal.protocol.messages import PROTOCOL_VERSION, encode
+from shoal.quantities import joined
 from shoal.storage import (
     BadBlobRequest,
     BadReference,
@@ -21,12 +23,15 @@ from shoal.storage import (
     ServerBusy,
     StorageFull,
     UnknownBlob,
+    find_blob,
+    hash_pieces,
 )
 from shoal.storage.download import COPIES_MAX, HEDGE_S, HOLDERS_MAX, PIECES_IN_FLIGHT, STALL_BYTES, _Flight, _Peer
 from shoal.storage.fetch import DOWNLOADS_AT_ONCE, SLOW_AT_ONCE, SMALL_AT_ONCE
+from shoal.storage.pieces import cut, piece_count, pieces_in
 from shoal.storage.serve import READ_MAX_BYTES, READS_IN_ALL, READS_PER_PEER
 from shoal.transport.memory import Path
-from shoal.world import Body, DeadlineExceeded, FaultyDisk, HeldClock, MemoryDisk, Refused, Request
+from shoal.world import Body, DeadlineExceeded, DirectoryDisk, FaultyDisk, HeldClock, MemoryDisk, Refused, Request
 
 both = pytest.mark.parametrize("kind", ["memory", "tls"])
 Asked = BlobRead | BlobChunkList
@@ -912,5 +917,189 @@ def test_one_honest_holder_is_enough_and_nothing_else_ever_is(behaviours: list[s
             return None
 
         node.instead = instead
+
+    play(scene())
+
+
+# A part of a blob
+
+
+def allocated(place: FilePath) -> int:
+    """Bytes that files of a directory take on the disk: a hole takes none."""
+    return sum(file.stat().st_blocks * 512 for file in place.rglob("*") if file.is_file())
+
+
+def is_there(file: FilePath, data: bytes, pieces: set[int]) -> bool:
+    """Whether a file is the blob's in these pieces, and empty in all others but for what the file system adds."""
+    found = file.read_bytes()
+    cuts = [(n, slice(n * CHUNK_BYTES, (n + 1) * CHUNK_BYTES)) for n in range(piece_count(len(data)))]
+    return len(found) == len(data) and all(
+        found[cut] == data[cut] if n in pieces else not any(found[cut]) for n, cut in cuts
+    )
+
+
+def test_a_part_comes_from_several_holders_and_nobody_takes_it_for_the_whole(tmp_path: FilePath) -> None:
+    async def scene() -> None:
+        async with World() as world:
+            data, mib = noise(BIG), CHUNK_BYTES
+            ref = ref_of(data)
+            one, two, liar = holders = await world.holders(3, data)
+            lied = asyncio.Event()
+
+            async def lie(asked: Asked, request: Request) -> Body | None:
+                if isinstance(asked, BlobRead):
+                    lied.set()
+                    return stream_of(bytes(asked.length))
+                return None
+
+            async def wait_for_the_lie(asked: Asked, request: Request) -> None:
+                if isinstance(asked, BlobRead):
+                    await lied.wait()
+
+            liar.instead, one.instead, two.instead = lie, wait_for_the_lie, wait_for_the_lie
+            me = await world.node(disk=DirectoryDisk(tmp_path), capacity_bytes=6 << 20)
+            ranges = ((0, 100), (3 * mib - 1, 4 * mib + 1), (6 * mib, 6 * mib + 5))
+            pieces, seen = {0, 2, 3, 4, 6}, list[FetchProgress]()
+            names = [node.holder for node in holders]
+            report = await me.fetcher.fetch(ref, names, seen.append, owner="job", ranges=ranges)
+            assert set(report.dropped) == {liar.id} and "wrong bytes for piece" in report.dropped[liar.id]
+            assert set(report.bytes_by_peer) <= {one.id, two.id}
+            assert sum(report.bytes_by_peer.values()) == 5 * mib
+            assert (seen[-1].done_bytes, seen[-1].total_bytes) == (5 * mib, 5 * mib)
+            assert {*one.pieces_asked, *two.pieces_asked, *liar.pieces_asked} == pieces
+            file = me.store.part(ref, ranges)
+            assert is_there(file, data, pieces)
+            assert allocated(tmp_path) < 5 * mib + 64 * 1024 and me.store.used_bytes <= 5 * mib + 8192
+
+            # It is not the whole, for nobody.
+            assert not me.store.has(ref.hash) and me.store.holdings() == []
+            with pytest.raises(UnknownBlob):
+                me.store.path(ref.hash)
+            with pytest.raises(UnknownBlob, match="That part of blob"):
+                me.store.part(ref, ((mib, 2 * mib),))
+            other = await world.node()
+            with pytest.raises(FetchFailed, match="not held here"):
+                await other.fetcher.fetch(ref, [me.holder])
+            assert find_blob(tmp_path, ref.hash) is None
+
+            # Room: a pin holds it, and with no pin it makes way.
+            with pytest.raises(StorageFull, match=r"5\.0 MiB are pinned by job"):
+                me.store.put(noise(2 << 20, 3))
+            with pytest.raises(StorageFull):
+                await me.fetcher.fetch(ref, names)
+            assert me.store.part(ref, ranges) == file and is_there(file, data, pieces)
+            again = await me.fetcher.fetch(ref, names, owner="job", ranges=ranges)
+            assert (again.bytes_by_peer, again.resumed_bytes) == ({}, 5 * mib)
+            me.store.release("job")
+            me.store.put(noise(2 << 20, 3))
+            assert not file.exists()
+            with pytest.raises(UnknownBlob):
+                me.store.part(ref, ranges)
+
+    play(scene())
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_part_becomes_wider_and_the_whole_in_the_end(tmp_path: FilePath, together: bool) -> None:
+    async def scene() -> None:
+        async with World() as world:
+            data, mib = noise(BIG), CHUNK_BYTES
+            ref = ref_of(data)
+            (holder,) = await world.holders(1, data)
+            me = await world.node(disk=DirectoryDisk(tmp_path))
+            first, wider = ((0, 2 * mib),), ((mib, 4 * mib), (9 * mib, BIG))
+            fetches = [me.fetcher.fetch(ref, [holder.holder], owner="job", ranges=one) for one in (first, wider, ())]
+            if together:
+                await asyncio.gather(*fetches)
+            else:
+                await fetches[0]
+                small = me.store.used_bytes
+                with pytest.raises(FetchFailed, match="nobody is known"):
+                    await me.fetcher.fetch(ref, [])
+                assert me.store.used_bytes == small, "no room is kept for what does not come"
+                mapped = me.store.part(ref, first).open("rb")
+                assert is_there(me.store.part(ref, first), data, {0, 1})
+                await fetches[1]
+                assert small < me.store.used_bytes < ref.size
+                assert is_there(me.store.part(ref, wider), data, {0, 1, 2, 3, 9})
+                assert me.store.part(ref, first) == me.store.part(ref, wider)
+                report = await fetches[2]
+                assert report.resumed_bytes == 4 * mib + BIG - 9 * mib
+                assert mapped.read() == data, "who has it open reads on"
+            assert me.store.read(ref.hash) == data
+            assert me.store.part(ref, wider) == me.store.path(ref.hash)
+            assert sorted(holder.pieces_asked) == list(range(10)), "each piece once"
+            assert not list((tmp_path / "partial").iterdir())
+            assert (await me.fetcher.fetch(ref, [], ranges=wider)).bytes_by_peer == {}
+            me.store.release("job")
+            me.store.delete(ref.hash)
+            assert me.store.used_bytes == 0
+
+    play(scene())
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    parts=st.lists(
+        st.lists(st.tuples(st.integers(0, BIG), st.integers(0, BIG)).map(lambda two: (min(two), max(two))), max_size=4),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_any_parts_are_exactly_their_pieces(parts: list[list[tuple[int, int]]]) -> None:
+    async def scene() -> None:
+        async with World() as world:
+            data = noise(BIG)
+            ref = ref_of(data)
+            (holder,) = await world.holders(1, data)
+            me = await world.node()
+            wanted = [joined(one) for one in parts]
+            await asyncio.gather(*(me.fetcher.fetch(ref, [holder.holder], owner="job", ranges=one) for one in wanted))
+            expected = set[int]().union(*(set(pieces_in(one, BIG)) for one in wanted))
+            assert sorted(holder.pieces_asked) == sorted(expected), "each once, and no other"
+            whole = any(pieces_in(one, BIG).complete for one in wanted)
+            assert me.store.has(ref.hash) == whole
+            name = f"{'blobs' if whole else 'partial'}/{ref.hash.hex()}"
+            for piece in expected:
+                cut = slice(piece * CHUNK_BYTES, (piece + 1) * CHUNK_BYTES)
+                assert me.disk.read(name)[cut] == data[cut]
+
+    play(scene())
+
+
+def test_ranges_outside_of_a_blob_are_refused() -> None:
+    async def scene() -> None:
+        async with World() as world:
+            me = await world.node()
+            ref = ref_of(noise(BIG))
+            for wrong in (((0, BIG + 1),), ((5, 5),), ((0, 10), (5, 20)), ((-1, 5),)):
+                with pytest.raises(BadBlobRequest, match="ranges lie outside, or overlap"):
+                    await me.fetcher.fetch(ref, [], ranges=wrong)
+
+    play(scene())
+
+
+def test_a_part_of_other_chunks_is_not_this_one(tmp_path: FilePath) -> None:
+    async def scene() -> None:
+        async with World() as world:
+            data, other = noise(BIG), noise(BIG, 2)
+            right, wrong = ref_of(data), ref_of(data, other)
+            (liar,), (honest,) = await world.holders(1, other), await world.holders(1, data)
+
+            async def as_if(asked: Asked, request: Request) -> Body:
+                chunks = hash_pieces(cut(memoryview(other)))[1]
+                start = asked.offset if isinstance(asked, BlobRead) else 0
+                return stream_of(other[start:][: asked.length] if isinstance(asked, BlobRead) else chunks)
+
+            liar.instead = as_if
+            me = await world.node(disk=DirectoryDisk(tmp_path))
+            part = ((0, CHUNK_BYTES),)
+            await me.fetcher.fetch(wrong, [liar.holder], owner="a", ranges=part)
+            with pytest.raises(UnknownBlob):
+                me.store.part(right, part)
+            await me.fetcher.fetch(right, [honest.holder], owner="b", ranges=part)
+            assert me.store.part(right, part).read_bytes()[:CHUNK_BYTES] == data[:CHUNK_BYTES]
+            with pytest.raises(UnknownBlob):
+                me.store.part(wrong, part)
 
     play(scene())

@@ -50,13 +50,14 @@ PUTTING = (
 FETCHING = (
     KILLING_DISK
     + """
-    hash, chunks, size, node, address = sys.argv[3:8]
+    hash, chunks, size, node, address, stop = sys.argv[3:9]
+    ranges = ((1, int(stop)),) if int(stop) else ()
     ref = BlobRef(hash=bytes.fromhex(hash), size=int(size), chunks=bytes.fromhex(chunks))
 
     async def main():
         endpoint = TlsEndpoint(KeyPair.generate())
         fetcher = Fetcher(endpoint, store, SystemClock(), SystemDice())
-        report = await fetcher.fetch(ref, [BlobHolder(node=bytes.fromhex(node), addresses=(address,))])
+        report = await fetcher.fetch(ref, [BlobHolder(node=bytes.fromhex(node), addresses=(address,))], ranges=ranges)
         print(report.resumed_bytes, sum(report.bytes_by_peer.values()), flush=True)
         await endpoint.close()
 
@@ -85,14 +86,20 @@ def test_puts_that_are_killed_leave_whole_blobs_and_all_that_were_acknowledged(t
 
 
 @pytest.mark.timeout(280)
-def test_a_fetch_that_is_killed_again_and_again_gets_there_without_starting_over(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("size", "stop"), [(8 * CHUNK_BYTES + 5, 0), (12 * CHUNK_BYTES + 5, 9 * CHUNK_BYTES)], ids=["whole", "part"]
+)
+def test_a_fetch_that_is_killed_again_and_again_gets_there_without_starting_over(
+    tmp_path: Path, size: int, stop: int
+) -> None:
     async def scene() -> None:
         async with World("tls") as world:
-            data = noise(8 * CHUNK_BYTES + 5)
+            data = noise(size)
             (holder,) = await world.holders(1, data)
             ref = ref_of(data)
             assert ref.chunks is not None
-            names = [ref.hash.hex(), ref.chunks.hex(), str(ref.size), holder.id.hex(), holder.endpoint.addresses[0]]
+            where = [holder.id.hex(), holder.endpoint.addresses[0]]
+            names = [ref.hash.hex(), ref.chunks.hex(), str(ref.size), *where, str(stop)]
             deaths, resumed = 0, 0
             for attempt in range(20):
                 # A start takes a handful of steps and a piece four, so every life but the last ends half-way.
@@ -104,7 +111,7 @@ def test_a_fetch_that_is_killed_again_and_again_gets_there_without_starting_over
                 out, err = await process.communicate()
                 if process.returncode == 0:
                     resumed, fetched = map(int, out.split())
-                    assert resumed + fetched == ref.size
+                    assert resumed + fetched == (stop or ref.size)
                     break
                 assert process.returncode == -signal.SIGKILL, err.decode()
                 deaths += 1
@@ -113,9 +120,16 @@ def test_a_fetch_that_is_killed_again_and_again_gets_there_without_starting_over
                     store.verify(ref.hash)
                 store.close()
             store = BlobStore(tmp_path, 1 << 30, SystemClock())
-            assert store.read(ref.hash) == data
             assert deaths >= 2 and resumed > 0, (deaths, resumed)
-            assert not list((tmp_path / "partial").iterdir())
+            if stop:
+                assert not store.has(ref.hash)
+                file = tmp_path / "partial" / ref.hash.hex()
+                assert file.read_bytes()[:stop] == data[:stop] and file.stat().st_size == ref.size
+                assert file.stat().st_blocks * 512 < stop + 64 * 1024
+                assert stop < store.used_bytes < stop + 64 * 1024
+            else:
+                assert store.read(ref.hash) == data
+                assert not list((tmp_path / "partial").iterdir())
             store.close()
 
     play(scene())

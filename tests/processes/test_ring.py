@@ -27,12 +27,13 @@ from shoal.gateway.streams import Stream, StreamLost
 from shoal.identity import KeyPair
 from shoal.inference.commands import Advance, Advanced
 from shoal.models.configs import read_config
-from shoal.models.stages import shape_of
+from shoal.models.stages import shape_of, survey
 from shoal.models.tokenizers import ByteTokenizer
 from shoal.node.member import EngineSettings
 from shoal.node.stages import StageHost, round_trip_ms
 from shoal.protocol.blobs import BlobHolder
-from shoal.protocol.messages import DEFAULT_NETWORK, encode, sign
+from shoal.protocol.messages import DEFAULT_NETWORK, decode, encode, sign
+from shoal.protocol.offers import Done
 from shoal.protocol.serving import (
     Choosing,
     Chosen,
@@ -40,13 +41,14 @@ from shoal.protocol.serving import (
     ServeJob,
     StageAnswer,
     StageForget,
+    StageGone,
     StageInvite,
     StagePlace,
     StageWork,
 )
 from shoal.storage import BlobStore, Fetcher, serve
 from shoal.transport import TlsEndpoint
-from shoal.world import Refused, SystemClock, SystemDice
+from shoal.world import Refused, Request, SystemClock, SystemDice
 
 GENEROUS_S = 120.0
 PROMPT = tuple(range(5, 85))
@@ -110,13 +112,15 @@ class World:
             for file in sorted(self.checkpoint.glob("*.safetensors"))
         )
         self.job = ServeJob(name="small", created_ms=0, config=config, layers=shape_of(config).layers, files=files)
+        self.layout = survey(config, sorted(self.checkpoint.glob("*.safetensors")))
         self.envelope = sign(self.gateway.key, self.job)
         self.metering = Metering(self.envelope.record_id, self.books, self.gateway.clock)
 
     def invite(self, ring: bytes, places: tuple[StagePlace, ...], mine: int) -> StageInvite:
+        parts = self.layout.parts_of(places[mine].first, places[mine].stop)
         return StageInvite(
-            job=self.envelope.to_bytes(), ring=ring, stages=places, mine=mine, files=(0,), memory_bytes=1 << 26,
-            holders=(self.gateway.holder,),
+            job=self.envelope.to_bytes(), ring=ring, stages=places, mine=mine, files=tuple(parts),
+            parts=tuple(parts.values()), memory_bytes=1 << 26, holders=(self.gateway.holder,),
         )  # fmt: skip
 
     async def ring(self, *who: int, cuts: tuple[int, ...] = (1, 2)) -> NodeRing:
@@ -221,6 +225,78 @@ def test_a_ring_of_three_says_what_transformers_says(tmp_path: Path) -> None:
             assert not world.accounts().bad and not world.metering.counts.receipts_disputed
             far = await round_trip_ms(world.nodes[0].endpoint, world.nodes[1].holder, SystemClock())
             assert far is not None and far > 0
+
+    asyncio.run(asyncio.wait_for(scene(), GENEROUS_S))
+
+
+LARGE = {"num_hidden_layers": 6, "hidden_size": 256, "intermediate_size": 1024}
+"""24 MB in one file, nearly all of it layers."""
+
+
+def allocated(folder: Path) -> int:
+    """Bytes that a folder's files take on the disk: a hole takes none."""
+    return sum(file.stat().st_blocks * 512 for file in folder.rglob("*") if file.is_file())
+
+
+def test_a_node_fetches_no_more_of_one_large_file_than_its_layers(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with a_world(tmp_path, 3, **LARGE) as world:
+            (file,) = world.job.files
+            ring = await world.ring(0, 1, 2, cuts=(2, 4))
+            tokens = expected(world.checkpoint, 12)
+            assert len(set(tokens)) > 3 and await said(a_stream([ring], 12)) == tokens
+            for node in world.nodes:
+                assert not node.store.has(file.blob.hash)
+                assert allocated(tmp_path / node.name) < 0.45 * file.blob.size, node.name
+                assert node.store.used_bytes < 0.45 * file.blob.size
+
+            # Other layers of the same file, while those are in use; a node with all of them has the file.
+            other = await world.ring(1, 2, 0, cuts=(2, 4))
+            assert await said(a_stream([other], 12)) == tokens == await said(a_stream([ring], 12))
+            assert all(allocated(tmp_path / node.name) < 0.8 * file.blob.size for node in world.nodes)
+            alone = await world.ring(2, cuts=())
+            assert world.nodes[2].store.has(file.blob.hash)
+            assert await said(a_stream([alone], 12)) == tokens == await said(a_stream([other], 12))
+
+            for wrong in (((0, file.blob.size + 1),), ((5, 5),), ((0, 9), (8, 20))):
+                invite = msgspec.structs.replace(world.invite(os.urandom(16), ring.places, 0), parts=(wrong,))
+                link = await world.gateway.endpoint.dial(ring.places[0].node, ring.places[0].addresses)
+                with pytest.raises(Refused, match="the stage's part lies outside, or overlaps"):
+                    await link.request(invite.KIND, encode(invite, link.version))
+
+    asyncio.run(asyncio.wait_for(scene(), GENEROUS_S))
+
+
+def test_what_a_killed_node_had_pinned_for_its_layers_may_go(tmp_path: Path) -> None:
+    async def scene() -> None:
+        node = Place(tmp_path, "node")
+        blob = node.store.put(b"layers")
+        node.store.pin("serve-0123-1", blob.hash)
+        node.store.pin("job-0123", blob.hash)
+        await node.start(node=True)
+        assert node.store.owners() == {"job-0123"}
+        await node.close()
+
+    asyncio.run(asyncio.wait_for(scene(), GENEROUS_S))
+
+
+def test_a_stage_whose_part_lacks_a_tensor_says_which(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with a_world(tmp_path, 1, **LARGE) as world:
+            node, gone = world.nodes[0], asyncio.get_running_loop().create_future()
+
+            async def heard(request: Request) -> bytes:
+                gone.set_result(decode(StageGone, request.body, request.version))
+                return encode(Done(), request.version)
+
+            world.gateway.endpoint.handle(StageGone.KIND, heard)
+            places = (StagePlace(node=node.key.node_id, addresses=tuple(node.endpoint.addresses), first=0, stop=6),)
+            few = world.layout.parts_of(0, 5)
+            invite = msgspec.structs.replace(world.invite(os.urandom(16), places, 0), parts=tuple(few.values()))
+            link = await world.gateway.endpoint.dial(places[0].node, places[0].addresses)
+            await link.request(invite.KIND, encode(invite, link.version))
+            reason = (await gone).reason
+            assert "tensor 'model.layers.5." in reason and "not of the part that was fetched" in reason
 
     asyncio.run(asyncio.wait_for(scene(), GENEROUS_S))
 

@@ -17,6 +17,7 @@ import httpx
 import psutil
 import pytest
 from test_gateway import PROMPT, expected
+from test_ring import LARGE, allocated
 from test_stages import a_checkpoint
 
 from shoal.gateway.receipts import GatewayRunning
@@ -219,6 +220,35 @@ def test_a_ring_in_reserve_takes_over(
 
     room_for_one = 3 << 20  # for a layer with its cache, and the weights of the others
     monkeypatch.setattr("shoal.gateway.scouting.CPU_SHARE", room_for_one / psutil.virtual_memory().total)
+    asyncio.run(asyncio.wait_for(scene(), GENEROUS_S))
+
+
+def test_nodes_fetch_no_more_of_one_large_file_than_their_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = a_checkpoint(tmp_path / "model", "llama", vocab_size=257, eos_token_id=256, **LARGE)
+    ByteTokenizer().save(large)
+    size = (large / "model.safetensors").stat().st_size
+
+    async def scene() -> None:
+        said: list[str] = []
+        async with (
+            a_shoal(tmp_path / "shoal", "a", "b", "c") as shoal,
+            a_gateway(shoal, large, said, sessions=1) as (server, web),
+        ):
+            service = server.service
+            assert service is not None
+            await until(lambda: service.rings)
+            assert any("a ring of 3 stages" in sentence for sentence in said)
+            answer = (await web.post("/v1/completions", json=BODY)).json()
+            assert answer["choices"][0]["text"] == expected(large, PROMPT * 3, 40)
+            stores = [found.parent for found in (tmp_path / "shoal").rglob("partial")]
+            assert len(stores) == 3
+            for store in stores:
+                assert allocated(store) < 0.5 * size, [*said, store]
+
+    two_layers = 22 << 20  # of which a half may be used
+    monkeypatch.setattr("shoal.gateway.scouting.CPU_SHARE", 0.5 * two_layers / psutil.virtual_memory().total)
     asyncio.run(asyncio.wait_for(scene(), GENEROUS_S))
 
 

@@ -13,7 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from shoal.inference import rows
 from shoal.inference.stage import BadPiece, NoRoom, NoSource, Piece, StageEngine
 from shoal.models.configs import BadModel, read_config
-from shoal.models.stages import shape_of
+from shoal.models.headers import read_header
+from shoal.models.stages import shape_of, survey
+from shoal.protocol.serving import RANGES_MAX
 
 SMALL = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -83,6 +85,59 @@ def test_tokens_are_those_of_transformers_at_every_split(tmp_path: Path, name: s
     for cuts in ((), (1,), (2,), (1, 2)):
         ring = stages(folder, cuts)
         assert greedy(ring, prompt, 20) == expected, cuts
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_stages_need_no_byte_outside_of_their_parts(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shoal.models.stages.CHUNK_BYTES", 1)  # these files are small
+    folder = a_checkpoint(tmp_path / "whole", name)
+    config, (file,) = read_config(folder), sorted(folder.glob("*.safetensors"))
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    prompt = torch.randint(1, 96, (40,), generator=torch.Generator().manual_seed(1)).tolist()
+    expected = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, len(prompt) :].tolist()
+    found, whole = survey(config, [file]), file.read_bytes()
+    assert found.parts_of(0, 3) == {0: ()}, "who has all layers has the file"
+    for cuts in ((1,), (1, 2)):
+        ring = []
+        for first, stop in itertools.pairwise([0, *cuts, 3]):
+            ((number, part),) = found.parts_of(first, stop).items()
+            assert number == 0 and 0 < len(part) <= RANGES_MAX
+            assert sum(b - a for a, b in part) < 0.9 * len(whole)
+            hollow = tmp_path / f"{first}-{stop}.safetensors"
+            with hollow.open("wb") as opened:
+                opened.truncate(len(whole))
+                for a, b in part:
+                    opened.seek(a)
+                    opened.write(whole[a:b])
+            ring.append(StageEngine.read(config, [hollow], first, stop, 1 << 30, parts=[part]))
+        assert greedy(ring, prompt, 12) == expected, cuts
+
+
+def test_what_lies_outside_of_a_part_is_never_read(tmp_path: Path) -> None:
+    folder = a_checkpoint(tmp_path, "llama")
+    config, (file,) = read_config(folder), sorted(folder.glob("*.safetensors"))
+    header = read_header(file)
+    at, end = header.tensors["model.layers.1.mlp.down_proj.weight"]
+    part = ((0, at), (end, header.file_bytes))
+    with pytest.raises(BadModel, match=rf"layers.1.mlp.down_proj.weight' lies at bytes {at} to {end}, which are not"):
+        StageEngine.read(config, [file], 1, 2, 1 << 20, parts=[part])
+    StageEngine.read(config, [file], 0, 1, 1 << 20, parts=[part])
+    for lacking in (((header.data_start - 1, header.file_bytes),), ((0, header.data_start - 1), (at, end)), ((0, 4),)):
+        with pytest.raises(BadModel, match="its header was not fetched"):
+            StageEngine.read(config, [file], 0, 1, 1 << 20, parts=[lacking])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        b"", b"\xff" * 7, b"\xff" * 20, b"\x05" + bytes(7) + b"{", b"\x02" + bytes(7) + b"[]",
+        b"\x11" + bytes(7) + b'{"a":{"b":[1,2]}}',
+    ],
+)  # fmt: skip
+def test_headers_that_say_nothing_are_named(tmp_path: Path, wrong: bytes) -> None:
+    (file := tmp_path / "model.safetensors").write_bytes(wrong)
+    with pytest.raises(BadModel, match="not a whole safetensors file"):
+        read_header(file)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

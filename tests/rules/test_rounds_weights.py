@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from shoal.protocol.training import PARTS_PER_MILLION
@@ -56,6 +56,7 @@ HONEST = st.tuples(
 
 @settings(max_examples=150, deadline=None)
 @given(HONEST)
+@example((1287, [500, 1000, 1000, 1000, *[500] * 8, 250], 0.7, 1.0, True))  # the larger ones happen to be long as well
 def test_honest_rounds_are_left_alone(case):
     seed, work, signal, power, dense = case
     updates = honest_updates(np.random.default_rng(seed), work, signal, power, dense=dense)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from shoal.errors import LinkError
@@ -17,6 +17,7 @@ from shoal.identity import Envelope
 from shoal.protocol.blobs import BlobHolder
 from shoal.protocol.messages import encode
 from shoal.protocol.serving import ServeJob, StageInvite, StagePlace
+from shoal.quantities import Ranges
 from shoal.sharding import Links, ModelNeeds, Plan, Replica, ServingNode, plan, replan, standbys
 from shoal.world import Clock, Dice, Directory, Endpoint, Refused, within
 
@@ -37,8 +38,8 @@ class ModelOnNodes:
     job: ServeJob
     envelope: Envelope
     needs: ModelNeeds
-    files_of: Callable[[int, int], tuple[int, ...]]
-    """Layers first to stop - 1 -> which of the job's files they lie in."""
+    parts_of: Callable[[int, int], Mapping[int, Ranges]]
+    """Layers first to stop - 1 -> which of the job's files they lie in, and which bytes of each; none: the whole."""
     holder: BlobHolder
     """The gateway, which has them all."""
 
@@ -186,12 +187,14 @@ class Placer:
         place, link = ring.places[at], self.scout.link(ring.places[at].node)
         if link is None:
             raise LinkError(f"The link to {self.scout.name(place.node)} is down.")
+        parts = self.model.parts_of(place.first, place.stop)
         invite = StageInvite(
             job=self.model.envelope.to_bytes(),
             ring=ring.ring,
             stages=ring.places,
             mine=at,
-            files=self.model.files_of(place.first, place.stop),
+            files=tuple(parts),
+            parts=tuple(parts.values()) if any(parts.values()) else (),
             memory_bytes=(place.stop - place.first) * self.model.needs.cache_bytes,
             holders=(self.model.holder,),
         )

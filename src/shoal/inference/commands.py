@@ -12,7 +12,18 @@ import msgspec
 from msgspec import Meta
 
 from shoal.engines.messages import Done, EngineMessage, Failed, Stop
-from shoal.protocol.serving import LAYERS_MAX, PIECE_MAX, Choosing, Chosen, Count, Milliseconds, Session, States, Tokens
+from shoal.protocol.serving import (
+    LAYERS_MAX,
+    PIECE_MAX,
+    Choosing,
+    Chosen,
+    Count,
+    Milliseconds,
+    Part,
+    Session,
+    States,
+    Tokens,
+)
 
 FilePath = Annotated[str, Meta(min_length=1, max_length=4096)]
 
@@ -22,6 +33,8 @@ class LoadStage(EngineMessage, frozen=True, kw_only=True):
 
     config: Annotated[str, Meta(max_length=64 * 1024)]
     files: Annotated[tuple[FilePath, ...], Meta(min_length=1, max_length=1024)]
+    parts: Annotated[tuple[Part, ...], Meta(max_length=1024)] = ()
+    """Which bytes of each file are there; without any, all. Nothing is read outside of them."""
     first: Annotated[int, Meta(ge=0, le=LAYERS_MAX)]
     stop: Annotated[int, Meta(ge=1, le=LAYERS_MAX)]
     memory_bytes: Count

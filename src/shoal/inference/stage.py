@@ -14,6 +14,7 @@ from shoal.inference import attention
 from shoal.inference.attention import Kept, Run, kept_bytes, padded
 from shoal.inference.rows import Linear, Silu
 from shoal.models.stages import Shape, StageModule, activations, linear_modules, read_stage, shape_of
+from shoal.quantities import Ranges
 
 POSITIONS_MAX = 4096
 """Positions of all sessions in one step."""
@@ -90,10 +91,17 @@ class StageEngine:
 
     @classmethod
     def read(
-        cls, config: str, files: list[Path], first: int, stop: int, memory_bytes: int, device: str = "cpu"
+        cls,
+        config: str,
+        files: list[Path],
+        first: int,
+        stop: int,
+        memory_bytes: int,
+        device: str = "cpu",
+        parts: Sequence[Ranges] = (),
     ) -> StageEngine:
         """Raises BadModel."""
-        module = read_stage(config, files, first, stop, attention=attention.NAME, device=device)
+        module = read_stage(config, files, first, stop, attention=attention.NAME, device=device, parts=parts)
         return cls(module, shape_of(config), memory_bytes)
 
     def length(self, session: int) -> int:

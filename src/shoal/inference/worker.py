@@ -109,7 +109,7 @@ class Worker:
         self._limit = command.speed_limit
         engine = StageEngine.read(
             command.config, [Path(file) for file in command.files], command.first, command.stop,
-            command.memory_bytes, command.device,
+            command.memory_bytes, command.device, command.parts,
         )  # fmt: skip
         self._engine = engine
         layers_ms, last_ms = engine.measured(MEASURED_STEPS, self._clock.monotonic)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,6 +18,10 @@ from transformers.pytorch_utils import Conv1D
 
 from shoal.models.architectures import one_line, parse_config
 from shoal.models.configs import BadModel
+from shoal.models.headers import Header, read_header
+from shoal.protocol.blobs import CHUNK_BYTES
+from shoal.protocol.serving import RANGES_MAX
+from shoal.quantities import Ranges, covered, joined
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +137,10 @@ def read_stage(
     attention: str,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    parts: Sequence[Ranges] = (),
 ) -> StageModule:
     """Build a stage and read its tensors, and no others. `attention`: name of a function that `transformers` knows.
+    `parts`: which bytes of each file are there, none for all; what lies outside is refused, whatever stands there.
     Where the files hold no head of its own (models for embeddings have none), the last stage has none.
 
     Raises BadModel: a family that cannot be served, layers that are not there, tensors that are missing, misshapen or
@@ -142,7 +149,8 @@ def read_stage(
     stage, wanted = _empty_stage(config, first, stop, attention)
     parameters = dict(stage.named_parameters())
     found: dict[str, torch.Tensor] = {}
-    for file in files:
+    for file, part in zip(files, parts or [()] * len(files), strict=True):
+        header = read_header(file, part) if part else None
         try:
             with safe_open(file, framework="pt") as opened:
                 there = set(opened.keys())
@@ -150,6 +158,12 @@ def read_stage(
                     stored = next((one for one in spellings if one in there), None)
                     if stored is None or name in found:
                         continue
+                    if header is not None and not covered(*header.tensors[stored], part):
+                        start, stop_at = header.tensors[stored]
+                        raise BadModel(
+                            f"{file.name}: tensor {stored!r} lies at bytes {start} to {stop_at}, which are not of the "
+                            f"part that was fetched; the gateway has to name them."
+                        )
                     tensor = opened.get_tensor(stored)
                     if tensor.shape != parameters[name].shape:
                         raise BadModel(
@@ -256,6 +270,10 @@ def activations(stage: nn.Module, name: str) -> list[tuple[nn.Module, str]]:
     ]
 
 
+Stored: TypeAlias = tuple[int, str]
+"""A tensor as it is stored: the number of its file, and its name there."""
+
+
 @dataclass(frozen=True)
 class Survey:
     """Where a model's tensors lie, and what they take when loaded."""
@@ -265,30 +283,41 @@ class Survey:
     """What goes with the first layer: embeddings."""
     last_bytes: int
     """What goes with the last: final norm and head; the embedding too, where it is the head."""
-    layer_files: tuple[frozenset[int], ...]
-    first_files: frozenset[int]
-    last_files: frozenset[int]
+    headers: tuple[Header, ...]
+    """Of each file."""
+    layer_tensors: tuple[tuple[Stored, ...], ...]
+    first_tensors: tuple[Stored, ...]
+    last_tensors: tuple[Stored, ...]
     has_head: bool
     """Else it gives hidden states, and no tokens."""
 
-    def files_of(self, first: int, stop: int) -> tuple[int, ...]:
-        """Which files the layers `first` to `stop` - 1, and what goes with them, lie in."""
-        found: set[int] = set().union(*self.layer_files[first:stop])
-        found |= self.first_files if first == 0 else set()
-        found |= self.last_files if stop == len(self.layer_files) else set()
-        return tuple(sorted(found))
+    def parts_of(self, first: int, stop: int) -> dict[int, Ranges]:
+        """Which files the layers `first` to `stop` - 1, and what goes with them, lie in, and which bytes of each, the
+        header included: few ranges, and none for a file that is wanted whole, as all are by who has all layers."""
+        tensors = list(itertools.chain(*self.layer_tensors[first:stop]))
+        tensors += self.first_tensors if first == 0 else ()
+        tensors += self.last_tensors if stop == len(self.layer_tensors) else ()
+        whole = (first, stop) == (0, len(self.layer_tensors))
+        parts: dict[int, Ranges] = {}
+        for number in sorted({number for number, _ in tensors}):
+            header = self.headers[number]
+            wanted = [(0, header.data_start), *(header.tensors[name] for at, name in tensors if at == number)]
+            part = joined(wanted, gap=CHUNK_BYTES, most=RANGES_MAX)
+            parts[number] = () if whole or part == ((0, header.file_bytes),) else part
+        return parts
 
 
 def survey(config: str, files: list[Path], itemsize: int = 4) -> Survey:
     """Look at the headers of a model's files; no tensor is read. Raises BadModel."""
     shape = shape_of(config)
     family = FAMILIES[shape.family]
-    sizes, where = [0] * shape.layers, [set[int]() for _ in range(shape.layers)]
-    ends = {"first": (0, set[int]()), "last": (0, set[int]())}
+    sizes, where = [0] * shape.layers, [list[Stored]() for _ in range(shape.layers)]
+    ends = {"first": (0, list[Stored]()), "last": (0, list[Stored]())}
+    headers = [read_header(file) for file in files]
     headed = shape.tied
 
-    def add(end: str, size: int, number: int) -> None:
-        ends[end] = (ends[end][0] + size, ends[end][1] | {number})
+    def add(end: str, size: int, stored: Stored) -> None:
+        ends[end] = (ends[end][0] + size, [*ends[end][1], stored])
 
     for number, file in enumerate(files):
         try:
@@ -302,26 +331,27 @@ def survey(config: str, files: list[Path], itemsize: int = 4) -> Survey:
             layer = next((at for at in range(len(parts) - 1) if parts[at] == family.layers), None)
             if layer is not None and parts[layer + 1].isdecimal() and int(parts[layer + 1]) < shape.layers:
                 sizes[int(parts[layer + 1])] += size
-                where[int(parts[layer + 1])].add(number)
+                where[int(parts[layer + 1])].append((number, name))
             elif family.embedding in parts or (family.positions and family.positions in parts):
-                add("first", size, number)
+                add("first", size, (number, name))
                 if shape.tied and family.embedding in parts:
-                    add("last", size, number)
+                    add("last", size, (number, name))
             elif "lm_head" in parts or family.stored_head in parts:
                 headed = True
-                add("last", size, number)
+                add("last", size, (number, name))
             elif family.norm in parts:
-                add("last", size, number)
+                add("last", size, (number, name))
     for layer, place in enumerate(where):
         if not place:
             raise BadModel(f"No file has layer {layer} of the model, which its config asks for.")
-    (first_bytes, first_files), (last_bytes, last_files) = ends["first"], ends["last"]
+    (first_bytes, first_tensors), (last_bytes, last_tensors) = ends["first"], ends["last"]
     return Survey(
         layer_bytes=tuple(sizes),
         first_bytes=first_bytes,
         last_bytes=last_bytes,
-        layer_files=tuple(map(frozenset, where)),
-        first_files=frozenset(first_files),
-        last_files=frozenset(last_files),
+        headers=tuple(headers),
+        layer_tensors=tuple(map(tuple, where)),
+        first_tensors=tuple(first_tensors),
+        last_tensors=tuple(last_tensors),
         has_head=headed,
     )

@@ -17,7 +17,8 @@ from shoal.inference.process import StageProcess
 from shoal.node.member import EngineSettings
 from shoal.protocol.blobs import BlobHolder
 from shoal.protocol.serving import HOLDERS_MAX, ServeJob
-from shoal.storage import BlobStore, Fetcher, patience_s
+from shoal.quantities import Ranges
+from shoal.storage import BlobStore, Fetcher, part_bytes, patience_s
 
 FETCH_PATIENCE_S = 120.0
 LOAD_DEADLINE_S = 900.0
@@ -33,6 +34,8 @@ class Wanted:
     first: int
     stop: int
     files: tuple[int, ...]
+    parts: tuple[Ranges, ...]
+    """Which bytes of each of these files; none: the whole file."""
     memory_bytes: int
 
 
@@ -81,16 +84,20 @@ class Layers:
 
     async def _load(self) -> StageLoaded:
         blobs = [self.job.files[number].blob for number in self.wanted.files]
-        size = sum(ref.size for ref in blobs)
+        parts = list(zip(blobs, self.wanted.parts, strict=True))
+        size = sum(part_bytes(ref, part) for ref, part in parts)
         try:
             async with asyncio.timeout(patience_s(size, FETCH_PATIENCE_S)):
-                await asyncio.gather(*(self._fetcher.fetch(ref, self._holders, owner=self._pin) for ref in blobs))
+                await asyncio.gather(
+                    *(self._fetcher.fetch(ref, self._holders, owner=self._pin, ranges=part) for ref, part in parts)
+                )
         except TimeoutError as error:
             raise LinkError(f"The files of {self.job.name!r} did not come to {self._name} in time.") from error
         self._engine = await self._start_engine(self._name, threads=self._settings.threads)
         command = LoadStage(
             config=self.job.config,
-            files=tuple(str(self._store.path(ref.hash)) for ref in blobs),
+            files=tuple(str(self._store.part(ref, part)) for ref, part in parts),
+            parts=self.wanted.parts,
             first=self.wanted.first,
             stop=self.wanted.stop,
             memory_bytes=self.wanted.memory_bytes,

@@ -38,6 +38,7 @@ from shoal.protocol.serving import (
     StageReady,
     StageWork,
 )
+from shoal.quantities import are_in_order
 from shoal.world import Clock, Endpoint, Link, Refused
 
 GATEWAY_SILENCE_S = 120.0
@@ -117,7 +118,8 @@ class StageRun:
         self._place: StagePlace = invite.stages[invite.mine]
         self._key, self._network = key, network
         self._endpoint, self._clock = endpoint, clock
-        wanted = Wanted(self.job_id, self._place.first, self._place.stop, invite.files, invite.memory_bytes)
+        parts = invite.parts or ((),) * len(invite.files)
+        wanted = Wanted(self.job_id, self._place.first, self._place.stop, invite.files, parts, invite.memory_bytes)
         self._layers = layers(wanted, self.job, invite)
         self._layers.use()
         self._ready = False
@@ -375,3 +377,9 @@ def _check_ring(invite: StageInvite, job: ServeJob, me: bytes) -> None:
         raise NotInRing("A node stands twice in the ring.")
     if max(invite.files) >= len(job.files):
         raise NotInRing(f"The job has {len(job.files)} files.")
+    if invite.parts and len(invite.parts) != len(invite.files):
+        raise NotInRing(f"The stage has parts of {len(invite.parts)} files, and lies in {len(invite.files)}.")
+    for number, part in zip(invite.files, invite.parts, strict=False):
+        file = job.files[number]
+        if not are_in_order(part, file.blob.size):
+            raise NotInRing(f"{file.name} has {file.blob.size} bytes; the stage's part lies outside, or overlaps.")

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from shoal.errors import LinkError
 from shoal.identity import KeyPair
 from shoal.inference.process import StageProcess
-from shoal.node.layers import Layers, Wanted
+from shoal.node.layers import PIN_PREFIX, Layers, Wanted
 from shoal.node.member import EngineSettings
 from shoal.node.stage import NotInRing, StageFull, StageRun
 from shoal.protocol.blobs import BlobHolder
@@ -69,6 +69,9 @@ class StageHost:
         self._layers: dict[Wanted, Layers] = {}
         self._stages: dict[bytes, tuple[StageRun, asyncio.Task[None]]] = {}
         self._probing = asyncio.Semaphore(PROBES_AT_ONCE)
+        for owner in store.owners():
+            if owner.startswith(PIN_PREFIX):  # of an earlier process, which was killed: no child of it is left
+                store.release(owner)
         for kind, handler in (
             (StageInvite, self._invited),
             (StageWork, self._work),

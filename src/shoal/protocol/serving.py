@@ -12,13 +12,15 @@ import msgspec
 from msgspec import Meta
 
 from shoal.identity import Hash, NodeId
-from shoal.protocol.blobs import BlobHolder, BlobRef
+from shoal.protocol.blobs import BlobHolder, BlobRef, Size
 from shoal.protocol.messages import Message, Record
 from shoal.protocol.offers import AddressText, Name, UnixMs
 
 LAYERS_MAX = 4096
 STAGES_MAX = 64
 FILES_MAX = 1024
+RANGES_MAX = 16
+"""Of one file: those of all files have room in an invitation beside the job."""
 HOLDERS_MAX = 64
 PIECE_MAX = 256
 """Positions of a session that travel at once."""
@@ -38,6 +40,8 @@ Tokens = Annotated[tuple[TokenId, ...], Meta(min_length=1, max_length=PIECE_MAX)
 States = Annotated[bytes, Meta(max_length=STATES_MAX_BYTES)]
 """Hidden states [positions, hidden], little-endian float32."""
 Milliseconds = Annotated[float, Meta(ge=0, le=1e9)]
+Part = Annotated[tuple[tuple[Size, Size], ...], Meta(max_length=RANGES_MAX)]
+"""Which bytes of a file: ranges [start, stop) in order and apart; none means the whole file."""
 Sentence = Annotated[str, Meta(max_length=400)]
 Code = Annotated[str, Meta(max_length=16)]
 
@@ -89,6 +93,8 @@ class StageInvite(Message, frozen=True, kw_only=True, forbid_unknown_fields=True
     mine: Annotated[int, Meta(ge=0, lt=STAGES_MAX)]
     files: Annotated[tuple[Annotated[int, Meta(ge=0, lt=FILES_MAX)], ...], Meta(min_length=1, max_length=FILES_MAX)]
     """Which of the job's files the stage's layers lie in."""
+    parts: Annotated[tuple[Part, ...], Meta(max_length=FILES_MAX)] = ()
+    """Which bytes of each of these files, their headers included; without any, all files whole."""
     memory_bytes: Count
     """For sessions."""
     holders: Annotated[tuple[BlobHolder, ...], Meta(max_length=HOLDERS_MAX)] = ()

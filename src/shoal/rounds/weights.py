@@ -27,9 +27,8 @@ than V, then the mean is off the honest members' weighted mean by at most sqrt(e
 the two groups' means, D apart, the variance is at least e (1 - e) D^2, and the shift is e D. Identical updates of k
 colluders end with the weight of one to a few members. Where the honest updates agree (little noise, early training), V
 is SIGNAL_PART of the squared norm of the mean, so that likeness is no offence there: with e < 1/3 the shift is then
-less than 36 % of the mean's own norm. Where members' work is very unequal, V may be up to SIGNAL_PART_MAX of it,
-because honest updates then differ along the common signal: the shift is then less than 71 %, and the mean still points
-down.
+less than 36 % of the mean's own norm. Where members' work is unequal, V is larger, up to SIGNAL_PART_MAX of it, because
+honest updates then differ along the common signal: the shift is then less than 71 %, and the mean still points down.
 
 **Below the smallest safe membership.** A single member stays below a third only among at least 4 of equal weight, and
 two colluders only among at least 7. With fewer, or when the cap cannot hold (n < 1 / weight_cap, where it is relaxed to
@@ -58,8 +57,8 @@ SIGNAL_PART = 0.25
 """Variance below this part of the mean's squared norm is never filtered."""
 SIGNAL_PART_MAX = 1.0
 SPREAD_MARGIN = 1.5
-"""Members of very unequal work differ along the common signal without being dishonest: this many times the variance
-that work alone explains is allowed, up to SIGNAL_PART_MAX."""
+"""Members of unequal work differ along the common signal without being dishonest: this many times the variance that
+work alone explains is allowed beside SIGNAL_PART, up to SIGNAL_PART_MAX."""
 STANDS_OUT = 2.0
 """Who has more than this many times the median squared projection on a direction stands out in it. The honest members'
 is at most e^2, the colluders' at least (1 - e)^2 of the same: four times as much for e = 1/3."""
@@ -308,11 +307,11 @@ def _cut_reason(kept: float, leading: int, ratio: float) -> str:
 
 
 def _signal_part(work: Sequence[int], weights: Sequence[float]) -> float:
-    """How much variance, in parts of the mean's squared norm, honest members make along a common signal: at least
-    SIGNAL_PART, more where unequal work alone makes more (updates in proportion to work, the widest case)."""
+    """How much variance, in parts of the mean's squared norm, honest members make along a common signal:
+    SIGNAL_PART, and what unequal work alone makes (updates in proportion to work, the widest case)."""
     mean = math.fsum(map(mul, work, weights))
     spread = math.fsum(weight * (part - mean) ** 2 for part, weight in zip(work, weights, strict=True)) / mean**2
-    return min(SIGNAL_PART_MAX, max(SIGNAL_PART, SPREAD_MARGIN * spread))
+    return min(SIGNAL_PART_MAX, SIGNAL_PART + SPREAD_MARGIN * spread)
 
 
 def _centred(dots: list[list[float]], weights: list[float]) -> tuple[list[list[float]], float]:

@@ -380,7 +380,7 @@ class NodesServer(ServedModel):
         metering = Metering(envelope.record_id, books, self.clock, service.counts)
         return Placer(
             ModelOnNodes(
-                job, envelope, needs, found.files_of, BlobHolder(key.node_id, tuple(endpoint.addresses))
+                job, envelope, needs, found.parts_of, BlobHolder(key.node_id, tuple(endpoint.addresses))
             ),
             endpoint, hubs, self.clock, self.dice, Rings(endpoint), service.rings, options.say, metering,
         )  # fmt: skip

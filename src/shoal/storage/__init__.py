@@ -15,7 +15,7 @@ from shoal.storage.faults import DiskFailed, StorageFull
 from shoal.storage.fetch import Fetcher, patience_s
 from shoal.storage.find import find_blob
 from shoal.storage.partial import BadPiece, BadReference
-from shoal.storage.pieces import hash_pieces
+from shoal.storage.pieces import hash_pieces, part_bytes
 from shoal.storage.serve import BlobServer, ServerBusy, serve
 from shoal.storage.store import (
     BadBlobRequest,
@@ -49,6 +49,7 @@ __all__ = [
     "UnknownBlob",
     "find_blob",
     "hash_pieces",
+    "part_bytes",
     "patience_s",
     "serve",
 ]

@@ -28,7 +28,7 @@ from shoal.protocol.blobs import BlobChunkList, BlobHolder, BlobRead, BlobRef
 from shoal.protocol.messages import encode
 from shoal.quantities import format_bytes
 from shoal.storage.partial import BadPiece, Partial, contradiction
-from shoal.storage.pieces import PieceSet, piece_bounds, piece_count
+from shoal.storage.pieces import PieceSet, bytes_in, piece_bounds, piece_count
 from shoal.storage.serve import ServerBusy
 from shoal.storage.store import BlobStore
 from shoal.world import Clock, DeadlineExceeded, Dice, Endpoint, Link, LinkLost, Refused, Unreachable, within
@@ -186,10 +186,13 @@ class _Flight:
 
 
 class Download:
-    """One blob on its way, for everybody who waits for it."""
+    """One blob on its way, or some pieces of it, for everybody who waits for it."""
 
-    def __init__(self, ref: BlobRef, endpoint: Endpoint, store: BlobStore, clock: Clock, dice: Dice) -> None:
-        self.ref = ref
+    def __init__(
+        self, ref: BlobRef, wanted: PieceSet, endpoint: Endpoint, store: BlobStore, clock: Clock, dice: Dice
+    ) -> None:
+        self.ref, self.wanted = ref, wanted
+        self._wanted_bytes = bytes_in(wanted, ref.size)
         self.cancelled = False
         self._endpoint = endpoint
         self._store = store
@@ -205,7 +208,8 @@ class Download:
         self._resumed_bytes = 0
         self._flights: dict[int, list[_Flight]] = {}
         self._pending: deque[int] = deque()
-        self._got = PieceSet(0)
+        self._left = PieceSet(0)
+        """Pieces that are still to come."""
         self._changed = asyncio.Event()
         self._moved_at = 0.0
         """When a piece came or a further holder was asked for the last time."""
@@ -306,7 +310,7 @@ class Download:
             await asyncio.to_thread(store.put, data, self.ref.media_type)
             self._advance(self.ref.size)
         else:
-            opening = asyncio.create_task(asyncio.to_thread(store.partial, self.ref))
+            opening = asyncio.create_task(asyncio.to_thread(store.partial, self.ref, self.wanted))
             try:
                 await self._large_blob(await asyncio.shield(opening))
             finally:  # also when this task is cancelled while a thread still opens it
@@ -320,11 +324,12 @@ class Download:
             chunk_list = await self._chunk_list()
             await asyncio.to_thread(partial.start, chunk_list)
         else:
-            self._resumed_bytes = await asyncio.to_thread(partial.recheck)
+            self._resumed_bytes = await asyncio.to_thread(partial.recheck, self.wanted)
             self._advance(self._resumed_bytes)
         for _ in range(3):
             await self._swarm(partial)
-            lost = await asyncio.to_thread(partial.finish)
+            whole = self.wanted.complete
+            lost = await asyncio.to_thread(partial.finish if whole else lambda: partial.settle(self.wanted))
             if not lost:
                 return
             self._done_bytes -= sum(piece_bounds(index, self.ref.size)[1] for index in lost)
@@ -344,7 +349,7 @@ class Download:
         self._done_bytes += length
         in_use = sum(1 for peer in self._peers.values() if peer.running)
         for listener in list(self._listeners):
-            listener(FetchProgress(self._done_bytes, self.ref.size, in_use))
+            listener(FetchProgress(self._done_bytes, self._wanted_bytes, in_use))
 
     def _pulse(self) -> None:
         self._changed.set()
@@ -544,15 +549,15 @@ class Download:
     # Many pieces from many holders
 
     async def _swarm(self, partial: Partial) -> None:
-        """Fetch all pieces that `partial` lacks."""
-        self._got = partial.have.copy()  # `have` changes in other threads, before the piece is accounted for here
-        self._pending = deque(self._got.missing())
+        """Fetch all wanted pieces that `partial` lacks."""
+        self._left = self.wanted - partial.have  # a piece is accounted for here when its thread has written it
+        self._pending = deque(self._left)
         self._flights = {}
         self._failure = None
         workers: set[asyncio.Task[None]] = set()
         ticker = asyncio.create_task(self._tick())
         try:
-            while not self._got.complete:
+            while self._left:
                 changed = self._changed
                 if self._failure is not None:
                     raise self._failure
@@ -563,7 +568,7 @@ class Download:
                     workers.add(asyncio.create_task(self._work(peer, partial)))
                 if not workers:
                     done = format_bytes(self._done_bytes)
-                    raise self._failed(f"{done} of {format_bytes(self.ref.size)} here")
+                    raise self._failed(f"{done} of {format_bytes(self._wanted_bytes)} here")
                 await self._wait(workers, changed)
                 for worker in [worker for worker in workers if worker.done()]:
                     workers.remove(worker)
@@ -591,7 +596,7 @@ class Download:
         """Let a holder deliver pieces until none is missing or it is dropped."""
         flying: set[asyncio.Task[None]] = set()
         try:
-            while peer.dropped is None and not self._got.complete:
+            while peer.dropped is None and self._left:
                 changed = self._changed
                 while len(flying) < peer.lanes:
                     index = self._choose(peer, first=not flying)
@@ -635,7 +640,7 @@ class Download:
             flights.remove(flight)
             if not flights:
                 del self._flights[index]
-                if index not in self._got:
+                if index in self._left:
                     self._pending.appendleft(index)
             self._pulse()
 
@@ -656,8 +661,8 @@ class Download:
         for other in self._flights.get(index, []):
             if other is not flight and other.task is not None:
                 other.task.cancel()
-        if index not in self._got:
-            self._got.add(index)
+        if index in self._left:
+            self._left.discard(index)
             self._moved_at = self._clock.monotonic()
             peer.bytes += len(data)
             self._advance(len(data))

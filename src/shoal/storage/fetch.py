@@ -7,10 +7,11 @@ import contextlib
 from collections.abc import Sequence
 
 from shoal.protocol.blobs import BlobHolder, BlobRef
+from shoal.quantities import Ranges, are_in_order
 from shoal.storage.download import Download, FetchReport, Progress
 from shoal.storage.partial import check_reference, contradiction
-from shoal.storage.pieces import piece_count
-from shoal.storage.store import BlobCorrupt, BlobStore, UnknownBlob
+from shoal.storage.pieces import piece_count, pieces_in
+from shoal.storage.store import BadBlobRequest, BlobCorrupt, BlobStore, UnknownBlob
 from shoal.world import Clock, Dice, Endpoint, Link
 
 DOWNLOADS_AT_ONCE = 8
@@ -56,16 +57,23 @@ class Fetcher:
         progress: Progress | None = None,
         *,
         owner: str | None = None,
+        ranges: Ranges = (),
     ) -> FetchReport:
-        """Get a blob into the store, verified; nothing is asked of anyone when it is there already.
+        """Get a blob into the store, verified; nothing is asked of anyone when it is there already. With `ranges` only
+        the pieces in which these bytes lie: `BlobStore.part` says where they are.
 
         A holder with an open link is asked over that link, whether or not it can be dialled. With `owner` the blob is
-        pinned under that name before the first byte comes. When it fails, what has come stays for the next attempt.
+        pinned under that name before the first byte comes; only a pin keeps a part from eviction. When it fails, what
+        has come stays for the next attempt. Whoever wants more of a blob than is on its way waits for that first.
 
         Raises FetchFailed, naming what every holder did; BadReference when the reference contradicts itself;
-        StorageFull before anything is fetched when there is no room (a blob of one piece: before it is kept).
+        StorageFull before anything is fetched when there is no room (a blob of one piece: before it is kept);
+        BadBlobRequest for ranges that are not inside the blob.
         """
         check_reference(ref)
+        if not are_in_order(ranges, ref.size):
+            raise BadBlobRequest(f"Blob {ref.hash.hex()[:12]} has {ref.size} bytes; ranges lie outside, or overlap.")
+        wanted = pieces_in(ranges, ref.size)
         if owner is not None:
             await asyncio.to_thread(self.store.pin, owner, ref.hash)
         while True:
@@ -75,12 +83,14 @@ class Fetcher:
                     return FetchReport({})
             download = self._downloads.get(ref.hash)
             if download is None:
-                download = self._downloads[ref.hash] = Download(ref, self.endpoint, self.store, self.clock, self.dice)
+                download = Download(ref, wanted, self.endpoint, self.store, self.clock, self.dice)
+                self._downloads[ref.hash] = download
                 places = self._small if piece_count(ref.size) <= 1 else self._large
                 download.start(places, self._aside, lambda: self._downloads.pop(ref.hash, None))
-            if not download.cancelled and (download.ref.size, download.ref.chunks) == (ref.size, ref.chunks):
+            same = (download.ref.size, download.ref.chunks) == (ref.size, ref.chunks)
+            if not download.cancelled and same and not wanted - download.wanted:
                 return await download.join(holders, progress)
-            # It is stopping, or its reference gives the same hash another size: at most one of the two is right.
+            # It is stopping, or brings less, or gives the same hash another size: at most one of the two is right.
             await download.ended()
 
     async def _check_held(self, ref: BlobRef) -> None:

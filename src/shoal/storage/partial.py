@@ -3,6 +3,8 @@
 Two files in `partial/`: the data, in which each piece lies at its place, and `.state`, which holds what the reference
 says, the chunk list, and after it the numbers of the pieces that are in the data, appended one by one. A piece is
 written before its number, so a process that dies in between fetches that piece again and nothing else.
+
+A part of a blob is a download that wants some pieces only, and stays one: whoever wants more of it goes on from there.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import contextlib
 import struct
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from shoal.errors import StorageError
 from shoal.identity import HASH_BYTES, blake3_hash
@@ -67,13 +70,38 @@ def state_name(hash: bytes) -> str:
     return f"partial/{hash.hex()}.state"
 
 
-def recorded_size(disk: Disk, hash: bytes) -> int | None:
-    """The size in bytes that the blob of a partial download will have; None when its record cannot be read."""
-    head = disk.read(state_name(hash), 0, _HEADER.size)
-    if len(head) < _HEADER.size:
+@dataclass(frozen=True)
+class Record:
+    """What a download has written down about itself."""
+
+    chunks: bytes
+    size: int
+    """Of the whole blob, in bytes."""
+    chunk_list: bytes
+    have: PieceSet
+    end: int
+    """Where the next number goes."""
+
+
+def recorded(disk: Disk, hash: bytes) -> Record | None:
+    """None where there is no record, or one that cannot be read."""
+    if disk.info(state_name(hash)) is None:
         return None
-    magic, _, size = _HEADER.unpack(head)
-    return int(size) if magic == _MAGIC else None
+    state = disk.read(state_name(hash))
+    if len(state) < _HEADER.size:
+        return None
+    magic, chunks, size = _HEADER.unpack(state[: _HEADER.size])
+    list_end = _HEADER.size + piece_count(size) * HASH_BYTES
+    chunk_list = state[_HEADER.size : list_end]
+    if magic != _MAGIC or len(state) < list_end or blake3_hash(chunk_list) != chunks:
+        return None
+    have = PieceSet(piece_count(size))
+    numbers = state[list_end:]
+    whole = len(numbers) - len(numbers) % _NUMBER.size
+    for (number,) in _NUMBER.iter_unpack(numbers[:whole]):
+        if number < have.count:
+            have.add(number)
+    return Record(chunks, size, chunk_list, have, list_end + whole)
 
 
 class Partial:
@@ -89,7 +117,8 @@ class Partial:
         *,
         scratch: str,
         commit: Callable[[str, bytes, int, bytes], None],
-        release: Callable[[], None],
+        keep: Callable[[BlobRef, PieceSet], None],
+        release: Callable[[PieceSet], None],
     ) -> None:
         self.ref = ref
         self.have = PieceSet(piece_count(ref.size))
@@ -97,6 +126,7 @@ class Partial:
         self._disk = disk
         self._scratch = scratch
         self._commit = commit
+        self._keep = keep
         self._release = release
         self._data = partial_name(ref.hash)
         self._state = state_name(ref.hash)
@@ -106,22 +136,11 @@ class Partial:
         self._load()
 
     def _load(self) -> None:
-        if self._disk.info(self._state) is None:
-            return
         with disk_faults(self._disk, f"reading {self._state}"):
-            state = self._disk.read(self._state)
-        list_end = _HEADER.size + self.have.count * HASH_BYTES
-        header = _HEADER.pack(_MAGIC, self.ref.chunks or b"", self.ref.size)
-        chunk_list = state[_HEADER.size : list_end]
-        if state[: _HEADER.size] != header or blake3_hash(chunk_list) != self.ref.chunks:
+            record = recorded(self._disk, self.ref.hash)
+        if record is None or (record.size, record.chunks) != (self.ref.size, self.ref.chunks):
             return  # a record of another reference: start over
-        numbers = state[list_end:]
-        whole = len(numbers) - len(numbers) % _NUMBER.size
-        for (number,) in _NUMBER.iter_unpack(numbers[:whole]):
-            if number < self.have.count:
-                self.have.add(number)
-        self.chunk_list = chunk_list
-        self._end = list_end + whole
+        self.have, self.chunk_list, self._end = record.have, record.chunk_list, record.end
 
     def start(self, chunk_list: bytes) -> None:
         """Take a chunk list that somebody sent. Raises BadPiece when it is not the reference's."""
@@ -136,10 +155,13 @@ class Partial:
         self.chunk_list = chunk_list
         self._end = len(state)
 
-    def recheck(self) -> int:
-        """Hash the pieces that an earlier process recorded, forget those that are not right; bytes that were."""
+    def recheck(self, wanted: PieceSet | None = None) -> int:
+        """Hash the pieces (of `wanted`, else all) that an earlier process recorded, forget those that are not right;
+        bytes that were."""
         good = 0
         for index in list(self.have):
+            if wanted is not None and index not in wanted:
+                continue
             if self._is_right(index):
                 good += piece_bounds(index, self.ref.size)[1]
             else:
@@ -205,6 +227,23 @@ class Partial:
             self._disk.delete(self._state)
         return []
 
+    def settle(self, wanted: PieceSet) -> list[int]:
+        """Verify a part once more and keep it as it is: a file of the blob's full size, with holes between the pieces.
+
+        Gives the pieces that the disk lost, as `finish` does. That `hash` and `chunks` belong together is seen by
+        nobody before the whole is here: the part is that of `chunks`.
+        """
+        with self._lock, disk_faults(self._disk, f"keeping a part of blob {self.ref.hash.hex()[:12]}", 1):
+            lost = [index for index in wanted if index not in self.have or not self._is_right(index)]
+            for index in lost:
+                self.have.discard(index)
+            if not lost:
+                info = self._disk.info(self._data)
+                if info is None or info.size < self.ref.size:
+                    self._disk.write(self._data, b"\0", self.ref.size - 1)
+                self._keep(self.ref, wanted)
+        return lost
+
     def delete(self) -> None:
         with disk_faults(self._disk, "deleting a download"):
             self._disk.delete(self._state)
@@ -217,4 +256,4 @@ class Partial:
                 self._closed = True
                 with contextlib.suppress(OSError):  # opening the store deletes what is left in scratch
                     self._disk.delete(self._scratch)
-                self._release()
+                self._release(self.have)

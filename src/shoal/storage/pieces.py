@@ -12,6 +12,7 @@ from blake3 import blake3
 
 from shoal.identity import HASH_BYTES, blake3_hash
 from shoal.protocol.blobs import CHUNK_BYTES, BlobRef
+from shoal.quantities import Range, Ranges
 
 
 def piece_count(size: int) -> int:
@@ -23,6 +24,28 @@ def piece_bounds(index: int, size: int) -> tuple[int, int]:
     """(offset, length) in bytes of a piece."""
     offset = index * CHUNK_BYTES
     return offset, min(CHUNK_BYTES, size - offset)
+
+
+def pieces_in(ranges: Iterable[Range], size: int) -> PieceSet:
+    """The pieces in which the bytes of `ranges` lie; without any, all pieces."""
+    found, whole = PieceSet(piece_count(size)), True
+    for start, stop in ranges:
+        whole = False
+        for index in range(start // CHUNK_BYTES, piece_count(min(stop, size))):
+            found.add(index)
+    return PieceSet(found.count, full=True) if whole else found
+
+
+def bytes_in(pieces: PieceSet, size: int) -> int:
+    """Of a blob of `size` bytes, how many lie in `pieces`."""
+    last = pieces.count - 1
+    short = pieces.count * CHUNK_BYTES - size if last >= 0 and last in pieces else 0
+    return len(pieces) * CHUNK_BYTES - short
+
+
+def part_bytes(ref: BlobRef, ranges: Ranges) -> int:
+    """How many bytes come for these ranges of a blob, the rest of their pieces included; without any, the whole."""
+    return bytes_in(pieces_in(ranges, ref.size), ref.size)
 
 
 def piece_hash(chunk_list: bytes, index: int) -> bytes:
@@ -56,7 +79,7 @@ class PieceSet:
 
     def __init__(self, count: int, full: bool = False) -> None:
         self.count = count
-        self._bits = bytearray(b"\xff" if full else b"\0") * ((count + 7) // 8)
+        self._bits = bytearray((((1 << count) - 1) if full else 0).to_bytes((count + 7) // 8, "little"))
         self._size = count if full else 0
 
     def __contains__(self, index: int) -> bool:
@@ -70,6 +93,22 @@ class PieceSet:
         twin._bits[:] = self._bits
         twin._size = self._size
         return twin
+
+    def _of(self, bits: int) -> PieceSet:
+        made = PieceSet(self.count)
+        made._bits[:] = bits.to_bytes(len(made._bits), "little")
+        made._size = bits.bit_count()
+        return made
+
+    @property
+    def _number(self) -> int:
+        return int.from_bytes(self._bits, "little")
+
+    def __or__(self, other: PieceSet) -> PieceSet:
+        return self._of(self._number | other._number)
+
+    def __sub__(self, other: PieceSet) -> PieceSet:
+        return self._of(self._number & ~other._number)
 
     @property
     def complete(self) -> bool:

@@ -12,7 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, unquote
 
@@ -21,10 +21,20 @@ from typing_extensions import Buffer
 from shoal.errors import StorageError
 from shoal.identity import HASH_BYTES, blake3_hash
 from shoal.protocol.blobs import CHUNK_BYTES, BlobRef
-from shoal.quantities import format_bytes
+from shoal.quantities import Ranges, format_bytes
 from shoal.storage.faults import DiskFailed, StorageFull, disk_faults
-from shoal.storage.partial import Partial, check_reference, partial_name, recorded_size, state_name
-from shoal.storage.pieces import PieceSet, cut, hash_pieces, make_ref, piece_bounds, piece_count, piece_hash
+from shoal.storage.partial import Partial, check_reference, partial_name, recorded, state_name
+from shoal.storage.pieces import (
+    PieceSet,
+    bytes_in,
+    cut,
+    hash_pieces,
+    make_ref,
+    piece_bounds,
+    piece_count,
+    piece_hash,
+    pieces_in,
+)
 from shoal.world import Clock, DirectoryDisk, Disk
 
 BLOCK_BYTES = 4096
@@ -104,13 +114,22 @@ class _Entry:
 @dataclass
 class _PartialEntry:
     size: int
-    active: bool
-    last_used_ms: int = field(default=0)
+    room: PieceSet
+    """Pieces that are here, or have room kept for them."""
+    active: bool = False
+    last_used_ms: int = 0
+    chunks: bytes | None = None
+    part: PieceSet | None = None
+    """Pieces that somebody fetched as a part of `chunks` and may be reading: a pin holds them."""
+
+    @property
+    def charge(self) -> int:
+        return charge(self.size, bytes_in(self.room, self.size))
 
 
-def charge(size: int) -> int:
-    """Bytes of capacity that a blob of `size` bytes takes: whole blocks, with its chunk list."""
-    blocks = max(1, -(-size // BLOCK_BYTES))
+def charge(size: int, there: int | None = None) -> int:
+    """Bytes of capacity that a blob of `size` bytes takes, or `there` bytes of it: whole blocks, and its chunk list."""
+    blocks = max(1, -(-(size if there is None else there) // BLOCK_BYTES))
     if size > CHUNK_BYTES:
         blocks += -(-(piece_count(size) + 1) * HASH_BYTES // BLOCK_BYTES)
     return blocks * BLOCK_BYTES
@@ -215,14 +234,15 @@ class BlobStore:
         for name, info in names.items():
             text = name.removeprefix("partial/").removesuffix(".state")
             hash = bytes.fromhex(text) if _HEX.match(text) else None
-            size = None
-            if hash is not None and hash not in self._entries and state_name(hash) in names:
-                size = recorded_size(self._disk, hash)
-            if hash is None or size is None:
+            if hash is not None and hash in self._partials:
+                continue
+            record = None if hash is None or hash in self._entries else recorded(self._disk, hash)
+            if hash is None or record is None:
                 self._disk.delete(name)
-            elif hash not in self._partials:
-                self._partials[hash] = _PartialEntry(size, False, info.modified_ns // 1_000_000)
-                self._used_bytes += charge(size)
+            else:
+                entry = _PartialEntry(record.size, record.have, last_used_ms=info.modified_ns // 1_000_000)
+                self._partials[hash] = entry
+                self._used_bytes += entry.charge
 
     def close(self) -> None:
         """Remember the order of use and let another process open the store."""
@@ -318,12 +338,29 @@ class BlobStore:
                 source.unlink(missing_ok=True)
         return make_ref(hash, size, chunk_list, media_type)
 
-    def partial(self, ref: BlobRef) -> Partial:
-        """Begin or resume the download of a blob larger than a piece; close it in the end.
+    def part(self, ref: BlobRef, ranges: Ranges) -> Path:
+        """Where a blob lies of which these bytes are here, and were verified: a file of its full size. Outside of them
+        it may have holes. The whole blob where it is here, or where there are no `ranges`; the rest as with `path`."""
+        with self._mutex:
+            entry = self._partials.get(ref.hash)
+            if self.has(ref.hash) or not ranges or entry is None:
+                return self.path(ref.hash)
+            wanted = pieces_in(ranges, ref.size)
+            if entry.part is None or entry.chunks != ref.chunks or len(wanted - entry.part):
+                raise UnknownBlob(f"That part of blob {ref.hash.hex()[:12]} is not in {self.place}.")
+            path = self._disk.path(partial_name(ref.hash))
+            if path is None:
+                raise DiskFailed(f"Blob {ref.hash.hex()[:12]} is kept in {self.place} and has no file.")
+            return path
 
-        Its whole size is reserved at once. Raises BadReference, StorageFull, StoreInUse when it is under way already.
+    def partial(self, ref: BlobRef, wanted: PieceSet | None = None) -> Partial:
+        """Begin or resume the download of a blob larger than a piece, or of some pieces of it; close it in the end.
+
+        Room for all that is wanted is reserved at once. Raises BadReference, StorageFull, StoreInUse when it is under
+        way already.
         """
         check_reference(ref)
+        wanted = PieceSet(piece_count(ref.size), full=True) if wanted is None else wanted
         with self._mutex:
             known = self._partials.get(ref.hash)
             if known is not None and known.active:
@@ -331,33 +368,53 @@ class BlobStore:
             if known is not None and known.size != ref.size:
                 self._drop_partial(ref.hash)
                 known = None
-            if known is None:
-                self._evict(charge(ref.size), on_disk_bytes=ref.size)
-                self._used_bytes += charge(ref.size)
-                known = self._partials[ref.hash] = _PartialEntry(ref.size, True)
-            known.active = True
-            known.last_used_ms = self._clock.now_ms()
+            before = 0 if known is None else known.charge
+            known = known or _PartialEntry(ref.size, PieceSet(wanted.count))
+            room = known.room | wanted
+            need = charge(ref.size, bytes_in(room, ref.size)) - before
+            known.active = True  # it does not make room for itself
+            try:
+                if need:
+                    self._evict(need, on_disk_bytes=bytes_in(room - known.room, ref.size))
+            except BaseException:
+                known.active = False
+                raise
+            self._used_bytes += need
+            self._partials[ref.hash] = known
+            known.room, known.last_used_ms = room, self._clock.now_ms()
+            if known.chunks != ref.chunks:
+                known.chunks, known.part = ref.chunks, None
 
-        def release() -> None:
+        def release(have: PieceSet) -> None:
             with self._mutex:
                 entry = self._partials.get(ref.hash)
                 if entry is None:
                     return
                 entry.active = False
+                self._used_bytes -= entry.charge
+                entry.room = have  # no room is kept for what nobody fetches
+                self._used_bytes += entry.charge
                 if self._disk.info(state_name(ref.hash)) is None:
                     self._drop_partial(ref.hash)
 
         try:
-            return Partial(self._disk, ref, scratch=self._scratch_name(), commit=self._commit_partial, release=release)
+            return Partial(
+                self._disk, ref, scratch=self._scratch_name(), commit=self._commit_partial, keep=self._keep_part,
+                release=release,
+            )  # fmt: skip
         except BaseException:
-            release()
+            release(known.room)
             raise
 
     def _commit_partial(self, name: str, hash: bytes, size: int, chunk_list: bytes) -> None:
         with self._mutex:
             self._commit(name, hash, size, chunk_list)
-            self._partials.pop(hash)
-            self._used_bytes -= charge(size)
+            self._used_bytes -= self._partials.pop(hash).charge
+
+    def _keep_part(self, ref: BlobRef, pieces: PieceSet) -> None:
+        with self._mutex:
+            entry = self._partials[ref.hash]
+            entry.part = pieces if entry.part is None else entry.part | pieces
 
     def _commit(self, name: str, hash: bytes, size: int, chunk_list: bytes) -> None:
         """Rename a file whose bytes are verified to be a blob."""
@@ -559,6 +616,11 @@ class BlobStore:
         with self._mutex:
             return frozenset(hash for hash, owners in self._pins.items() if owner in owners)
 
+    def owners(self) -> frozenset[str]:
+        """Everybody who has pinned something."""
+        with self._mutex:
+            return frozenset(owner for owners in self._pins.values() for owner in owners)
+
     def delete(self, hash: bytes) -> None:
         """Delete a blob and what was downloaded of it. One that is not there is no error. Raises BlobPinned."""
         with self._mutex, disk_faults(self._disk, f"deleting blob {hash.hex()[:12]}"):
@@ -579,7 +641,10 @@ class BlobStore:
     def _drop_partial(self, hash: bytes) -> None:
         self._disk.delete(state_name(hash))
         self._disk.delete(partial_name(hash))
-        self._used_bytes -= charge(self._partials.pop(hash).size)
+        self._used_bytes -= self._partials.pop(hash).charge
+
+    def _is_held(self, hash: bytes, partial: _PartialEntry) -> bool:
+        return partial.active or (partial.part is not None and hash in self._pins)
 
     @contextmanager
     def _room(self, size: int, linked: bool = False) -> Iterator[None]:
@@ -601,13 +666,13 @@ class BlobStore:
             short = max(self._used_bytes + need - self.capacity_bytes, on_disk_bytes - free_on_disk)
             if short <= 0:
                 return
-            idle = [hash for hash, partial in self._partials.items() if not partial.active]
+            idle = [hash for hash, partial in self._partials.items() if not self._is_held(hash, partial)]
             idle.sort(key=lambda hash: self._partials[hash].last_used_ms)
             partials, blobs, freed = [], [], 0
             for hash in idle:
                 if freed < short:
                     partials.append(hash)
-                    freed += charge(self._partials[hash].size)
+                    freed += self._partials[hash].charge
             for hash, entry in self._entries.items():
                 if freed >= short:
                     break
@@ -629,6 +694,7 @@ class BlobStore:
                 f"space there or move the store to a larger disk."
             )
         pinned = sum(entry.charge for hash, entry in self._entries.items() if hash in self._pins)
+        pinned += sum(one.charge for hash, one in self._partials.items() if one.part is not None and hash in self._pins)
         free = max(0, self.capacity_bytes - self._used_bytes)
         owners = {owner for owners in self._pins.values() for owner in owners}
         by = f" by {_names(owners)}" if owners else ""

@@ -1,0 +1,56 @@
+"""Where in a safetensors file its tensors lie: what its header says (no torch).
+
+The format: the header's length as 8 bytes, little-endian; the header, JSON; the tensors' bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from shoal.models.configs import BadModel
+from shoal.quantities import Range, Ranges, covered
+
+HEADER_MAX_BYTES = 100_000_000
+"""As the format's own library has it."""
+_LENGTH_BYTES = 8
+_Offset = Annotated[int, Meta(ge=0, le=1 << 60)]
+
+
+class _Tensor(msgspec.Struct):
+    data_offsets: tuple[_Offset, _Offset]
+
+
+@dataclass(frozen=True)
+class Header:
+    tensors: Mapping[str, Range]
+    """By name, in bytes of the file."""
+    data_start: int
+    """Where the header ends."""
+    file_bytes: int
+
+
+def read_header(file: Path, part: Ranges = ()) -> Header:
+    """`part`: which bytes of the file are there; none: all. Raises BadModel."""
+    try:
+        with file.open("rb") as opened:
+            size = opened.seek(0, 2)
+            opened.seek(0)
+            length = int.from_bytes(opened.read(_LENGTH_BYTES), "little")
+            start = _LENGTH_BYTES + length
+            if part and not covered(0, start, part):
+                raise BadModel(f"{file.name}: its header was not fetched; the gateway has to name it.")
+            if length > HEADER_MAX_BYTES or start > size:
+                raise BadModel(f"{file} is not a whole safetensors file: {length} of its {size} bytes are header.")
+            fields = msgspec.json.decode(opened.read(length), type=dict[str, msgspec.Raw])
+        fields.pop("__metadata__", None)
+        found = {name: msgspec.json.decode(field, type=_Tensor) for name, field in fields.items()}
+    except (OSError, msgspec.DecodeError, RecursionError) as error:
+        raise BadModel(f"{file} is not a whole safetensors file: {error}.") from error
+    places = {name: (start + one.data_offsets[0], start + one.data_offsets[1]) for name, one in found.items()}
+    return Header(places, start, size)
