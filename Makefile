@@ -24,6 +24,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: $(VENV)/bin/python requirements/run.txt pyproject.toml
+	@echo "Installing into $(VENV): some minutes the first time, without a word."
 	$(BIN)/pip install --quiet --requirement requirements/run.txt
 	$(BIN)/pip install --quiet --no-deps --editable .
 	@touch $@

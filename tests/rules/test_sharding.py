@@ -206,8 +206,19 @@ def test_where_nothing_fits_the_figures_say_so() -> None:
     nodes = [node(1, 250), node(2, 90)]
     made = plan(NEEDS, nodes, mesh(nodes))
     assert not made.replicas
-    assert made.reason == "No replica: 1 node has room for 2 layers, the model has 6 and takes 720 B."
+    assert made.reason == (
+        "No replica: 1 node has room for 2 layers in 250 B; the model has 6 layers and takes 720 B with its cache."
+    )
     assert made.left_out[1].reason == "n2: 90 B are free, and one layer with its cache takes 100 B."
+    made = plan(NEEDS, [node(2, 90), node(3, 80)], mesh(nodes))
+    assert made.reason == (
+        "No replica: none of 2 nodes can hold a layer; the model has 6 layers and takes 720 B with its cache. "
+        "n2: 90 B are free, and one layer with its cache takes 100 B."
+    )
+    made = plan(NEEDS, [], mesh([]))
+    assert made.reason == (
+        "No replica: no node is free to hold layers; the model has 6 layers and takes 720 B with its cache."
+    )
 
 
 def test_a_pair_without_a_measured_link_is_never_next_to_each_other() -> None:
@@ -234,7 +245,7 @@ def test_a_lost_stage_is_taken_by_a_spare_node_and_nothing_else_moves() -> None:
     (ring,) = after.replicas
     assert loaded(before, after) == 2
     assert [stage.node for stage in ring.stages] == [b"\x01", b"\x09", b"\x03"]
-    assert after.reason == "1 replica goes on and 0 are new; 2 layers to load."
+    assert after.reason == "1 replica goes on; 2 layers to load."
 
 
 def test_a_lost_stage_is_taken_by_its_neighbours_where_there_is_no_other() -> None:

@@ -75,7 +75,8 @@ def chat(
     if question is None and not sys.stdin.isatty():
         question = sys.stdin.buffer.read(QUESTION_MAX_BYTES + 1).decode(errors="replace").strip()
         if not question:
-            raise BadFlag("There is no question: standard input is empty.")
+            taken = f" {model} was taken for the model; ask it with: shoal chat MODEL QUESTION" if model else ""
+            raise BadFlag(f"There is no question: standard input is empty.{taken}")
     if question is not None and len(question) > QUESTION_MAX_BYTES:
         raise BadFlag(f"The question is longer than {QUESTION_MAX_BYTES} characters.")
     if question is None and json:
@@ -110,7 +111,10 @@ def _chosen(model: str | None, served: dict[str, int | None], url: str) -> tuple
                           else f"No model is served at {url}.")  # fmt: skip
         model = next(iter(served))
     elif model not in served:
-        raise BadFlag(f"{model} is neither a directory nor served at {url}; there is: {named or 'nothing'}.")
+        raise BadFlag(
+            f"{model} is neither a directory nor served at {url}; there is: {named or 'nothing'}. A question comes after "
+            "the model: shoal chat MODEL QUESTION"
+        )
     return model, served[model]
 
 

@@ -147,8 +147,9 @@ def serve(
                 print_json({"ready": "serve", "url": f"{url}/v1", "model": called, "context": service.context,
                             "nodes": bool(tickets), "pid": os.getpid()})  # fmt: skip
             else:
+                served = "is served" if service.rings else "will be served, as soon as nodes hold it,"
                 out.print(
-                    f"[bold]{called}[/] is served at {url}/v1, {service.context} tokens of context.", soft_wrap=True
+                    f"[bold]{called}[/] {served} at {url}/v1, {service.context} tokens of context.", soft_wrap=True
                 )
                 key = "-H 'Authorization: Bearer KEY' " if api_keys else ""
                 body = msgspec.json.encode(

@@ -244,7 +244,7 @@ def receipts(
 
 
 def _print_accounts(found: Accounts) -> None:
-    table = Table(box=None, header_style="bold", pad_edge=False, collapse_padding=True)
+    table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("node", overflow="fold")
     table.add_column("id", no_wrap=True)
     for name in ("sessions", "prompt", "generated", "positions", "x layers", "disputed", "missing"):

@@ -127,7 +127,12 @@ def node_start(
     storage: Annotated[str, typer.Option(metavar="BYTES", help="How much disk its blobs may take.")] = "20 GiB",
     memory: Annotated[
         str | None,
-        typer.Option(metavar="BYTES", help="How much of a device's memory it offers.", show_default="all"),
+        typer.Option(
+            metavar="BYTES",
+            help="How much of a device's memory it offers, such as '8 GiB'. Of a processor's, layers that are served "
+            "take half; of a GPU's, nine tenths.",
+            show_default="all",
+        ),
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Its key and blobs.", show_default="~/.shoal/node")] = None,
     engine: Annotated[
@@ -204,9 +209,12 @@ def node_start(
                 print_json(agent.ready())
             else:
                 ready = agent.ready()
-                out.print(
-                    f"Node [bold]{ready['name']}[/] ({ready['node'][:8]}) is up and offered at {len(tickets)} hub(s)."
+                offered = (
+                    f" and offered at {ready['hubs']} of {len(tickets)} hub(s)"
+                    if ready["hubs"]
+                    else ", and offered as soon as a hub answers: none does now"
                 )
+                out.print(f"Node [bold]{ready['name']}[/] ({ready['node'][:8]}) is up{offered}.")
                 for line in ready["devices"]:
                     out.print(f"  {line}", markup=False)
                 if ready["engine"]:
@@ -307,7 +315,8 @@ def up(
                     )
                 out.print(f"Offers: {state.http}/v1/offers", markup=False)
                 out.print(
-                    "Train with [bold]shoal train job.yaml[/] in another terminal. [dim]Ctrl-C stops everything.[/]"
+                    "In another terminal: [bold]shoal train job.yaml[/], or [bold]shoal serve MODEL[/]. "
+                    "[dim]Ctrl-C stops everything.[/]"
                 )
             try:
                 await until_stopped()

@@ -97,13 +97,16 @@ class Placer:
         lost = any(ring.lost.done() for ring in self._placed.values())
         if (nodes, links) == self._settled_with and not lost:
             return  # planning holds up all streams: 0.04 s for 8 nodes that hold stages, 0.2 s for 40
+        if not nodes and not self.scout.looked:
+            return  # it is not known yet that there are none
         if self._plan.replicas:
             wanted = replan(self._plan, needs, nodes, links, reserve=self._reserve)
         else:
             wanted = plan(needs, nodes, links)
         self._settled_with = (nodes, links) if wanted == self._plan else None
+        moved = [one.stages for one in wanted.replicas] != [one.stages for one in self._plan.replicas]
         self._plan, self._reserve = wanted, standbys(wanted, needs, nodes, links)
-        if wanted.reason != self._said:
+        if wanted.reason != self._said and (moved or not wanted.replicas):
             self._said = wanted.reason
             self.say(wanted.reason)
         primary = {self._places(replica): replica for replica in wanted.replicas}
@@ -226,8 +229,9 @@ class Placer:
         if not await self._try(ring):
             return
         self.serving.append(ring)
+        layers = ", ".join(f"{place.first}-{place.stop - 1}" for place in ring.places)
         self.say(f"{ring.name} is {'in reserve' if ring.standby else 'ready'}: {computing_ms:.1f} ms of computing a "
-                 "token.")  # fmt: skip
+                 f"token, layers {layers}.")  # fmt: skip
 
     async def _try(self, ring: NodeRing) -> bool:
         """Whether something gets through it."""

@@ -95,9 +95,9 @@ class Unserved(EngineError):
 
 
 NOT_OFFERED = {
-    "tools": "Tools are not offered; leave them away.",
-    "tool_choice": "Tools are not offered; leave tool_choice away.",
-    "suffix": "suffix is not offered; leave it away.",
+    "tools": "Tools are not offered; leave them out.",
+    "tool_choice": "Tools are not offered; leave tool_choice out.",
+    "suffix": "suffix is not offered; leave it out.",
     "best_of": "best_of is not offered; ask for n choices and take the best of them.",
     "echo": "echo is not offered; the prompt is yours already.",
 }
@@ -135,7 +135,8 @@ def _read(body: bytes, kind: type[R]) -> R:
         request = msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
         said, _, path = str(error).partition(" - at ")
-        raise RequestRefused(_sentence(said), param=_param(path, said)) from error
+        param = _param(path, said)
+        raise RequestRefused(_sentence(said, param), param=param) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RequestRefused(f"The body is not JSON: {error}.") from error
     return request
@@ -150,9 +151,11 @@ def _without_options(request: C) -> C:
     return request
 
 
-def _sentence(said: str) -> str:
+def _sentence(said: str, param: str | None) -> str:
     unknown = re.match(r"Object contains unknown field `(.*)`", said)
-    return f"Unrecognized request argument supplied: {unknown[1]}." if unknown else f"{said}."
+    if unknown:
+        return f"Unrecognized request argument supplied: {unknown[1]}."
+    return f"{param}: {said}." if param and param not in said else f"{said}."
 
 
 def _param(path: str, said: str) -> str | None:

@@ -81,6 +81,7 @@ class Scout:
         self._meeting: dict[bytes, asyncio.Task[None]] = {}
         self._between: dict[tuple[bytes, bytes], tuple[float, float]] = {}
         """Two nodes -> one-way time in ms, and when it was measured."""
+        self._looked = False
         self._failed = Backoff(clock, REST_S, REST_MAX_S)
         self._presence: dict[bytes, Presence] = {}
         """Without the time since a known node was met."""
@@ -97,9 +98,16 @@ class Scout:
             for task in self._meeting.values():
                 task.cancel()
 
+    @property
+    def looked(self) -> bool:
+        """Whether a hub was asked, and whoever it named was met or tried in vain."""
+        return self._looked and not self._meeting
+
     async def look(self) -> None:
         """Take notice of what is on offer; whoever is new is met meanwhile."""
-        for one in await self._lookout.look():
+        found = await self._lookout.look()
+        self._looked = True
+        for one in found:
             known = self._known.get(one.node)
             if known is not None and not known.link.closed:
                 known.offer = one.offer

@@ -184,6 +184,11 @@ class NodeAgent:
         form = "token ids" if offer.takes_tokens else "text"
         return f"{offer.model}, {offer.token_ms:.1f} ms a token, prompts as {form}"
 
+    @property
+    def hubs_up(self) -> int:
+        """Hubs that answer, and so have its offer."""
+        return sum(state.up for state in self._hubs.states())
+
     # ---- life ----
 
     async def start(self) -> None:

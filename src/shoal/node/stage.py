@@ -169,6 +169,11 @@ class StageRun:
             self._tell = tell
             self._ended.set_result(reason)
 
+    @property
+    def dismissed(self) -> bool:
+        """Whether its gateway ended it, as it does whenever its plan changes."""
+        return not self._tell
+
     async def leave(self, reason: str, patience_s: float) -> None:
         """Ask the gateway to have its streams elsewhere, and go on until it ends the ring, or for so long."""
         leaving = StageLeaving(ring=self.ring, mine=self._mine, reason=reason, patience_ms=patience_s * 1000)

@@ -126,7 +126,8 @@ class StageHost:
         try:
             await self._changed()
             reason = await run.run()
-            _log.warning("%s: serving %r ended here: %s", self._name, run.job.name, reason)
+            level = logging.INFO if run.dismissed else logging.WARNING
+            _log.log(level, "%s: serving %r ended here: %s", self._name, run.job.name, reason)
         finally:
             del self._stages[run.ring]
             await self._changed()

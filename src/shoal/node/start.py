@@ -49,6 +49,7 @@ class RunningNode:
             "devices": devices,
             "speed_limit": capability.speed_limit,
             "engine": self.agent.engine,
+            "hubs": self.agent.hubs_up,
         }
 
 

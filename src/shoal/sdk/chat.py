@@ -187,7 +187,7 @@ class ChatEndpoint:
             )
         if status == 429:
             wait = response.headers.get("retry-after", "")
-            when = f" Come back in {wait} s." if wait.isdigit() else ""
+            when = f" Come back in {wait} s." if wait.isdigit() and "try again" not in said else ""
             raise AskLater(f"{self.url} takes no more for now: {said}{when}")
         if status >= 500:
             raise AnswerBroken(f"{self.url} could not answer: {said}")

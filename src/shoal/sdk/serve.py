@@ -45,7 +45,7 @@ from shoal.protocol.serving import ModelFile, ServeJob
 from shoal.sharding import ModelNeeds
 from shoal.storage import BlobStore, serve
 from shoal.transport import TlsEndpoint
-from shoal.transport.http import HttpFace
+from shoal.transport.http import HttpFace, refuse_taken
 from shoal.world import Clock, Dice
 
 SESSIONS_SHARE = 0.5
@@ -184,6 +184,7 @@ class ServedModel:
     async def _start(self) -> str:
         options = self.options
         keys = _keys(options, self.clock)
+        refuse_taken(options.http)  # before a large model is loaded in vain
         directory = checkpoint_of(options.model)
         config = read_config(directory)
         model = _Model(directory, config, options.engines_only)
@@ -332,6 +333,10 @@ class NodesServer(ServedModel):
         hubs = HubClient(endpoint, options.hubs, clock=self.clock, dice=self.dice)
         self._stack.push_async_callback(hubs.close)
         await hubs.start()
+        states = hubs.states()
+        if not any(state.up for state in states):
+            tried = " ".join(f"{state.ticket}: {state.trouble}" for state in states)
+            options.say(f"No hub answers, so no node is found; trying goes on. {tried}")
         service.admission.positions = options.sessions * padded(service.context)
         self.finder = EngineFinder(
             options.engine_model or options.name, service.tokenizer, endpoint, hubs, self.clock, service.rings,

@@ -86,7 +86,7 @@ def plan(
         else:
             reasons[node.node] = _unused(needs, node, kept, wholes, able, links, price_max)
     left_out = tuple(LeftOut(node, reasons[node]) for node in sorted(reasons))
-    return Plan(kept, left_out, _reason(needs, kept, able, price_max))
+    return Plan(kept, left_out, _reason(needs, kept, nodes, able, reasons, price_max))
 
 
 def _of(ring: Replica) -> _Choice:
@@ -206,20 +206,32 @@ def _unused(
     return f"{node.name}: it can hold {holds} of {needs.layers} layers, and nodes to hold the others are missing."
 
 
-def _reason(needs: ModelNeeds, kept: Sequence[Replica], able: Sequence[ServingNode], price_max: int | None) -> str:
+def _reason(
+    needs: ModelNeeds,
+    kept: Sequence[Replica],
+    nodes: Sequence[ServingNode],
+    able: Sequence[ServingNode],
+    reasons: dict[bytes, str],
+    price_max: int | None,
+) -> str:
     if not kept:
-        holds = sum(room(needs, node, first=False, last=False) for node in able)
-        have = "1 node has" if len(able) == 1 else f"{len(able)} nodes have"
         limit = f" within {price_max} an hour" if price_max is not None else ""
         size = needs.layers * (needs.layer_bytes + needs.cache_bytes) + needs.first_bytes + needs.last_bytes
-        return (
-            f"No replica{limit}: {have} room for {holds} layers, the model has {needs.layers} and takes "
-            f"{format_bytes(size)}."
-        )
+        takes = f"the model has {needs.layers} layers and takes {format_bytes(size)} with its cache"
+        if not nodes:
+            return f"No replica{limit}: no node is free to hold layers; {takes}."
+        if not able:
+            roomiest = max(nodes, key=lambda node: node.free_bytes)
+            return f"No replica{limit}: none of {len(nodes)} nodes can hold a layer; {takes}. {reasons[roomiest.node]}"
+        holds = sum(room(needs, node, first=False, last=False) for node in able)
+        have = "1 node has" if len(able) == 1 else f"{len(able)} nodes have"
+        free = format_bytes(sum(node.free_bytes for node in able))
+        return f"No replica{limit}: {have} room for {holds} layers in {free}; {takes}."
     whole = sum(1 for one in kept if len(one.stages) == 1)
     rings = [len(one.stages) for one in kept if len(one.stages) > 1]
     parts = [f"{whole} whole {'replica' if whole == 1 else 'replicas'}"] if whole else []
-    parts += [f"{'a ring' if len(rings) == 1 else f'{len(rings)} rings'} of {_range(rings)} stages"] if rings else []
+    ring = "a ring" if whole else "A ring"
+    parts += [f"{ring if len(rings) == 1 else f'{len(rings)} rings'} of {_range(rings)} stages"] if rings else []
     times = [one.token_ms for one in kept]
     return f"{' and '.join(parts)}, {_range([round(one) for one in times])} ms per token."
 

@@ -67,8 +67,8 @@ def replan(
     if not replicas:
         return Plan((), after.left_out, afresh.reason)
     on = f"{len(kept)} {'replica goes' if len(kept) == 1 else 'replicas go'} on"
-    new = f"{len(added.replicas)} {'is' if len(added.replicas) == 1 else 'are'} new"
-    return Plan(replicas, after.left_out, f"{on} and {new}; {what}.")
+    new = f" and {len(added.replicas)} {'is' if len(added.replicas) == 1 else 'are'} new" if added.replicas else ""
+    return Plan(replicas, after.left_out, f"{on}{new}; {what}.")
 
 
 def _is_worth_it(afresh: Plan, after: Plan) -> bool:

@@ -105,6 +105,11 @@ def _close_those_who_take_nothing(port: int) -> None:
                 listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, TAKEN_MS_MAX)
 
 
+def refuse_taken(place: str) -> None:
+    """Raises BadHttpPlace and HttpFailed where `HttpFace.start` could not serve now."""
+    _free_port(*_split(place))
+
+
 def _first_line(cause: BaseException | None) -> str:
     return str(cause).splitlines()[0] if cause is not None and str(cause) else "the server gave no reason"
 
