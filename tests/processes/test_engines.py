@@ -24,16 +24,19 @@ from test_stages import a_checkpoint
 from shoal.gateway.admission import Admission
 from shoal.gateway.engines import EngineFinder, EngineReplica
 from shoal.gateway.prompts import read_template
+from shoal.gateway.receipts import Books, Metering, read_accounts
 from shoal.gateway.service import ModelService
 from shoal.gateway.web import make_app
 from shoal.identity import KeyPair
+from shoal.inference.metering import Served
 from shoal.models.tokenizers import ByteTokenizer
-from shoal.node.engine import EngineHost
+from shoal.node.engine import EngineHost, _Passed
 from shoal.node.openai_server import OpenAiServer, ServerSettings, ServerUnusable
-from shoal.protocol.engines import EngineAsk, EnginePiece, PieceReader
+from shoal.protocol.engines import EngineAsk, EngineEnd, EnginePiece, EngineSession, PieceReader
 from shoal.protocol.hubs import HubTicket
-from shoal.protocol.messages import encode, sign
+from shoal.protocol.messages import decode, encode, sign
 from shoal.protocol.offers import Capability, Device, Offer, OfferFind
+from shoal.protocol.serving import StageForgotten
 from shoal.sdk.local import LocalShoal
 from shoal.sdk.serve import LocalServer, NodesServer, ServeOptions
 from shoal.transport import TlsEndpoint
@@ -93,7 +96,7 @@ def standin(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 class World:
     """A gateway, and nodes that have a server beside them, as the gateway's finder would hear of them from a hub."""
 
-    def __init__(self, checkpoint: Path) -> None:
+    def __init__(self, checkpoint: Path, books: Books | None = None) -> None:
         self.endpoint = TlsEndpoint(KeyPair.generate())
         self.hosts: dict[str, tuple[KeyPair, TlsEndpoint, EngineHost]] = {}
         self.said: list[str] = []
@@ -111,6 +114,9 @@ class World:
             self,
             CLOCK,
             self.service.rings,
+            SystemDice(),
+            Metering(bytes(32), books, CLOCK, self.service.counts),
+            4,
             self.said.append,
         )
 
@@ -122,7 +128,9 @@ class World:
         async def changed() -> None:
             self.sequence += 1
 
-        host = EngineHost(ServerSettings(url, **settings), name=name, endpoint=endpoint, clock=CLOCK, changed=changed)
+        host = EngineHost(
+            ServerSettings(url, **settings), key=key, name=name, endpoint=endpoint, clock=CLOCK, changed=changed
+        )
         self.hosts[name] = key, endpoint, host
         await host.start()
         return host
@@ -156,9 +164,9 @@ class World:
 
 @contextlib.asynccontextmanager
 async def a_world(
-    checkpoint: Path, *, model: str = "small", **urls: str
+    checkpoint: Path, *, model: str = "small", books: Books | None = None, **urls: str
 ) -> AsyncIterator[tuple[World, httpx.AsyncClient]]:
-    world = World(checkpoint)
+    world = World(checkpoint, books)
     world.finder.model = model
     face = HttpFace(make_app(world.service), CLOCK)
     try:
@@ -294,6 +302,88 @@ def test_logprobs_are_refused_where_nobody_says_them(checkpoint: Path, standin: 
             assert said["shoal"]["replicas"] == ["this machine"] and said["shoal"]["exact"] is True
             assert len(said["choices"][0]["logprobs"]["tokens"]) == 40
             await own.stop()
+
+    play(scene)
+
+
+# --- receipts ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("manner", ["ids", "plain", "text"])
+def test_a_node_signs_what_its_engine_did(checkpoint: Path, standin: Standin, manner: str, tmp_path: Path) -> None:
+    async def scene() -> None:
+        books = Books(tmp_path / "books", print)
+        async with a_world(checkpoint, books=books, a=standin.at(manner)) as (world, web):
+            await web.post("/v1/completions", json=BODY)
+            stop = expected(checkpoint, PROMPT * 3, 40)[20:23]
+            await web.post("/v1/completions", json={**BODY, "stop": stop})
+            await until(lambda: world.service.counts.receipts == 2)
+            (account,) = read_accounts(tmp_path / "books").nodes.values()
+            assert (account.name, account.sessions, account.prompt_tokens) == ("a", 2, 2 * 27)
+            assert 40 + 20 <= account.generated_tokens <= 40 + 39, "of what was left in the middle, what arrived"
+            assert account.computed_positions == 2 * 27 + account.generated_tokens - 2
+            assert account.layer_positions == 4 * account.computed_positions
+            assert (account.disputed, account.missing) == (0, 0)
+        books.close()
+
+    play(scene)
+
+
+def test_an_engines_node_that_claims_more_than_came_is_disputed(
+    checkpoint: Path, standin: Standin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_Passed, "served", lambda passed, _: Served.continued(passed.positions, 1000, 27))
+
+    async def scene() -> None:
+        books = Books(tmp_path / "books", print)
+        async with a_world(checkpoint, books=books, a=standin.at("ids")) as (world, web):
+            await web.post("/v1/completions", json=BODY)
+            await until(lambda: world.service.counts.receipts_disputed == 1)
+            (disputed,) = read_accounts(tmp_path / "books").disputed
+            assert disputed.reason == "It claims 1000 generated tokens, and 40 went through."
+        books.close()
+
+    play(scene)
+
+
+def test_an_engines_node_that_dies_in_the_middle_has_no_receipt(
+    checkpoint: Path, standin: Standin, tmp_path: Path
+) -> None:
+    async def scene() -> None:
+        books = Books(tmp_path / "books", print)
+        async with a_world(checkpoint, books=books, a=standin.at("ids"), b=standin.at("ids")) as (world, web):
+            pieces = 0
+            async with web.stream("POST", "/v1/completions", json={**BODY, "stream": True}) as answer:
+                async for line in answer.aiter_lines():
+                    pieces += line.startswith("data:")
+                    if pieces == 5:
+                        await world.hosts["a"][1].close()
+            await until(lambda: (world.service.counts.receipts, world.service.counts.receipts_missing) == (1, 1))
+            by_name = {one.name: one for one in read_accounts(tmp_path / "books").nodes.values()}
+            assert by_name["a"].missing == 1 and 0 < by_name["b"].generated_tokens < 40
+        books.close()
+
+    play(scene)
+
+
+def test_a_receipt_is_given_once_and_to_its_gateway_alone(checkpoint: Path, standin: Standin) -> None:
+    async def scene() -> None:
+        async with a_world(checkpoint, a=standin.at("ids")) as (world, _):
+            key, endpoint, host = world.hosts["a"]
+            link = await world.endpoint.dial(key.node_id, endpoint.addresses)
+            session = EngineSession(job=bytes(32), ring=bytes(16), session=7, layers=4, positions=2)
+            ask = EngineAsk(model="small", tokens=(65, 66), tokens_max=3, session=session)
+            async with link.stream(ask.KIND, encode(ask), max_bytes=1 << 20) as parts:
+                async for _part in parts:
+                    pass
+            end = EngineEnd(ring=bytes(16), session=7, generated=3)
+            stranger = TlsEndpoint(KeyPair.generate())
+            theirs = await stranger.dial(key.node_id, endpoint.addresses)
+            told = [
+                decode(StageForgotten, await one.request(end.KIND, encode(end))).receipt for one in (theirs, link, link)
+            ]
+            assert not told[0] and told[1] and not told[2] and not host._passed
+            await stranger.close()
 
     play(scene)
 

@@ -17,13 +17,14 @@ from dataclasses import dataclass, field
 from shoal.errors import BadRecord, LinkError, ShoalError
 from shoal.gateway.encoding import Encoder, Unwritable
 from shoal.gateway.prefixes import Prefixes
+from shoal.gateway.receipts import Metering, RingMeter
 from shoal.gateway.rings import AT_ONCE, Given, Replica, RingLost
 from shoal.models.tokenizers import TextTokenizer
-from shoal.protocol.engines import EngineAsk, EnginePiece, PieceReader
-from shoal.protocol.messages import encode
+from shoal.protocol.engines import EngineAsk, EngineEnd, EnginePiece, EngineSession, PieceReader
+from shoal.protocol.messages import decode, encode
 from shoal.protocol.offers import FOUND_MAX, EngineOffer, OfferFind
-from shoal.protocol.serving import Choosing, Chosen
-from shoal.world import Clock, Directory, Endpoint, FoundOffer, Link, Refused
+from shoal.protocol.serving import Choosing, Chosen, StageForgotten, StagePlace
+from shoal.world import Clock, Dice, Directory, Endpoint, FoundOffer, Link, Refused
 from shoal.world.reach import reach_and_time
 
 LOOK_EVERY_S = 2.0
@@ -35,6 +36,10 @@ AGAIN_S = 30.0
 """A replica that was lost is taken again after so long, or as soon as its node's offer is a new one."""
 REFUSALS = frozenset({"SH-273", "SH-274", "SH-581"})
 """What a node says of one request; others may go there."""
+RECEIPT_S = 5.0
+"""How long the receipt of a session is waited for."""
+LAST_RECEIPTS_S = 1.0
+"""The same for all sessions together, when the gateway stops."""
 PREFIXES_MAX = 256
 FIRST_TOKEN_MS = 50.0
 """Of an engine of which nothing is known."""
@@ -56,6 +61,7 @@ class EngineReplica:
         far_ms: float,
         tokenizer: TextTokenizer,
         clock: Clock,
+        meter: RingMeter,
         lost: Callable[[EngineReplica], None] = lambda _: None,
     ) -> None:
         """`lost` is told once when it is of no more use."""
@@ -64,6 +70,9 @@ class EngineReplica:
         self.reason = ""
         """Why it is of no more use, if it is not."""
         self._link, self._tokenizer, self._clock, self._lost = link, tokenizer, clock, lost
+        self._meter = meter
+        self.ending: set[asyncio.Task[None]] = set()
+        """Receipts that are waited for."""
         self._places = asyncio.Semaphore(AT_ONCE)
         self.computing_ms = 0.0
         self.streams, self.standby, self.leaving = 0, False, False
@@ -79,11 +88,12 @@ class EngineReplica:
 
     async def generate(self, tokens: Sequence[int], choosing: Choosing, tokens_max: int) -> AsyncGenerator[Given]:
         """What follows these tokens, until it ends by itself. Raises RingLost."""
-        said = list(tokens)
+        said, positions, session = list(tokens), len(tokens), next(self._numbers)  # whoever asks may add to its tokens
         async with self._places:
             self._running += 1
             try:
-                async with contextlib.aclosing(self._pieces(self._ask(tokens, choosing, tokens_max))) as pieces:
+                ask = self._ask(tokens, choosing, tokens_max, session)
+                async with contextlib.aclosing(self._pieces(ask)) as pieces:
                     encoder = None if self.engine.gives_tokens else Encoder(self._tokenizer, said)
                     last = None
                     async for piece in pieces:
@@ -98,10 +108,34 @@ class EngineReplica:
                 raise RingLost(f"{self.name}: {error}.") from error
             finally:
                 self._running -= 1
-                self.prefixes.add(next(self._numbers), said)
+                self.prefixes.add(session, said)
+                self._meter.continued(session, positions, len(said) - positions, choosing.prompt_tokens)
+                ending = asyncio.ensure_future(self._end(session, len(said) - positions))
+                self.ending.add(ending)
+                ending.add_done_callback(self.ending.discard)
 
-    def _ask(self, tokens: Sequence[int], choosing: Choosing, tokens_max: int) -> EngineAsk:
-        ask = functools.partial(EngineAsk, model=self.engine.model, tokens_max=tokens_max, choosing=choosing)
+    async def _end(self, session: int, generated: int) -> None:
+        """Have a receipt for what came."""
+        seen, link, receipt = self._meter.close(session), self._link, None
+        if seen is None:
+            return
+        end = EngineEnd(ring=self._meter.ring, session=session, generated=generated)
+        try:
+            reply = await link.request(end.KIND, encode(end, link.version), deadline_s=RECEIPT_S)
+            receipt = decode(StageForgotten, reply, link.version).receipt
+        except (LinkError, BadRecord) as error:
+            _log.info("%s gave no receipt: %s", self.name, error)
+        if generated:
+            self._meter.heard(session, seen, 0, receipt or None)
+
+    def _ask(self, tokens: Sequence[int], choosing: Choosing, tokens_max: int, session: int) -> EngineAsk:
+        metered = EngineSession(
+            job=self._meter.metering.job, ring=self._meter.ring, session=session, layers=self._meter.places[0].stop,
+            positions=len(tokens),
+        )  # fmt: skip
+        ask = functools.partial(
+            EngineAsk, model=self.engine.model, tokens_max=tokens_max, choosing=choosing, session=metered
+        )
         if self.engine.takes_tokens:
             return ask(tokens=tuple(tokens))
         Encoder(self._tokenizer, tokens)  # refuses what no text can say
@@ -159,6 +193,10 @@ class EngineFinder:
     clock: Clock
     serving: list[Replica]
     """Replicas that are ready, for whoever sends streams through them."""
+    dice: Dice
+    metering: Metering
+    layers: int = 1
+    """Of the model, for receipts."""
     say: Callable[[str], None] = lambda _: None
     met: dict[bytes, _Met] = field(default_factory=dict)
 
@@ -185,6 +223,12 @@ class EngineFinder:
                 del self.met[node]
         await asyncio.gather(*(self._meet(one) for node, one in found.items() if node not in self.met))
 
+    async def close(self) -> None:
+        """Take the receipts that are still to come, as far as they come soon."""
+        ending = [task for met in self.met.values() for task in met.replica.ending]
+        if ending:
+            await asyncio.wait(ending, timeout=LAST_RECEIPTS_S)
+
     def _again(self, met: _Met, one: FoundOffer) -> bool:
         if met.lost_s is None:
             return False
@@ -202,8 +246,10 @@ class EngineFinder:
         except ShoalError as error:  # whatever is wrong with one offer, serving goes on
             _log.info("the engine of %s cannot serve: %s", one.offer.name, error)
             return
+        place = StagePlace(node=one.node, addresses=(), first=0, stop=self.layers)
         replica = EngineReplica(
             f"{one.offer.name} (engine)", engine, link, far_ms=far_ms, tokenizer=self.tokenizer, clock=self.clock,
+            meter=self.metering.ring(self.dice.bytes(16), (place,), (one.offer.name,)),
             lost=functools.partial(self._lost, one.node),
         )  # fmt: skip
         self.met[one.node] = _Met(replica, link, one.offer.sequence)

@@ -17,6 +17,16 @@ class Served:
     """All positions, guesses and repeats included."""
     _begun: int | None = None
 
+    @staticmethod
+    def continued(positions: int, generated: int, prompt_tokens: int) -> Served:
+        """What a replica that goes on by itself did, when so many tokens followed on so many positions."""
+        served = Served()
+        if generated:
+            served.add(0, positions, 1, prompt_tokens)
+        if generated > 1:
+            served.add(positions, generated - 1, 1, prompt_tokens)
+        return served
+
     def add(self, start: int, positions: int, choose: int, prompt_tokens: int) -> None:
         """A piece: `positions` from `start` on, of which the tokens after the last `choose` were wanted; the session's
         prompt has `prompt_tokens`."""

@@ -197,10 +197,12 @@ class NodeAgent:
         if self.settings.server is not None:
             self._engine = EngineHost(
                 self.settings.server,
+                key=self._key,
                 name=self.settings.name,
                 endpoint=self._endpoint,
                 clock=self._clock,
                 changed=self._changed,
+                network=self.settings.network,
             )
             await self._engine.start()
         self.capability = await self._measure(

@@ -5,21 +5,27 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import OrderedDict
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import dataclass
 
 from shoal.errors import BadRecord
+from shoal.identity import Envelope, KeyPair
+from shoal.inference.metering import Served
 from shoal.node.openai_server import OpenAiServer, ServerBroke, ServerSettings, ServerUnusable
 from shoal.node.stages import echo
-from shoal.protocol.engines import EngineAsk, EnginePiece, pack
-from shoal.protocol.messages import decode
+from shoal.protocol.engines import EngineAsk, EngineEnd, EnginePiece, EngineSession, pack
+from shoal.protocol.messages import DEFAULT_NETWORK, decode, encode, sign
 from shoal.protocol.offers import EngineOffer
-from shoal.protocol.serving import LinkEcho
+from shoal.protocol.serving import LinkEcho, RequestReceipt, StageForgotten
 from shoal.world import Body, Clock, Endpoint, Request
 
 LOOK_EVERY_S = 3.0
 STREAMS_MAX = 96
 """Continuations under way, of all gateways; a server queues those it cannot compute at once."""
 STREAMS_OF_ONE = 64
+METERED_MAX = 1024
+"""Sessions of all gateways of which a receipt may still be asked for."""
 STILL_HERE_S = 1.0
 """So often a gateway hears of a node whose server has nothing yet: silence is how a dead link shows."""
 
@@ -38,6 +44,25 @@ class EngineFull(BadRecord):
     code = "SH-274"
 
 
+@dataclass
+class _Passed:
+    """What went to a gateway of one session."""
+
+    session: EngineSession
+    positions: int
+    prompt_tokens: int
+    tokens: int = 0
+    text_bytes: int = 0
+
+    def add(self, piece: EnginePiece) -> None:
+        self.tokens += len(piece.tokens)
+        self.text_bytes += len(piece.text.encode())
+
+    def served(self, arrived: int) -> Served:
+        """No more than arrived there. Tokens of a text are counted where it is read, and are a byte at least."""
+        return Served.continued(self.positions, min(arrived, self.tokens or self.text_bytes), self.prompt_tokens)
+
+
 class EngineHost:
     """What of a node has to do with its server."""
 
@@ -45,15 +70,20 @@ class EngineHost:
         self,
         settings: ServerSettings,
         *,
+        key: KeyPair,
         name: str,
         endpoint: Endpoint,
         clock: Clock,
         changed: Callable[[], Awaitable[None]],
+        network: str = DEFAULT_NETWORK,
     ) -> None:
         """`changed` is called when the server came or went. Raises ServerUnusable."""
+        self._key, self._network = key, network
         self._server = OpenAiServer(settings, clock)
         self._name, self._endpoint, self._clock, self._changed = name, endpoint, clock, changed
         self._under_way: dict[bytes, int] = {}
+        self._passed: OrderedDict[tuple[bytes, bytes, int], _Passed] = OrderedDict()
+        """By gateway, ring and session."""
         self._looking = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self.offer: EngineOffer | None = None
@@ -63,6 +93,7 @@ class EngineHost:
         """Raises ServerUnusable."""
         self.offer = await self._server.look()
         self._endpoint.handle(EngineAsk.KIND, self._generate)
+        self._endpoint.handle(EngineEnd.KIND, self._ended)
         self._endpoint.handle(LinkEcho.KIND, echo)
         self._keep(self._watch())
 
@@ -116,6 +147,7 @@ class EngineHost:
         if own >= STREAMS_OF_ONE or total >= STREAMS_MAX:
             raise EngineFull(f"Node {self._name} has {total} continuations under way; ask again in a moment.")
         self._under_way[request.peer] = own + 1
+        passed = self._metered(ask, request.peer)
         pieces = self._server.generate(ask)
         coming: asyncio.Future[EnginePiece] | None = None
         try:
@@ -125,6 +157,8 @@ class EngineHost:
                 piece = EnginePiece()
                 if done:
                     piece, coming = coming.result(), None
+                if passed is not None:
+                    passed.add(piece)
                 yield pack(piece, request.version)
                 if piece.finish:
                     return
@@ -139,6 +173,36 @@ class EngineHost:
             self._under_way[request.peer] -= 1
             if not self._under_way[request.peer]:
                 del self._under_way[request.peer]
+
+    # --- receipts --------------------------------------------------------------------------------------------------
+
+    def _metered(self, ask: EngineAsk, gateway: bytes) -> _Passed | None:
+        session = ask.session
+        if session is None:
+            return None
+        positions = len(ask.tokens) or min(session.positions, len(ask.text.encode()))
+        passed = _Passed(session, positions, ask.choosing.prompt_tokens)
+        self._passed[gateway, session.ring, session.session] = passed
+        if len(self._passed) > METERED_MAX:
+            self._passed.popitem(last=False)
+        return passed
+
+    async def _ended(self, request: Request) -> bytes:
+        """A session is over; gives the receipt of what was done for it, once."""
+        end = decode(EngineEnd, request.body, request.version)
+        passed = self._passed.pop((request.peer, end.ring, end.session), None)
+        receipt = None if passed is None else self._receipt(passed, end.generated)
+        return encode(StageForgotten(receipt=receipt.to_bytes() if receipt else b""), request.version)
+
+    def _receipt(self, passed: _Passed, arrived: int) -> Envelope | None:
+        served, session = passed.served(arrived), passed.session
+        if not served.computed:
+            return None
+        receipt = RequestReceipt(
+            job=session.job, ring=session.ring, session=session.session, first=0, stop=session.layers,
+            prompt_tokens=served.prompt, generated_tokens=served.generated, computed_positions=served.computed,
+        )  # fmt: skip
+        return sign(self._key, receipt, self._network)
 
 
 def _form(offer: EngineOffer) -> str:

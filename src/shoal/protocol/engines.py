@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
+import msgspec
 from msgspec import Meta
 
+from shoal.identity import Hash
 from shoal.protocol.messages import BadMessage, Message, decode, encode
 from shoal.protocol.offers import ModelName
-from shoal.protocol.serving import Choosing, TokenId
+from shoal.protocol.serving import LAYERS_MAX, Choosing, Count, RingId, Session, TokenId
 
 PROMPT_MAX = 1 << 20
 """Tokens."""
@@ -22,6 +24,17 @@ PROMPT_TEXT_MAX = 4 << 20
 PIECE_TEXT_MAX = 16 * 1024
 PIECE_TOKENS_MAX = 4096
 _SIZE_BYTES = 4
+
+
+class EngineSession(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What a receipt is to name. An engine is a ring of one stage, which has all layers."""
+
+    job: Hash
+    ring: RingId
+    session: Session
+    layers: Annotated[int, Meta(ge=1, le=LAYERS_MAX)]
+    positions: Annotated[int, Meta(ge=1, le=PROMPT_MAX)]
+    """Tokens to go on from, as the gateway counts them: a text does not say."""
 
 
 class EngineAsk(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -36,6 +49,21 @@ class EngineAsk(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, 
     """In place of tokens, where the engine takes text alone."""
     tokens_max: Annotated[int, Meta(ge=1, le=1 << 24)]
     choosing: Choosing = Choosing()
+    session: EngineSession | None = None
+    """None where no receipt is wanted."""
+
+
+class EngineEnd(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Request `engine.end`, gateway to node: the stream of a session has ended, or was left. The reply is
+    StageForgotten, with the receipt."""
+
+    KIND: ClassVar[str] = "engine.end"
+    MAX_BYTES: ClassVar[int] = 1024
+
+    ring: RingId
+    session: Session
+    generated: Count
+    """Tokens that arrived."""
 
 
 class EnginePiece(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):

@@ -29,10 +29,11 @@ from shoal.gateway.rings import LocalRing
 from shoal.gateway.service import ModelService
 from shoal.gateway.web import make_app
 from shoal.hub import HubClient
-from shoal.identity import KeyPair, load_or_create_key
+from shoal.identity import KeyPair, blake3_hash, load_or_create_key
 from shoal.inference.attention import BLOCK, kept_bytes, padded
 from shoal.inference.commands import LoadStage, StageLoaded
 from shoal.inference.process import StageProcess
+from shoal.models.architectures import LAYERS_NAMES
 from shoal.models.checkpoints import weight_files
 from shoal.models.configs import BadModel, positions_of, read_config, refuse_endless, vocabulary_of
 from shoal.models.pooling import read_pooling
@@ -41,13 +42,15 @@ from shoal.models.tokenizers import BadTokenizer, ByteTokenizer, TextTokenizer, 
 from shoal.protocol.blobs import BlobHolder
 from shoal.protocol.hubs import HubTicket
 from shoal.protocol.messages import sign
-from shoal.protocol.serving import ModelFile, ServeJob
+from shoal.protocol.serving import LAYERS_MAX, ModelFile, ServeJob
 from shoal.sharding import ModelNeeds
 from shoal.storage import BlobStore, serve
 from shoal.transport import TlsEndpoint
 from shoal.transport.http import HttpFace, refuse_taken
 from shoal.world import Clock, Dice
 
+ENGINE_JOB = b"shoal/engine-job/1\x00"
+"""What the receipts of engines name: a model by the name that they have for it."""
 SESSIONS_SHARE = 0.5
 """Part of the memory that is free when the model is loaded which sessions may take."""
 SESSIONS_MAX_BYTES = 64 << 30
@@ -107,6 +110,15 @@ class _Model:
     def shape(self) -> Shape:
         """Raises BadModel."""
         return shape_of(self.config)
+
+    @property
+    def layers(self) -> int:
+        """1 where an engine serves it and its config does not say."""
+        if not self.engines_only:
+            return self.shape.layers
+        fields = msgspec.json.decode(self.config)
+        named = [fields[name] for name in LAYERS_NAMES if isinstance(fields.get(name), int)]
+        return min(max(1, *named), LAYERS_MAX) if named else 1
 
     @functools.cached_property
     def files(self) -> list[Path]:
@@ -338,9 +350,11 @@ class NodesServer(ServedModel):
             tried = " ".join(f"{state.ticket}: {state.trouble}" for state in states)
             options.say(f"No hub answers, so no node is found; trying goes on. {tried}")
         service.admission.positions = options.sessions * padded(service.context)
+        served_as = options.engine_model or options.name
+        job = blake3_hash(ENGINE_JOB + served_as.encode())
         self.finder = EngineFinder(
-            options.engine_model or options.name, service.tokenizer, endpoint, hubs, self.clock, service.rings,
-            options.say,
+            served_as, service.tokenizer, endpoint, hubs, self.clock, service.rings, self.dice,
+            Metering(job, books, self.clock, service.counts), model.layers, options.say,
         )  # fmt: skip
         self._looking.append(asyncio.create_task(self.finder.run()))
         if not options.engines_only:
@@ -395,6 +409,8 @@ class NodesServer(ServedModel):
         for task in self._looking:
             task.cancel()
         await asyncio.gather(*self._looking, return_exceptions=True)
+        if self.finder is not None:
+            await self.finder.close()
         await self._stack.aclose()
 
 
