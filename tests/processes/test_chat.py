@@ -124,7 +124,7 @@ def test_a_key_is_sent_and_what_its_limits_say_is_passed_on(place: Path, checkpo
         assert chat(place, *ask, "--key-file", str(keys)).returncode == 0
         done = chat(place, *ask, SHOAL_API_KEY="secret")
         assert done.returncode == 1 and done.stderr.startswith("error SH-346")
-        assert "1 requests a minute" in done.stderr and "Come back in " in done.stderr
+        assert "1 requests a minute" in done.stderr and "try again in " in done.stderr
 
 
 class Terminal:
