@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
+from msgspec import structs
 from openai_standin import FAULT_AT, FAULTS
 from safetensors.torch import load_file, save_file
 from test_gateway import GENEROUS_S, PROMPT, events, expected
@@ -302,6 +303,34 @@ def test_logprobs_are_refused_where_nobody_says_them(checkpoint: Path, standin: 
             assert said["shoal"]["replicas"] == ["this machine"] and said["shoal"]["exact"] is True
             assert len(said["choices"][0]["logprobs"]["tokens"]) == 40
             await own.stop()
+
+    play(scene)
+
+
+def test_an_offer_with_nobody_behind_it_holds_up_no_other(checkpoint: Path, standin: Standin) -> None:
+    """A machine that takes connections and says nothing, as one that hangs does."""
+
+    async def scene() -> None:
+        async with a_world(checkpoint, a=standin.at("ids")) as (world, _):
+            silent = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)
+            real = world.find
+            dead = KeyPair.generate()
+
+            async def find(wanted: OfferFind) -> list[FoundOffer]:
+                found = await real(wanted)
+                port = silent.sockets[0].getsockname()[1]
+                offer = structs.replace(found[0].offer, name="dead", addresses=(f"tcp://127.0.0.1:{port}",))
+                return [FoundOffer(dead.node_id, offer, sign(dead, offer)), *found]
+
+            world.find = find  # type: ignore[method-assign]
+            await world.finder.look()
+            assert dead.node_id in world.finder._meeting
+            await world.node("b", standin.at("ids"))
+            await world.finder.look()
+            assert {one.name for one in world.service.rings} == {"a (engine)", "b (engine)"}
+            assert dead.node_id in world.finder._meeting, "it is still waited for"
+            await world.finder.close()
+            silent.close()
 
     play(scene)
 

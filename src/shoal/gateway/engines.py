@@ -24,11 +24,20 @@ from shoal.protocol.engines import EngineAsk, EngineEnd, EnginePiece, EngineSess
 from shoal.protocol.messages import decode, encode
 from shoal.protocol.offers import FOUND_MAX, EngineOffer, OfferFind
 from shoal.protocol.serving import Choosing, Chosen, StageForgotten, StagePlace
-from shoal.world import Clock, Dice, Directory, Endpoint, FoundOffer, Link, Refused
+from shoal.world import Clock, Dice, Directory, Endpoint, FoundOffer, Link, Refused, within
+from shoal.world.lookout import Backoff
 from shoal.world.reach import reach_and_time
 
 LOOK_EVERY_S = 2.0
+OFFERS_MAX = 4 * FOUND_MAX
+"""Offers of one model that are looked at."""
 DIAL_DEADLINE_S = 5.0
+MEETINGS_MAX = 32
+"""Nodes that are dialled at a time; each is a stranger that may let one wait."""
+MEET_S = 1.0
+"""A look waits so long for those that it meets; the others come when they come."""
+REST_S, REST_MAX_S = 2.0, 300.0
+"""How long a node that could not be reached is left alone: the first time, and at most; each time twice as long."""
 SILENCE_S = 3.0
 """A node says every second that it is there, whatever its server does."""
 REPLY_MAX_BYTES = 1 << 30
@@ -199,6 +208,10 @@ class EngineFinder:
     """Of the model, for receipts."""
     say: Callable[[str], None] = lambda _: None
     met: dict[bytes, _Met] = field(default_factory=dict)
+    _meeting: dict[bytes, asyncio.Task[None]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._unreached = Backoff(self.clock, REST_S, REST_MAX_S)
 
     async def run(self) -> None:
         while True:
@@ -210,10 +223,7 @@ class EngineFinder:
 
     async def look(self) -> None:
         """One look at what is offered."""
-        found = {
-            one.node: one
-            for one in await self.directory.find(OfferFind(accepts="engine", model=self.model, limit=FOUND_MAX))
-        }
+        found = await self._offers()
         for node, met in list(self.met.items()):
             if met.link.closed:
                 met.replica.lose("the link to its node is down")
@@ -221,10 +231,34 @@ class EngineFinder:
                 met.replica.lose("its node does not offer it any more")
             if node not in found or self._again(met, found[node]):
                 del self.met[node]
-        await asyncio.gather(*(self._meet(one) for node, one in found.items() if node not in self.met))
+        for node, one in found.items():
+            if node in self.met or node in self._meeting or self._unreached.rests(node):
+                continue
+            if len(self._meeting) >= MEETINGS_MAX:
+                break
+            self._meeting[node] = asyncio.create_task(self._meet(one))
+        if self._meeting:
+            with contextlib.suppress(TimeoutError):
+                await within(self.clock, MEET_S, asyncio.wait(list(self._meeting.values())))
+
+    async def _offers(self) -> dict[bytes, FoundOffer]:
+        """All of this model, by node. Raises LinkError."""
+        found: dict[bytes, FoundOffer] = {}
+        after: bytes | None = None
+        while len(found) < OFFERS_MAX:
+            page = await self.directory.find(
+                OfferFind(accepts="engine", model=self.model, limit=FOUND_MAX, after=after)
+            )
+            found |= {one.node: one for one in page}
+            if len(page) < FOUND_MAX:
+                break
+            after = page[-1].node
+        return found
 
     async def close(self) -> None:
         """Take the receipts that are still to come, as far as they come soon."""
+        for task in self._meeting.values():
+            task.cancel()
         ending = [task for met in self.met.values() for task in met.replica.ending]
         if ending:
             await asyncio.wait(ending, timeout=LAST_RECEIPTS_S)
@@ -235,6 +269,12 @@ class EngineFinder:
         return one.offer.sequence != met.sequence or self.clock.monotonic() - met.lost_s > AGAIN_S
 
     async def _meet(self, one: FoundOffer) -> None:
+        try:
+            await self._meet_in_time(one)
+        finally:
+            del self._meeting[one.node]
+
+    async def _meet_in_time(self, one: FoundOffer) -> None:
         engine = one.offer.engine
         if engine is None or engine.model != self.model:
             return
@@ -244,8 +284,10 @@ class EngineFinder:
                 deadline_s=DIAL_DEADLINE_S,
             )  # fmt: skip
         except ShoalError as error:  # whatever is wrong with one offer, serving goes on
+            self._unreached.tried(one.node)
             _log.info("the engine of %s cannot serve: %s", one.offer.name, error)
             return
+        self._unreached.succeeded(one.node)
         place = StagePlace(node=one.node, addresses=(), first=0, stop=self.layers)
         replica = EngineReplica(
             f"{one.offer.name} (engine)", engine, link, far_ms=far_ms, tokenizer=self.tokenizer, clock=self.clock,
