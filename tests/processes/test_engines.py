@@ -324,11 +324,11 @@ def test_an_offer_with_nobody_behind_it_holds_up_no_other(checkpoint: Path, stan
 
             world.find = find  # type: ignore[method-assign]
             await world.finder.look()
-            assert dead.node_id in world.finder._meeting
+            assert dead.node_id in world.finder._meetings.under_way
             await world.node("b", standin.at("ids"))
             await world.finder.look()
             assert {one.name for one in world.service.rings} == {"a (engine)", "b (engine)"}
-            assert dead.node_id in world.finder._meeting, "it is still waited for"
+            assert dead.node_id in world.finder._meetings.under_way, "it is still waited for"
             await world.finder.close()
             silent.close()
 

@@ -14,8 +14,9 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 
-from shoal.errors import BadRecord, LinkError, ShoalError
+from shoal.errors import BadRecord, LinkError
 from shoal.gateway.encoding import Encoder, Unwritable
+from shoal.gateway.meeting import Meetings
 from shoal.gateway.prefixes import Prefixes
 from shoal.gateway.receipts import Metering, RingMeter
 from shoal.gateway.rings import AT_ONCE, Given, Replica, RingLost
@@ -25,19 +26,11 @@ from shoal.protocol.messages import decode, encode
 from shoal.protocol.offers import FOUND_MAX, EngineOffer, OfferFind
 from shoal.protocol.serving import Choosing, Chosen, StageForgotten, StagePlace
 from shoal.world import Clock, Dice, Directory, Endpoint, FoundOffer, Link, Refused, within
-from shoal.world.lookout import Backoff
-from shoal.world.reach import reach_and_time
 
-LOOK_EVERY_S = 2.0
 OFFERS_MAX = 4 * FOUND_MAX
 """Offers of one model that are looked at."""
-DIAL_DEADLINE_S = 5.0
-MEETINGS_MAX = 32
-"""Nodes that are dialled at a time; each is a stranger that may let one wait."""
 MEET_S = 1.0
 """A look waits so long for those that it meets; the others come when they come."""
-REST_S, REST_MAX_S = 2.0, 300.0
-"""How long a node that could not be reached is left alone: the first time, and at most; each time twice as long."""
 SILENCE_S = 3.0
 """A node says every second that it is there, whatever its server does."""
 REPLY_MAX_BYTES = 1 << 30
@@ -208,18 +201,12 @@ class EngineFinder:
     """Of the model, for receipts."""
     say: Callable[[str], None] = lambda _: None
     met: dict[bytes, _Met] = field(default_factory=dict)
-    _meeting: dict[bytes, asyncio.Task[None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._unreached = Backoff(self.clock, REST_S, REST_MAX_S)
+        self._meetings = Meetings(self.endpoint, self.directory, self.clock, self._take)
 
     async def run(self) -> None:
-        while True:
-            try:
-                await self.look()
-            except LinkError as error:
-                _log.info("no hub answers; the engines go on as they are: %s", error)
-            await self.clock.sleep(LOOK_EVERY_S)
+        await self._meetings.run(self.look)
 
     async def look(self) -> None:
         """One look at what is offered."""
@@ -232,14 +219,11 @@ class EngineFinder:
             if node not in found or self._again(met, found[node]):
                 del self.met[node]
         for node, one in found.items():
-            if node in self.met or node in self._meeting or self._unreached.rests(node):
-                continue
-            if len(self._meeting) >= MEETINGS_MAX:
-                break
-            self._meeting[node] = asyncio.create_task(self._meet(one))
-        if self._meeting:
+            if node not in self.met and one.offer.engine is not None and one.offer.engine.model == self.model:
+                self._meetings.meet(one)
+        if self._meetings.under_way:
             with contextlib.suppress(TimeoutError):
-                await within(self.clock, MEET_S, asyncio.wait(list(self._meeting.values())))
+                await within(self.clock, MEET_S, asyncio.wait(list(self._meetings.under_way.values())))
 
     async def _offers(self) -> dict[bytes, FoundOffer]:
         """All of this model, by node. Raises LinkError."""
@@ -257,8 +241,7 @@ class EngineFinder:
 
     async def close(self) -> None:
         """Take the receipts that are still to come, as far as they come soon."""
-        for task in self._meeting.values():
-            task.cancel()
+        self._meetings.stop()
         ending = [task for met in self.met.values() for task in met.replica.ending]
         if ending:
             await asyncio.wait(ending, timeout=LAST_RECEIPTS_S)
@@ -268,26 +251,10 @@ class EngineFinder:
             return False
         return one.offer.sequence != met.sequence or self.clock.monotonic() - met.lost_s > AGAIN_S
 
-    async def _meet(self, one: FoundOffer) -> None:
-        try:
-            await self._meet_in_time(one)
-        finally:
-            del self._meeting[one.node]
-
-    async def _meet_in_time(self, one: FoundOffer) -> None:
+    async def _take(self, one: FoundOffer, link: Link, far_ms: float) -> None:
         engine = one.offer.engine
-        if engine is None or engine.model != self.model:
-            return
-        try:
-            link, far_ms = await reach_and_time(
-                one.node, one.offer, endpoint=self.endpoint, directory=self.directory, clock=self.clock,
-                deadline_s=DIAL_DEADLINE_S,
-            )  # fmt: skip
-        except ShoalError as error:  # whatever is wrong with one offer, serving goes on
-            self._unreached.tried(one.node)
-            _log.info("the engine of %s cannot serve: %s", one.offer.name, error)
-            return
-        self._unreached.succeeded(one.node)
+        assert engine is not None, "others are not met"
+        self._meetings.failed.succeeded(one.node)
         place = StagePlace(node=one.node, addresses=(), first=0, stop=self.layers)
         replica = EngineReplica(
             f"{one.offer.name} (engine)", engine, link, far_ms=far_ms, tokenizer=self.tokenizer, clock=self.clock,

@@ -9,7 +9,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from shoal.errors import LinkError, ShoalError
+from shoal.errors import ShoalError
+from shoal.gateway.meeting import Meetings
 from shoal.gateway.remote import Loss
 from shoal.protocol.blobs import BlobHolder
 from shoal.protocol.messages import decode, encode
@@ -18,13 +19,8 @@ from shoal.protocol.serving import STAGES_MAX, LinkProbe, LinksProbed
 from shoal.sharding import GATEWAY, Links, ModelNeeds, Presence, ServingNode
 from shoal.world import Clock, Endpoint, FoundOffer, Link
 from shoal.world.directory import Directory
-from shoal.world.lookout import Backoff, Lookout
-from shoal.world.reach import reach_and_time
+from shoal.world.lookout import Lookout
 
-LOOK_EVERY_S = 2.0
-DIAL_DEADLINE_S = 5.0
-MEETINGS_MAX = 32
-"""Nodes that are dialled at a time; each is a stranger that may let one wait."""
 KNOWN_MAX = 256
 REMEMBERED_MAX = 4096
 """Nodes of which is remembered how often they were lost."""
@@ -33,8 +29,6 @@ PROBED_MAX = 32
 """Nodes whose distances from one another are measured; of more, the nearest to the gateway."""
 PROBE_AGAIN_S = 30.0
 """A way that did not get through is tried again."""
-REST_S, REST_MAX_S = 2.0, 300.0
-"""How long a node that failed is left alone: the first time, and at most; each time twice as long."""
 STEADY_S = 30.0
 """Who was there for so long has failed for the first time."""
 CPU_SHARE = 0.5
@@ -74,34 +68,23 @@ class Scout:
         changed: Callable[[], None],
     ) -> None:
         """`changed` is called when there is more to plan with."""
-        self._needs, self._endpoint, self._directory, self._clock = needs, endpoint, directory, clock
-        self._changed = changed
+        self._needs, self._clock, self._changed = needs, clock, changed
+        self._meetings = Meetings(endpoint, directory, clock, self._met)
         self._lookout = Lookout(directory, OfferFind(accepts="serve"))
         self._known: dict[bytes, _Known] = {}
-        self._meeting: dict[bytes, asyncio.Task[None]] = {}
         self._between: dict[tuple[bytes, bytes], tuple[float, float]] = {}
         """Two nodes -> one-way time in ms, and when it was measured."""
         self._looked = False
-        self._failed = Backoff(clock, REST_S, REST_MAX_S)
         self._presence: dict[bytes, Presence] = {}
         """Without the time since a known node was met."""
 
     async def run(self) -> None:
-        try:
-            while True:
-                try:
-                    await self.look()
-                except LinkError as error:
-                    _log.info("no hub answers; the rings go on as they are: %s", error)
-                await self._clock.sleep(LOOK_EVERY_S)
-        finally:
-            for task in self._meeting.values():
-                task.cancel()
+        await self._meetings.run(self.look)
 
     @property
     def looked(self) -> bool:
         """Whether a hub was asked, and whoever it named was met or tried in vain."""
-        return self._looked and not self._meeting
+        return self._looked and not self._meetings.under_way
 
     async def look(self) -> None:
         """Take notice of what is on offer; whoever is new is met meanwhile."""
@@ -111,31 +94,18 @@ class Scout:
             known = self._known.get(one.node)
             if known is not None and not known.link.closed:
                 known.offer = one.offer
-            elif not (one.offer.busy or one.node in self._meeting or self._failed.rests(one.node)) and (
-                len(self._meeting) < MEETINGS_MAX and len(self._known) < KNOWN_MAX
-            ):
-                self._meeting[one.node] = asyncio.create_task(self._meet(one))
+            elif not one.offer.busy and len(self._known) < KNOWN_MAX:
+                self._meetings.meet(one)
         if any(self._unmeasured(node) for node in self._nearest()):
             await self._probe()
             self._changed()
 
-    async def _meet(self, one: FoundOffer) -> None:
-        try:
-            link, far_ms = await reach_and_time(
-                one.node, one.offer, endpoint=self._endpoint, directory=self._directory, clock=self._clock,
-                deadline_s=DIAL_DEADLINE_S,
-            )  # fmt: skip
-        except ShoalError as error:  # whatever is wrong with one offer, serving goes on
-            self._failed.tried(one.node)
-            _log.info("%s cannot serve: %s", one.offer.name, error)
-            return
-        finally:
-            del self._meeting[one.node]
+    async def _met(self, one: FoundOffer, link: Link, far_ms: float) -> None:
         rate = _device(one.offer).memory_bytes_per_s or 1e9
         guess_ms = 1000 * self._needs.layer_bytes / rate
         now = self._clock.monotonic()
         self._known[one.node] = _Known(one.offer, link, far_ms, guess_ms, now, now)
-        if not self._meeting:  # of several that come at once, the last measures for all
+        if not self._meetings.under_way:  # of several that come at once, the last measures for all
             await self._probe()
             self._changed()
 
@@ -186,13 +156,13 @@ class Scout:
             gone = self._known.pop(node)
             presence = self._presence_of(node)
             presence.seen_s += self._clock.monotonic() - gone.met
-            if not (gone.leaving or self._failed.rests(node)):  # a loss that is known counts already
+            if not (gone.leaving or self._meetings.failed.rests(node)):  # a loss that is known counts already
                 presence.losses += 1
             self._between = {pair: found for pair, found in self._between.items() if node not in pair}
         return [
             self._serving_node(node, known)
             for node, known in self._known.items()
-            if not known.leaving and not self._failed.rests(node) and (known.ours or not known.offer.busy)
+            if not known.leaving and not self._meetings.failed.rests(node) and (known.ours or not known.offer.busy)
         ]
 
     def _serving_node(self, node: bytes, known: _Known) -> ServingNode:
@@ -255,15 +225,15 @@ class Scout:
         """A ring was lost; who is to blame is left alone for a while, once for all the rings that are lost with it."""
         now = self._clock.monotonic()
         for node in loss.nodes:
-            if self._failed.rests(node):
+            if self._meetings.failed.rests(node):
                 continue
             known = self._known.get(node)
             if known is not None:
                 if now - known.since > STEADY_S:
-                    self._failed.succeeded(node)
+                    self._meetings.failed.succeeded(node)
                 known.since = now
                 self._presence_of(node).losses += 1
-            self._failed.tried(node)
+            self._meetings.failed.tried(node)
         for one, other in loss.ways:
             self._between[min(one, other), max(one, other)] = (math.inf, now)
 
