@@ -20,6 +20,7 @@ from shoal.gateway.meeting import Meetings
 from shoal.gateway.prefixes import Prefixes
 from shoal.gateway.receipts import Metering, RingMeter
 from shoal.gateway.rings import AT_ONCE, Given, Replica, RingLost
+from shoal.inference.metering import Served
 from shoal.models.tokenizers import TextTokenizer
 from shoal.protocol.engines import EngineAsk, EngineEnd, EnginePiece, EngineSession, PieceReader
 from shoal.protocol.messages import decode, encode
@@ -111,23 +112,21 @@ class EngineReplica:
             finally:
                 self._running -= 1
                 self.prefixes.add(session, said)
-                self._meter.continued(session, positions, len(said) - positions, choosing.prompt_tokens)
-                ending = asyncio.ensure_future(self._end(session, len(said) - positions))
+                seen = Served.continued(positions, len(said) - positions, choosing.prompt_tokens)
+                ending = asyncio.ensure_future(self._end(session, seen))
                 self.ending.add(ending)
                 ending.add_done_callback(self.ending.discard)
 
-    async def _end(self, session: int, generated: int) -> None:
+    async def _end(self, session: int, seen: Served) -> None:
         """Have a receipt for what came."""
-        seen, link, receipt = self._meter.close(session), self._link, None
-        if seen is None:
-            return
-        end = EngineEnd(ring=self._meter.ring, session=session, generated=generated)
+        link, receipt = self._link, None
+        end = EngineEnd(ring=self._meter.ring, session=session, generated=seen.generated)
         try:
             reply = await link.request(end.KIND, encode(end, link.version), deadline_s=RECEIPT_S)
             receipt = decode(StageForgotten, reply, link.version).receipt
         except (LinkError, BadRecord) as error:
             _log.info("%s gave no receipt: %s", self.name, error)
-        if generated:
+        if seen.generated:
             self._meter.heard(session, seen, 0, receipt or None)
 
     def _ask(self, tokens: Sequence[int], choosing: Choosing, tokens_max: int, session: int) -> EngineAsk:

@@ -209,10 +209,6 @@ class RingMeter:
     names: tuple[str, ...]
     _seen: dict[int, Served] = field(default_factory=dict)
 
-    def continued(self, session: int, positions: int, generated: int, prompt_tokens: int) -> None:
-        """All that went through a replica that goes on by itself."""
-        self._seen[session] = Served.continued(positions, generated, prompt_tokens)
-
     def sent(self, session: int, start: int, positions: int, choose: int, choosing: Choosing) -> None:
         self._seen.setdefault(session, Served()).add(start, positions, choose, choosing.prompt_tokens)
 
