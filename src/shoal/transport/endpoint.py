@@ -172,6 +172,10 @@ class PeerLink:
 
     # --- for the endpoint
 
+    def hinted(self, hints: Sequence[Address]) -> None:
+        """It may be dialled there too; the latest are tried first."""
+        self.hints = tuple(dict.fromkeys((*hints, *self.hints)))[:RENEWAL_HINTS_MAX]
+
     @property
     def attempt(self) -> int:
         """The highest number of its connections."""
@@ -312,7 +316,7 @@ class BaseEndpoint(ABC):
         link = self._links.get(node)
         if link is not None:
             link.wanted = True
-            link.hints = tuple(dict.fromkeys((*hints, *link.hints)))[:RENEWAL_HINTS_MAX]
+            link.hinted(hints)
             return link
         if node == self.node_id:
             raise Unreachable(f"{short_id(node)} is this node itself; it has no link to itself.")
@@ -515,7 +519,7 @@ class BaseEndpoint(ABC):
 
     async def _connect_in_time(self, node: bytes, hint: Address) -> PeerLink:
         link = await within(self._clock, self._limits.handshake_s, self._connect(node, hint))
-        link.hints = tuple(dict.fromkeys((hint, *link.hints)))[:RENEWAL_HINTS_MAX]
+        link.hinted((hint,))
         return link
 
     async def _renew(self, link: PeerLink, stale: Connection) -> None:
