@@ -101,25 +101,32 @@ def test_a_holder_that_cannot_be_dialled_serves_over_the_link_it_opened(kind: st
     play(scene())
 
 
+def lies_first(liar: Node, *honest: Node) -> None:
+    """The liar sends wrong bytes; the others send theirs once it has."""
+    lied = asyncio.Event()
+
+    async def lie(asked: Asked, request: Request) -> Body | None:
+        if isinstance(asked, BlobRead):
+            lied.set()
+            return stream_of(bytes(asked.length))
+        return None
+
+    async def wait_for_the_lie(asked: Asked, request: Request) -> None:
+        if isinstance(asked, BlobRead):
+            await lied.wait()
+
+    liar.instead = lie
+    for one in honest:
+        one.instead = wait_for_the_lie
+
+
 @both
 def test_wrong_bytes_cost_their_sender_its_place_and_nothing_else(kind: str) -> None:
     async def scene() -> None:
         async with World(kind) as world:
             data = noise(BIG)
             honest, liar = await world.holders(2, data)
-            lied = asyncio.Event()
-
-            async def lie(asked: Asked, request: Request) -> Body | None:
-                if isinstance(asked, BlobRead):
-                    lied.set()
-                    return stream_of(bytes(asked.length))
-                return None
-
-            async def wait_for_the_lie(asked: Asked, request: Request) -> None:
-                if isinstance(asked, BlobRead):
-                    await lied.wait()
-
-            liar.instead, honest.instead = lie, wait_for_the_lie
+            lies_first(liar, honest)
             me = await world.node(listens=False)
             report = await me.fetcher.fetch(ref_of(data), [liar.holder, honest.holder])
             assert me.store.read(ref_of(data).hash) == data
@@ -944,19 +951,7 @@ def test_a_part_comes_from_several_holders_and_nobody_takes_it_for_the_whole(tmp
             data, mib = noise(BIG), CHUNK_BYTES
             ref = ref_of(data)
             one, two, liar = holders = await world.holders(3, data)
-            lied = asyncio.Event()
-
-            async def lie(asked: Asked, request: Request) -> Body | None:
-                if isinstance(asked, BlobRead):
-                    lied.set()
-                    return stream_of(bytes(asked.length))
-                return None
-
-            async def wait_for_the_lie(asked: Asked, request: Request) -> None:
-                if isinstance(asked, BlobRead):
-                    await lied.wait()
-
-            liar.instead, one.instead, two.instead = lie, wait_for_the_lie, wait_for_the_lie
+            lies_first(liar, one, two)
             me = await world.node(disk=DirectoryDisk(tmp_path), capacity_bytes=6 << 20)
             ranges = ((0, 100), (3 * mib - 1, 4 * mib + 1), (6 * mib, 6 * mib + 5))
             pieces, seen = {0, 2, 3, 4, 6}, list[FetchProgress]()
