@@ -191,7 +191,7 @@ async def _token_ms(folder: Path, counts: Sequence[int], tokens: int) -> tuple[f
             )  # fmt: skip
             layers_ms.append(loaded.layer_ms)
             first += count
-        ring = LocalRing("stages", processes, exact=True, token_ms=1.0)
+        ring = LocalRing("stages", processes, arithmetic="", token_ms=1.0)
         token, times = 1, []
         for at in range(tokens):
             began = time.perf_counter()

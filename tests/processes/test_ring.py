@@ -179,7 +179,7 @@ def a_stream(
     patience_s: float = 0.0,
 ) -> Stream:
     return Stream(
-        PROMPT, sampling, count, frozenset(), lambda lost: next((one for one in rings if one not in lost), None),
+        PROMPT, sampling, count, frozenset(), lambda lost, _: next((one for one in rings if one not in lost), None),
         lambda: next(SESSIONS), SystemClock(), patience_s, constraint=constraint,
     )  # fmt: skip
 
@@ -204,7 +204,7 @@ def test_a_ring_of_three_says_what_transformers_says(tmp_path: Path) -> None:
     async def scene() -> None:
         async with a_world(tmp_path, 3) as world:
             ring = await world.ring(0, 1, 2)
-            assert ring.exact
+            assert ring.arithmetic
             tokens = expected(world.checkpoint, 20)
             assert await said(a_stream([ring], 20)) == tokens
             together = await asyncio.gather(*(said(a_stream([ring], 20)) for _ in range(8)))

@@ -30,7 +30,7 @@ async def a_ring(folder: Path, cuts: tuple[int, ...] = (1,), memory: int = 1 << 
         loaded = await stage.load(
             LoadStage(config=read_config(folder), files=files, first=first, stop=stop, memory_bytes=memory)
         )
-        assert loaded.exact and loaded.layer_ms > 0 and loaded.weights_bytes > 0
+        assert loaded.arithmetic and loaded.layer_ms > 0 and loaded.weights_bytes > 0
         assert (loaded.last_ms > 0) == (stop == ends[-1])
     return ring
 

@@ -23,6 +23,7 @@ import msgspec
 import psutil
 import torch
 
+from shoal.devices.names import processor_name
 from shoal.protocol.offers import Capability, Device, Throughput
 
 MATMUL_BUDGET_S = 0.4
@@ -198,15 +199,7 @@ def _name_and_memory(device: torch.device, kind: str) -> tuple[str, int]:
         return of_xpu.name, of_xpu.total_memory
     if device.type == "mps":
         return f"Apple {platform.machine()} GPU", torch.mps.recommended_max_memory()
-    return _cpu_name(), _cpu_memory_bytes()
-
-
-def _cpu_name() -> str:
-    with suppress(OSError), Path("/proc/cpuinfo").open() as lines:
-        for line in lines:
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine() or "CPU"
+    return processor_name(), _cpu_memory_bytes()
 
 
 def _cpu_memory_bytes() -> int:

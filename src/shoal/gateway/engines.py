@@ -53,7 +53,7 @@ _log = logging.getLogger("shoal.gateway")
 class EngineReplica:
     """A whole model in a server beside a node, with a link from the gateway to the node."""
 
-    exact = False
+    arithmetic = ""
 
     def __init__(
         self,

@@ -13,7 +13,7 @@ from typing import Any
 
 from shoal.errors import BadRecord, LinkError, ShoalError
 from shoal.gateway.receipts import Metering, RingMeter
-from shoal.gateway.rings import LimitedRing, RingLost, RingRefused
+from shoal.gateway.rings import LimitedRing, RingLost, RingRefused, arithmetic_of
 from shoal.inference.commands import Advance, Advanced
 from shoal.inference.masks import allow
 from shoal.protocol.messages import decode, encode
@@ -123,7 +123,7 @@ class NodeRing(LimitedRing):
         token_ms: float,
         meter: RingMeter | None = None,
     ) -> None:
-        super().__init__(name, stages=len(places), exact=True, token_ms=token_ms)
+        super().__init__(name, stages=len(places), token_ms=token_ms)
         self.ring = ring
         self.places = tuple(places)
         self._links = tuple(links)
@@ -171,7 +171,9 @@ class NodeRing(LimitedRing):
             return
         self._ready[message.mine] = message
         if len(self._ready) == len(self.places):
-            self.exact = all(one.exact for one in self._ready.values())
+            self.arithmetic = arithmetic_of(
+                (place.first, place.stop, self._ready[at].arithmetic) for at, place in enumerate(self.places)
+            )
             self.ready.set_result(None)
 
     def measured(self, mine: int) -> StageReady | None:

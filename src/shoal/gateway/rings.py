@@ -6,8 +6,9 @@ A `Ring` is told every position and gives the tokens that follow; a `Continuing`
 from __future__ import annotations
 
 import asyncio
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias, runtime_checkable
 
@@ -48,8 +49,8 @@ class _Replica(Protocol):
     """Where a stream can go, whatever it is made of."""
 
     name: str
-    exact: bool
-    """Whether a session that is replayed has the very bits that it had."""
+    arithmetic: str
+    """In which a session that is replayed has the very bits that it had; none where they depend on the batch."""
     token_ms: float
     """What a token of one stream takes, as far as is known."""
     computing_ms: float
@@ -104,11 +105,29 @@ class Ring(_Replica, Protocol):
 Replica: TypeAlias = Ring | Continuing
 
 
+def arithmetic_of(stages: Iterable[tuple[int, int, str]]) -> str:
+    """Of a ring with stages (first layer, after the last, arithmetic): that of all of them, or which layers have
+    which; none where one of them has none."""
+    whole = sorted(stages)
+    if not all(name for _, _, name in whole):
+        return ""
+    if len({name for _, _, name in whole}) == 1:
+        return whole[0][2]
+    runs = [(name, list(run)) for name, run in itertools.groupby(whole, lambda stage: stage[2])]
+    return "; ".join(f"layers {run[0][0]} to {run[-1][1] - 1}: {name}" for name, run in runs)
+
+
+def are_exact(went: Iterable[Replica]) -> bool:
+    """Whether a stream that went through these says the tokens of an undisturbed one."""
+    names = {one.arithmetic for one in went}
+    return len(names) <= 1 and "" not in names
+
+
 class LimitedRing(ABC):
     """A Ring that does AT_ONCE pieces of work at a time."""
 
-    def __init__(self, name: str, *, stages: int, exact: bool, token_ms: float) -> None:
-        self.name, self.exact, self.token_ms, self.start_ms = name, exact, token_ms, 0.0
+    def __init__(self, name: str, *, stages: int, token_ms: float, arithmetic: str = "") -> None:
+        self.name, self.arithmetic, self.token_ms, self.start_ms = name, arithmetic, token_ms, 0.0
         self.computing_ms = 0.0
         self.piece = PIECE if stages == 1 else PIECE_OF_SEVERAL
         self.streams, self.standby, self.leaving = 0, False, False
@@ -133,8 +152,8 @@ class LimitedRing(ABC):
 class LocalRing(LimitedRing):
     """Stages in processes of this machine."""
 
-    def __init__(self, name: str, stages: Sequence[StageProcess], *, exact: bool, token_ms: float) -> None:
-        super().__init__(name, stages=len(stages), exact=exact, token_ms=token_ms)
+    def __init__(self, name: str, stages: Sequence[StageProcess], *, arithmetic: str, token_ms: float) -> None:
+        super().__init__(name, stages=len(stages), arithmetic=arithmetic, token_ms=token_ms)
         self._stages = tuple(stages)
 
     async def _through(self, piece: Advance) -> Advanced:

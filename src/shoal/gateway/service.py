@@ -21,7 +21,7 @@ from shoal.gateway.guesses import Draft
 from shoal.gateway.openai import ChatRequest, CompletionRequest, EmbeddingRequest
 from shoal.gateway.prompts import ChatTemplate
 from shoal.gateway.refusals import RequestRefused, UnknownModel, Unserved
-from shoal.gateway.rings import Continuing, Replica, RingLost
+from shoal.gateway.rings import Continuing, Replica, RingLost, are_exact
 from shoal.gateway.routing import Candidate, choose
 from shoal.gateway.streams import REPLICAS_MAX, Stream, StreamLost, another
 from shoal.gateway.text import Decoder, StopAt
@@ -295,7 +295,8 @@ class ModelService:
         sampling = msgspec.structs.replace(asked.sampling, choice=number, prompt_tokens=len(prompt))
         stream = Stream(
             prompt, sampling, asked.tokens_max, self.ends,
-            lambda lost: self._pick(lost, prompt, asked.tokens_max, own=asked.own), self._number,
+            lambda lost, arithmetic: self._pick(lost, prompt, asked.tokens_max, own=asked.own, arithmetic=arithmetic),
+            self._number,
             self.clock, self.patience_s, guess=self.guess, draft=self.draft.session if self.draft else None,
             constraint=constraint and constraint.copy(), scope=scope,
         )  # fmt: skip
@@ -366,15 +367,21 @@ class ModelService:
         finally:
             self.admission.leave(len(tokens), self.clock.monotonic() - began)
 
-    def _pick(self, lost: Sequence[Replica], prompt: tuple[int, ...], tokens: int, *, own: bool) -> Replica | None:
+    def _pick(
+        self, lost: Sequence[Replica], prompt: tuple[int, ...], tokens: int, *, own: bool, arithmetic: str = ""
+    ) -> Replica | None:
         """The replica from which the answer is expected soonest, of those that can give it (`own`: only Shoal's own
-        runtime can) and were not lost: one that stays before one that wants to go, one that works before one in
-        reserve."""
+        runtime can) and were not lost: one that stays before one that wants to go, one that goes on with the bits that
+        there are before one that has others, one that works before one in reserve."""
         able = [one for one in self.rings if one not in lost and not (own and isinstance(one, Continuing))]
         if not able:
             return None
-        first = min((one.leaving, one.standby) for one in able)
-        able = [one for one in able if (one.leaving, one.standby) == first]
+
+        def rank(one: Replica) -> tuple[bool, bool, bool]:
+            return one.leaving, bool(arithmetic) and one.arithmetic != arithmetic, one.standby
+
+        first = min(map(rank, able))
+        able = [one for one in able if rank(one) == first]
         candidates = [
             Candidate(one.name, one.token_ms, one.streams, one.start_ms, one.prefixes.held(prompt)) for one in able
         ]
@@ -401,7 +408,7 @@ class ModelService:
 
 def _came_by(stream: Stream) -> openai.CameBy:
     names = tuple(dict.fromkeys(one.name for one in stream.went))
-    return openai.CameBy(all(one.exact for one in stream.went), names, len(stream.lost))
+    return openai.CameBy(are_exact(stream.went), names, len(stream.lost))
 
 
 def _finite(logprob: float | None) -> float:

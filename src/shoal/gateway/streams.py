@@ -64,8 +64,8 @@ class Stream:
     tokens_max: int
     ends: frozenset[int]
     """Token ids that end it; they are not given out."""
-    pick: Callable[[Sequence[Replica]], Replica | None]
-    """Where to go, given the replicas that were lost."""
+    pick: Callable[[Sequence[Replica], str], Replica | None]
+    """Where to go, given the replicas that were lost, and the arithmetic of the tokens that there are."""
     new_session: Callable[[], int]
     clock: Clock
     patience_s: float
@@ -95,7 +95,7 @@ class Stream:
         done: list[int] = list(self.prompt)
         until = len(self.prompt) + self.tokens_max
         guesses = Guesses(self.draft() if self.draft is not None else None)
-        first = self.pick(self.lost)
+        first = self.pick(self.lost, "")
         if first is None:
             raise StreamLost("No replica is left to go on with.")
         seat = self._sit(first, done)
@@ -161,6 +161,9 @@ class Stream:
     def _came_from(self, ring: Replica) -> None:
         if not self.went or self.went[-1] is not ring:
             self.went.append(ring)
+
+    def _arithmetic(self) -> str:
+        return self.went[-1].arithmetic if self.went else ""
 
     def _until_end(self, chosen: Sequence[Chosen], room: int) -> tuple[Chosen, ...]:
         for at, one in enumerate(chosen):
@@ -252,7 +255,7 @@ class Stream:
         self.lost.append(seat.ring)
         ring = None
         if len(self.lost) < REPLICAS_MAX:
-            ring = await another(lambda: self.pick(self.lost), self.clock, self.patience_s)
+            ring = await another(lambda: self.pick(self.lost, self._arithmetic()), self.clock, self.patience_s)
         if ring is None:
             raise StreamLost(f"No replica is left to go on with: {error.sentence}") from error
         other = self._sit(ring, done)
@@ -271,7 +274,7 @@ class Stream:
 
     def _move(self, done: Sequence[int]) -> asyncio.Task[_Seat] | None:
         """Have another replica read what there is so far, if there is one to go to."""
-        ring = self.pick(self.lost)
+        ring = self.pick(self.lost, self._arithmetic())
         if ring is None or ring.leaving or isinstance(ring, Continuing):
             return None
         return asyncio.create_task(self._read_beside(ring, self._sit(ring, done), tuple(done)))

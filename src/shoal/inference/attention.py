@@ -12,11 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.nn import functional
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 NAME = "shoal"
 BLOCK = 128
 """Positions summed at once, and the step in which a session's room grows."""
+ROWS_MIN = 4
+"""Products of fewer rows take other paths in the library: on AVX2 those of 1 to 3, on AVX-512 those of 1."""
 
 
 class Kept:
@@ -137,23 +140,20 @@ def attend_one(
     """`query` [heads, n, size], `keys` [key heads, size, m], `values` [key heads, m, size], `mask` [n, m] ->
     [n, heads, size]. m is a multiple of BLOCK."""
     heads, count, size = query.shape
-    groups = keys.shape[0]
-    asked = (query * scaling).reshape(groups, -1, size)
-    single = asked.shape[1] == 1
-    if single:  # a product of one row takes another path in the library
-        asked = asked.expand(-1, 2, -1)
+    groups, rows = keys.shape[0], heads // keys.shape[0] * count
+    asked = (query * scaling).reshape(groups, rows, size)
+    if rows < ROWS_MIN:
+        asked = functional.pad(asked, (0, 0, 0, ROWS_MIN - rows))
     scores = torch.bmm(asked, keys)
     if softcap is not None:
         scores = torch.tanh(scores.div_(softcap)).mul_(softcap)
     if mask is not None:
-        scores.view(groups, -1, count, keys.shape[2]).masked_fill_(mask, float("-inf"))
+        scores[:, :rows].view(groups, -1, count, keys.shape[2]).masked_fill_(mask, float("-inf"))
     weights = scores.softmax(-1)
     mean = torch.bmm(weights[..., :BLOCK], values[:, :BLOCK])
     for at in range(BLOCK, keys.shape[2], BLOCK):
         mean += torch.bmm(weights[..., at : at + BLOCK], values[:, at : at + BLOCK])
-    if single:
-        mean = mean[:, :1]
-    return mean.view(heads, count, size).transpose(0, 1)
+    return mean[:, :rows].reshape(heads, count, size).transpose(0, 1)
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, attend)

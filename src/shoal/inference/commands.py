@@ -15,6 +15,7 @@ from shoal.engines.messages import Done, EngineMessage, Failed, Stop
 from shoal.protocol.serving import (
     LAYERS_MAX,
     PIECE_MAX,
+    Arithmetic,
     Choosing,
     Chosen,
     Count,
@@ -70,8 +71,7 @@ Command = LoadStage | Advance | CloseSession | Stop
 
 
 class StageLoaded(EngineMessage, frozen=True, kw_only=True):
-    exact: bool
-    """Whether a session's bits are the same whatever it is computed with, as far as was tried."""
+    arithmetic: Arithmetic
     layer_ms: float
     """A decode step of one position through one layer, measured with the speed limit in force."""
     last_ms: float

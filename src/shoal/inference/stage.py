@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
+from shoal.devices.names import device_class
 from shoal.errors import BadRecord, EngineError
 from shoal.inference import attention
 from shoal.inference.attention import Kept, Run, kept_bytes, padded
-from shoal.inference.rows import Linear, Silu
-from shoal.models.stages import Shape, StageModule, activations, linear_modules, read_stage, shape_of
+from shoal.inference.rows import Forms, Linear, RmsNorm, Silu
+from shoal.models.stages import Shape, StageModule, activations, linear_modules, read_stage, rms_norms, shape_of
+from shoal.protocol.serving import ARITHMETIC_MAX
 from shoal.quantities import Ranges
 
 POSITIONS_MAX = 4096
@@ -82,8 +85,12 @@ class StageEngine:
         self._sessions: dict[int, _Session] = {}
         self._over: OrderedDict[int, None] = OrderedDict()
         """Those of them that are over, and kept while their memory is not needed: the oldest first."""
+        self.weights_bytes = sum(weight.numel() * weight.element_size() for weight in module.parameters())
+        forms = Forms()
         for parent, name, weight, bias in linear_modules(module):
-            setattr(parent, name, Linear(weight, bias))
+            setattr(parent, name, Linear(forms.product(weight), bias))
+        for parent, name, weight, epsilon in rms_norms(module):
+            setattr(parent, name, RmsNorm(weight, epsilon))
         for parent, name in activations(module, "silu"):
             setattr(parent, name, Silu())
         self.exact = self._tried()
@@ -126,6 +133,16 @@ class StageEngine:
         self._over.pop(session, None)
         self._used -= self._bytes(self._sessions.pop(session).kept.room)
 
+    @property
+    def arithmetic(self) -> str:
+        """A name for the bits that come of it: where two engines have the same one, a session has the same bits in
+        both. None where they depend on the batch."""
+        if not self.exact:
+            return ""
+        device = next(self._module.parameters()).device
+        name = f"{device_class(device)}, torch {torch.__version__}, transformers {version('transformers')}"
+        return name[:ARITHMETIC_MAX]
+
     @torch.inference_mode()
     def step(self, pieces: Sequence[Piece]) -> list[torch.Tensor]:
         """Take all pieces through the layers: for each its hidden states [n, hidden]. Raises BadPiece or NoRoom, by
@@ -153,10 +170,6 @@ class StageEngine:
         logits: torch.Tensor = head(states).float()
         cap = self.shape.logit_cap
         return logits if cap is None else torch.tanh(logits / cap) * cap
-
-    @property
-    def weights_bytes(self) -> int:
-        return sum(parameter.numel() * parameter.element_size() for parameter in self._module.parameters())
 
     def measured(self, steps: int, monotonic: Callable[[], float]) -> tuple[float, float]:
         """Milliseconds of a decode step of one position through the layers, and through the head where there is one:

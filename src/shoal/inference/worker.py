@@ -114,7 +114,7 @@ class Worker:
         self._engine = engine
         layers_ms, last_ms = engine.measured(MEASURED_STEPS, self._clock.monotonic)
         return StageLoaded(
-            exact=engine.exact,
+            arithmetic=engine.arithmetic,
             layer_ms=layers_ms / (command.stop - command.first) / self._limit,
             last_ms=last_ms / self._limit,
             weights_bytes=engine.weights_bytes,

@@ -270,6 +270,21 @@ def activations(stage: nn.Module, name: str) -> list[tuple[nn.Module, str]]:
     ]
 
 
+def rms_norms(stage: nn.Module) -> list[tuple[nn.Module, str, torch.Tensor, float]]:
+    """(parent, name, weight, epsilon) of every root mean square norm that multiplies by its weight as it is, in
+    float32."""
+    children: list[tuple[nn.Module, str, Any]] = [
+        (parent, name, child) for parent in stage.modules() for name, child in parent.named_children()
+    ]
+    return [
+        (parent, name, child.weight, child.variance_epsilon)
+        for parent, name, child in children
+        if type(child).__name__.endswith("RMSNorm")
+        and hasattr(child, "variance_epsilon")
+        and child.weight.dtype == torch.float32
+    ]
+
+
 Stored: TypeAlias = tuple[int, str]
 """A tensor as it is stored: the number of its file, and its name there."""
 

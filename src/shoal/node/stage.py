@@ -189,7 +189,11 @@ class StageRun:
         self._layers.engine.died.add_done_callback(lambda died: self.end(died.result().sentence, tell=True))
         self._ready = True
         ready = StageReady(
-            ring=self.ring, mine=self._mine, exact=loaded.exact, layer_ms=loaded.layer_ms, last_ms=loaded.last_ms
+            ring=self.ring,
+            mine=self._mine,
+            arithmetic=loaded.arithmetic,
+            layer_ms=loaded.layer_ms,
+            last_ms=loaded.last_ms,
         )
         await self._ask(await self._gateway_link(), ready)
 

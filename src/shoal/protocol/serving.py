@@ -31,6 +31,7 @@ BIASES_MAX = 300
 MASK_MAX_BYTES = 48 * 1024
 """Of the masks of one message together; beside hidden states there is room for so much."""
 CONFIG_MAX_BYTES = 64 * 1024
+ARITHMETIC_MAX = 192
 
 RingId = Annotated[bytes, Meta(min_length=16, max_length=16)]
 Count = Annotated[int, Meta(ge=0, le=1 << 53)]
@@ -44,6 +45,9 @@ Part = Annotated[tuple[tuple[Size, Size], ...], Meta(max_length=RANGES_MAX)]
 """Which bytes of a file: ranges [start, stop) in order and apart; none means the whole file."""
 Sentence = Annotated[str, Meta(max_length=400)]
 Code = Annotated[str, Meta(max_length=16)]
+Arithmetic = Annotated[str, Meta(max_length=ARITHMETIC_MAX)]
+"""Whose bits a session has, whatever it is computed with: the same in all stages of the same one. None where they
+depend on the batch."""
 
 
 class Struct(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -109,7 +113,7 @@ class StageReady(Message, frozen=True, kw_only=True, forbid_unknown_fields=True,
 
     ring: RingId
     mine: Annotated[int, Meta(ge=0, lt=STAGES_MAX)]
-    exact: bool = False
+    arithmetic: Arithmetic = ""
     layer_ms: Milliseconds
     last_ms: Milliseconds = 0.0
 

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import psutil
 import torch
 
+from shoal.devices.names import device_class
 from shoal.engines import EngineDied, EngineFailed, Failed, Stop
 from shoal.errors import BadInput
 from shoal.hub import HubClient
@@ -42,7 +43,6 @@ from shoal.training.commands import (
     RunRound,
     StateHeld,
 )
-from shoal.training.compute import device_class
 from shoal.training.process import RoundCancelledError
 from shoal.transport import TlsEndpoint
 from shoal.transport import run as run_loop

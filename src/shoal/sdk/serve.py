@@ -25,7 +25,7 @@ from shoal.gateway.placing import ModelOnNodes, Placer
 from shoal.gateway.prompts import read_template
 from shoal.gateway.receipts import Books, Metering
 from shoal.gateway.remote import Rings
-from shoal.gateway.rings import LocalRing
+from shoal.gateway.rings import LocalRing, arithmetic_of
 from shoal.gateway.service import ModelService
 from shoal.gateway.web import make_app
 from shoal.hub import HubClient
@@ -283,7 +283,7 @@ class LocalServer(ServedModel):
         options, layers = self.options, model.shape.layers
         memory = min(SESSIONS_MAX_BYTES, int(psutil.virtual_memory().available * SESSIONS_SHARE))
         ends = [0, *options.cuts, layers]
-        stages, token_ms, exact = list[StageProcess](), 0.0, True
+        stages, token_ms, kinds = list[StageProcess](), 0.0, list[tuple[int, int, str]]()
         for first, stop in itertools.pairwise(ends):
             command = LoadStage(
                 config=model.config, files=tuple(map(str, model.files)), first=first, stop=stop,
@@ -294,9 +294,9 @@ class LocalServer(ServedModel):
             )
             stages.append(stage)
             token_ms += loaded.layer_ms * (stop - first) + loaded.last_ms
-            exact = exact and loaded.exact
+            kinds.append((first, stop, loaded.arithmetic))
             options.say(f"Layers {first} to {stop - 1} are loaded: {loaded.layer_ms * (stop - first):.1f} ms a token.")
-        ring = LocalRing("this machine", stages, exact=exact, token_ms=token_ms)
+        ring = LocalRing("this machine", stages, arithmetic=arithmetic_of(kinds), token_ms=token_ms)
         service.rings.append(ring)
         block_bytes = _cache_bytes(model.shape, layers, BLOCK)
         service.admission.positions = max(service.context, memory * BLOCK // block_bytes)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import platform
-import sys
 from importlib.metadata import version
 
 import torch
 
+from shoal.devices.names import device_class
 from shoal.errors import EngineError
 from shoal.protocol.training import Engine
 
@@ -48,22 +47,3 @@ def describe_engine(device: torch.device, threads: int, processes: int) -> Engin
     bit for bit."""
     software = f"shoal {version('shoal')}, torch {torch.__version__}, transformers {version('transformers')}"
     return Engine(software[:NAME_MAX], device_class(device)[:NAME_MAX], threads, processes)
-
-
-def device_class(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{'rocm' if torch.version.hip else 'cuda'} {torch.cuda.get_device_name(device)}"
-    if device.type == "cpu":
-        return f"cpu {platform.machine()} {torch.backends.cpu.get_cpu_capability()} {_processor_name()}"
-    if device.type == "xpu":
-        return f"xpu {torch.xpu.get_device_name(device)}"
-    return f"{device.type} {platform.machine()} {_processor_name()}"
-
-
-def _processor_name() -> str:
-    if sys.platform.startswith("linux"):
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:  # noqa: PTH123
-            for line in lines:
-                if line.lower().startswith(("model name", "cpu model")):
-                    return " ".join(line.partition(":")[2].split())
-    return platform.processor()
