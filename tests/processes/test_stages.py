@@ -197,6 +197,19 @@ def test_products_of_any_size_give_a_row_the_same_bits(wide: tuple[int, int]) ->
     assert rows.tiles(2) == [2] and rows.tiles(7) == [3, 2, 2] and all(sum(rows.tiles(n)) == n for n in range(2, 50))
 
 
+def test_maps_of_the_same_rows_are_one_product() -> None:
+    dice = torch.Generator().manual_seed(4)
+    weights = [torch.randn(width, 96, generator=dice) for width in (64, 32, 32)]
+    biases = [torch.randn(len(weight), generator=dice) for weight in weights]
+    maps = rows.Forms().linears(list(zip(weights, biases, strict=True)))
+    for given in (torch.randn(5, 96, generator=dice), torch.randn(1, 1, 96, generator=dice)):
+        for linear, weight, bias in zip(maps, weights, biases, strict=True):
+            assert torch.allclose(linear(given), given @ weight.t() + bias, atol=1e-4)
+    assert maps[0]._shared._rows is None, "nothing is held once the last has its part"
+    first, second = torch.randn(2, 96, generator=dice), torch.randn(2, 96, generator=dice)
+    assert not torch.equal(maps[0](first), maps[0](second)), "other rows are another product"
+
+
 def test_frequencies_that_change_with_the_length_bound_it(tmp_path: Path) -> None:
     rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10_000.0, "original_max_position_embeddings": 128}
     config = read_config(a_checkpoint(tmp_path, "llama", rope_parameters=rope))

@@ -105,6 +105,17 @@ class Forms:
     def __init__(self) -> None:
         self._known: dict[tuple[torch.Size, torch.dtype, torch.device], Form] = {}
 
+    def linears(self, maps: Sequence[tuple[torch.Tensor, torch.Tensor | None]]) -> list[nn.Module]:
+        """Of linear maps (weight [out, in], bias [out]) that are given the same rows: one product, which costs less
+        than several. All of them have a bias, or none."""
+        (weight, bias), *others = maps
+        if not others:
+            return [Linear(self.product(weight), bias)]
+        biases = [one for _, one in maps if one is not None]
+        whole = Linear(self.product(torch.cat([one for one, _ in maps])), torch.cat(biases) if biases else None)
+        shared = Shared(whole, [len(one) for one, _ in maps])
+        return [Part(shared, at) for at in range(len(maps))]
+
     def product(self, weight: torch.Tensor) -> Product:
         """Of rows with `weight` [out, in]: the first form that agrees with itself, or torch's own."""
         about = (weight.shape, weight.dtype, weight.device)
@@ -158,6 +169,34 @@ class Linear(nn.Module):
         if self.bias is not None:
             done += self.bias
         return done.view(*rows.shape[:-1], -1)
+
+
+class Shared:
+    """A linear map of which several modules give their part, of the same rows one after another."""
+
+    def __init__(self, whole: Linear, widths: Sequence[int]) -> None:
+        self._whole, self._widths = whole, list(widths)
+        self._rows: torch.Tensor | None = None
+        self._parts: Sequence[torch.Tensor] = ()
+
+    def part(self, rows: torch.Tensor, at: int) -> torch.Tensor:
+        if rows is not self._rows:
+            self._rows, self._parts = rows, self._whole(rows).split(self._widths, -1)
+        part = self._parts[at]
+        if at + 1 == len(self._widths):
+            self._rows, self._parts = None, ()
+        return part
+
+
+class Part(nn.Module):
+    """One of the maps of a Shared."""
+
+    def __init__(self, shared: Shared, at: int) -> None:
+        super().__init__()
+        self._shared, self._at = shared, at
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return self._shared.part(rows, self._at)
 
 
 class RmsNorm(nn.Module):

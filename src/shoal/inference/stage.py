@@ -14,8 +14,8 @@ from shoal.devices.names import device_class
 from shoal.errors import BadRecord, EngineError
 from shoal.inference import attention
 from shoal.inference.attention import Kept, Run, kept_bytes, padded
-from shoal.inference.rows import Forms, Linear, RmsNorm, Silu
-from shoal.models.stages import Shape, StageModule, activations, linear_modules, read_stage, rms_norms, shape_of
+from shoal.inference.rows import Forms, RmsNorm, Silu
+from shoal.models.stages import Shape, StageModule, activations, linear_maps, read_stage, rms_norms, shape_of
 from shoal.protocol.serving import ARITHMETIC_MAX
 from shoal.quantities import Ranges
 
@@ -87,8 +87,9 @@ class StageEngine:
         """Those of them that are over, and kept while their memory is not needed: the oldest first."""
         self.weights_bytes = sum(weight.numel() * weight.element_size() for weight in module.parameters())
         forms = Forms()
-        for parent, name, weight, bias in linear_modules(module):
-            setattr(parent, name, Linear(forms.product(weight), bias))
+        for maps in linear_maps(module):
+            for one, linear in zip(maps, forms.linears([(one.weight, one.bias) for one in maps]), strict=True):
+                setattr(one.parent, one.name, linear)
         for parent, name, weight, epsilon in rms_norms(module):
             setattr(parent, name, RmsNorm(weight, epsilon))
         for parent, name in activations(module, "silu"):

@@ -250,15 +250,33 @@ class _NoPositions(nn.Module):
         return torch.zeros((), device=positions.device)
 
 
-def linear_modules(stage: nn.Module) -> list[tuple[nn.Module, str, torch.Tensor, torch.Tensor | None]]:
-    """(parent, name, weight [out, in], bias) of every linear map of a stage."""
-    found: list[tuple[nn.Module, str, torch.Tensor, torch.Tensor | None]] = []
+SIDE_BY_SIDE = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
+"""Linear maps that a family's layers give the same rows."""
+
+
+@dataclass(frozen=True)
+class LinearMap:
+    parent: nn.Module
+    name: str
+    weight: torch.Tensor
+    """[out, in]"""
+    bias: torch.Tensor | None
+
+
+def linear_maps(stage: nn.Module) -> list[list[LinearMap]]:
+    """Every linear map of a stage, those of the same rows together."""
+    found: list[list[LinearMap]] = []
     for parent in stage.modules():
+        maps: dict[str, LinearMap] = {}
         for name, module in parent.named_children():
             if isinstance(module, nn.Linear):
-                found.append((parent, name, module.weight, module.bias))
+                maps[name] = LinearMap(parent, name, module.weight, module.bias)
             elif isinstance(module, Conv1D):
-                found.append((parent, name, module.weight.t(), module.bias))
+                maps[name] = LinearMap(parent, name, module.weight.t(), module.bias)
+        for names in SIDE_BY_SIDE:
+            if names <= maps.keys() and len({maps[name].bias is None for name in names}) == 1:
+                found.append([maps.pop(name) for name in list(maps) if name in names])
+        found += [[one] for one in maps.values()]
     return found
 
 
