@@ -161,6 +161,7 @@ class World:
             await host.close()
             await endpoint.close()
         await self.endpoint.close()
+        await self.service.template.stop()
 
 
 @contextlib.asynccontextmanager

@@ -194,6 +194,43 @@ def test_keys_are_asked_for(checkpoint: Path) -> None:
     with_endpoint(checkpoint, scene, keys=("other", "secret"))
 
 
+def test_a_hostile_chat_template_costs_the_request_that_it_is_rendered_for(checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint, folder)
+    endless = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
+    (folder / "chat_template.jinja").write_text("{% if messages[0].content == 'evil' %}" + endless + "{% endif %}x")
+
+    async def scene(web: httpx.AsyncClient, server: LocalServer) -> None:
+        assert server.service is not None
+
+        async def chat(text: str) -> httpx.Response:
+            asked = {"model": "small", "max_tokens": 2, "messages": [{"role": "user", "content": text}]}
+            return await web.post("/v1/chat/completions", json=asked)
+
+        async def is_rendered(text: str) -> asyncio.Task[httpx.Response]:
+            asked = asyncio.create_task(chat(text))
+            while not server.service.template._turn.locked():
+                await asyncio.sleep(0)
+            return asked
+
+        assert (await chat("good")).status_code == 200
+        evil = await is_rendered("evil")
+        waits = asyncio.create_task(chat("good"))
+        assert (await web.get("/healthz")).status_code == 200
+        body = {"model": "small", "prompt": PROMPT, "max_tokens": 2}
+        assert (await web.post("/v1/completions", json=body)).status_code == 200
+        assert not evil.done() and not waits.done()
+        error = (refused := await evil).json()["error"]
+        assert (refused.status_code, error["param"], error["type"]) == (400, "messages", "invalid_request_error")
+        assert error["message"] == "The model's chat template takes longer than 5 s for these messages and was stopped."
+        assert (await waits).status_code == 200
+
+        (await is_rendered("evil")).cancel()  # the client hangs up
+        assert (await chat("good")).status_code == 200
+
+    with_endpoint(folder, scene)
+
+
 def test_a_client_that_hangs_up_frees_its_session_at_once(checkpoint: Path) -> None:
     async def scene(web: httpx.AsyncClient, server: LocalServer) -> None:
         service = server.service
@@ -476,6 +513,7 @@ def test_a_second_ctrl_c_does_not_wait_for_streams(tmp_path: Path) -> None:
         ({"vocab_size": 300}, "holds no tokenizer; put its tokenizer.json there"),
         ("a template", "chat template cannot be read"),
         ("a deep template", "chat template cannot be read: maximum recursion"),
+        ("an endless template", "chat template cannot be read: The engine of the chat template"),
         ("keys", "has 0 keys"),
     ],
 )
@@ -504,6 +542,8 @@ def test_what_cannot_be_served_is_one_sentence(
         (folder / "chat_template.jinja").write_text("{% for %}")
     elif made == "a deep template":
         (folder / "chat_template.jinja").write_text("{{" + "(" * 5000 + "1" + ")" * 5000 + "}}")
+    elif made == "an endless template":
+        (folder / "chat_template.jinja").write_text("{{ 9 ** (9 ** 9) }}")
     elif made == "keys":
         (tmp_path / "keys").write_text("")
         more = ["--api-keys", str(tmp_path / "keys")]

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, Self, TypeVar
 
 import msgspec
@@ -20,6 +20,7 @@ from shoal.errors import EngineError
 
 OUTSTANDING_MAX = 64
 """Commands that are unanswered; others wait their turn."""
+STREAM_LIMIT = FRAME_MAX_BYTES + FRAME.size
 LOG_LINES_KEPT = 20
 LOG_LINE_MAX = 2_000
 STOP_WAIT_S = 5.0
@@ -104,9 +105,9 @@ class ChildEngine:
         log: Callable[[str], None] | None = None,
         command: Sequence[str] | None = None,
     ) -> Self:
-        """Start the engine: forked from the template where that is possible, else `python -m WORKER PARENT_PID`. `name`
-        is who it computes for, for sentences; `log` is given each line that it writes to stderr. Another `command`
-        (module and arguments) speaks the same way over its pipes."""
+        """Start the engine: forked from the template where that is possible, else `spawn`. `name` is who it computes
+        for, for sentences; `log` is given each line that it writes to stderr. Another `command` (module and arguments)
+        speaks the same way over its pipes."""
         environment = {
             "OMP_NUM_THREADS": str(threads),
             "MKL_NUM_THREADS": str(threads),
@@ -116,22 +117,33 @@ class ChildEngine:
             "GLOO_SOCKET_IFNAME": "lo" if sys.platform.startswith("linux") else "",
         }
         environment = {key: value for key, value in environment.items() if value}
-        limit = FRAME_MAX_BYTES + FRAME.size
-        process: ChildProcess | None = None
-        if command is None:
-            process = await fork_engine(cls.WORKER, environment, limit)
-        if process is None:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                *(command or (cls.WORKER,)),
-                str(os.getpid()),
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.PIPE,
-                env={**MEMORY, **os.environ, **environment},
-                limit=limit,
-            )
+        process = await fork_engine(cls.WORKER, environment, STREAM_LIMIT) if command is None else None
+        if process is not None:
+            return cls(name, process, log)
+        return await cls.spawn(name, {**MEMORY, **os.environ, **environment}, log=log, command=command)
+
+    @classmethod
+    async def spawn(
+        cls,
+        name: str,
+        environment: Mapping[str, str],
+        *,
+        log: Callable[[str], None] | None = None,
+        command: Sequence[str] | None = None,
+    ) -> Self:
+        """Start it afresh, `python -m WORKER PARENT_PID`, with these environment variables and no others. Raises
+        OSError."""
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            *(command or (cls.WORKER,)),
+            str(os.getpid()),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env=environment,
+            limit=STREAM_LIMIT,
+        )
         return cls(name, process, log)
 
     @property
@@ -246,6 +258,8 @@ class ChildEngine:
         last = next((line for line in reversed(self._last_lines) if line.strip()), "")
         if code == -signal.SIGKILL:
             how = "was killed (SIGKILL); unless somebody did that by hand, this machine ran out of memory"
+        elif code == -signal.SIGXCPU:
+            how = "took more processor time than it may"
         elif code < 0:
             how = f"was ended by signal {-code} ({signal.Signals(-code).name})"
         elif "MemoryError" in last or "can't allocate memory" in last:

@@ -1,55 +1,158 @@
-"""From messages to token ids: by the model's own chat template, or a plain one where it has none."""
+"""From messages to text: by the model's own chat template, or a plain one where it has none. A template runs in a
+process of its own (`template_worker`): whatever it does, the request is refused and the endpoint goes on."""
 
 from __future__ import annotations
 
+import asyncio
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-import jinja2
-import jinja2.sandbox
 import msgspec
 
+from shoal.engines import ChildEngine, Done, EngineDied, EngineFailed
 from shoal.gateway.openai import ChatMessage
-from shoal.gateway.refusals import RequestRefused
+from shoal.gateway.refusals import Overloaded, RequestRefused
+from shoal.gateway.template_commands import (
+    TEMPLATE_MAX_BYTES,
+    Answered,
+    LoadTemplate,
+    Rendered,
+    RenderTemplate,
+    TemplateMessage,
+)
 from shoal.models.configs import BadModel
 from shoal.models.tokenizers import special_token
 
-TEMPLATE_MAX_BYTES = 256 * 1024
-PROMPT_MAX = 1 << 22
+RENDER_S = 5.0
+"""A template that takes longer for a request is stopped; an honest one takes milliseconds."""
+TURN_S = 10.0
+"""A request that waits longer behind others comes again later. At most as many wait as there are connections."""
+START_S = 30.0
+"""For the process and for reading the template, which has a bound of its own (`template_worker.CPU_MAX_S`)."""
+TRIES = 2
+"""A process that is gone may have been killed by others: its request gets another one, once."""
+ENVIRONMENT = ("HOME", "LD_LIBRARY_PATH", "PYTHONHOME", "PYTHONPATH", "PYTHONUSERBASE")
+"""What the process is told of the gateway's own: where Python and its packages are."""
 PLAIN = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
 
 
+class TemplateProcess(ChildEngine):
+    """One child process with one template in it."""
+
+    ANSWERED: ClassVar[type] = Answered
+    WORKER: ClassVar[str] = "shoal.gateway.template_worker"
+
+    async def load(self, command: LoadTemplate) -> None:
+        await self._ask(command, Done)
+
+    async def render(self, command: RenderTemplate) -> str:
+        return (await self._ask(command, Rendered)).text
+
+
 class ChatTemplate:
-    """A checkpoint's template, run in a sandbox: it comes with the model, from whoever made that."""
+    """A checkpoint's template, with the process in which it runs, from `begin` to `stop`. One request at a time: first
+    come, first served. A process that died or had to be killed is followed by another one at the next request."""
 
     def __init__(self, source: str, special: dict[str, str]) -> None:
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _refuse
-        try:
-            self._template = environment.from_string(source)
-        except (jinja2.TemplateError, RecursionError) as error:
-            raise BadModel(f"The model's chat template cannot be read: {error}.") from error
-        self._special = special
+        self._load = LoadTemplate(source=source, special=special)
+        self._process: TemplateProcess | None = None
+        self._turn = asyncio.Lock()
+        self._rendering: asyncio.Task[str] | None = None
+        self._stopped = False
 
-    def render(self, messages: Sequence[ChatMessage]) -> str:
-        """Raises RequestRefused: a template may refuse an order of roles, for one."""
-        plain = [{"role": message.role, "content": message.text} for message in messages]
+    async def begin(self) -> None:
+        """Start the process ahead of `start`, so that it loads its libraries meanwhile. Raises EngineDied."""
+        environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
         try:
-            text = self._template.render(messages=plain, add_generation_prompt=True, **self._special)
-        except (jinja2.TemplateError, TypeError, ValueError, OverflowError, RecursionError) as error:
-            raise RequestRefused(
-                f"The model's chat template refuses these messages: {error}", param="messages"
+            self._process = await TemplateProcess.spawn("the chat template", environment)
+        except OSError as error:
+            raise EngineDied(f"The process of the chat template could not be started: {error.strerror}.") from error
+
+    async def start(self) -> None:
+        """Have the template read. Raises BadModel and EngineDied."""
+        if self._process is None:
+            await self.begin()
+        assert self._process is not None
+        try:
+            async with asyncio.timeout(START_S):
+                await self._process.load(self._load)
+        except TimeoutError as error:
+            await self._end()
+            raise BadModel(f"The model's chat template cannot be read within {START_S:.0f} s.") from error
+        except (EngineFailed, EngineDied) as error:
+            await self._end()
+            raise BadModel(f"The model's chat template cannot be read: {error.sentence}") from error
+
+    async def render(self, messages: Sequence[ChatMessage]) -> str:
+        """The prompt. Raises RequestRefused: a template may refuse an order of roles, for one; Overloaded; EngineDied.
+
+        Who does not wait for it any more leaves the queue. What is being rendered is rendered to its end, so that the
+        process is free, or killed, when the next one's turn comes."""
+        try:
+            async with asyncio.timeout(TURN_S):
+                await self._turn.acquire()
+        except TimeoutError as error:
+            raise Overloaded(
+                "The model's chat template is busy with other requests; try again later.", TURN_S
             ) from error
-        if len(text) > PROMPT_MAX:
-            raise RequestRefused(f"The messages make a prompt of {len(text)} characters.", param="messages")
-        return text
+        command = RenderTemplate(messages=[TemplateMessage(message.role, message.text) for message in messages])
+        self._rendering = asyncio.create_task(self._rendered(command))
+        self._rendering.add_done_callback(self._over)
+        return await asyncio.shield(self._rendering)
+
+    async def stop(self) -> None:
+        """Twice, or before the start, is harmless."""
+        self._stopped = True
+        await self._end()
+        async with self._turn:  # a process that was on its way
+            await self._end()
+
+    async def _rendered(self, command: RenderTemplate) -> str:
+        died: EngineDied | None = None
+        for _ in range(TRIES):
+            process = await self._ready()
+            try:
+                async with asyncio.timeout(RENDER_S):
+                    return await process.render(command)
+            except EngineFailed as error:
+                raise _refused(f"refuses these messages: {error.sentence}") from error
+            except TimeoutError as error:
+                await self._end()
+                raise _refused(f"takes longer than {RENDER_S:.0f} s for these messages and was stopped.") from error
+            except EngineDied as error:
+                await self._end()
+                died = error
+        raise _refused(f"breaks off at these messages: {died}") from died
+
+    def _over(self, rendering: asyncio.Task[str]) -> None:
+        self._turn.release()
+        if not rendering.cancelled():
+            rendering.exception()  # nobody may wait for it any more
+
+    async def _ready(self) -> TemplateProcess:
+        if self._stopped:
+            raise EngineDied("The endpoint is stopping.")
+        if self._process is None:
+            try:
+                await self.start()
+            except BadModel as error:
+                raise RequestRefused(error.sentence, param="messages") from error
+        assert self._process is not None
+        return self._process
+
+    async def _end(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            await process.kill()
+
+
+def _refused(what: str) -> RequestRefused:
+    return RequestRefused(f"The model's chat template {what}", param="messages")
 
 
 def read_template(directory: Path) -> ChatTemplate:
@@ -65,7 +168,11 @@ def read_template(directory: Path) -> ChatTemplate:
         if file.stat().st_size > TEMPLATE_MAX_BYTES:
             raise BadModel(f"{file} is larger than {TEMPLATE_MAX_BYTES} bytes.")
         source = file.read_text(encoding="utf-8", errors="replace")
-    return ChatTemplate(source if isinstance(source, str) else PLAIN, special)
+    if not isinstance(source, str):
+        source = PLAIN
+    if len(source.encode()) > TEMPLATE_MAX_BYTES:
+        raise BadModel(f"The chat template in {directory} is larger than {TEMPLATE_MAX_BYTES} bytes.")
+    return ChatTemplate(source, special)
 
 
 def _settings(file: Path) -> dict[str, Any]:
@@ -76,12 +183,3 @@ def _settings(file: Path) -> dict[str, Any]:
     except (msgspec.DecodeError, RecursionError) as error:
         raise BadModel(f"{file} is not JSON: {error}.") from error
     return found if isinstance(found, dict) else {}
-
-
-def _to_json(value: Any, indent: int | None = None, **_: Any) -> str:
-    text = msgspec.json.encode(value)
-    return (msgspec.json.format(text, indent=indent) if indent else text).decode()
-
-
-def _refuse(message: str) -> None:
-    raise jinja2.TemplateError(message)

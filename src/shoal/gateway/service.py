@@ -128,10 +128,10 @@ class ModelService:
 
     # --- what is asked ---------------------------------------------------------------------------------------------
 
-    def chat(self, request: ChatRequest) -> Asked:
-        """Raises RequestRefused."""
+    async def chat(self, request: ChatRequest) -> Asked:
+        """Raises RequestRefused, and what `ChatTemplate.render` does."""
         self._known(request.model)
-        prompt = self._encoded(self.template.render(request.messages), "messages")
+        prompt = self._encoded(await self.template.render(request.messages), "messages")
         limit = request.max_completion_tokens or request.max_tokens
         top = (request.top_logprobs or 0) if request.logprobs else None
         schema = request.response_format.schema if request.response_format is not None else None

@@ -106,7 +106,7 @@ def make_app(
     @post("/v1/chat/completions", status_code=200)
     async def chat(request: Request[Any, Any, Any]) -> Response[bytes] | Stream:
         asked_for = read_chat(await _body(request))
-        asked = service.chat(asked_for)
+        asked = await _while_there(request, service.chat(asked_for))
         return await _reply(service, asked, _Chat(service, asked, asked_for), request)
 
     @post("/v1/completions", status_code=200)

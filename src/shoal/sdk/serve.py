@@ -22,7 +22,7 @@ from shoal.gateway.guesses import Draft
 from shoal.gateway.keyfile import KeyFile
 from shoal.gateway.keys import Keys, parse_keys
 from shoal.gateway.placing import ModelOnNodes, Placer
-from shoal.gateway.prompts import read_template
+from shoal.gateway.prompts import ChatTemplate, read_template
 from shoal.gateway.receipts import Books, Metering
 from shoal.gateway.remote import Rings
 from shoal.gateway.rings import LocalRing, arithmetic_of
@@ -179,6 +179,7 @@ class ServedModel:
     def __init__(self, options: ServeOptions, clock: Clock, dice: Dice) -> None:
         self.options, self.clock, self.dice = options, clock, dice
         self.service: ModelService | None = None
+        self._template: ChatTemplate | None = None
         self._face: HttpFace | None = None
         self._stages: list[StageProcess] = []
         """Processes of this machine that hold layers."""
@@ -186,7 +187,8 @@ class ServedModel:
     async def start(self) -> str:
         """Load and serve; gives the URL.
 
-        Raises BadModel, BadTokenizer, BadKeys, BadKeyFile, GatewayRunning, ServeFailed, HttpFailed, LinkError."""
+        Raises BadModel, BadTokenizer, BadKeys, BadKeyFile, GatewayRunning, ServeFailed, HttpFailed, LinkError,
+        EngineDied."""
         try:
             return await self._start()
         except BaseException:
@@ -202,6 +204,8 @@ class ServedModel:
         model = _Model(directory, config, options.engines_only)
         if not options.engines_only:
             _ = model.shape, model.files  # what is wrong with them is said before anything is started
+        self._template = read_template(directory)
+        await self._template.begin()
         tokenizer = _tokenizer_of(directory, config)
         pooling, generates = None, True
         if not options.engines_only:
@@ -212,12 +216,13 @@ class ServedModel:
                 f"{directory}: its files hold no head, so it says nothing; and no modules.json says how it embeds."
             )
         context = min(model.positions, options.context or model.positions)
+        await self._template.start()
         self.service = ModelService(
             name=options.name,
             created=self.clock.now_ms() // 1000,
             context=context,
             tokenizer=tokenizer,
-            template=read_template(directory),
+            template=self._template,
             ends=_ends(config, directory, tokenizer.end),
             rings=[],
             admission=Admission(context),
@@ -267,6 +272,8 @@ class ServedModel:
         """Twice, or before the start, is harmless."""
         if self._face is not None:
             await self._face.stop()
+        if self._template is not None:
+            await self._template.stop()
         for stage in self._stages:
             with contextlib.suppress(EngineFailed):
                 await stage.stop()
