@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 import psutil
 import pytest
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from shoal.engines import FRAME, EngineDied
 from shoal.gateway import prompts, template_worker
@@ -23,6 +24,7 @@ from shoal.gateway.prompts import ChatTemplate, read_template
 from shoal.gateway.refusals import Overloaded, RequestRefused
 from shoal.gateway.template_commands import Asked, LoadTemplate, RenderTemplate, TemplateMessage
 from shoal.models.configs import BadModel
+from shoal.world import SystemClock
 
 GENEROUS_S = 120.0
 ENDLESS = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
@@ -88,6 +90,8 @@ def its_pid() -> int:
         ("{{ one / 0 }}", "refuses these messages: division by zero."),
         (r"{{ '\ud800' }}", "surrogates not allowed."),
         ("{{ one.__class__.mro() }}", "unsafe"),
+        ("{% set ns = namespace(__class__=one) %}", "cannot have the name '__class__'"),
+        ("{% set ns = namespace() %}{% set ns._x = one %}", "cannot have the name '_x'"),
     ],
 )
 def test_whatever_a_template_does_one_request_is_refused_and_the_next_one_served(what: str, part: str) -> None:
@@ -100,6 +104,43 @@ def test_whatever_a_template_does_one_request_is_refused_and_the_next_one_served
             assert part in refused.value.sentence and len(refused.value.sentence) < 600
             assert refused.value.answer.error.param == "messages" and refused.value.status == 400
             assert await template.render(said("good")) == "<good>^"
+
+    with_template(template, scene)
+
+
+CONVERSATION = [("system", "Be \u201cbrief\u201d. "), ("user", " <b>Hi</b> & \n"), ("assistant", ""), ("user", "again")]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message.content | trim }}\n"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}",
+        "{% if tools is not none %}TOOLS{% endif %}{% if documents is none and not tools %}none{% endif %}"
+        "{{ tools is defined }}{{ builtin_tools is defined }}{{ eos_token }}",
+        "{{ messages | tojson }}{{ messages[0] | tojson(indent=2) }}"
+        "{{ {'b': '<\u00e9>', 'a': [1, 2.5, none]} | tojson }}"
+        "{{ {'b': 1, 'a': 2} | tojson(sort_keys=true, separators=(',', ':'), ensure_ascii=true) }}",
+        "{%- for message in messages -%}{%- if message.role == 'assistant' %}{% generation %}[{{ message.content }}]"
+        "{% endgeneration %}{% continue %}{% endif %}{{ loop.index0 }}{% if loop.index0 > 2 %}{% break %}{% endif %}\n"
+        "{%- endfor -%}",
+        "{% set ns = namespace(found=false, self=1) %}{% for message in messages %}{% if message.role == 'user' %}"
+        "{% set ns.found = loop.index %}{% endif %}{% endfor %}{{ ns.found }}{{ ns.self }}{{ dict(a=1) }}"
+        "{% for name, value in messages[1].items() %}{{ name }}={{ value }};{% endfor %}",
+        "{%- if strftime_now is defined %}{{ strftime_now('%d %b %Y')[3:] }}{% endif -%}\n  {# nothing #}\n  x",
+        "{% set rest = messages[1:] if messages[0]['role'] == 'system' else messages %}{{ rest | length }}"
+        "{{ messages[-1]['content'].startswith('a') }}{{ messages[1].content.split('b') }}{{ messages | last }}",
+    ],
+)
+def test_a_prompt_is_what_transformers_makes_of_it(source: str) -> None:
+    special = {"bos_token": "<s>", "eos_token": "</s>"}
+    plain = [{"role": role, "content": content} for role, content in CONVERSATION]
+    (wanted,), _ = render_jinja_template([plain], chat_template=source, add_generation_prompt=True, **special)
+    template = ChatTemplate(source, special)
+
+    async def scene() -> None:
+        messages = [ChatMessage(role=role, content=content) for role, content in CONVERSATION]
+        assert await template.render(messages, SystemClock().now_ms()) == wanted
 
     with_template(template, scene)
 

@@ -33,8 +33,8 @@ START_S = 30.0
 """For the process and for reading the template, which has a bound of its own (`template_worker.CPU_MAX_S`)."""
 TRIES = 2
 """A process that is gone may have been killed by others: its request gets another one, once."""
-ENVIRONMENT = ("HOME", "LD_LIBRARY_PATH", "PYTHONHOME", "PYTHONPATH", "PYTHONUSERBASE")
-"""What the process is told of the gateway's own: where Python and its packages are."""
+ENVIRONMENT = ("HOME", "LD_LIBRARY_PATH", "PYTHONHOME", "PYTHONPATH", "PYTHONUSERBASE", "TZ")
+"""What the process is told of the gateway's own: where Python and its packages are, and the zone of its clock."""
 PLAIN = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
@@ -88,8 +88,9 @@ class ChatTemplate:
             await self._end()
             raise BadModel(f"The model's chat template cannot be read: {error.sentence}") from error
 
-    async def render(self, messages: Sequence[ChatMessage]) -> str:
-        """The prompt. Raises RequestRefused: a template may refuse an order of roles, for one; Overloaded; EngineDied.
+    async def render(self, messages: Sequence[ChatMessage], now_ms: int = 0) -> str:
+        """The prompt, at a time since 1970. Raises RequestRefused: a template may refuse an order of roles, for one;
+        Overloaded; EngineDied.
 
         Who does not wait for it any more leaves the queue. What is being rendered is rendered to its end, so that the
         process is free, or killed, when the next one's turn comes."""
@@ -100,7 +101,9 @@ class ChatTemplate:
             raise Overloaded(
                 "The model's chat template is busy with other requests; try again later.", TURN_S
             ) from error
-        command = RenderTemplate(messages=[TemplateMessage(message.role, message.text) for message in messages])
+        command = RenderTemplate(
+            messages=[TemplateMessage(message.role, message.text) for message in messages], now_ms=now_ms
+        )
         self._rendering = asyncio.create_task(self._rendered(command))
         self._rendering.add_done_callback(self._over)
         return await asyncio.shield(self._rendering)

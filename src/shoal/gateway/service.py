@@ -131,7 +131,7 @@ class ModelService:
     async def chat(self, request: ChatRequest) -> Asked:
         """Raises RequestRefused, and what `ChatTemplate.render` does."""
         self._known(request.model)
-        prompt = self._encoded(await self.template.render(request.messages), "messages")
+        prompt = self._encoded(await self.template.render(request.messages, self.clock.now_ms()), "messages")
         limit = request.max_completion_tokens or request.max_tokens
         top = (request.top_logprobs or 0) if request.logprobs else None
         schema = request.response_format.schema if request.response_format is not None else None

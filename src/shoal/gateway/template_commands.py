@@ -35,6 +35,8 @@ class RenderTemplate(EngineMessage, frozen=True, kw_only=True):
     """Make a prompt of a conversation whose next message is the model's."""
 
     messages: list[TemplateMessage]
+    now_ms: Number = 0
+    """Some templates tell the model what day it is."""
 
 
 Command = LoadTemplate | RenderTemplate | Stop
