@@ -147,6 +147,14 @@ def test_what_cannot_be_served_is_refused_in_openais_shape(
     assert part in error["message"] and error["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize("path", ["/healthz", "/v1/models", "/v1/models/small", "/metrics"])
+def test_a_head_is_a_get_without_its_body(endpoint: httpx.Client, path: str) -> None:
+    got, head = endpoint.get(path), endpoint.head(path)
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-type"] == got.headers["content-type"]
+    assert endpoint.head("/v1/models/other").status_code == 404
+
+
 @contextlib.contextmanager
 def a_served(checkpoint: Path, clock: Clock | None = None, **options: Any) -> Iterator[str]:
     """An endpoint in a thread of its own: its URL."""

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
-from litestar import Litestar, MediaType, Request, Response, get, post
+from litestar import HttpMethod, Litestar, MediaType, Request, Response, post, route
 from litestar.background_tasks import BackgroundTask
 from litestar.datastructures import MutableScopeHeaders
 from litestar.exceptions import HTTPException
@@ -61,6 +61,8 @@ T = TypeVar("T")
 BODY_S_MAX = 60.0
 """A request's body must have come within so long."""
 EVENTS = "text/event-stream"
+READ = (HttpMethod.GET, HttpMethod.HEAD)
+"""Of HEAD the server leaves the body out."""
 HUNG_UP = 499
 """The status of a request whose client is gone, as proxies write it; nobody reads it."""
 EVERYBODY = ApiKey(b"", "")
@@ -92,11 +94,11 @@ def make_app(
             for name, value in account.headers(service.clock.monotonic()).items():
                 headers[name] = value
 
-    @get("/v1/models")
+    @route("/v1/models", http_method=READ)
     async def models() -> Response[bytes]:
         return _json(openai.ModelList([_card(service)]))
 
-    @get("/v1/models/{name:path}")
+    @route("/v1/models/{name:path}", http_method=READ)
     async def model(request: Request[Any, Any, Any]) -> Response[bytes]:
         name = str(request.path_params["name"]).removeprefix("/")
         if name != service.name:
@@ -129,7 +131,7 @@ def make_app(
         data = [Embedding(at, _numbers(vector, asked_for)) for at, vector in enumerate(vectors)]
         return _json(EmbeddingList(data, service.name, EmbeddingUsage(count, count)))
 
-    @get("/healthz")
+    @route("/healthz", http_method=READ)
     async def health() -> Response[bytes]:
         if not service.rings:
             raise Unserved(f"No node serves {service.name} at the moment.")
@@ -138,7 +140,7 @@ def make_app(
     figures = CollectorRegistry(auto_describe=False)
     figures.register(_Figures(service, keys))
 
-    @get("/metrics")
+    @route("/metrics", http_method=READ)
     async def metrics() -> Response[bytes]:
         return Response(generate_latest(figures), media_type=CONTENT_TYPE_LATEST)
 
