@@ -109,7 +109,8 @@ def test_completions_are_those_of_transformers(checkpoint: Path) -> None:
         told = {**chat, "n": 1, "logprobs": True, "top_logprobs": 2}
         content = (await web.post("/v1/chat/completions", json=told)).json()["choices"][0]["logprobs"]["content"]
         assert len(content) == 9 and all(len(one["top_logprobs"]) == 2 and one["logprob"] <= 0 for one in content)
-        assert "shoal_tokens_total" in (await web.get("/metrics")).text
+        figures = await web.get("/metrics")
+        assert "shoal_tokens_total" in figures.text and figures.headers["content-type"].count("charset") == 1
 
     with_endpoint(checkpoint, scene)
 
@@ -321,6 +322,15 @@ def test_a_body_that_does_not_come_is_not_waited_for(endpoint: httpx.Client, mon
         client.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n{")
         answer = client.makefile("rb").read()  # until the connection is closed
     assert answer.startswith(b"HTTP/1.1 408") and b"did not come within" in answer
+
+
+@pytest.mark.parametrize("chunks", [b"zz\r\n{}\r\n0\r\n\r\n", b"2\r\n{}", b"-2\r\n{}\r\n"])
+def test_a_body_whose_chunks_are_malformed_is_refused(endpoint: httpx.Client, chunks: bytes) -> None:
+    with socket.create_connection((endpoint.base_url.host, endpoint.base_url.port)) as client:
+        client.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n" + chunks)
+        client.shutdown(socket.SHUT_WR)
+        answer = client.makefile("rb").read()
+    assert answer.startswith(b"HTTP/1.1 400") and b"did not come whole" in answer, answer
 
 
 def test_who_asks_for_more_than_there_is_room_for_need_not_ask_again(checkpoint: Path) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 from litestar import HttpMethod, Litestar, MediaType, Request, Response, post, route
 from litestar.background_tasks import BackgroundTask
 from litestar.datastructures import MutableScopeHeaders
-from litestar.exceptions import HTTPException
+from litestar.exceptions import HTTPException, InternalServerException
 from litestar.response import Stream
 from numpy.typing import NDArray
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
@@ -142,7 +142,7 @@ def make_app(
 
     @route("/metrics", http_method=READ)
     async def metrics() -> Response[bytes]:
-        return Response(generate_latest(figures), media_type=CONTENT_TYPE_LATEST)
+        return Response(generate_latest(figures), headers={"content-type": CONTENT_TYPE_LATEST})
 
     def trouble(_: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
         service.counts.refused += 1
@@ -277,12 +277,14 @@ async def _reply(
 
 
 async def _body(request: Request[Any, Any, Any]) -> bytes:
-    """Raises TooSlow."""
+    """Raises TooSlow, RequestRefused."""
     try:
         async with asyncio.timeout(BODY_S_MAX):
             return await request.body()
     except TimeoutError as error:
         raise TooSlow(f"The body did not come within {BODY_S_MAX:.0f} s.") from error
+    except InternalServerException as error:  # a client that is gone looks alike, and reads nothing
+        raise RequestRefused("The body did not come whole: it ended early, or its chunks are malformed.") from error
 
 
 async def _next(pieces: AsyncGenerator[Piece]) -> Piece:
