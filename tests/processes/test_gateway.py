@@ -187,9 +187,14 @@ def test_prompts_of_completions(endpoint: httpx.Client) -> None:
         assert answer.status_code == 400 and answer.json()["error"]["param"] == "prompt", (prompt, answer.text)
 
 
-def test_a_body_that_is_too_large_is_not_read(endpoint: httpx.Client) -> None:
-    answer = endpoint.post("/v1/chat/completions", content=b" " * (10 << 20))
-    assert answer.status_code == 413 and "error" in answer.json()
+@pytest.mark.parametrize(
+    ("content", "size"), [(b" " * (10 << 20), "has 10485760"), ([b" " * (3 << 20)], "has more than 2097152")]
+)
+def test_a_body_that_is_too_large_is_not_read(endpoint: httpx.Client, content: bytes | list[bytes], size: str) -> None:
+    """Its size is said beforehand, or it comes in chunks."""
+    answer = endpoint.post("/v1/chat/completions", content=content)
+    assert answer.status_code == 413
+    assert f"{size} bytes; the limit is 2097152" in answer.json()["error"]["message"]
 
 
 def test_keys_are_asked_for(checkpoint: Path) -> None:

@@ -9,7 +9,6 @@ import msgspec
 
 from shoal.errors import BadInput, EngineError
 from shoal.gateway.openai import (
-    BODY_MAX_BYTES,
     ChatRequest,
     CompletionRequest,
     EmbeddingRequest,
@@ -129,8 +128,6 @@ def read_embedding(body: bytes) -> EmbeddingRequest:
 
 
 def _read(body: bytes, kind: type[R]) -> R:
-    if len(body) > BODY_MAX_BYTES:
-        raise TooLarge(f"The body has {len(body)} bytes; the limit is {BODY_MAX_BYTES}.")
     try:
         request = msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:

@@ -21,6 +21,7 @@ from litestar import HttpMethod, Litestar, MediaType, Request, Response, post, r
 from litestar.background_tasks import BackgroundTask
 from litestar.datastructures import MutableScopeHeaders
 from litestar.exceptions import HTTPException, InternalServerException
+from litestar.exceptions.http_exceptions import RequestEntityTooLarge
 from litestar.response import Stream
 from numpy.typing import NDArray
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
@@ -46,6 +47,7 @@ from shoal.gateway.refusals import (
     LimitReached,
     Overloaded,
     RequestRefused,
+    TooLarge,
     TooSlow,
     UnknownModel,
     Unserved,
@@ -71,9 +73,7 @@ _log = logging.getLogger("shoal.gateway")
 _encode = msgspec.json.encode
 
 
-def make_app(
-    service: ModelService, *, keys: Callable[[], Keys] | None = None, body_max_bytes: int = openai.BODY_MAX_BYTES
-) -> Litestar:
+def make_app(service: ModelService, *, keys: Callable[[], Keys] | None = None) -> Litestar:
     """The ASGI application. `keys`: the API keys of which a request must carry one; none: everybody is served."""
 
     async def admit(request: Request[Any, Any, Any]) -> None:
@@ -157,7 +157,7 @@ def make_app(
         exception_handlers={ShoalError: trouble, HTTPException: trouble, Exception: trouble},
         openapi_config=None,
         logging_config=None,
-        request_max_body_size=body_max_bytes,
+        request_max_body_size=openai.BODY_MAX_BYTES,
     )
 
 
@@ -277,12 +277,15 @@ async def _reply(
 
 
 async def _body(request: Request[Any, Any, Any]) -> bytes:
-    """Raises TooSlow, RequestRefused."""
+    """Raises TooSlow, TooLarge, RequestRefused."""
     try:
         async with asyncio.timeout(BODY_S_MAX):
             return await request.body()
     except TimeoutError as error:
         raise TooSlow(f"The body did not come within {BODY_S_MAX:.0f} s.") from error
+    except RequestEntityTooLarge as error:
+        size = request.headers.get("content-length", f"more than {openai.BODY_MAX_BYTES}")
+        raise TooLarge(f"The body has {size} bytes; the limit is {openai.BODY_MAX_BYTES}.") from error
     except InternalServerException as error:  # a client that is gone looks alike, and reads nothing
         raise RequestRefused("The body did not come whole: it ended early, or its chunks are malformed.") from error
 
