@@ -156,6 +156,23 @@ def test_a_head_is_a_get_without_its_body(endpoint: httpx.Client, path: str) -> 
     assert endpoint.head("/v1/models/other").status_code == 404
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("GET", "/", 404), ("POST", "/chat/completions", 404), ("GET", "/v1/" + "x" * 5000, 404),
+     ("GET", "/v1/completions", 405), ("PUT", "/healthz", 405)],
+)  # fmt: skip
+def test_a_path_that_there_is_not_is_told_which_there_are(
+    endpoint: httpx.Client, method: str, path: str, status: int
+) -> None:
+    answer = endpoint.request(method, path)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["type"], error["param"]) == (status, "invalid_request_error", None)
+    assert f"There is no {method} {path[:40]}" in error["message"] and len(error["message"]) < 500
+    for one in ("POST /v1/chat/completions", "POST /v1/completions", "GET /v1/models/NAME", "GET /healthz"):
+        assert one in error["message"]
+    assert ("POST" in answer.headers.get("allow", "")) == (path == "/v1/completions")
+
+
 @contextlib.contextmanager
 def a_served(checkpoint: Path, clock: Clock | None = None, **options: Any) -> Iterator[str]:
     """An endpoint in a thread of its own: its URL."""

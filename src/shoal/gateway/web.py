@@ -20,7 +20,7 @@ import numpy as np
 from litestar import HttpMethod, Litestar, MediaType, Request, Response, post, route
 from litestar.background_tasks import BackgroundTask
 from litestar.datastructures import MutableScopeHeaders
-from litestar.exceptions import HTTPException, InternalServerException
+from litestar.exceptions import HTTPException, InternalServerException, MethodNotAllowedException, NotFoundException
 from litestar.exceptions.http_exceptions import RequestEntityTooLarge
 from litestar.response import Stream
 from numpy.typing import NDArray
@@ -63,6 +63,8 @@ T = TypeVar("T")
 BODY_S_MAX = 60.0
 """A request's body must have come within so long."""
 EVENTS = "text/event-stream"
+PATH_SHOWN_MAX = 100
+"""Characters of a path that there is not."""
 READ = (HttpMethod.GET, HttpMethod.HEAD)
 """Of HEAD the server leaves the body out."""
 HUNG_UP = 499
@@ -144,14 +146,24 @@ def make_app(service: ModelService, *, keys: Callable[[], Keys] | None = None) -
     async def metrics() -> Response[bytes]:
         return Response(generate_latest(figures), headers={"content-type": CONTENT_TYPE_LATEST})
 
-    def trouble(_: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
+    handlers = [chat, completions, embeddings, models, model, health, metrics]
+    offered = ", ".join(
+        f"{min(handler.http_methods)} {path.replace('{name:path}', 'NAME')}"
+        for handler in handlers
+        for path in handler.paths
+    )
+
+    def trouble(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
         service.counts.refused += 1
-        if not isinstance(error, ShoalError | HTTPException):
+        if isinstance(error, NotFoundException | MethodNotAllowedException):
+            asked = f"{request.method} {request.url.path[:PATH_SHOWN_MAX]}"
+            error.detail = f"There is no {asked} here; there are {offered}."
+        elif not isinstance(error, ShoalError | HTTPException):
             _log.exception("a request failed", exc_info=error)
         return _trouble(error)
 
     return Litestar(
-        [models, model, chat, completions, embeddings, health, metrics],
+        handlers,
         before_request=admit,
         before_send=[] if keys is None else [say_limits],
         exception_handlers={ShoalError: trouble, HTTPException: trouble, Exception: trouble},
@@ -411,7 +423,7 @@ def _said_trouble(error: Exception) -> tuple[int, TroubleAnswer]:
 
 def _trouble(error: Exception) -> Response[bytes]:
     status, answer = _said_trouble(error)
-    headers = {}
+    headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
     if isinstance(error, Overloaded | LimitReached):
         if math.isfinite(error.retry_after_s):
             headers["retry-after"] = str(math.ceil(error.retry_after_s))
