@@ -3,6 +3,7 @@ one, whose files hold the bare model."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,14 +16,16 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
-from test_gateway import GENEROUS_S, a_served
+from test_gateway import GENEROUS_S, a_served, with_endpoint
 from test_stages import SMALL
 from tokenizers import Tokenizer, processors
 from transformers import AutoConfig, AutoModel
 
+from shoal.gateway import service
 from shoal.models.configs import BadModel, read_config
 from shoal.models.pooling import read_pooling
 from shoal.models.tokenizers import ByteTokenizer, load_tokenizer
+from shoal.sdk.serve import LocalServer
 
 TEXTS = ["a fish", "many fish, of which one is größer 🐟 than all the others" * 3, ""]
 HIDDEN = SMALL["hidden_size"]
@@ -111,6 +114,27 @@ def test_many_inputs_at_once(client: openai.OpenAI, checkpoint: Path) -> None:
     assert [one.index for one in said.data] == list(range(60))
     for number in (0, 17, 59):
         assert np.allclose(said.data[number].embedding, expected(checkpoint, ids_of(texts[number])), atol=1e-5)
+
+
+@pytest.mark.parametrize(("inputs", "stop_s", "status"), [(["fish"] * 60, 60.0, 200), (["x" * 500] * 1000, 0.1, 503)])
+def test_inputs_under_way_when_the_endpoint_stops(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, inputs: list[str], stop_s: float, status: int
+) -> None:
+    """As many as are taken one after another: all of them are answered, or none."""
+    monkeypatch.setattr(service, "STOP_S", stop_s)
+
+    async def scene(web: httpx.AsyncClient, server: LocalServer) -> None:
+        serving = server.service
+        assert serving is not None
+        asking = asyncio.create_task(web.post("/v1/embeddings", json={"model": "small", "input": inputs}))
+        while not serving.counts.running:
+            await asyncio.sleep(0.001)
+        await server.stop()
+        answer = await asking
+        assert answer.status_code == status, answer.text
+        assert serving.admission.used == serving.counts.running == 0
+
+    with_endpoint(checkpoint, scene)
 
 
 @pytest.mark.parametrize(

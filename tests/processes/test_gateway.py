@@ -24,6 +24,7 @@ from test_stages import a_checkpoint
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM
 
+from shoal.gateway import service as serving
 from shoal.gateway import web as face
 from shoal.gateway.rings import LocalRing
 from shoal.gateway.service import ModelService
@@ -353,6 +354,42 @@ def test_a_body_whose_chunks_are_malformed_is_refused(endpoint: httpx.Client, ch
         client.shutdown(socket.SHUT_WR)
         answer = client.makefile("rb").read()
     assert answer.startswith(b"HTTP/1.1 400") and b"did not come whole" in answer, answer
+
+
+def test_what_is_under_way_when_the_endpoint_stops_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream, a whole answer, one that waits for memory, and one that comes while the others may still end."""
+    monkeypatch.setattr(serving, "STOP_S", 1.0)
+    long = a_checkpoint(tmp_path / "long", "llama", vocab_size=257, eos_token_id=256, max_position_embeddings=1 << 18)
+    said: list[str] = []
+
+    async def scene(web: httpx.AsyncClient, server: LocalServer) -> None:
+        service = server.service
+        assert service is not None
+        service.admission.positions = 2 * (len(PROMPT) + (1 << 17))
+        body = {"model": "small", "prompt": PROMPT, "max_tokens": 1 << 17, "logit_bias": {"256": -100}}
+        whole = asyncio.create_task(web.post("/v1/completions", json=body))
+        while not service.admission.used:
+            await asyncio.sleep(0.001)
+        async with web.stream("POST", "/v1/completions", json=body | {"stream": True}) as stream:
+            lines = stream.aiter_lines()
+            assert "error" not in await anext(lines)
+            waits = asyncio.create_task(web.post("/v1/completions", json=body | {"stream": True}))
+            while not service.admission.waiting:
+                await asyncio.sleep(0.001)
+            stopping = asyncio.create_task(server.stop())
+            while not service.stopping:
+                await asyncio.sleep(0.001)
+            late, health = await web.post("/v1/completions", json=body), await web.get("/healthz")
+            said.extend([line async for line in lines if line])
+        await stopping
+        for answer in (await whole, await waits, late, health):
+            assert answer.status_code == 503 and answer.headers["retry-after"] == "10", answer.text
+            assert "The endpoint is stopping" in answer.json()["error"]["message"]
+        assert not service.admission.used and not service.counts.running
+
+    with_endpoint(long, scene)
+    last = json.loads(said[-1].removeprefix("data: "))["error"]
+    assert (last["type"], last["code"]) == ("server_error", "SH-578") and "is stopping" in last["message"]
 
 
 def test_who_asks_for_more_than_there_is_room_for_need_not_ask_again(checkpoint: Path) -> None:

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from shoal.gateway.admission import Admission
-from shoal.gateway.refusals import Overloaded
+from shoal.gateway.refusals import Overloaded, Stopping
 
 
 async def turn() -> None:
@@ -80,5 +80,26 @@ def test_who_gives_up_as_its_turn_comes_leaves_the_count_right() -> None:
         third.cancel()  # after its turn came, before it ran
         await turn()
         assert third.cancelled() and (room.used, room.waiting) == (0, 0)
+
+    asyncio.run(scene())
+
+
+def test_nobody_is_let_in_when_it_is_closed_and_who_waits_is_told() -> None:
+    async def scene() -> None:
+        room = Admission(10)
+        await room.enter(6)
+        waiting = [asyncio.create_task(room.enter(5, whose)) for whose in (b"a", b"a", b"b", b"c")]
+        await turn()
+        room.leave(6, 1.0)
+        await turn()
+        assert (room.used, room.waiting) == (10, 2)
+        waiting[3].cancel()
+        room.close()
+        with pytest.raises(Stopping):
+            await room.enter(1)
+        told = await asyncio.gather(*waiting, return_exceptions=True)
+        assert [type(one) for one in told] == [type(None), Stopping, type(None), asyncio.CancelledError]
+        room.leave(10, 1.0)
+        assert (room.used, room.waiting) == (0, 0)
 
     asyncio.run(scene())

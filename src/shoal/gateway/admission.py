@@ -9,7 +9,7 @@ from collections import OrderedDict, deque
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from shoal.gateway.refusals import Overloaded
+from shoal.gateway.refusals import Overloaded, Stopping
 
 QUEUE_MAX = 128
 """Requests of one key that wait."""
@@ -28,6 +28,7 @@ class Admission:
 
     def __post_init__(self) -> None:
         self.used = 0
+        self._closed = False
         self._queues: OrderedDict[bytes, deque[_Waiting]] = OrderedDict()
         """By key, none of them empty; the first one's turn it is."""
         self._seconds = 5.0
@@ -38,7 +39,9 @@ class Admission:
         return sum(map(len, self._queues.values()))
 
     async def enter(self, positions: int, whose: bytes = b"") -> None:
-        """Wait for room. Raises Overloaded when too many wait, or when it is more than there is at all."""
+        """Wait for room. Raises Overloaded when too many wait, or when it is more than there is at all; Stopping."""
+        if self._closed:
+            raise Stopping
         if positions > self.positions:
             raise Overloaded(
                 f"The request needs room for {positions} positions, and there is room for {self.positions} in all; "
@@ -56,11 +59,11 @@ class Admission:
         try:
             await place
         except asyncio.CancelledError:
-            if place.done() and not place.cancelled():
-                self.leave(positions, None)
-            else:
+            if not place.done() or place.cancelled():
                 self._give_up(whose, (positions, place))
                 self._let_in()
+            elif place.exception() is None:
+                self.leave(positions, None)
             raise
 
     def leave(self, positions: int, took_s: float | None) -> None:
@@ -68,6 +71,15 @@ class Admission:
         if took_s is not None:
             self._seconds += 0.2 * (took_s - self._seconds)
         self._let_in()
+
+    def close(self) -> None:
+        """Nobody is let in any more, and those that wait are told so."""
+        self._closed = True
+        for queue in self._queues.values():
+            for _, place in queue:
+                if not place.done():
+                    place.set_exception(Stopping())
+        self._queues.clear()
 
     def _give_up(self, whose: bytes, waiting: _Waiting) -> None:
         queue = self._queues.get(whose, deque())

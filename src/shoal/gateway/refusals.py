@@ -93,6 +93,16 @@ class Unserved(EngineError):
     code = "SH-572"
 
 
+class Stopping(Unserved):
+    """The endpoint is being stopped: nobody is let in, and what is under way ends soon."""
+
+    code = "SH-578"
+    retry_after_s = 10.0
+
+    def __init__(self) -> None:
+        super().__init__("The endpoint is stopping; send the request again when it is back, or to another one.")
+
+
 NOT_OFFERED = {
     "tools": "Tools are not offered; leave them out.",
     "tool_choice": "Tools are not offered; leave tool_choice out.",

@@ -20,10 +20,10 @@ from shoal.gateway.embeddings import INPUTS_AT_ONCE, INPUTS_MAX, AskedVectors, p
 from shoal.gateway.guesses import Draft
 from shoal.gateway.openai import ChatRequest, CompletionRequest, EmbeddingRequest
 from shoal.gateway.prompts import ChatTemplate
-from shoal.gateway.refusals import RequestRefused, UnknownModel, Unserved
+from shoal.gateway.refusals import RequestRefused, Stopping, UnknownModel, Unserved
 from shoal.gateway.rings import Continuing, Replica, RingLost, are_exact
 from shoal.gateway.routing import Candidate, choose
-from shoal.gateway.streams import REPLICAS_MAX, Stream, StreamLost, another
+from shoal.gateway.streams import LOOK_S, REPLICAS_MAX, Stream, StreamLost, another
 from shoal.gateway.text import Decoder, StopAt
 from shoal.models.pooling import Pooling
 from shoal.models.tokenizers import BadTokenizer, TextTokenizer
@@ -37,6 +37,8 @@ PROMPTS_TOTAL_MAX = 64
 
 PATIENCE_S = 30.0
 """How long a stream that has lost its replica waits for another where none is left."""
+STOP_S = 8.0
+"""How long requests under way may go on when the endpoint is stopped: containers are killed after 10 s."""
 
 _log = logging.getLogger("shoal.gateway")
 
@@ -120,11 +122,31 @@ class ModelService:
 
     def __post_init__(self) -> None:
         self._formats = JsonFormats(self.tokenizer, self.ends)
+        self.stopping = False
+        """No more requests are taken."""
+        self._over = asyncio.Event()
+        """What is still under way is to end."""
 
     @property
     def replicas(self) -> int:
         """That serve, not counting those in reserve."""
         return sum(not ring.standby for ring in self.rings)
+
+    async def stop(self) -> None:
+        """Take no more requests, and end what is still under way after STOP_S with Stopping."""
+        self.stopping = True
+        until = self.clock.monotonic() + STOP_S
+        while (self.counts.running or self.admission.waiting) and self.clock.monotonic() < until:
+            await self.clock.sleep(LOOK_S)
+        self._over.set()
+        self.admission.close()
+
+    def refuse_unserved(self) -> None:
+        """Raises Stopping, and Unserved while no replica is there."""
+        if self.stopping:
+            raise Stopping
+        if not self.rings:
+            raise Unserved(f"No node serves {self.name} at the moment.")
 
     # --- what is asked ---------------------------------------------------------------------------------------------
 
@@ -248,9 +270,8 @@ class ModelService:
     async def answer(self, asked: Asked, whose: bytes = b"") -> AsyncGenerator[Piece]:
         """Pieces of all choices as they come. Where requests of several wait, `whose` is who takes turns.
 
-        Raises RequestRefused, Overloaded, Unserved, StreamLost, RingRefused."""
-        if not self.rings:
-            raise Unserved(f"No node serves {self.name} at the moment.")
+        Raises RequestRefused, Overloaded, Unserved, Stopping, StreamLost, RingRefused."""
+        self.refuse_unserved()
         if asked.own and all(isinstance(one, Continuing) for one in self.rings):
             raise RequestRefused(
                 f"Only engines of another make serve {self.name} at the moment; they offer no logprobs, logit_bias or "
@@ -268,7 +289,8 @@ class ModelService:
             asyncio.create_task(self._choice(index, prompt, number, asked, constraint, whose.hex(), pieces))
             for index, (prompt, number) in enumerate(streams)
         ]
-        left = len(tasks)
+        tasks.append(asyncio.create_task(self._tell_when_over(pieces)))
+        left = len(streams)
         try:
             while left:
                 piece = await pieces.get()
@@ -281,6 +303,10 @@ class ModelService:
                 task.cancel()
             self.counts.running -= 1
             self.admission.leave(positions, self.clock.monotonic() - began)
+
+    async def _tell_when_over(self, out: asyncio.Queue[Piece | BaseException]) -> None:
+        await self._over.wait()
+        await out.put(Stopping())
 
     async def _choice(
         self,
@@ -324,9 +350,8 @@ class ModelService:
             self.counts.reused += stream.reused
 
     async def embed(self, asked: AskedVectors, whose: bytes = b"") -> list[NDArray[np.float32]]:
-        """A vector for each input. Raises Overloaded, Unserved, StreamLost, RingRefused."""
-        if not self.rings:
-            raise Unserved(f"No node serves {self.name} at the moment.")
+        """A vector for each input. Raises Overloaded, Unserved, Stopping, StreamLost, RingRefused."""
+        self.refuse_unserved()
         places = asyncio.Semaphore(INPUTS_AT_ONCE)
 
         async def one(tokens: tuple[int, ...]) -> NDArray[np.float32]:
@@ -334,13 +359,19 @@ class ModelService:
                 return await self._vector(tokens, asked, whose)
 
         tasks = [asyncio.create_task(one(tokens)) for tokens in asked.inputs]
+        vectors, over = asyncio.gather(*tasks), asyncio.create_task(self._over.wait())
+        all_of_them: tuple[asyncio.Future[Any], ...] = (*tasks, vectors, over)
         self.counts.running += 1
         try:
-            return await asyncio.gather(*tasks)
+            await asyncio.wait(all_of_them[-2:], return_when=asyncio.FIRST_COMPLETED)
+            if not vectors.done():
+                raise Stopping
+            return vectors.result()
         finally:
-            for task in tasks:
-                task.cancel()
             self.counts.running -= 1
+            for future in all_of_them:
+                future.cancel()
+            await asyncio.gather(*all_of_them, return_exceptions=True)
 
     async def _vector(self, tokens: tuple[int, ...], asked: AskedVectors, whose: bytes) -> NDArray[np.float32]:
         await self.admission.enter(len(tokens), whose)

@@ -47,6 +47,7 @@ from shoal.gateway.refusals import (
     LimitReached,
     Overloaded,
     RequestRefused,
+    Stopping,
     TooLarge,
     TooSlow,
     UnknownModel,
@@ -135,8 +136,7 @@ def make_app(service: ModelService, *, keys: Callable[[], Keys] | None = None) -
 
     @route("/healthz", http_method=READ)
     async def health() -> Response[bytes]:
-        if not service.rings:
-            raise Unserved(f"No node serves {service.name} at the moment.")
+        service.refuse_unserved()
         return _json({"status": "ok", "model": service.name, "replicas": service.replicas})
 
     figures = CollectorRegistry(auto_describe=False)
@@ -424,7 +424,7 @@ def _said_trouble(error: Exception) -> tuple[int, TroubleAnswer]:
 def _trouble(error: Exception) -> Response[bytes]:
     status, answer = _said_trouble(error)
     headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
-    if isinstance(error, Overloaded | LimitReached):
+    if isinstance(error, Overloaded | LimitReached | Stopping):
         if math.isfinite(error.retry_after_s):
             headers["retry-after"] = str(math.ceil(error.retry_after_s))
         else:  # clients of OpenAI repeat what is answered with 429, unless they are told

@@ -26,7 +26,7 @@ from shoal.gateway.prompts import ChatTemplate, read_template
 from shoal.gateway.receipts import Books, Metering
 from shoal.gateway.remote import Rings
 from shoal.gateway.rings import LocalRing, arithmetic_of
-from shoal.gateway.service import ModelService
+from shoal.gateway.service import STOP_S, ModelService
 from shoal.gateway.web import make_app
 from shoal.hub import HubClient
 from shoal.identity import KeyPair, blake3_hash, load_or_create_key
@@ -270,6 +270,11 @@ class ServedModel:
 
     async def stop(self) -> None:
         """Twice, or before the start, is harmless."""
+        if self.service is not None:
+            running = self.service.counts.running
+            if running:
+                self.options.say(f"{running} request(s) under way have {STOP_S:.0f} s to end; new ones are refused.")
+            await self.service.stop()
         if self._face is not None:
             await self._face.stop()
         if self._template is not None:

@@ -25,7 +25,8 @@ TAKEN_MS_MAX = 60_000
 """A connection whose client takes nothing of what is sent for so long is closed, where the system can (Linux)."""
 READY_TRIES_MAX = 500
 READY_EVERY_S = 0.01
-STOP_S = 10.0
+STOP_S = 3.0
+"""What is being answered has so long to reach its client; whoever waits for work ends that first."""
 
 
 class BadHttpPlace(BadInput):
