@@ -138,8 +138,13 @@ class LimitedRing(ABC):
         """Whoever asks may be cancelled; what is under way keeps its place until it is done."""
         await self._places.acquire()
         going = asyncio.ensure_future(self._through(piece))
-        going.add_done_callback(lambda done: self._places.release())
+        going.add_done_callback(self._done)
         return await asyncio.shield(going)
+
+    def _done(self, going: asyncio.Future[Advanced]) -> None:
+        self._places.release()
+        if not going.cancelled():
+            going.exception()  # looked at, so that the loop does not report what nobody waits for any more
 
     def computed(self, took_ms: float) -> None:
         """A step of a stream or two was computed in so long."""
