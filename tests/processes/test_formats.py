@@ -143,9 +143,14 @@ def test_a_bias_bans_and_prefers_tokens(client: openai.OpenAI) -> None:
     assert text == "B" * 9
 
 
+MANY = {"type": "object", "properties": {f"k{n}": {} for n in range(600)}, "additionalProperties": False}
+"""Too large, which shows after the brace."""
+
+
 @pytest.mark.parametrize(
     ("body", "param", "part"),
     [
+        ({"response_format": SCHEMA | {"json_schema": {"name": "x", "schema": MANY}}}, "response_format", "too large"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema", "json_schema.schema"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, None, "json_schema.schema"),
         ({"response_format": {"type": "xml"}}, "response_format.type", "xml"),

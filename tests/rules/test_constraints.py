@@ -16,9 +16,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llguidance import LLParserLimits
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from shoal.gateway.constraints import SCHEMA_MAX_BYTES, TRIED_MAX, Constraint, FormatBroken, JsonFormats
+from shoal.gateway import constraints
+from shoal.gateway.constraints import LIMITS, SCHEMA_MAX_BYTES, TRIED_MAX, Constraint, FormatBroken, JsonFormats
 from shoal.gateway.refusals import RequestRefused
 from shoal.inference.masks import unpacked
 from shoal.inference.sampling import choose
@@ -248,6 +250,32 @@ def test_a_schema_that_cannot_be_kept_is_refused(schema: dict[str, Any], part: s
     with pytest.raises(RequestRefused) as refused:
         asyncio.run(JsonFormats(ByteTokenizer(), [256]).constraint(schema))
     assert part in refused.value.sentence and refused.value.param == "response_format"
+
+
+MANY = {"type": "object", "properties": {f"k{n}": {} for n in range(600)}, "additionalProperties": False}
+"""Any of them may come first."""
+
+
+@pytest.mark.parametrize(
+    ("schema", "said", "limits"),
+    [
+        (MANY, b"{", {}),
+        ({**MANY, "properties": {f"k{n}": {} for n in range(400)}}, b"{", {"step_max_items": 300}),
+        ({"type": "string", "pattern": "^[a-z]{1,500}x{3,5}[a-z]*y$"}, b'"abcdefg', {"max_lexer_states": 30}),
+        ({"type": "string", "pattern": "^(.*a.{1,20}){1,5}$"}, b'"', {"step_lexer_fuel": 30}),
+    ],
+)
+def test_a_schema_that_turns_out_to_be_too_large_within_the_answer_is_refused(
+    schema: dict[str, Any], said: bytes, limits: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("initial_lexer_fuel", "step_lexer_fuel", "step_max_items", "max_lexer_states", "max_grammar_size")
+    known = {name: getattr(LIMITS, name) for name in names}
+    monkeypatch.setattr(constraints, "LIMITS", LLParserLimits(**known | limits, verbose_errors=False))
+    held = asyncio.run(JsonFormats(ByteTokenizer(), [256]).constraint(schema))
+    with pytest.raises(RequestRefused, match="The schema is too large: ") as refused:
+        for at in range(len(said) + 1):
+            held.ahead(list(said[:at]), (), 0)
+    assert refused.value.param == "response_format"
 
 
 def test_a_nest_of_schemas_is_refused_and_ends_nothing() -> None:

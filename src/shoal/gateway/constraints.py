@@ -9,6 +9,7 @@ it is tried as guessed tokens are, and always holds: one crossing brings it and 
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -40,6 +41,8 @@ OPTIONS_KEY = "x-guidance"
 """Under this name a schema could set options of the library."""
 NO_END = "<|no end|>"
 PARAM = "response_format"
+BEYOND_LIMITS = re.compile(r"too (many|big|large)|max is", re.IGNORECASE)
+"""How the library says that a grammar needs more than LIMITS allow, which of some shows only within the answer."""
 
 
 class FormatBroken(EngineError):
@@ -64,7 +67,8 @@ class Constraint:
 
     def ahead(self, said: Sequence[int], guess: Sequence[int], most: int) -> tuple[tuple[int, ...], tuple[bytes, ...]]:
         """After the tokens `said`: which ones to try in the next crossing, at most `most` (those of `guess` that are
-        allowed, and those that alone can follow); for each of them and the one after, a mask. Raises FormatBroken."""
+        allowed, and those that alone can follow); for each of them and the one after, a mask. Raises FormatBroken;
+        RequestRefused where the schema turns out to be too large."""
         self._follow(said)
         tried: list[int] = []
         masks: list[bytes] = []
@@ -107,7 +111,10 @@ class Constraint:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise FormatBroken(f"The answer cannot go on in its format: {_in_a_line(self._matcher.get_error())}.")
+            why = self._matcher.get_error()
+            if BEYOND_LIMITS.search(why):
+                raise RequestRefused(f"The schema is too large: {_in_a_line(why)}.", param=PARAM)
+            raise FormatBroken(f"The answer cannot go on in its format: {_in_a_line(why)}.")
 
 
 def _next(forced: Sequence[int], guess: Sequence[int]) -> tuple[int | None, Sequence[int]]:

@@ -91,7 +91,8 @@ class Stream:
     """`stop` or `length`, once it has ended."""
 
     async def tokens(self) -> AsyncGenerator[tuple[Chosen, ...]]:
-        """The tokens, as they come. Raises StreamLost; RingRefused when the replica does not take what it is asked."""
+        """The tokens, as they come. Raises StreamLost; RingRefused when the replica does not take what it is asked;
+        RequestRefused when what its text is held to is too large."""
         done: list[int] = list(self.prompt)
         until = len(self.prompt) + self.tokens_max
         guesses = Guesses(self.draft() if self.draft is not None else None)
