@@ -104,6 +104,27 @@ def test_completions(client: openai.OpenAI, checkpoint: Path) -> None:
     assert "".join(chunk.choices[0].text for chunk in streamed) == said.choices[0].text
 
 
+def test_tokens_that_are_a_part_of_a_character_are_known_by_their_bytes(client: openai.OpenAI) -> None:
+    """Half of this model's tokens are."""
+    said = client.chat.completions.create(
+        model="small", messages=HELLO, max_tokens=16, seed=1, logprobs=True, top_logprobs=20,  # type: ignore[arg-type]
+        logit_bias={"226": 100},
+    )  # fmt: skip
+    assert said.choices[0].logprobs is not None
+    for one in said.choices[0].logprobs.content or []:
+        assert (one.token, one.bytes) == ("\\xe2", [226])
+        known = {tuple(top.bytes or ()) for top in one.top_logprobs}
+        assert len(known) == 20 and (0xEF, 0xBF, 0xBD) not in known
+    text = client.completions.create(model="small", prompt="ab", max_tokens=40, seed=1, logprobs=5)
+    told = text.choices[0].logprobs
+    assert told is not None and told.tokens and told.top_logprobs and told.text_offset
+    assert all(len(top) == 5 for top in told.top_logprobs), "no two have one name"
+    assert any(token.startswith("bytes:\\x") for token in told.tokens)
+    for before, token, offset in zip(["", *told.tokens], told.tokens, told.text_offset, strict=False):
+        if len(token) == 1 and not before.startswith("bytes:"):
+            assert text.choices[0].text[offset] == token
+
+
 def test_errors_are_the_clients_own(client: openai.OpenAI) -> None:
     with pytest.raises(openai.AuthenticationError, match="not known"):
         client.with_options(api_key="wrong").models.list()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from shoal.gateway.encoding import Encoder, Unwritable
-from shoal.gateway.text import Decoder
+from shoal.gateway.text import Decoder, spelled
 from shoal.models.tokenizers import ByteTokenizer, FileTokenizer, TextTokenizer
 from shoal.protocol.engines import EnginePiece, PieceReader, pack
 from shoal.protocol.messages import BadMessage
@@ -61,6 +61,23 @@ def test_tokens_read_as_the_text_however_it_was_cut(name: str, text: str, cuts: 
         said += reader.add(more)
     said += reader.rest()
     assert said == tokenizer.decode(tokens) == tokenizer.decode(before) + text
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@given(text=st.text("abde fghlo(:)\n ïé☕🐟", min_size=1, max_size=60))
+def test_the_bytes_of_tokens_are_those_of_the_text(name: str, text: str) -> None:
+    tokenizer = TOKENIZERS[name]
+    said = b"".join(tokenizer.bytes_of(token) for token in tokenizer.encode(text).tolist())
+    assert said in (text.encode(), b" " + text.encode())
+
+
+def test_tokens_that_are_no_text_and_a_part_of_a_character() -> None:
+    ends = [
+        (tokenizer, tokenizer.of_library().token_to_id(end))
+        for tokenizer, end in zip(TOKENIZERS.values(), ("<|endoftext|>", "<|end|>", "</s>"), strict=True)
+    ]
+    assert [tokenizer.bytes_of(end) for tokenizer, end in ends] == [b"<|endoftext|>", b"<|end|>", b"</s>"]
+    assert spelled(b" \xe2\x98", "bytes:") == "bytes: \\xe2\\x98" and spelled("☕".encode(), "bytes:") == "☕"
 
 
 def test_a_stream_within_a_character_has_no_text() -> None:

@@ -24,7 +24,7 @@ from shoal.gateway.refusals import RequestRefused, Stopping, UnknownModel, Unser
 from shoal.gateway.rings import Continuing, Replica, RingLost, are_exact
 from shoal.gateway.routing import Candidate, choose
 from shoal.gateway.streams import LOOK_S, REPLICAS_MAX, Stream, StreamLost, another
-from shoal.gateway.text import Decoder, StopAt
+from shoal.gateway.text import Decoder, StopAt, spelled
 from shoal.models.pooling import Pooling
 from shoal.models.tokenizers import BadTokenizer, TextTokenizer
 from shoal.protocol.serving import Choosing, Chosen
@@ -428,12 +428,10 @@ class ModelService:
     def logprobs(self, chosen: Sequence[Chosen]) -> openai.ChoiceLogprobs:
         content = []
         for one in chosen:
-            text = self.tokenizer.decode([one.token])
-            top = [
-                openai.TopLogprob(said := self.tokenizer.decode([token]), _finite(logprob), list(said.encode()))
-                for token, logprob in one.top
-            ]
-            content.append(openai.TokenLogprob(text, _finite(one.logprob), list(text.encode()), top))
+            raw = self.tokenizer.bytes_of(one.token)
+            tops = [(self.tokenizer.bytes_of(token), _finite(logprob)) for token, logprob in one.top]
+            top = [openai.TopLogprob(spelled(other), logprob, list(other)) for other, logprob in tops]
+            content.append(openai.TokenLogprob(spelled(raw), _finite(one.logprob), list(raw), top))
         return openai.ChoiceLogprobs(content)
 
 

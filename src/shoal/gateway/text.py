@@ -48,6 +48,19 @@ class Decoder:
         return text[known:]
 
 
+def spelled(raw: bytes, mark: str = "") -> str:
+    """A token's bytes as OpenAI writes them: as text, or where they are a part of a character as `\\xe2\\x80` behind a
+    mark."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return mark + escaped(raw)
+
+
+def escaped(raw: bytes) -> str:
+    return "".join(chr(byte) if 0x20 <= byte < 0x7F else f"\\x{byte:02x}" for byte in raw)
+
+
 class StopAt:
     """Ends a text before the first of some strings, and holds back what may be the beginning of one."""
 

@@ -58,12 +58,15 @@ from shoal.gateway.refusals import (
 )
 from shoal.gateway.service import Asked, ModelService, Piece
 from shoal.gateway.streams import StreamLost
+from shoal.gateway.text import Decoder, escaped, spelled
 from shoal.protocol.serving import Chosen
 
 T = TypeVar("T")
 BODY_S_MAX = 60.0
 """A request's body must have come within so long."""
 EVENTS = "text/event-stream"
+BYTES_MARK = "bytes:"
+"""In `/v1/completions`, before a token that is a part of a character."""
 PATH_SHOWN_MAX = 100
 """Characters of a path that there is not."""
 READ = (HttpMethod.GET, HttpMethod.HEAD)
@@ -232,18 +235,21 @@ class _Text(_Reply):
     def __init__(self, service: ModelService, request: CompletionRequest) -> None:
         super().__init__(service, request, "cmpl-")
         self._top, self._with_ids = request.logprobs, bool(request.return_token_ids)
+        self._texts: dict[int, Decoder] = {}
         self._offsets: dict[int, int] = {}
+        """Of each choice: what was said, and how many characters that is."""
 
     def _said(self, index: int, chosen: Sequence[Chosen]) -> openai.TextLogprobs | None:
         if self._top is None:
             return None
-        said = self._service.logprobs(chosen).content
-        offsets = []
-        for one in said:
+        said, offsets = self._service.logprobs(chosen).content, []
+        text = self._texts.setdefault(index, Decoder(self._service.tokenizer.decode))
+        for one in chosen:
             offsets.append(self._offsets.get(index, 0))
-            self._offsets[index] = offsets[-1] + len(one.token)
-        tops: list[dict[str, float] | None] = [{top.token: top.logprob for top in one.top_logprobs} for one in said]
-        return openai.TextLogprobs([one.token for one in said], [one.logprob for one in said], tops, offsets)
+            self._offsets[index] = offsets[-1] + len(text.add([one.token]))
+        names = [spelled(bytes(one.bytes), BYTES_MARK) for one in said]
+        tops: list[dict[str, float] | None] = [_by_name(one.top_logprobs) for one in said]
+        return openai.TextLogprobs(names, [one.logprob for one in said], tops, offsets)
 
     def _choice(self, index: int, text: str, finish: str | None, chosen: Sequence[Chosen]) -> openai.TextChoice:
         ids = [one.token for one in chosen] if self._with_ids else msgspec.UNSET
@@ -266,6 +272,15 @@ class _Text(_Reply):
             text = "".join(part.text for part in parts)
             choices.append(self._choice(index, text, parts[-1].finish or "length", chosen))
         return _signed(self._completion(choices, usage), [parts[-1] for parts in pieces])
+
+
+def _by_name(tops: Sequence[openai.TopLogprob]) -> dict[str, float]:
+    """Two tokens may read alike, as a letter and the byte that it is: the less likely one is named by its bytes."""
+    found: dict[str, float] = {}
+    for top in tops:
+        name = spelled(bytes(top.bytes), BYTES_MARK)
+        found.setdefault(BYTES_MARK + escaped(bytes(top.bytes)) if name in found else name, top.logprob)
+    return found
 
 
 def _account(request: Request[Any, Any, Any]) -> Account:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import textwrap
 from collections.abc import Mapping
@@ -44,6 +45,10 @@ class TextTokenizer(Protocol):
 
     def decode(self, ids: list[int]) -> str: ...
 
+    def bytes_of(self, token: int) -> bytes:
+        """What a token stands for in UTF-8, which may be a part of a character; of a special token its name."""
+        ...
+
     def of_library(self) -> Any:
         """The same as a Tokenizer of the tokenizers library."""
         ...
@@ -64,6 +69,13 @@ def byte_alphabet() -> list[str]:
     return [chr(byte) if byte in printable else chr(256 + others.index(byte)) for byte in range(256)]
 
 
+BYTES = {character: byte for byte, character in enumerate(byte_alphabet())}
+FALLBACK = re.compile("<0x([0-9A-F]{2})>")
+"""A token that is a byte, in tokenizers that have characters otherwise."""
+SPACE = "\u2581"
+"""What stands for a space there."""
+
+
 class ByteTokenizer:
     """A token is a byte of UTF-8; 256 ends a document."""
 
@@ -76,12 +88,14 @@ class ByteTokenizer:
     def decode(self, ids: list[int]) -> str:
         return bytes(token for token in ids if token < 256).decode(errors="replace")
 
+    def bytes_of(self, token: int) -> bytes:
+        return bytes((token,)) if token < 256 else END_OF_DOCUMENT.encode()
+
     def written(self, ids: list[int]) -> str:
         return self.decode(ids)
 
     def of_library(self) -> Any:
-        alphabet = {character: byte for byte, character in enumerate(byte_alphabet())}
-        made = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+        made = Tokenizer(models.BPE(vocab=BYTES, merges=[]))
         made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         made.decoder = decoders.ByteLevel()
         made.add_special_tokens([AddedToken(END_OF_DOCUMENT, special=True)])
@@ -101,6 +115,8 @@ class FileTokenizer:
         self._source = source
         self._beside = beside
         """The directory in which its settings lie."""
+        self._decoders = _decoders(tokenizer)
+        self._added = frozenset(tokenizer.get_added_tokens_decoder())
         self.vocabulary: int = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
         names = (_end_said(beside), *END_NAMES)
         known = (tokenizer.token_to_id(name) for name in names if name)
@@ -149,6 +165,19 @@ class FileTokenizer:
         text: str = self._tokenizer.decode(ids)
         return text
 
+    def bytes_of(self, token: int) -> bytes:
+        name: str = self._tokenizer.id_to_token(token) or ""
+        byte = FALLBACK.fullmatch(name) if "ByteFallback" in self._decoders else None
+        if byte is not None:
+            return bytes.fromhex(byte[1])
+        if token in self._added:
+            return name.encode()
+        if "ByteLevel" in self._decoders and all(character in BYTES for character in name):
+            return bytes(BYTES[character] for character in name)
+        if self._decoders & {"ByteFallback", "Metaspace"}:  # decoded by itself it may lose a space
+            return name.replace(SPACE, " ").encode()
+        return self.decode([token]).encode()
+
     def of_library(self) -> Any:
         return self._tokenizer
 
@@ -161,6 +190,14 @@ class FileTokenizer:
         for name in SETTINGS:
             if (self._beside / name).is_file():
                 shutil.copyfile(self._beside / name, directory / name)
+
+
+def _decoders(tokenizer: Any) -> frozenset[str]:
+    """The kinds of steps by which its tokens become text."""
+    if tokenizer.decoder is None:
+        return frozenset()
+    said = msgspec.json.decode(tokenizer.decoder.__getstate__())
+    return frozenset(step["type"] for step in said.get("decoders", [said]))
 
 
 def _end_said(directory: Path) -> str | None:
