@@ -574,6 +574,7 @@ def test_a_second_ctrl_c_does_not_wait_for_streams(tmp_path: Path) -> None:
         ({"num_hidden_layers": 10**9}, "num_hidden_layers 1000000000; from 1 to 4096 can be"),
         ({"num_hidden_layers": 0}, "num_hidden_layers 0; from 1"),
         ({"max_position_embeddings": -5}, "positions would be -5"),
+        ({"max_position_embeddings": 10**15}, "may have 1000000000000000 positions; up to 16777216 can be"),
         ({"num_key_value_heads": -2}, "key_heads would be -2"),
         (
             {

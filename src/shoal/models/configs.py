@@ -11,6 +11,8 @@ import msgspec
 from shoal.errors import BadInput
 
 CONFIG_MAX_BYTES = 64 * 1024
+POSITIONS_MAX = 1 << 24
+"""Of one text; the longest that models know today are 10 million."""
 
 
 class BadModel(BadInput):
@@ -121,9 +123,19 @@ def vocabulary_of(config: str) -> int:
 
 
 def positions_of(config: str) -> int | None:
-    """The longest sequence a config's model takes, where it says so."""
+    """The longest sequence a config's model takes, where it says so. Raises BadModel."""
     fields = msgspec.json.decode(config)
     for name in ("max_position_embeddings", "n_positions"):
         if isinstance(fields.get(name), int):
-            return int(fields[name])
+            return bounded(int(fields[name]))
     return None
+
+
+def bounded(positions: int) -> int:
+    """Raises BadModel for more positions than a text can have: memory and limits are reckoned with them."""
+    if positions > POSITIONS_MAX:
+        raise BadModel(
+            f"The model config says that a text may have {positions} positions; up to {POSITIONS_MAX} can be. Correct "
+            "its max_position_embeddings."
+        )
+    return positions

@@ -17,7 +17,7 @@ from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 from shoal.models.architectures import one_line, parse_config
-from shoal.models.configs import BadModel
+from shoal.models.configs import BadModel, bounded
 from shoal.models.headers import Header, read_header
 from shoal.protocol.blobs import CHUNK_BYTES
 from shoal.protocol.serving import RANGES_MAX
@@ -70,7 +70,7 @@ class Shape:
 
 
 def shape_of(config: str) -> Shape:
-    """Raises BadModel for a family that cannot be served."""
+    """Raises BadModel for a family that cannot be served, or sizes that cannot be."""
     parsed = parse_config(config)
     if parsed.model_type not in FAMILIES:
         raise BadModel(
@@ -85,7 +85,7 @@ def shape_of(config: str) -> Shape:
             vocabulary=parsed.vocab_size,
             key_heads=(grouped and getattr(parsed, "num_key_value_heads", None)) or heads,
             head_size=(grouped and getattr(parsed, "head_dim", None)) or parsed.hidden_size // heads,
-            positions=_positions(parsed),
+            positions=bounded(_positions(parsed)),
             tied=bool(parsed.tie_word_embeddings),
             logit_cap=getattr(parsed, "final_logit_softcapping", None),
         )
