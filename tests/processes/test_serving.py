@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from hub_world import HubProcess
 from test_gateway import PROMPT, expected
 from test_ring import LARGE, allocated
 from test_stages import a_checkpoint
@@ -141,6 +142,30 @@ async def a_long_stream(
                 if pieces == after:
                     disturb()
     return got, event
+
+
+def test_a_hub_that_is_lost_and_one_that_is_back_are_said_once(checkpoint: Path, tmp_path: Path) -> None:
+    async def scene() -> None:
+        said: list[str] = []
+        hub = await HubProcess.start(tmp_path)
+        server = NodesServer(
+            ServeOptions(checkpoint, "small", hubs=[hub.ticket], say=said.append), SystemClock(), SystemDice()
+        )
+        await server.start()
+        try:
+            assert not any("Hub" in sentence for sentence in said), "it is there from the beginning"
+            for _ in range(2):
+                said.clear()
+                await hub.kill()
+                await until(lambda: any("cannot be reached any more" in one for one in said))
+                hub = await HubProcess.start(tmp_path, hub.ticket.addresses[0])
+                await until(lambda: any("answers now" in one for one in said))
+                assert sum(str(hub.ticket) in one for one in said) == 2, said
+        finally:
+            await server.stop()
+            await hub.stop()
+
+    asyncio.run(asyncio.wait_for(scene(), GENEROUS_S))
 
 
 def test_a_node_that_wants_to_go_is_left_without_a_loss(checkpoint: Path, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from shoal.gateway.remote import Rings
 from shoal.gateway.rings import LocalRing, arithmetic_of
 from shoal.gateway.service import STOP_S, ModelService
 from shoal.gateway.web import make_app
-from shoal.hub import HubClient
+from shoal.hub import HubClient, HubState
 from shoal.identity import KeyPair, blake3_hash, load_or_create_key
 from shoal.inference.attention import BLOCK, kept_bytes, padded
 from shoal.inference.commands import LoadStage, StageLoaded
@@ -341,6 +341,8 @@ class NodesServer(ServedModel):
         super().__init__(options, clock, dice)
         self._stack = contextlib.AsyncExitStack()
         self._looking: list[asyncio.Task[None]] = []
+        self._silent: set[bytes] = set()
+        """Hubs of which was said that they do not answer."""
         self.placer: Placer | None = None
         self.finder: EngineFinder | None = None
 
@@ -354,11 +356,12 @@ class NodesServer(ServedModel):
         endpoint = TlsEndpoint(key)
         self._stack.push_async_callback(endpoint.close)
         await endpoint.listen(options.listen)
-        hubs = HubClient(endpoint, options.hubs, clock=self.clock, dice=self.dice)
+        hubs = HubClient(endpoint, options.hubs, clock=self.clock, dice=self.dice, on_change=self._hub_changed)
         self._stack.push_async_callback(hubs.close)
         await hubs.start()
         states = hubs.states()
         if not any(state.up for state in states):
+            self._silent = {state.ticket.node for state in states}
             tried = " ".join(f"{state.ticket}: {state.trouble}" for state in states)
             options.say(f"No hub answers, so no node is found; trying goes on. {tried}")
         service.admission.positions = options.sessions * padded(service.context)
@@ -373,6 +376,17 @@ class NodesServer(ServedModel):
             self.placer = await self._placer(model, service, key, books, endpoint, hubs)
             self._stack.push_async_callback(self.placer.close)
             self._looking.append(asyncio.create_task(self.placer.run()))
+
+    def _hub_changed(self, hub: HubState) -> None:
+        if not hub.up:
+            self._silent.add(hub.ticket.node)
+            self.options.say(
+                f"Hub {hub.ticket} cannot be reached any more: {hub.trouble.rstrip('.')}. What serves goes on; trying "
+                "goes on, too."
+            )
+        elif hub.ticket.node in self._silent:
+            self._silent.remove(hub.ticket.node)
+            self.options.say(f"Hub {hub.ticket} answers now.")
 
     async def _placer(
         self,
