@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
 from typer.main import get_command
+from typer.testing import CliRunner
 
 from shoal.cli.app import app
 from shoal.cli.main import load_commands
@@ -84,3 +86,10 @@ def test_every_command_and_option_says_what_it_is() -> None:
         if not getattr(one, "hidden", False) and not one.help
     ]
     assert mute == []
+
+
+@pytest.mark.parametrize("path", SURFACE)
+def test_help_shows_no_value_for_what_takes_none(path: str) -> None:
+    load_commands()
+    shown = CliRunner().invoke(app, [*path.split()[1:], "--help"]).output
+    assert "--help" in shown and "bool" not in shown.lower()

@@ -2,28 +2,53 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from shoal import __version__
 from shoal.cli import output
 
+F = TypeVar("F", bound=Callable[..., Any])
 ORDER = ("quickstart", "up", "down", "train", "report", "replay", "serve", "chat", "receipts", "hub", "node", "offers")
 """As a newcomer meets them."""
 HERE, JOBS, MACHINES = "On this machine", "Jobs", "Several machines"
 """Headings of the list."""
 
 
-class InOrder(TyperGroup):
+def _without_values(params: list[Any]) -> list[Any]:
+    """Of flags, the help would show the type of a value that they do not take."""
+    for one in params:
+        if getattr(one, "is_flag", False):
+            one.metavar = ""
+    return params
+
+
+class Command(TyperCommand):
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _without_values(super().get_params(ctx))
+
+
+class Group(TyperGroup):
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _without_values(super().get_params(ctx))
+
+
+class InOrder(Group):
     """Lists commands in ORDER, whatever the order of imports."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return sorted(super().list_commands(ctx), key=ORDER.index)
 
 
-app = typer.Typer(
+class Commands(typer.Typer):
+    def command(self, name: str | None = None, **settings: Any) -> Callable[[F], F]:
+        return super().command(name, cls=Command, **settings)
+
+
+app = Commands(
     name="shoal",
     cls=InOrder,
     rich_markup_mode="markdown",

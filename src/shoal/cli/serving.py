@@ -12,7 +12,7 @@ import psutil
 import typer
 
 from shoal.cli import places
-from shoal.cli.app import HERE, MACHINES, app
+from shoal.cli.app import HERE, MACHINES, Commands, Group, app
 from shoal.cli.output import BadFlag, HubFlag, JsonFlag, WithParent, out, print_json, run, shown, until_stopped
 from shoal.quantities import format_bytes, parse_bytes
 from shoal.sdk.local import LocalProcessFailed, LocalShoal, shoal_home
@@ -25,7 +25,7 @@ ENGINE_KEY_MAX = 4096
 STOP_S = 30
 """`shoal up` gives each of its processes a third of that before it insists."""
 
-node_app = typer.Typer(help="Lend this machine to jobs: `shoal node start`.")
+node_app = Commands(cls=Group, help="Lend this machine to jobs: `shoal node start`.")
 app.add_typer(node_app, name="node", rich_help_panel=MACHINES)
 
 
