@@ -76,9 +76,6 @@ MISTAKES = [
     pytest.param(
         ["node", "start", "--engine", NO_SERVER, "--engine-key", "gone", "--hub", NOBODY], "SH-103", "gone", id="no key"
     ),
-    pytest.param(
-        ["node", "start", "--engine", NO_SERVER, "--hub", NOBODY], "SH-149", "Start the server first", id="no server"
-    ),
     pytest.param(["serve", "x", "--engines-only", "--here"], "SH-103", "contradict", id="engines elsewhere and here"),
     pytest.param(["serve", "x", "--engines-only"], "SH-102", "shoal up", id="no hub to find engines at"),
     pytest.param(["hub", "--listen", "tcp://[::]:1"], "SH-103", "--public", id="a hub everywhere"),
@@ -126,6 +123,31 @@ def test_a_mistake_is_one_sentence(inside: Callable[..., Done], words: list[str]
     error = json.loads(out)["error"]
     assert (status, error["code"], nothing) == (2, code, "")
     assert error["sentence"] == err.removeprefix(f"error {code}  ").rstrip("\n")
+
+
+LONG = [
+    (["node", "start", "--engine", NO_SERVER, "--hub", NOBODY], "Starting a node", "SH-149", "Start the server first"),
+    (["serve", "gone", "--here", "--http", "127.0.0.1:0"], "Loading gone.", "SH-161", "neither a checkpoint"),
+]
+
+
+@pytest.mark.parametrize(("words", "first", "code", "part"), LONG)
+def test_what_takes_long_says_at_once_what_it_does(
+    inside: Callable[..., Done], words: list[str], first: str, code: str, part: str
+) -> None:
+    status, out, err = inside(*words)
+    begun, ended = err.splitlines()
+    assert (status, out) == (2, "") and begun.startswith(first)
+    assert ended.startswith(f"error {code}  ") and part in ended
+    status, out, nothing = inside(*words, "--json")
+    assert (status, json.loads(out)["error"]["code"], nothing) == (2, code, "")
+
+
+@pytest.mark.parametrize("command", ["serve", "node", "hub", "up", "chat", "offers"])
+def test_a_command_loads_nothing_heavy_before_it_says_something(command: str) -> None:
+    look = f"import sys; from shoal.cli.main import load_commands; load_commands({command!r}); print(*sys.modules)"
+    found = subprocess.run([sys.executable, "-c", look], check=True, capture_output=True, text=True).stdout.split()
+    assert "shoal.cli.app" in found and not {"torch", "sqlalchemy", "transformers"} & set(found)
 
 
 @pytest.mark.parametrize("words", [["node"], ["nonsense", "--json"], ["replay", "gone", "--round", "1", "--node", "x"]])
@@ -233,7 +255,7 @@ def test_a_shoal_goes_up_once_is_found_and_goes_down(place: Path) -> None:
         assert "node-1" in shoal(place, "offers").stdout
         assert json.loads(shoal(place, "offers", "--device", "mps", "--json").stdout) == {"offers": []}
         twice = shoal(place, "node", "start", "--data", str(place / "home" / "local" / "nodes" / "node-1"))
-        assert twice.returncode == 1 and twice.stderr.startswith("error SH-407")
+        assert twice.returncode == 1 and "\nerror SH-407" in twice.stderr
         down = shoal(place, "down")
         assert (down.returncode, down.stdout) == (0, "Stopped the hub and 1 node(s).\n")
         assert process.wait(LIMIT_S) == 0

@@ -12,8 +12,21 @@ from shoal import __version__
 from shoal.cli import output
 
 F = TypeVar("F", bound=Callable[..., Any])
-ORDER = ("quickstart", "up", "down", "train", "report", "replay", "serve", "chat", "receipts", "hub", "node", "offers")
-"""As a newcomer meets them."""
+COMMANDS = {
+    "quickstart": "quickstart",
+    "up": "serving",
+    "down": "serving",
+    "train": "training",
+    "report": "looking",
+    "replay": "looking",
+    "serve": "inference",
+    "chat": "chat",
+    "receipts": "looking",
+    "hub": "serving",
+    "node": "serving",
+    "offers": "looking",
+}
+"""As a newcomer meets them, and the file of each."""
 HERE, JOBS, MACHINES = "On this machine", "Jobs", "Several machines"
 """Headings of the list."""
 
@@ -37,10 +50,10 @@ class Group(TyperGroup):
 
 
 class InOrder(Group):
-    """Lists commands in ORDER, whatever the order of imports."""
+    """Lists commands as COMMANDS does, whatever the order of imports."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return sorted(super().list_commands(ctx), key=ORDER.index)
+        return sorted(super().list_commands(ctx), key=list(COMMANDS).index)
 
 
 class Commands(typer.Typer):

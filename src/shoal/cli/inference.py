@@ -13,7 +13,7 @@ import typer
 
 from shoal.cli import places
 from shoal.cli.app import JOBS, app
-from shoal.cli.output import BadFlag, HubFlag, JsonFlag, WithParent, err, out, print_json, run, until_stopped
+from shoal.cli.output import BadFlag, HubFlag, JsonFlag, WithParent, err, out, print_json, run, shown, until_stopped
 from shoal.protocol.hubs import HubTicket
 from shoal.sdk.local import shoal_home
 from shoal.sdk.places import NoHub
@@ -105,8 +105,6 @@ def serve(
     Families that are served: llama, mistral, qwen2, qwen3, gemma, gemma2, phi3, gpt2, gpt_neox. Tokens are those of
     plain transformers, and do not depend on what else is served at the time.
     """  # fmt: skip
-    from shoal.sdk.serve import LocalServer, NodesServer, ServeOptions
-
     if with_parent:
         die_with_parent(with_parent)
     if threads is not None and threads < 1:
@@ -119,6 +117,10 @@ def serve(
     if tickets:
         places.refuse_wildcard(listen, "use an address of this machine that nodes can reach")
     called = name or (model.resolve().parent.name if model.resolve().name == "model" else model.resolve().name)
+    if not json:
+        err.print(f"Loading {shown(str(model))}.", markup=False, style="dim", soft_wrap=True)
+    from shoal.sdk.serve import LocalServer, NodesServer, ServeOptions  # takes seconds
+
     options = ServeOptions(
         model=model,
         name=called,

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from typing import Any
 
 import typer
 
 from shoal.cli import output
-from shoal.cli.app import app
+from shoal.cli.app import COMMANDS, app
 from shoal.errors import ShoalError
 
 UsageError: Any = typer.BadParameter.__base__
 """What typer raises for a command, flag or value that it does not take. It has no public name there."""
 
 
-def load_commands() -> None:
-    """Each of these adds its commands to `app`."""
-    import shoal.cli.chat
-    import shoal.cli.inference
-    import shoal.cli.looking
-    import shoal.cli.quickstart
-    import shoal.cli.serving
-    import shoal.cli.training  # noqa: F401
+def load_commands(only: str = "") -> None:
+    """Each of these files adds its commands to `app`. That of one command is enough for it: others load libraries that
+    it does not need."""
+    for file in {COMMANDS[only]} if only in COMMANDS else set(COMMANDS.values()):
+        importlib.import_module(f"shoal.cli.{file}")
 
 
 def main() -> None:
@@ -31,7 +29,7 @@ def main() -> None:
     as_json = "--json" in arguments
     output.set_up_logging(to_terminal=sys.stderr.isatty())
     try:
-        load_commands()
+        load_commands(arguments[0])
         code = app(arguments, prog_name="shoal", standalone_mode=False)
         if code == output.INTERRUPTED:
             raise KeyboardInterrupt

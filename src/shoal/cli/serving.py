@@ -13,7 +13,7 @@ import typer
 
 from shoal.cli import places
 from shoal.cli.app import HERE, MACHINES, Commands, Group, app
-from shoal.cli.output import BadFlag, HubFlag, JsonFlag, WithParent, out, print_json, run, shown, until_stopped
+from shoal.cli.output import BadFlag, HubFlag, JsonFlag, WithParent, err, out, print_json, run, shown, until_stopped
 from shoal.quantities import format_bytes, parse_bytes
 from shoal.sdk.local import LocalProcessFailed, LocalShoal, shoal_home
 from shoal.world import SystemClock, SystemDice
@@ -167,9 +167,6 @@ def node_start(
     With `--engine URL` the node has vLLM, SGLang, llama-server or another server beside it as a whole replica: any
     `shoal serve` of that model sends streams there while the server is up.
     """  # fmt: skip
-    from shoal.node.openai_server import ServerSettings
-    from shoal.node.start import start_node
-
     if with_parent:
         die_with_parent(with_parent)
     if not 0 < max_speed <= 1:
@@ -181,11 +178,17 @@ def node_start(
     places.refuse_wildcard(listen, "use an address of this machine, or --listen '' to open links only")
     if engine is None and (engine_model or engine_key or engine_only):
         raise BadFlag("--engine-model, --engine-key and --engine-only speak of a server; name it with --engine URL.")
-    server = ServerSettings(engine, engine_model or "", _engine_key(engine_key), engine_only) if engine else None
+    key = _engine_key(engine_key) if engine else ""
     storage_bytes = parse_bytes(storage)
     memory_bytes = parse_bytes(memory) if memory is not None else None
     tickets = places.find_hubs(hub)
     folder = data or shoal_home() / "node"
+    if not json:
+        err.print("Starting a node: it measures this machine for some seconds.", style="dim")
+    from shoal.node.openai_server import ServerSettings  # takes seconds
+    from shoal.node.start import start_node
+
+    server = ServerSettings(engine, engine_model or "", key, engine_only) if engine else None
 
     async def work() -> None:
         agent = await start_node(
