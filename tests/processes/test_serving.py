@@ -118,7 +118,8 @@ def test_replicas_on_nodes_and_a_stream_that_outlives_one(checkpoint: Path, tmp_
         assert sum(one["prompt_tokens"] for one in by_name.values()) == 3 * len(PROMPT * 3)
         assert all(one["layer_positions"] == 3 * one["computed_positions"] for one in by_name.values())
         shown = subprocess.run(words, check=True, capture_output=True, text=True).stdout
-        assert "x layers" in shown and all(one["node"][:8] in shown for one in told["nodes"])
+        headings = ["node", "id", "sessions", "prompt", "generated", "positions", "work", "disputed", "missing"]
+        assert shown.splitlines()[0].split() == headings and all(one["node"][:8] in shown for one in told["nodes"])
         lines = (data / "receipts.jsonl").read_text()
         (data / "receipts.jsonl").write_text(lines.replace('"prompt_tokens":', '"prompt_tokens":1', 1))
         forged = subprocess.run(words, capture_output=True, text=True)

@@ -217,8 +217,8 @@ def receipts(
 ) -> None:
     """Show what nodes did for the models that were served, by the receipts that they signed.
 
-    Every signature is checked again. Positions x layers is what a node computed: the positions that it took through
-    each of its layers, guesses and repeats included. Receipts that claim more than the gateway saw go through are disputed and count nothing; a
+    Every signature is checked again. Work is what a node computed: the positions that it took through each of its
+    layers, guesses and repeats included. Receipts that claim more than the gateway saw go through are disputed and count nothing; a
     missing one is a stage that was given work and did not answer for it, as a node that died.
 
     Exit code 1 where a line is not what was signed.
@@ -247,7 +247,7 @@ def _print_accounts(found: Accounts) -> None:
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("node", overflow="fold")
     table.add_column("id", no_wrap=True)
-    for name in ("sessions", "prompt", "generated", "positions", "x layers", "disputed", "missing"):
+    for name in ("sessions", "prompt", "generated", "positions", "work", "disputed", "missing"):
         table.add_column(name, justify="right", overflow="fold")
     for one in sorted(found.nodes.values(), key=lambda one: -one.layer_positions):
         figures = (
