@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from shoal.devices import MeasureFailed, fast_dtypes, measure_in_child
-from shoal.node.agent import DeviceMissing, check_device
+from shoal.node.agent import DeviceMissing, check_device, computing_first
 from shoal.protocol.offers import Capability, Device, Throughput
 
 
@@ -95,8 +95,19 @@ def test_flops_are_two_n_cubed_over_the_best_repetition() -> None:
     assert flops == pytest.approx(2 * MATMUL_SMALLEST**3 / 0.05)
 
 
+def test_the_first_product_of_all_is_no_measure() -> None:
+    """It starts threads and loads kernels; beside other work that alone took longer than there is time for."""
+    import torch
+
+    from shoal.devices.measure import MATMUL_SMALLEST, matmul_flops
+
+    readings = itertools.chain([0.0, 0.0, 5.0, 5.0, 5.0, 5.001], itertools.repeat(5.001))
+    flops = matmul_flops(torch.device("cpu"), torch.float32, lambda: next(readings))
+    assert flops == pytest.approx(2 * MATMUL_SMALLEST**3 / 0.001)
+
+
 def test_a_slow_dtype_is_given_up_while_it_is_cheap() -> None:
-    """When even the smallest product takes a second, it is the only one: nothing larger is tried."""
+    """When even the smallest product takes a second, it is tried twice, and nothing larger is."""
     import torch
 
     from shoal.devices.measure import MATMUL_SMALLEST, matmul_flops
@@ -109,7 +120,7 @@ def test_a_slow_dtype_is_given_up_while_it_is_cheap() -> None:
 
     flops = matmul_flops(torch.device("cpu"), torch.bfloat16, slow)
     assert flops == pytest.approx(2 * MATMUL_SMALLEST**3 / 1.0)
-    assert seconds[0] <= 6
+    assert seconds[0] <= 8
 
 
 def test_a_dtype_that_a_device_cannot_multiply_is_left_out() -> None:
@@ -180,6 +191,13 @@ def test_a_command_that_is_not_there_is_a_sentence(tmp_path: Path) -> None:
 def test_kinds_that_a_machine_lacks_are_named(tmp_path: Path) -> None:
     with pytest.raises(MeasureFailed, match="no device of the kinds abacus"):
         asyncio.run(measure_in_child(folder=tmp_path, kinds=["abacus"]))
+
+
+def test_an_offer_names_the_device_that_computes_first() -> None:
+    devices = [Device(kind, name, 1, 1.0, ()) for kind, name in (("cuda", "a"), ("rocm", "b"), ("cpu", "c"))]
+    for name, order in (("cuda:1", "bac"), ("cuda", "abc"), ("cpu", "cab")):
+        made = computing_first(Capability(devices=tuple(devices)), name)
+        assert "".join(device.name for device in made.devices) == order
 
 
 @pytest.mark.parametrize(

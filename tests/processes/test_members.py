@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -549,6 +550,16 @@ def an_invitation(setting: Setting, driver: KeyPair, **changes: Any) -> MemberIn
         job=job.to_bytes(), grant=grant.to_bytes(), term=term.to_bytes(), state=setting.job.model.start
     )
     return msgspec.structs.replace(invite, **changes)
+
+
+def test_a_node_without_a_hub_says_so_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def story() -> None:
+        scene = await a_node(tmp_path)
+        await scene.agent.close()
+
+    with caplog.at_level(logging.WARNING):
+        asyncio.run(story())
+    assert ["No hub was named" in record.getMessage() for record in caplog.records] == [True]
 
 
 def test_a_node_takes_no_invitation_that_is_not_right(tmp_path: Path) -> None:

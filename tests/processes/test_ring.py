@@ -8,7 +8,7 @@ import itertools
 import json
 import os
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from test_stages import a_checkpoint
 from transformers import AutoModel, AutoModelForCausalLM
 
+from shoal.errors import LinkError
 from shoal.gateway.constraints import Constraint, JsonFormats
 from shoal.gateway.receipts import Accounts, Books, Figures, Kept, Metering, read_accounts
 from shoal.gateway.remote import NodeRing, Rings
@@ -31,7 +32,7 @@ from shoal.models.stages import shape_of, survey
 from shoal.models.tokenizers import ByteTokenizer
 from shoal.node.member import EngineSettings
 from shoal.node.stages import StageHost, round_trip_ms
-from shoal.protocol.blobs import BlobHolder
+from shoal.protocol.blobs import CHUNK_BYTES, BlobHolder
 from shoal.protocol.messages import DEFAULT_NETWORK, decode, encode, sign
 from shoal.protocol.offers import Done
 from shoal.protocol.serving import (
@@ -59,12 +60,13 @@ SESSIONS = itertools.count(1)
 class Place:
     """An endpoint with a store, and with a host of stages if it is a node."""
 
-    def __init__(self, folder: Path, name: str) -> None:
+    def __init__(self, folder: Path, name: str, *, memory_bytes: int = 1 << 34, storage_bytes: int = 1 << 30) -> None:
+        self.memory_bytes = memory_bytes
         self.key = KeyPair.generate()
         self.name = name
         self.endpoint = TlsEndpoint(self.key)
         self.clock = SystemClock()
-        self.store = BlobStore(folder / name, 1 << 30, self.clock)
+        self.store = BlobStore(folder / name, storage_bytes, self.clock)
         self.fetcher = Fetcher(self.endpoint, self.store, self.clock, SystemDice())
         self.host: StageHost | None = None
 
@@ -77,7 +79,8 @@ class Place:
 
             self.host = StageHost(
                 key=self.key, name=self.name, endpoint=self.endpoint, store=self.store, fetcher=self.fetcher,
-                clock=self.clock, settings=EngineSettings(), network=DEFAULT_NETWORK, admit=lambda known: None,
+                clock=self.clock, settings=EngineSettings(), memory_bytes=self.memory_bytes,
+                network=DEFAULT_NETWORK, admit=lambda known: None,
                 changed=changed,
             )  # fmt: skip
         await self.endpoint.listen("tcp://127.0.0.1:0")
@@ -95,10 +98,10 @@ class Place:
 
 
 class World:
-    def __init__(self, folder: Path, nodes: int, **model: Any) -> None:
+    def __init__(self, folder: Path, nodes: int, lent: Mapping[str, int], **model: Any) -> None:
         self.checkpoint = a_checkpoint(folder / "model", "llama", **model)
         self.gateway = Place(folder, "gateway")
-        self.nodes = [Place(folder, f"node{number}") for number in range(nodes)]
+        self.nodes = [Place(folder, f"node{number}", **lent) for number in range(nodes)]
         self.books = Books(folder / "books", print)
 
     async def start(self) -> None:
@@ -142,7 +145,9 @@ class World:
         for mine, link in enumerate(links):
             invite = self.invite(ring.ring, places, mine)
             await link.request(invite.KIND, encode(invite, link.version))
-        await ring.ready
+        await asyncio.wait({ring.ready, ring.lost}, return_when=asyncio.FIRST_COMPLETED)
+        if ring.lost.done():
+            raise LinkError(ring.lost.result().reason)
         return ring
 
     async def close(self) -> None:
@@ -156,8 +161,8 @@ class World:
 
 
 @contextlib.asynccontextmanager
-async def a_world(folder: Path, nodes: int, **model: Any) -> AsyncIterator[World]:
-    world = World(folder, nodes, **model)
+async def a_world(folder: Path, nodes: int, lent: Mapping[str, int] = {}, **model: Any) -> AsyncIterator[World]:
+    world = World(folder, nodes, lent, **model)
     await world.start()
     try:
         yield world
@@ -225,6 +230,44 @@ def test_a_ring_of_three_says_what_transformers_says(tmp_path: Path) -> None:
             assert not world.accounts().bad and not world.metering.counts.receipts_disputed
             far = await round_trip_ms(world.nodes[0].endpoint, world.nodes[1].holder, SystemClock())
             assert far is not None and far > 0
+
+    asyncio.run(asyncio.wait_for(scene(), GENEROUS_S))
+
+
+@pytest.mark.parametrize(
+    ("lent", "words"),
+    [
+        pytest.param({"memory_bytes": 1 << 20}, "lends 1.0 MiB of memory .* 64.0 MiB for sessions", id="sessions"),
+        pytest.param({"memory_bytes": 1 << 26}, "0 B of it are taken, .* for weights and 64.0 MiB", id="weights"),
+        pytest.param({"storage_bytes": 1 << 20}, "keeps 1.0 MiB of files, .* --storage", id="storage"),
+    ],
+)
+def test_a_node_holds_no_more_than_it_lends(tmp_path: Path, lent: dict[str, int], words: str) -> None:
+    async def scene() -> None:
+        async with a_world(tmp_path, 1, lent=lent, **LARGE) as world:
+            (node,) = world.nodes
+            assert node.host is not None
+            with pytest.raises(LinkError, match=words):
+                await world.ring(0, cuts=())
+            await until(lambda: not node.host.names() if node.host else True)
+            assert not node.store.has(world.job.files[0].blob.hash), "nothing was fetched in vain"
+
+    asyncio.run(asyncio.wait_for(scene(), GENEROUS_S))
+
+
+def test_rings_that_share_layers_share_memory(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with a_world(tmp_path, 2, lent={"memory_bytes": 100 << 20}, **LARGE) as world:
+            rings = [await world.ring(0, 1, cuts=(3,)) for _ in range(3)]
+            layers = world.layout
+            node = world.nodes[0]
+            assert node.host is not None
+            weights = layers.first_bytes + sum(layers.layer_bytes[:3])
+            bridged = CHUNK_BYTES  # a gap between what is fetched; what lies in it counts
+            assert weights <= node.host.lent_bytes - (1 << 26) < weights + bridged
+            for ring in rings:
+                await ring.close("over")
+            await until(lambda: node.host is not None and node.host.lent_bytes == 0)
 
     asyncio.run(asyncio.wait_for(scene(), GENEROUS_S))
 

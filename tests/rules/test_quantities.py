@@ -7,6 +7,7 @@ from shoal.quantities import (
     format_bytes,
     format_count,
     format_duration_s,
+    format_flops,
     format_rate_bps,
     parse_bytes,
     parse_bytes_per_s,
@@ -55,4 +56,5 @@ def test_printing_keeps_the_unit_readable() -> None:
     assert format_duration_s(75) == "1 min 15 s"
     assert format_duration_s(7260) == "2 h 1 min"
     assert format_rate_bps(20e6) == "20.0 Mbit/s"
+    assert format_flops(1.3e6) == "1.3 MFLOP/s" and format_flops(2.24e12) == "2,240.0 GFLOP/s"
     assert format_count(2_500_000) == "2.5 M"

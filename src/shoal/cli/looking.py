@@ -15,7 +15,7 @@ from shoal.cli.app import JOBS, MACHINES, app
 from shoal.cli.output import BadFlag, HubFlag, JsonFlag, err, out, print_json, run, shown
 from shoal.errors import BadInput, LinkError
 from shoal.identity import KeyPair, short_id
-from shoal.quantities import format_bytes, parse_bytes
+from shoal.quantities import format_bytes, format_flops, parse_bytes
 from shoal.world import SystemClock, SystemDice
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def offers(
                 one.offer.name,
                 escape(shown(f"{best.kind} {best.name}")),
                 format_bytes(best.memory_bytes),
-                escape(shown(f"{rate.flops / 1e9:,.1f} GFLOP/s {rate.dtype}")) if rate else "?",
+                escape(shown(f"{format_flops(rate.flops)} {rate.dtype}")) if rate else "?",
                 f"{one.offer.capability.speed_limit:g}",
                 "busy" if one.offer.busy else "idle",
                 *([escape(shown(one.offer.engine.model)) if one.offer.engine else ""] if engines else []),

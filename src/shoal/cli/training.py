@@ -17,7 +17,7 @@ from shoal.cli.app import JOBS, app
 from shoal.cli.output import BadFlag, HubFlag, Interrupted, JsonFlag, out, print_json, run, shoal_command, shown
 from shoal.cli.tables import RunView, print_completion, print_report
 from shoal.driver.report import Report
-from shoal.quantities import format_bytes, format_count
+from shoal.quantities import format_bytes, format_count, format_flops
 from shoal.sdk.documents import describe, show_default
 from shoal.sdk.jobfile import explain, parse_job, read_job_bytes, schema
 from shoal.sdk.train import Plan, TrainOptions, plan, resume, train
@@ -191,7 +191,7 @@ def print_plan(made: Plan) -> None:
     if made.caution:
         out.print(made.caution, markup=False, style="yellow")
     for name, device, flops in sorted(made.nodes, key=lambda node: -node[2]):
-        out.print(f"  {name:<16} {shown(device)}  {flops / 1e9:.1f} GFLOP/s in float32", markup=False)
+        out.print(f"  {name:<16} {shown(device)}  {format_flops(flops)} in float32", markup=False)
     if len(made.nodes) < made.nodes_min:
         out.print(
             f"{len(made.nodes)} idle nodes fit now; the job begins with {made.nodes_min} and waits for them.",

@@ -101,7 +101,7 @@ def matmul_flops(device: torch.device, dtype: torch.dtype, now: Now) -> float:
                 taken_s = _timed(lambda a=left, b=right: torch.mm(a, b), device, now)  # type: ignore[misc]
                 if repetition > 0 or taken_s > MATMUL_LONG_ENOUGH_S:  # the first one of a size may load a kernel
                     fastest_s = min(fastest_s, taken_s)
-                if now() - started > MATMUL_BUDGET_S:
+                if now() - started > MATMUL_BUDGET_S and (repetition or best):  # the very first waits for threads, too
                     fastest_s = min(fastest_s, taken_s)  # a machine so busy that it came no further
                     break
             if fastest_s > 0:

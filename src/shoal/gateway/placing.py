@@ -17,13 +17,16 @@ from shoal.identity import Envelope
 from shoal.protocol.blobs import BlobHolder
 from shoal.protocol.messages import encode
 from shoal.protocol.serving import ServeJob, StageInvite, StagePlace
-from shoal.quantities import Ranges
+from shoal.quantities import Ranges, format_bytes
 from shoal.sharding import Links, ModelNeeds, Plan, Replica, ServingNode, plan, replan, standbys
+from shoal.storage import BYTES_PER_S_LEAST, part_bytes, patience_s
 from shoal.world import Clock, Dice, Directory, Endpoint, Refused, within
 
 ARRANGE_EVERY_S = 2.0
 INVITE_DEADLINE_S = 20.0
 LOAD_PATIENCE_S = 600.0
+"""For a stage to load its layers, and for every so many seconds in which it does not, it fetches at least what comes at
+`BYTES_PER_S_LEAST`."""
 RETIRE_S = 300.0
 """How long a ring that is not wanted any more waits for the last of its streams to move."""
 RETIRE_LOOK_S = 0.05
@@ -211,12 +214,11 @@ class Placer:
             raise
 
     async def _until_ready(self, ring: NodeRing) -> None:
-        try:
-            async with asyncio.timeout(LOAD_PATIENCE_S):
-                await ring.ready
-        except TimeoutError:
-            slow = frozenset(place.node for at, place in enumerate(ring.places) if ring.measured(at) is None)
-            ring.lose(Loss(f"its layers were not loaded within {LOAD_PATIENCE_S:.0f} s", slow))
+        slow = await slow_stages(ring, [self._stage_bytes(place) for place in ring.places], self.clock)
+        if slow:
+            names = [f"{self.scout.name(ring.places[at].node)} ({said})" for at, said in slow.items()]
+            nodes = frozenset(ring.places[at].node for at in slow)
+            ring.lose(Loss(f"its layers were not loaded by {', '.join(names)}", nodes))
             return
         computing_ms = 0.0
         for at, place in enumerate(ring.places):
@@ -232,6 +234,10 @@ class Placer:
         layers = ", ".join(f"{place.first}-{place.stop - 1}" for place in ring.places)
         self.say(f"{ring.name} is {'in reserve' if ring.standby else 'ready'}: {computing_ms:.1f} ms of computing a "
                  f"token, layers {layers}.")  # fmt: skip
+
+    def _stage_bytes(self, place: StagePlace) -> int:
+        parts = self.model.parts_of(place.first, place.stop)
+        return sum(part_bytes(self.model.job.files[number].blob, part) for number, part in parts.items())
 
     async def _try(self, ring: NodeRing) -> bool:
         """Whether something gets through it."""
@@ -259,3 +265,29 @@ class Placer:
             await self.clock.sleep(RETIRE_LOOK_S)
         self._stop_serving(ring)
         await ring.close("The plan has changed.")
+
+
+async def slow_stages(ring: NodeRing, sizes: Sequence[int], clock: Clock) -> dict[int, str]:
+    """Wait until a ring is ready, or until stages of it, which have so many bytes to fetch, do not get on: those, and
+    what each of them did. Whoever fetches what it has fetched already gets no further than its size allows."""
+    began, fetched = clock.monotonic(), list(ring.fetched())
+    while True:
+        with contextlib.suppress(TimeoutError):
+            await within(clock, LOAD_PATIENCE_S, _ready(ring))
+            return {}
+        now, before, fetched = clock.monotonic(), fetched, list(ring.fetched())
+        slow = {}
+        for at, size in enumerate(sizes):
+            got = fetched[at] - before[at]
+            late = now - began >= patience_s(size, 2 * LOAD_PATIENCE_S)
+            if ring.measured(at) is None and (late or got < LOAD_PATIENCE_S * BYTES_PER_S_LEAST):
+                slow[at] = (
+                    f"{now - began:.0f} s for {format_bytes(size)}, of which {format_bytes(got)} in the last "
+                    f"{LOAD_PATIENCE_S:.0f} s"
+                )
+        if slow:
+            return slow
+
+
+async def _ready(ring: NodeRing) -> None:
+    await asyncio.shield(ring.ready)

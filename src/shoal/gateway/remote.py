@@ -56,7 +56,7 @@ HANDED_S = 60.0
 RECEIPTS_S = 1.0
 """How long the receipts of a ring that ends are waited for: a node of it may be silent."""
 FULL = "SH-570"
-REFUSALS = frozenset({"SH-270", "SH-272", "SH-275", "SH-278", FULL})
+REFUSALS = frozenset({"SH-270", "SH-272", "SH-275", "SH-278", "SH-279", FULL})
 """What a stage says of a request, not of itself: elsewhere it would be the same, or memory is full."""
 
 BAD_STATES = "SH-277"
@@ -175,6 +175,10 @@ class NodeRing(LimitedRing):
                 (place.first, place.stop, self._ready[at].arithmetic) for at, place in enumerate(self.places)
             )
             self.ready.set_result(None)
+
+    def fetched(self) -> list[int]:
+        """What went to each stage since its link opened, in bytes: nearly all of it is layers while it loads."""
+        return [link.stats().bytes_sent for link in self._links]
 
     def measured(self, mine: int) -> StageReady | None:
         return self._ready.get(mine)

@@ -14,7 +14,7 @@ from shoal.gateway.meeting import Meetings
 from shoal.gateway.remote import Loss
 from shoal.protocol.blobs import BlobHolder
 from shoal.protocol.messages import decode, encode
-from shoal.protocol.offers import Device, Offer, OfferFind
+from shoal.protocol.offers import Offer, OfferFind
 from shoal.protocol.serving import STAGES_MAX, LinkProbe, LinksProbed
 from shoal.sharding import GATEWAY, Links, ModelNeeds, Presence, ServingNode
 from shoal.world import Clock, Endpoint, FoundOffer, Link
@@ -101,7 +101,7 @@ class Scout:
             self._changed()
 
     async def _met(self, one: FoundOffer, link: Link, far_ms: float) -> None:
-        rate = _device(one.offer).memory_bytes_per_s or 1e9
+        rate = one.offer.capability.devices[0].memory_bytes_per_s or 1e9
         guess_ms = 1000 * self._needs.layer_bytes / rate
         now = self._clock.monotonic()
         self._known[one.node] = _Known(one.offer, link, far_ms, guess_ms, now, now)
@@ -166,7 +166,7 @@ class Scout:
         ]
 
     def _serving_node(self, node: bytes, known: _Known) -> ServingNode:
-        device = _device(known.offer)
+        device = known.offer.capability.devices[0]
         free = int(device.memory_bytes * (CPU_SHARE if device.kind == "cpu" else DEVICE_SHARE))
         seen_s = self._clock.monotonic() - known.met
         return ServingNode(
@@ -236,9 +236,3 @@ class Scout:
             self._meetings.failed.tried(node)
         for one, other in loss.ways:
             self._between[min(one, other), max(one, other)] = (math.inf, now)
-
-
-def _device(offer: Offer) -> Device:
-    """The one with the most memory that is not the processor's, else that."""
-    devices = offer.capability.devices
-    return max(devices, key=lambda one: (one.kind != "cpu", one.memory_bytes))

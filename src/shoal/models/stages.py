@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from shoal.models.architectures import one_line, parse_config
 from shoal.models.configs import BadModel, bounded
-from shoal.models.headers import Header, read_header
+from shoal.models.headers import ITEM_BYTES, Header, read_header
 from shoal.protocol.blobs import CHUNK_BYTES
 from shoal.protocol.serving import RANGES_MAX
 from shoal.quantities import Ranges, covered, joined
@@ -340,7 +340,7 @@ class Survey:
         return parts
 
 
-def survey(config: str, files: list[Path], itemsize: int = 4) -> Survey:
+def survey(config: str, files: list[Path], itemsize: int = ITEM_BYTES) -> Survey:
     """Look at the headers of a model's files; no tensor is read. Raises BadModel."""
     shape = shape_of(config)
     family = FAMILIES[shape.family]

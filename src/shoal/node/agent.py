@@ -14,7 +14,7 @@ import msgspec
 
 from shoal.devices import measure_in_child
 from shoal.errors import BadInput, JobError, LinkError, StorageError
-from shoal.hub import HubClient
+from shoal.hub import HubClient, NoHub
 from shoal.identity import Envelope, KeyPair
 from shoal.node.engine import EngineHost
 from shoal.node.member import (
@@ -121,6 +121,14 @@ def _limited(capability: Capability, memory_bytes: int) -> Capability:
     return msgspec.structs.replace(capability, devices=devices)
 
 
+def computing_first(capability: Capability, name: str) -> Capability:
+    """The device that the node computes on, as torch names it, before the others: its memory is what is lent."""
+    kind, _, index = name.partition(":")
+    mine = [device for device in capability.devices if _torch_kind(device) == kind][int(index or 0)]
+    others = (device for device in capability.devices if device is not mine)
+    return msgspec.structs.replace(capability, devices=(mine, *others))
+
+
 def _torch_kind(device: Device) -> str:
     """Torch speaks of ROCm devices as cuda."""
     return "cuda" if device.kind == "rocm" else device.kind
@@ -217,6 +225,7 @@ class NodeAgent:
             self.settings = dataclasses.replace(self.settings, engine=engine)
         else:
             check_device(self.settings.engine.device, self.capability)
+        self.capability = computing_first(self.capability, self.settings.engine.device)
         for holding in self._store.holdings():
             self._ended |= {owner: None for owner in holding.owners if owner.startswith(PIN_PREFIX)}
         self._forget_ended()
@@ -238,6 +247,7 @@ class NodeAgent:
                 fetcher=self._fetcher,
                 clock=self._clock,
                 settings=self.settings.engine,
+                memory_bytes=self.capability.devices[0].memory_bytes,
                 network=self.settings.network,
                 admit=lambda known: self._refuse_when_stopping() if known else self._admit(),
                 changed=self._changed,
@@ -282,9 +292,8 @@ class NodeAgent:
         assert self.capability is not None
         try:
             measured = (await self._hubs.measure_links()).values()
-        except LinkError as error:
-            _log.warning("%s: no hub's link could be measured: %s", self.settings.name, error)
-            return
+        except NoHub:
+            return  # whoever publishes next says so
         nearest = min(measured, key=lambda link: link.round_trip_ms)
         self.capability = msgspec.structs.replace(
             self.capability, hub_round_trip_ms=nearest.round_trip_ms, hub_rate_bps=nearest.rate_bps

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from shoal.errors import EngineError, LinkError
 from shoal.inference.commands import LoadStage, StageLoaded
 from shoal.inference.process import StageProcess
+from shoal.models.headers import LENGTH_BYTES, header_part, read_header
+from shoal.node.lending import Held, Lending
 from shoal.node.member import EngineSettings
-from shoal.protocol.blobs import BlobHolder
+from shoal.protocol.blobs import BlobHolder, BlobRef
 from shoal.protocol.serving import HOLDERS_MAX, ServeJob
 from shoal.quantities import Ranges
 from shoal.storage import BlobStore, Fetcher, part_bytes, patience_s
@@ -52,13 +54,14 @@ class Layers:
         store: BlobStore,
         fetcher: Fetcher,
         settings: EngineSettings,
+        lending: Lending,
         start_engine: Callable[..., Awaitable[StageProcess]],
     ) -> None:
         self.wanted, self.job = wanted, job
         self._pin = f"{PIN_PREFIX}{wanted.job_id.hex()[:24]}-{next(_numbers)}"
         self._holders = tuple(holders[:HOLDERS_MAX])
         self._name, self._store, self._fetcher, self._settings = name, store, fetcher, settings
-        self._start_engine = start_engine
+        self._lending, self._start_engine = lending, start_engine
         self._users = 0
         self._engine: StageProcess | None = None
         self._loading: asyncio.Task[StageLoaded] | None = None
@@ -77,7 +80,8 @@ class Layers:
         return failed or (self._engine is not None and self._engine.died.done())
 
     async def loaded(self) -> StageLoaded:
-        """Fetched, loaded and tried: once, however many wait. Raises LinkError, EngineError."""
+        """Fetched, loaded and tried: once, however many wait. Raises LinkError, EngineError, StorageError, and BadModel
+        or NotLent when the headers of the files are known."""
         if self._loading is None:
             self._loading = asyncio.create_task(self._load())
         return await asyncio.shield(self._loading)
@@ -88,9 +92,9 @@ class Layers:
         size = sum(part_bytes(ref, part) for ref, part in parts)
         try:
             async with asyncio.timeout(patience_s(size, FETCH_PATIENCE_S)):
-                await asyncio.gather(
-                    *(self._fetcher.fetch(ref, self._holders, owner=self._pin, ranges=part) for ref, part in parts)
-                )
+                weights = sum(await asyncio.gather(*(self._weights(ref, part) for ref, part in parts)))
+                await self._lending.take(self._pin, Held(self.wanted.job_id, weights, self.wanted.memory_bytes))
+                await asyncio.gather(*(self._fetch(ref, part) for ref, part in parts))
         except TimeoutError as error:
             raise LinkError(f"The files of {self.job.name!r} did not come to {self._name} in time.") from error
         self._engine = await self._start_engine(self._name, threads=self._settings.threads)
@@ -111,6 +115,22 @@ class Layers:
         except TimeoutError as error:
             raise EngineError(f"The layers were not loaded within {LOAD_DEADLINE_S:.0f} s on {self._name}.") from error
 
+    async def _weights(self, ref: BlobRef, part: Ranges) -> int:
+        """What the tensors in a part of a file take when they are loaded, as its header says: no more of it comes."""
+        start: Ranges = ((0, min(ref.size, LENGTH_BYTES)),)
+        await self._fetch(ref, start)
+        start = header_part(self._store.part(ref, start))
+        await self._fetch(ref, start)
+        header = await asyncio.to_thread(read_header, self._store.part(ref, start), start)
+        return header.loaded_bytes(part)
+
+    async def _fetch(self, ref: BlobRef, part: Ranges) -> None:
+        await self._fetcher.fetch(ref, self._holders, owner=self._pin, ranges=part)
+
+    def lend_sessions(self) -> None:
+        """Sessions are to go through these layers. Raises NotLent."""
+        self._lending.use(self._pin)
+
     def use(self) -> None:
         self._users += 1
 
@@ -124,6 +144,7 @@ class Layers:
         if self._engine is not None:
             await self._engine.stop()
         self._store.release(self._pin)
+        self._lending.give_back(self._pin)
 
     @property
     def is_used(self) -> bool:

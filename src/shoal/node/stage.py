@@ -19,6 +19,7 @@ from shoal.identity import Envelope, KeyPair, short_id
 from shoal.inference.commands import Advance
 from shoal.inference.metering import Served
 from shoal.node.layers import Layers, Wanted
+from shoal.node.lending import NotLent
 from shoal.protocol.messages import encode, open_record, sign
 from shoal.protocol.serving import (
     Chosen,
@@ -51,6 +52,8 @@ HAND_ON_S = 5.0
 UNDER_WAY_MAX = 48
 """Pieces of work at a time, of all sessions; the engine takes a few more."""
 SESSIONS_MAX = 1024
+TRY_POSITIONS = 3
+"""With which a gateway tries a ring that may be in reserve: they take no memory worth the name."""
 EARLY_MAX = 16
 """Pieces of a session that wait for one before them."""
 EARLY_S = 5.0
@@ -103,8 +106,8 @@ class StageRun:
         network: str,
         layers: Callable[[Wanted, ServeJob, StageInvite], Layers],
     ) -> None:
-        """`layers`: the node's, loaded or to be loaded. Raises BadRecord: a job that the gateway did not sign, a ring
-        that does not hold the model, a stage that is not this node's."""
+        """`layers`: the node's, loaded or to be loaded. Raises BadRecord: a job that the gateway did not sign, more
+        than the node lends, a ring that does not hold the model, a stage that is not this node's."""
         envelope = Envelope.from_bytes(invite.job, ServeJob.MAX_BYTES + 1024)
         self.job = open_record(envelope, ServeJob, network)
         if envelope.signer != gateway:
@@ -221,7 +224,7 @@ class StageRun:
     # --- positions -------------------------------------------------------------------------------------------------
 
     def work(self, message: StageWork, peer: bytes) -> None:
-        """Positions have come. Raises NotInRing, SessionOver, StageFull."""
+        """Positions have come. Raises NotInRing, SessionOver, StageFull, NotLent."""
         before = self.gateway if self._mine == 0 else self._invite.stages[self._mine - 1].node
         if peer != before:
             raise NotInRing(f"Node {short_id(peer)} is not before {self.name} in this ring.")
@@ -233,6 +236,8 @@ class StageRun:
             raise StageFull(f"{self.name} has {UNDER_WAY_MAX} pieces of work already.")
         if message.session not in self._sessions and len(self._sessions) >= SESSIONS_MAX:
             raise StageFull(f"{self.name} has {SESSIONS_MAX} sessions already.")
+        if message.start + len(message.tokens) > TRY_POSITIONS:
+            self._layers.lend_sessions()
         self._asked_at = self._clock.monotonic()
         session = self._sessions.setdefault(message.session, _Session())
         if message.source is not None:
@@ -294,7 +299,7 @@ class StageRun:
             code = error.code
             if isinstance(error, EngineFailed):
                 code = error.cause_code
-            elif isinstance(error, Refused) and error.remote_code == SessionOver.code:
+            elif isinstance(error, Refused) and error.remote_code in (SessionOver.code, NotLent.code):
                 code = error.remote_code  # no fault of the ring
             await self._answer(message, code=code, sentence=f"{self.name}: {error.sentence}"[:400])
 

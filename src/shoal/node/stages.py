@@ -10,6 +10,7 @@ from shoal.errors import LinkError
 from shoal.identity import KeyPair
 from shoal.inference.process import StageProcess
 from shoal.node.layers import PIN_PREFIX, Layers, Wanted
+from shoal.node.lending import Held, Lending, NotLent
 from shoal.node.member import EngineSettings
 from shoal.node.stage import NotInRing, StageFull, StageRun
 from shoal.protocol.blobs import BlobHolder
@@ -27,7 +28,8 @@ from shoal.protocol.serving import (
     StagePulse,
     StageWork,
 )
-from shoal.storage import BlobStore, Fetcher
+from shoal.quantities import format_bytes
+from shoal.storage import BlobStore, Fetcher, charge, part_bytes
 from shoal.world import Clock, Endpoint, Request
 from shoal.world.reach import echo_ms
 
@@ -55,16 +57,19 @@ class StageHost:
         fetcher: Fetcher,
         clock: Clock,
         settings: EngineSettings,
+        memory_bytes: int,
         network: str,
         admit: Callable[[bool], None],
         changed: Callable[[], Awaitable[None]],
         start_engine: Callable[..., Awaitable[StageProcess]] = StageProcess.start,
     ) -> None:
-        """`admit` raises where the node is stopping, or busy; true says that it works for whoever asks already.
-        `changed` is called when a stage came or went."""
+        """`memory_bytes`: of the device that computes, for all stages together. `admit` raises where the node is
+        stopping, or busy; true says that it works for whoever asks already. `changed` is called when a stage came or
+        went."""
         self._key, self._name, self._endpoint = key, name, endpoint
         self._store, self._fetcher, self._clock = store, fetcher, clock
         self._settings, self._network = settings, network
+        self._lending = Lending(name, memory_bytes, clock)
         self._admit, self._changed, self._start_engine = admit, changed, start_engine
         self._layers: dict[Wanted, Layers] = {}
         self._stages: dict[bytes, tuple[StageRun, asyncio.Task[None]]] = {}
@@ -86,6 +91,11 @@ class StageHost:
     def names(self) -> list[str]:
         """What is served here: each model once, however many rings it has."""
         return [repr(job.name) for job in {run.job_id: run.job for run, _ in self._stages.values()}.values()]
+
+    @property
+    def lent_bytes(self) -> int:
+        """Memory that stages take, or will when they are loaded."""
+        return self._lending.taken_bytes
 
     async def close(self) -> None:
         await asyncio.gather(*(run.leave("The node is stopping.", LEAVE_S) for run, _ in list(self._stages.values())))
@@ -112,13 +122,22 @@ class StageHost:
         return encode(Done(), request.version)
 
     def _shared(self, wanted: Wanted, job: ServeJob, invite: StageInvite) -> Layers:
-        """The layers that another ring has here already, or new ones."""
+        """The layers that another ring has here already, or new ones. Raises NotLent for such as this node has no room
+        for, as far as that is known: the weights are weighed when their files' headers are here."""
         for known in [known for known, layers in self._layers.items() if layers.is_dead or not layers.is_used]:
             del self._layers[known]
         if wanted not in self._layers:
+            self._lending.refuse(Held(wanted.job_id, 0, wanted.memory_bytes))
+            parts = zip((job.files[number].blob for number in wanted.files), wanted.parts, strict=True)
+            size = sum(charge(ref.size, part_bytes(ref, part)) for ref, part in parts)
+            if size > self._store.capacity_bytes:
+                raise NotLent(
+                    f"Node {self._name} keeps {format_bytes(self._store.capacity_bytes)} of files, and the stage's "
+                    f"take {format_bytes(size)}. Give it more with --storage, or fewer layers."
+                )
             self._layers[wanted] = Layers(
                 wanted, job, invite.holders, name=self._name, store=self._store, fetcher=self._fetcher,
-                settings=self._settings, start_engine=self._start_engine,
+                settings=self._settings, lending=self._lending, start_engine=self._start_engine,
             )  # fmt: skip
         return self._layers[wanted]
 

@@ -17,7 +17,7 @@ from shoal.node.dishonest import dishonest_member
 from shoal.node.member import EngineSettings, MemberRun
 from shoal.node.openai_server import ServerSettings
 from shoal.protocol.hubs import HubTicket
-from shoal.quantities import format_bytes
+from shoal.quantities import format_bytes, format_flops
 from shoal.storage import BlobStore
 from shoal.transport import TlsEndpoint
 from shoal.world import Clock, Dice
@@ -39,7 +39,7 @@ class RunningNode:
         assert capability is not None
         devices = []
         for device in capability.devices:
-            rates = ", ".join(f"{rate.dtype} {rate.flops / 1e9:.1f} GFLOP/s" for rate in device.throughput)
+            rates = ", ".join(f"{rate.dtype} {format_flops(rate.flops)}" for rate in device.throughput)
             devices.append(f"{device.kind}: {device.name}, {format_bytes(device.memory_bytes)}, {rates}")
         return {
             "ready": "node",

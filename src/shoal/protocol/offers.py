@@ -46,6 +46,7 @@ class Capability(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
     """What a node measurably can do, with its speed limit already in force."""
 
     devices: Annotated[tuple[Device, ...], Meta(min_length=1, max_length=64)]
+    """The one that the node computes on first."""
     speed_limit: Annotated[float, Meta(gt=0, le=1)] = 1.0
     """The share of time its owner lets it compute; figures above already include it."""
     disk_free_bytes: Annotated[int, Meta(ge=0)] = 0

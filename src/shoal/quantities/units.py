@@ -92,6 +92,15 @@ def format_rate_bps(rate: float) -> str:
     return f"{rate:.1f} Gbit/s"
 
 
+def format_flops(rate: float) -> str:
+    """1_300_000 -> `"1.3 MFLOP/s"`: what was measured is never shown as nothing."""
+    for unit in ("FLOP/s", "kFLOP/s", "MFLOP/s"):
+        if rate < 1000:
+            return f"{rate:.1f} {unit}"
+        rate /= 1000
+    return f"{rate:,.1f} GFLOP/s"
+
+
 def format_count(count: float) -> str:
     """2_500_000 -> `"2.5 M"`."""
     for unit in ("", " k", " M", " G"):

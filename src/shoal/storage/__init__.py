@@ -12,7 +12,7 @@ What holds, always:
 
 from shoal.storage.download import FetchFailed, FetchProgress, FetchReport
 from shoal.storage.faults import DiskFailed, StorageFull
-from shoal.storage.fetch import Fetcher, patience_s
+from shoal.storage.fetch import BYTES_PER_S_LEAST, Fetcher, patience_s
 from shoal.storage.find import find_blob
 from shoal.storage.partial import BadPiece, BadReference
 from shoal.storage.pieces import hash_pieces, part_bytes
@@ -26,9 +26,11 @@ from shoal.storage.store import (
     Holding,
     StoreInUse,
     UnknownBlob,
+    charge,
 )
 
 __all__ = [
+    "BYTES_PER_S_LEAST",
     "BadBlobRequest",
     "BadPiece",
     "BadReference",
@@ -47,6 +49,7 @@ __all__ = [
     "StorageFull",
     "StoreInUse",
     "UnknownBlob",
+    "charge",
     "find_blob",
     "hash_pieces",
     "part_bytes",
