@@ -51,7 +51,8 @@ PINNED_SHARE = 0.5
 """Ended jobs are forgotten, the oldest first, while more than this share of the storage is pinned."""
 LEAVE_S = 8.0
 """How long a stopping node gives its members to say so."""
-OFFER_LIFETIME_MS = 60_000
+OFFER_LIFETIME_MS = 30_000
+"""So long a node that was killed stays listed, as busy as it was. It renews its offer three times in that time."""
 HEAD_DEADLINE_S = 8.0
 INVITED_ANEW = "It was invited anew."
 """The reason with which a membership ends that another one of the same job follows at once."""

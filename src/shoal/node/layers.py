@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from shoal.errors import EngineError, LinkError
 from shoal.inference.commands import LoadStage, StageLoaded
 from shoal.inference.process import StageProcess
+from shoal.models.configs import BadModel
 from shoal.models.headers import LENGTH_BYTES, header_part, read_header
 from shoal.node.lending import Held, Lending
 from shoal.node.member import EngineSettings
@@ -24,6 +25,8 @@ from shoal.storage import BlobStore, Fetcher, part_bytes, patience_s
 
 FETCH_PATIENCE_S = 120.0
 LOAD_DEADLINE_S = 900.0
+HEADER_MAX_BYTES = 16 << 20
+"""Of a file: the agent reads it itself. Ten thousand tensors take one or two MiB."""
 PIN_PREFIX = "serve-"
 _numbers = itertools.count(1)
 
@@ -92,7 +95,11 @@ class Layers:
         size = sum(part_bytes(ref, part) for ref, part in parts)
         try:
             async with asyncio.timeout(patience_s(size, FETCH_PATIENCE_S)):
-                weights = sum(await asyncio.gather(*(self._weights(ref, part) for ref, part in parts)))
+                headers = await asyncio.gather(*(self._header(ref) for ref in blobs))
+                weights = 0
+                for (ref, part), header in zip(parts, headers, strict=True):  # one at a time: a header may be large
+                    read = await asyncio.to_thread(read_header, self._store.part(ref, header), header)
+                    weights += read.loaded_bytes(part)
                 await self._lending.take(self._pin, Held(self.wanted.job_id, weights, self.wanted.memory_bytes))
                 await asyncio.gather(*(self._fetch(ref, part) for ref, part in parts))
         except TimeoutError as error:
@@ -115,14 +122,15 @@ class Layers:
         except TimeoutError as error:
             raise EngineError(f"The layers were not loaded within {LOAD_DEADLINE_S:.0f} s on {self._name}.") from error
 
-    async def _weights(self, ref: BlobRef, part: Ranges) -> int:
-        """What the tensors in a part of a file take when they are loaded, as its header says: no more of it comes."""
+    async def _header(self, ref: BlobRef) -> Ranges:
+        """Have the header of a file here, and no more; gives where it lies."""
         start: Ranges = ((0, min(ref.size, LENGTH_BYTES)),)
         await self._fetch(ref, start)
         start = header_part(self._store.part(ref, start))
+        if start[0][1] > HEADER_MAX_BYTES:
+            raise BadModel(f"A file of {self.job.name!r} has a header of more than {HEADER_MAX_BYTES} bytes.")
         await self._fetch(ref, start)
-        header = await asyncio.to_thread(read_header, self._store.part(ref, start), start)
-        return header.loaded_bytes(part)
+        return start
 
     async def _fetch(self, ref: BlobRef, part: Ranges) -> None:
         await self._fetcher.fetch(ref, self._holders, owner=self._pin, ranges=part)
