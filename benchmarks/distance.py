@@ -23,9 +23,9 @@ from rings import SESSIONS, Reading, Rings
 from serving_model import SIZES
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from shoal.inference.attention import kept_bytes
+from shoal.inference.blocks import kept_bytes
 from shoal.models.configs import read_config
-from shoal.models.stages import survey
+from shoal.models.shapes import survey
 
 ONE_WAY_MS = (15.0, 40.0)
 RING_GOAL = 1.15

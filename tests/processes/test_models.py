@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from shoal.models.architectures import build_model, one_line, parameters_of, parse_config, refuse_depth
+from shoal.models.architectures import build_model, parameters_of, refuse_depth
 from shoal.models.checkpoints import read_checkpoint, write_checkpoint
 from shoal.models.configs import (
     PRESETS,
@@ -25,6 +25,7 @@ from shoal.models.configs import (
     read_config,
     vocabulary_of,
 )
+from shoal.models.shapes import one_line, parse_config
 from shoal.models.tokenizers import BadTokenizer, ByteTokenizer, has_tokenizer, load_tokenizer
 
 TEXT = "def f(x):\n\treturn 'é☃ 🐟'\n\n"

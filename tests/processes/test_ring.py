@@ -28,7 +28,7 @@ from shoal.gateway.streams import Stream, StreamLost
 from shoal.identity import KeyPair
 from shoal.inference.commands import Advance, Advanced
 from shoal.models.configs import read_config
-from shoal.models.stages import shape_of, survey
+from shoal.models.shapes import shape_of, survey
 from shoal.models.tokenizers import ByteTokenizer
 from shoal.node.member import EngineSettings
 from shoal.node.stages import StageHost, round_trip_ms

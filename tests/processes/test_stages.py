@@ -14,7 +14,7 @@ from shoal.inference import rows
 from shoal.inference.stage import BadPiece, NoRoom, NoSource, Piece, StageEngine
 from shoal.models.configs import BadModel, read_config
 from shoal.models.headers import read_header
-from shoal.models.stages import shape_of, survey
+from shoal.models.shapes import shape_of, survey
 from shoal.protocol.serving import RANGES_MAX
 
 SMALL = {
@@ -89,7 +89,7 @@ def test_tokens_are_those_of_transformers_at_every_split(tmp_path: Path, name: s
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_stages_need_no_byte_outside_of_their_parts(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shoal.models.stages.CHUNK_BYTES", 1)  # these files are small
+    monkeypatch.setattr("shoal.models.shapes.CHUNK_BYTES", 1)  # these files are small
     folder = a_checkpoint(tmp_path / "whole", name)
     config, (file,) = read_config(folder), sorted(folder.glob("*.safetensors"))
     model = AutoModelForCausalLM.from_pretrained(folder).eval()

@@ -15,9 +15,9 @@ import torch
 from torch.nn import functional
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from shoal.inference.blocks import BLOCK, padded
+
 NAME = "shoal"
-BLOCK = 128
-"""Positions summed at once, and the step in which a session's room grows."""
 ROWS_MIN = 4
 """Products of fewer rows take other paths in the library: on AVX2 those of 1 to 3, on AVX-512 those of 1."""
 
@@ -67,15 +67,6 @@ class Kept:
     def read(self, layer: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys [heads, head size, stop], values [heads, stop, head size]."""
         return self._keys[layer - self._first][..., :stop], self._values[layer - self._first][:, :stop]
-
-
-def padded(positions: int) -> int:
-    return -(-positions // BLOCK) * BLOCK
-
-
-def kept_bytes(layers: int, heads: int, head_size: int, positions: int, itemsize: int = 4) -> int:
-    """Memory of a session's keys and values in a stage of so many layers."""
-    return layers * heads * padded(positions) * 2 * head_size * itemsize
 
 
 @dataclass

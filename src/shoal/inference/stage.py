@@ -13,9 +13,11 @@ import torch
 from shoal.devices.names import device_class
 from shoal.errors import BadRecord, EngineError
 from shoal.inference import attention
-from shoal.inference.attention import Kept, Run, kept_bytes, padded
+from shoal.inference.attention import Kept, Run
+from shoal.inference.blocks import kept_bytes, padded
 from shoal.inference.rows import Forms, RmsNorm, Silu
-from shoal.models.stages import Shape, StageModule, activations, linear_maps, read_stage, rms_norms, shape_of
+from shoal.models.shapes import Shape, shape_of
+from shoal.models.stages import StageModule, activations, linear_maps, read_stage, rms_norms
 from shoal.protocol.serving import ARITHMETIC_MAX
 from shoal.quantities import Ranges
 

@@ -2,44 +2,20 @@
 
 from __future__ import annotations
 
-import textwrap
-from typing import Any
-
-import msgspec
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from shoal.models.configs import BadModel, refuse_code
+from shoal.models.configs import BadModel
+from shoal.models.shapes import LAYERS_MAX, one_line, parse_config
 
 disable_progress_bar()
 
-LAYERS_MAX = 4096
-LAYERS_NAMES = ("num_hidden_layers", "n_layer", "num_layers")
 LAYER_PARAMETERS_LEAST = 64
 
 CausalModel = nn.Module
 """Called with token ids [batch, positions]; gives an object with `logits` [batch, positions, vocabulary]."""
-
-
-def parse_config(config: str) -> Any:
-    """Config JSON -> `transformers` config. Raises BadModel."""
-    try:
-        fields: dict[str, Any] = msgspec.json.decode(config)
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise BadModel(f"The model config is not JSON, or too deep: {one_line(error)}.") from error
-    refuse_code(fields, "The model config")
-    model_type = fields.pop("model_type", None)
-    for name in LAYERS_NAMES:  # first: with each of them transformers takes time and memory
-        if isinstance(fields.get(name), int) and not 1 <= fields[name] <= LAYERS_MAX:
-            raise BadModel(f"The config says {name} {str(fields[name])[:20]}; from 1 to {LAYERS_MAX} can be.")
-    try:
-        return AutoConfig.for_model(model_type, **fields)
-    except Exception as error:
-        raise BadModel(
-            f"The installed transformers cannot read this {model_type} config: {one_line(error)}."
-        ) from error
 
 
 def build_model(config: str, *, seed: int | None = None) -> CausalModel:
@@ -82,8 +58,3 @@ def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
     if frozen:
         raise BadModel(f"Parameter {frozen[0]!r} is frozen; every parameter of a shoal's model takes part.")
     return named
-
-
-def one_line(error: Exception) -> str:
-    """What an error of a library says, short enough to stand within a sentence."""
-    return textwrap.shorten(str(error), 300).rstrip(".")

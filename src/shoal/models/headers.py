@@ -77,5 +77,8 @@ def read_header(file: Path, part: Ranges = ()) -> Header:
         found = {name: msgspec.json.decode(field, type=_Tensor) for name, field in fields.items()}
     except (OSError, msgspec.DecodeError, RecursionError) as error:
         raise BadModel(f"{file} is not a whole safetensors file: {error}.") from error
+    end = max((one.data_offsets[1] for one in found.values()), default=0)
+    if not part and start + end != size:
+        raise BadModel(f"{file} is not a whole safetensors file: of {size} bytes its tensors end at {start + end}.")
     places = {name: (start + one.data_offsets[0], start + one.data_offsets[1]) for name, one in found.items()}
     return Header(places, {name: math.prod(one.shape) for name, one in found.items()}, start, size)

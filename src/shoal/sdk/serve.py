@@ -30,15 +30,14 @@ from shoal.gateway.service import STOP_S, ModelService
 from shoal.gateway.web import make_app
 from shoal.hub import HubClient, HubState
 from shoal.identity import KeyPair, blake3_hash, load_or_create_key
-from shoal.inference.attention import BLOCK, kept_bytes, padded
+from shoal.inference.blocks import BLOCK, kept_bytes, padded
 from shoal.inference.commands import LoadStage, StageLoaded
 from shoal.inference.process import StageProcess
-from shoal.models.architectures import LAYERS_NAMES
-from shoal.models.checkpoints import weight_files
 from shoal.models.configs import BadModel, positions_of, read_config, refuse_endless, vocabulary_of
 from shoal.models.pooling import read_pooling
-from shoal.models.stages import Shape, Survey, shape_of, survey
+from shoal.models.shapes import LAYERS_NAMES, Shape, Survey, shape_of, survey
 from shoal.models.tokenizers import BadTokenizer, ByteTokenizer, TextTokenizer, has_tokenizer, load_tokenizer
+from shoal.models.weights import weight_files
 from shoal.protocol.blobs import BlobHolder
 from shoal.protocol.hubs import HubTicket
 from shoal.protocol.messages import sign
@@ -201,11 +200,11 @@ class ServedModel:
         refuse_taken(options.http)  # before a large model is loaded in vain
         directory = checkpoint_of(options.model)
         config = read_config(directory)
+        self._template = read_template(directory)
+        await self._template.begin()  # it gets up while the model is looked at
         model = _Model(directory, config, options.engines_only)
         if not options.engines_only:
-            _ = model.shape, model.files  # what is wrong with them is said before anything is started
-        self._template = read_template(directory)
-        await self._template.begin()
+            _ = model.shape, model.files  # what is wrong with them is said before anything else is started
         tokenizer = _tokenizer_of(directory, config)
         pooling, generates = None, True
         if not options.engines_only:
