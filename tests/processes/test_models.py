@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 import torch
 from engine_pieces import small_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -25,7 +28,7 @@ from shoal.models.configs import (
     read_config,
     vocabulary_of,
 )
-from shoal.models.shapes import one_line, parse_config
+from shoal.models.shapes import Shape, one_line, parse_config, shape_of, stated
 from shoal.models.tokenizers import BadTokenizer, ByteTokenizer, has_tokenizer, load_tokenizer
 
 TEXT = "def f(x):\n\treturn 'é☃ 🐟'\n\n"
@@ -321,3 +324,52 @@ def test_a_text_that_a_tokenizer_has_no_token_for_is_a_sentence(tmp_path: Path) 
     assert tokenizer.encode("a").tolist() == [0]
     with pytest.raises(BadTokenizer, match=r"tokenizer\.json cannot encode 'c{40}': .*name another"):
         tokenizer.encode("c" * 1000)
+
+
+SIZE = st.integers(1, 5)
+
+
+@given(
+    st.sampled_from(["llama", "mistral", "qwen2", "qwen3"]), SIZE, SIZE, SIZE, SIZE, st.booleans(),
+    st.sets(st.sampled_from(["head_dim", "num_key_value_heads", "tie_word_embeddings", "rms_norm_eps", "vocab_size",
+                             "max_position_embeddings", "hidden_act", "use_cache"]), max_size=2),
+    st.sampled_from([{}, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, {"rope_theta": 5e5},
+                     {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, {"sliding_window": 8}]),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_a_config_of_the_usual_kind_is_read_as_transformers_reads_it(
+    family: str, layers: int, groups: int, each: int, head: int, tied: bool, left_out: set[str], more: dict[str, Any]
+) -> None:
+    fields = {
+        "model_type": family, "num_hidden_layers": layers, "hidden_size": 8 * groups * each, "intermediate_size": 32,
+        "vocab_size": 99, "num_attention_heads": groups * each, "num_key_value_heads": groups, "head_dim": 8 * head,
+        "max_position_embeddings": 64 * head, "tie_word_embeddings": tied, "hidden_act": "silu", "rms_norm_eps": 1e-6,
+        "use_cache": True, "eos_token_id": [1, 2], "architectures": ["X"], "torch_dtype": "bfloat16", **more,
+    }  # fmt: skip
+    config = msgspec.json.encode({name: value for name, value in fields.items() if name not in left_out}).decode()
+    parsed = parse_config(config)
+    shape = shape_of(config)
+    heads = parsed.num_key_value_heads or parsed.num_attention_heads
+    size = getattr(parsed, "head_dim", None) or parsed.hidden_size // parsed.num_attention_heads
+    assert shape == Shape(
+        family, parsed.num_hidden_layers, parsed.hidden_size, parsed.vocab_size, heads, size,
+        shape.positions, parsed.tie_word_embeddings,
+    )  # fmt: skip
+    assert shape.positions == parsed.max_position_embeddings
+    assert (stated(config) is not None) == (left_out <= {"use_cache"} and "rope_scaling" not in more)
+
+
+def test_a_config_with_anything_unusual_is_left_to_transformers() -> None:
+    usual = {
+        "model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 32, "vocab_size": 99,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64,
+        "tie_word_embeddings": False, "hidden_act": "silu", "rms_norm_eps": 1e-6,
+    }  # fmt: skip
+    assert stated(msgspec.json.encode(usual).decode()) is not None
+    for change in (
+        {"num_key_value_heads": 3}, {"hidden_size": 66}, {"hidden_size": 0}, {"head_dim": None}, {"vocab_size": "99"},
+        {"auto_map": {}}, {"quantization_config": {}}, {"model_type": "gpt2"}, {"rms_norm_eps": "x"},
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, {"num_hidden_layers": True},
+    ):  # fmt: skip
+        assert stated(msgspec.json.encode({**usual, **change}).decode()) is None, change
+    assert stated("[" * 30_000) is None and stated("nothing") is None

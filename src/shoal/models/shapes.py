@@ -1,6 +1,7 @@
 """What serving needs to know of a model before any of it is loaded: its shape, and where its tensors lie.
 
-No torch of its own; the config is read by `transformers`' class for it, which loads torch.
+A config is read by `transformers`' class for it. That takes seconds to load, and torch: a config of the usual kind that
+says all that matters here, as most do, is read without (`stated`).
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 import msgspec
-from transformers import AutoConfig
+from msgspec import UNSET, Meta, UnsetType
 
 from shoal.models.configs import BadModel, bounded, refuse_code
 from shoal.models.headers import ITEM_BYTES, Header, read_header
@@ -23,6 +24,7 @@ from shoal.quantities import Ranges, joined
 
 LAYERS_MAX = 4096
 LAYERS_NAMES = ("num_hidden_layers", "n_layer", "num_layers")
+_Size = Annotated[int, Meta(ge=1, le=1 << 31)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +72,72 @@ class Shape:
     """Logits are drawn into (-cap, cap) by a hyperbolic tangent."""
 
 
+class _Rope(msgspec.Struct, forbid_unknown_fields=True):
+    rope_theta: float
+    rope_type: Literal["default"] = "default"
+
+
+class _Usual(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """A config of the usual kind, with nothing left out that matters here."""
+
+    model_type: Literal["llama", "mistral", "qwen2", "qwen3"]
+    num_hidden_layers: _Size
+    hidden_size: _Size
+    intermediate_size: _Size
+    vocab_size: _Size
+    num_attention_heads: _Size
+    num_key_value_heads: _Size
+    head_dim: _Size
+    max_position_embeddings: _Size
+    tie_word_embeddings: bool
+    hidden_act: str
+    rms_norm_eps: float
+    rope_parameters: _Rope | UnsetType = UNSET
+    rope_theta: float | UnsetType = UNSET
+    rope_scaling: None = None
+    attention_bias: bool = False
+    attention_dropout: float = 0.0
+    mlp_bias: bool = False
+    pretraining_tp: _Size = 1
+    sliding_window: _Size | None = None
+    use_sliding_window: bool = False
+    max_window_layers: int = 0
+    layer_types: list[str] | None = None
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+    dtype: str | None = None
+    torch_dtype: str | None = None
+    architectures: list[str] | None = None
+    transformers_version: str = ""
+
+
+def stated(config: str) -> Shape | None:
+    """The shape that a config of the usual kind states; None for any other. Raises BadModel for too many positions."""
+    try:
+        usual = msgspec.json.decode(config, type=_Usual)
+    except (msgspec.DecodeError, RecursionError):
+        return None
+    if usual.num_attention_heads % usual.num_key_value_heads or usual.hidden_size % usual.num_attention_heads:
+        return None
+    return Shape(
+        family=usual.model_type,
+        layers=usual.num_hidden_layers,
+        hidden=usual.hidden_size,
+        vocabulary=usual.vocab_size,
+        key_heads=usual.num_key_value_heads,
+        head_size=usual.head_dim,
+        positions=bounded(usual.max_position_embeddings),
+        tied=usual.tie_word_embeddings,
+    )
+
+
 def shape_of(config: str) -> Shape:
     """Raises BadModel for a family that cannot be served, or sizes that cannot be."""
+    if (shape := stated(config)) is not None and shape.layers <= LAYERS_MAX:
+        return shape
     parsed = parse_config(config)
     if parsed.model_type not in FAMILIES:
         raise BadModel(
@@ -119,6 +185,8 @@ def parse_config(config: str) -> Any:
     for name in LAYERS_NAMES:  # first: with each of them transformers takes time and memory
         if isinstance(fields.get(name), int) and not 1 <= fields[name] <= LAYERS_MAX:
             raise BadModel(f"The config says {name} {str(fields[name])[:20]}; from 1 to {LAYERS_MAX} can be.")
+    from transformers import AutoConfig
+
     try:
         return AutoConfig.for_model(model_type, **fields)
     except Exception as error:
