@@ -2,7 +2,7 @@
 
 Inside Shoal a quantity is a plain number whose name ends in its unit (`latency_ms`, `size_bytes`, `rate_bps`).
 This room turns text into such numbers and back; `Bucket` is a rate with a burst, `Ranges` are parts of
-a file. Money comes with the market.
+a file, `money` counts in whole millionths.
 """
 
 from shoal.quantities.buckets import Bucket

@@ -1,0 +1,166 @@
+"""Accounts and what they sign, beside the library that wallets are tested with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from eth_account import Account
+from eth_account.messages import encode_typed_data
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal.identity.accounts import (
+    ORDER,
+    AccountKey,
+    BadAccount,
+    BadAccountKey,
+    address_text,
+    create_account,
+    load_account,
+    parse_address,
+    signer_of,
+)
+from shoal.identity.typed_data import StructType
+from shoal.protocol.money import (
+    BadVoucher,
+    ChainLedger,
+    HouseLedger,
+    LedgerName,
+    SignedVoucher,
+    Voucher,
+    domain_of,
+    sign_voucher,
+)
+
+SECRETS = st.integers(1, ORDER - 1).map(lambda number: number.to_bytes(32))
+BYTES_32 = st.binary(min_size=32, max_size=32)
+ADDRESSES = st.binary(min_size=20, max_size=20)
+VOUCHERS = st.builds(
+    Voucher, escrow=BYTES_32, payee=ADDRESSES, amount_micro=st.integers(0, (1 << 63) - 1), work=BYTES_32
+)
+LEDGERS = st.one_of(
+    st.builds(HouseLedger, BYTES_32, st.just("USD")),
+    st.builds(ChainLedger, st.integers(1, (1 << 53) - 1), ADDRESSES, st.just("USDC")),
+)
+
+
+def as_wallets_sign(ledger: LedgerName, voucher: Voucher) -> Any:
+    """The same voucher as EIP-712 writes it in JSON."""
+    domain: dict[str, Any] = {"name": "Shoal", "version": "1"}
+    if isinstance(ledger, ChainLedger):
+        domain |= {"chainId": ledger.chain_id, "verifyingContract": address_text(ledger.contract)}
+    else:
+        domain |= {"salt": domain_of(ledger).salt}
+    kinds = {"escrow": "bytes32", "payee": "address", "amount": "uint256", "work": "bytes32"}
+    message = {
+        "escrow": voucher.escrow, "payee": address_text(voucher.payee), "amount": voucher.amount_micro,
+        "work": voucher.work,
+    }  # fmt: skip
+    return encode_typed_data(
+        domain, {"Voucher": [{"name": name, "type": kind} for name, kind in kinds.items()]}, message
+    )
+
+
+@given(SECRETS, LEDGERS, VOUCHERS)
+def test_a_voucher_is_signed_as_a_wallet_signs_it(secret: bytes, ledger: LedgerName, voucher: Voucher) -> None:
+    key, theirs = AccountKey(secret), Account.from_key(secret)
+    assert address_text(key.address) == theirs.address
+    message = as_wallets_sign(ledger, voucher)
+    signed = sign_voucher(key, ledger, voucher)
+    assert Account.recover_message(message, signature=signed.signature) == theirs.address
+    assert theirs.sign_message(message).signature == signed.signature
+    signed.check(ledger, key.address)
+    again = msgspec.msgpack.decode(msgspec.msgpack.encode(signed), type=SignedVoucher)
+    assert again == signed
+
+
+@given(SECRETS, LEDGERS, LEDGERS, VOUCHERS, st.integers(0, 64), st.integers(1, 255))
+def test_nothing_of_a_voucher_can_be_changed(
+    secret: bytes, ledger: LedgerName, other: LedgerName, voucher: Voucher, at: int, flip: int
+) -> None:
+    key = AccountKey(secret)
+    signed = sign_voucher(key, ledger, voucher)
+    changed = [
+        msgspec.structs.replace(voucher, amount_micro=voucher.amount_micro ^ 1),
+        msgspec.structs.replace(voucher, payee=bytes(one ^ flip for one in voucher.payee)),
+        msgspec.structs.replace(voucher, escrow=bytes(one ^ flip for one in voucher.escrow)),
+        msgspec.structs.replace(voucher, work=bytes(one ^ flip for one in voucher.work)),
+    ]
+    broken = bytearray(signed.signature)
+    broken[at] ^= flip
+    for one in (*(SignedVoucher(each, signed.signature) for each in changed), SignedVoucher(voucher, bytes(broken))):
+        with pytest.raises(BadVoucher, match="pays nothing"):
+            one.check(ledger, key.address)
+    if other != ledger:
+        with pytest.raises(BadVoucher):
+            signed.check(other, key.address)
+
+
+@given(SECRETS, BYTES_32)
+def test_a_signature_has_one_form(secret: bytes, digest: bytes) -> None:
+    key = AccountKey(secret)
+    signature = key.sign(digest)
+    assert signer_of(digest, signature) == key.address and key.sign(digest) == signature
+    mirrored = ORDER - int.from_bytes(signature[32:64])
+    other = signature[:32] + mirrored.to_bytes(32) + bytes((55 - signature[64],))
+    assert Account._recover_hash(digest, signature=other) == address_text(key.address), "the curve takes both"
+    assert signer_of(digest, other) is None
+
+
+@given(st.binary(max_size=80), BYTES_32)
+def test_what_is_no_signature_has_no_signer(signature: bytes, digest: bytes) -> None:
+    found = signer_of(digest, signature)
+    assert found is None or len(found) == 20
+
+
+@given(ADDRESSES)
+def test_addresses_are_written_with_a_checksum(address: bytes) -> None:
+    text = address_text(address)
+    assert parse_address(text) == address == parse_address(text.lower()) == parse_address("0x" + text[2:].upper())
+    letter = next((at for at in range(2, 42) if text[at].isalpha()), None)
+    wrong = None if letter is None else text[:letter] + text[letter].swapcase() + text[letter + 1 :]
+    if wrong is not None and wrong[2:] not in (wrong[2:].lower(), wrong[2:].upper()):
+        with pytest.raises(BadAccount, match="its checksum does not fit"):
+            parse_address(wrong)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "0x", "0x12", "12" * 21, "0x" + "g" * 40, "0x" + "1" * 41, "0x" + " 1" * 20, "0x" + "٣" * 40]
+)
+def test_what_is_no_address_is_refused(text: str) -> None:
+    with pytest.raises(BadAccount, match="is not the address of an account"):
+        parse_address(text)
+
+
+def test_a_key_file_is_read_again_and_never_replaced(tmp_path: Path) -> None:
+    place = tmp_path / "deep" / "account"
+    key = create_account(place)
+    assert place.stat().st_mode & 0o777 == 0o600 and load_account(place).address == key.address
+    assert key.secret.hex() not in repr(key)
+    with pytest.raises(BadAccountKey, match="it is left as it is"):
+        create_account(place)
+    assert load_account(place).address == key.address and list(place.parent.iterdir()) == [place]
+    place.chmod(0o644)
+    with pytest.raises(BadAccountKey, match="chmod 600"):
+        load_account(place)
+    for number, text in enumerate(("", "0x12", "00" * 32, "ff" * 32, f"{ORDER:064x}", "z" * 64, "1" * 1000)):
+        broken = tmp_path / str(number)
+        broken.write_text(text)
+        broken.chmod(0o600)
+        with pytest.raises(BadAccountKey, match="holds no secp256k1 key"):
+            load_account(broken)
+    with pytest.raises(BadAccountKey, match="cannot be read"):
+        load_account(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [("uint256", -1), ("uint256", 1 << 256), ("uint256", True), ("address", bytes(19)), ("bytes32", bytes(33)),
+     ("uint256", b""), ("bool", 1)],
+)  # fmt: skip
+def test_a_value_that_does_not_fit_its_field_is_not_signed(kind: str, value: int | bytes) -> None:
+    with pytest.raises(ValueError, match="what is no"):
+        StructType("X", ((kind, "what"),)).hash_of([value])
