@@ -16,7 +16,7 @@ from msgspec import Meta
 
 from shoal.errors import BadRecord
 from shoal.identity import Hash, NodeId, blake3_hash
-from shoal.identity.accounts import AccountKey, AccountSignature, Address, address_text, signer_of
+from shoal.identity.accounts import AccountKey, AccountSignature, Address, address_text, keccak_256, signer_of
 from shoal.identity.typed_data import Domain, StructType
 from shoal.quantities.money import AMOUNT_MAX
 
@@ -26,6 +26,23 @@ Currency = Annotated[str, Meta(pattern=r"\A[A-Z][A-Z0-9]{1,11}\Z")]
 VOUCHER = StructType(
     "Voucher", (("bytes32", "escrow"), ("address", "payee"), ("uint256", "amount"), ("bytes32", "work"))
 )
+PAYEE = StructType("Payee", (("address", "account"), ("uint256", "most")))
+ESCROW = StructType(
+    "Escrow",
+    (
+        ("address", "payer"), ("address", "signer"), ("uint256", "cap"), ("address", "auditor"), ("uint256", "amount"),
+        ("uint256", "fee"), ("uint256", "holdback"), ("uint256", "notice"), ("uint256", "audit"),
+        ("uint256", "expires"), ("bytes32", "payees"), ("bytes32", "quote"), ("bytes32", "nonce"),
+    ),
+)  # fmt: skip
+CLOSING = StructType("Closing", (("bytes32", "escrow"),))
+WITHHOLDING = StructType(
+    "Withholding", (("bytes32", "escrow"), ("address", "payee"), ("uint256", "amount"), ("bytes32", "evidence"))
+)
+PAYEES_MAX = 1024
+DAY_MS = 86_400_000
+NOTICE_MAX_MS, AUDIT_MAX_MS = 7 * DAY_MS, 30 * DAY_MS
+TIME_MAX_MS = (1 << 53) - 1
 DOMAIN_NAME, DOMAIN_VERSION = "Shoal", "1"
 
 
@@ -51,6 +68,57 @@ class ChainLedger(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="
 
 
 LedgerName = HouseLedger | ChainLedger
+
+
+PartsPerMillion = Annotated[int, Meta(ge=0, le=1_000_000)]
+
+
+class Payee(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    account: Address
+    most_micro: Amount
+    """It never gets more of the escrow, whatever a voucher says."""
+
+
+class EscrowTerms(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a payer sets aside, for whom, and what becomes of it; signed by the payer, and the only signature that money
+    leaves its account by."""
+
+    payer: Address
+    signer: Address
+    """May sign vouchers beside the payer: the key of a driver that works while the payer is away."""
+    cap_micro: Amount
+    """To which `signer` may go, of all payees together."""
+    auditor: Address
+    """May withhold from what is held back, and nothing else."""
+    amount_micro: Annotated[int, Meta(ge=1, le=AMOUNT_MAX)]
+    fee_ppm: PartsPerMillion
+    """Of what is paid, to the ledger."""
+    holdback_ppm: PartsPerMillion
+    """Of what is paid, held back until audits are over."""
+    notice_ms: Annotated[int, Meta(ge=0, le=NOTICE_MAX_MS)]
+    """From when the payer asks for the rest until it gets it: payees redeem their last vouchers meanwhile."""
+    audit_ms: Annotated[int, Meta(ge=0, le=AUDIT_MAX_MS)]
+    """From the end until what was held back is paid."""
+    expires_ms: Annotated[int, Meta(ge=0, le=TIME_MAX_MS)]
+    """It ends then at the latest."""
+    payees: Annotated[tuple[Payee, ...], Meta(min_length=1, max_length=PAYEES_MAX)]
+    quote: Hash
+    """The id of the quote that it is for."""
+    nonce: Hash
+    """Drawn anew for each escrow."""
+
+    def struct_hash(self) -> bytes:
+        payees = keccak_256(b"".join(PAYEE.hash_of((one.account, one.most_micro)) for one in self.payees))
+        return ESCROW.hash_of(
+            (
+                self.payer, self.signer, self.cap_micro, self.auditor, self.amount_micro, self.fee_ppm,
+                self.holdback_ppm, self.notice_ms, self.audit_ms, self.expires_ms, payees, self.quote, self.nonce,
+            )
+        )  # fmt: skip
+
+    def escrow_id(self, ledger: LedgerName) -> bytes:
+        """What is signed names the escrow."""
+        return domain_of(ledger).digest(self.struct_hash())
 
 
 @lru_cache(maxsize=256)
@@ -88,6 +156,29 @@ class SignedVoucher(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 f"A voucher for escrow {self.voucher.escrow.hex()[:12]} is not signed by {address_text(signer)} for "
                 "this ledger; it pays nothing."
             )
+
+
+class Closing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The payer asks for the rest of an escrow."""
+
+    escrow: Hash
+
+    def digest(self, ledger: LedgerName) -> bytes:
+        return domain_of(ledger).digest(CLOSING.hash_of((self.escrow,)))
+
+
+class Withholding(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The auditor withholds something of what was held back of a payee."""
+
+    escrow: Hash
+    payee: Address
+    amount_micro: Amount
+    evidence: Hash
+    """The id of the signed record that shows why."""
+
+    def digest(self, ledger: LedgerName) -> bytes:
+        values = (self.escrow, self.payee, self.amount_micro, self.evidence)
+        return domain_of(ledger).digest(WITHHOLDING.hash_of(values))
 
 
 def sign_voucher(key: AccountKey, ledger: LedgerName, voucher: Voucher) -> SignedVoucher:

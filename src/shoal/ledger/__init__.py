@@ -1,0 +1,9 @@
+"""The rules of money: what an escrow pays to whom, and when it ends. Pure: no IO, no clock.
+
+- `escrows`: one escrow from its opening to its end, as decisions that return what becomes of it and the moves of money.
+- `book.Book`: all accounts and escrows of one ledger in memory: what a journal on a disk, or a contract, must equal.
+
+Invariants: a move takes as much from one account as it gives to another, so that the sum of all is zero; no account but
+`issued` is ever below zero; a payee never gets more than its newest voucher says, nor a payer pay more than an escrow
+holds; every escrow ends, with or without its payer.
+"""

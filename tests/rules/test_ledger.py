@@ -1,0 +1,275 @@
+"""Money under any order of what is asked: nothing is made, nothing is lost, everything ends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from msgspec.structs import replace
+
+from shoal.errors import ShoalError
+from shoal.identity.accounts import AccountKey
+from shoal.ledger.book import Book, NotSigned, SameEscrow, UnknownEscrow
+from shoal.ledger.escrows import BadTerms, EscrowOver, NotYours, OldVoucher, State, TooMuchPromised
+from shoal.ledger.moves import FEES, ISSUED, MoneyRefused, Move, TooLittleMoney, account, escrowed, held, moved
+from shoal.protocol.money import (
+    Closing,
+    EscrowTerms,
+    HouseLedger,
+    Payee,
+    SignedVoucher,
+    Voucher,
+    Withholding,
+    sign_voucher,
+)
+from shoal.quantities.money import AMOUNT_MAX
+
+LEDGER = HouseLedger(bytes(32), "USD")
+OTHER = HouseLedger(bytes(31) + b"\1", "USD")
+CLIENT, RIVAL, DRIVER, AUDITOR, *NODES = (AccountKey(bytes([number] * 32)) for number in range(1, 8))
+WORK = bytes(32)
+
+
+def terms(**changed: Any) -> EscrowTerms:
+    usual: dict[str, Any] = {
+        "payer": CLIENT.address, "signer": DRIVER.address, "cap_micro": 1000, "auditor": AUDITOR.address,
+        "amount_micro": 1000, "fee_ppm": 20_000, "holdback_ppm": 100_000, "notice_ms": 100, "audit_ms": 500,
+        "expires_ms": 10_000, "payees": tuple(Payee(node.address, 800) for node in NODES[:2]), "quote": bytes(32),
+        "nonce": bytes(32),
+    }  # fmt: skip
+    return EscrowTerms(**{**usual, **changed})
+
+
+def a_book(money: int = 5000) -> Book:
+    book = Book(LEDGER)
+    book.deposit(CLIENT.address, money)
+    return book
+
+
+def opened(book: Book, wanted: EscrowTerms) -> bytes:
+    name = wanted.escrow_id(book.ledger)
+    book.open(wanted, CLIENT.sign(name))
+    return name
+
+
+def voucher(escrow: bytes, node: AccountKey, amount: int, key: AccountKey = CLIENT) -> SignedVoucher:
+    return sign_voucher(key, LEDGER, Voucher(escrow=escrow, payee=node.address, amount_micro=amount, work=WORK))
+
+
+def has(book: Book, key: AccountKey) -> int:
+    return book.balances.get(account(key.address), 0)
+
+
+def test_an_escrow_from_its_opening_to_its_end() -> None:
+    book = a_book()
+    escrow = opened(book, terms())
+    assert (has(book, CLIENT), book.balances[escrowed(escrow)]) == (4000, 1000)
+    book.redeem(voucher(escrow, NODES[0], 300, DRIVER))
+    assert has(book, NODES[0]) == 300 - 30 - 5 and book.balances[held(escrow, NODES[0].address)] == 30
+    book.redeem(voucher(escrow, NODES[0], 500))
+    book.redeem(voucher(escrow, NODES[1], 400))
+    order = Withholding(escrow=escrow, payee=NODES[0].address, amount_micro=20, evidence=WORK)
+    book.withhold(order, AUDITOR.sign(order.digest(LEDGER)))
+    assert has(book, CLIENT) == 4020
+    wish = Closing(escrow)
+    assert book.close(wish, CLIENT.sign(wish.digest(LEDGER))) == (), "the payees have notice"
+    book.at(99)
+    book.redeem(voucher(escrow, NODES[1], 450))
+    book.at(100)
+    assert has(book, CLIENT) == 4070 and book.balances[escrowed(escrow)] == 0
+    with pytest.raises(EscrowOver, match="what was not redeemed goes back to the payer"):
+        book.redeem(voucher(escrow, NODES[1], 460))
+    assert book.at(599) == () and len(book.at(600)) == 2 and book.at(10**9) == ()
+    assert has(book, NODES[0]) == 450 - 9 + 30 and has(book, NODES[1]) == 405 - 8 + 45
+    assert book.balances[FEES] == 17 and sum(book.balances.values()) == 0
+    assert book.escrows[escrow].state is State.SETTLED
+
+
+def test_who_may_not_moves_nothing() -> None:
+    book = a_book()
+    escrow = opened(book, terms(cap_micro=500))
+    book.redeem(voucher(escrow, NODES[0], 300, DRIVER))
+    before = dict(book.balances)
+    good = voucher(escrow, NODES[1], 200)
+    elsewhere = sign_voucher(CLIENT, OTHER, good.voucher)
+    for signed, error, part in (
+        (voucher(escrow, NODES[0], 300), OldVoucher, "0.0003 of Escrow"),
+        (voucher(escrow, NODES[0], 299), OldVoucher, "redeemed already"),
+        (voucher(escrow, NODES[0], 801), TooMuchPromised, "0.0008 its payee may get"),
+        (voucher(escrow, NODES[1], 701), TooMuchPromised, "0.0007 is left of it"),
+        (voucher(escrow, NODES[1], 201, DRIVER), TooMuchPromised, "0.0002 its signer may still promise"),
+        (voucher(escrow, NODES[1], 10, RIVAL), NotYours, "who may not"),
+        (voucher(escrow, NODES[1], 10, NODES[1]), NotYours, "who may not"),
+        (voucher(escrow, NODES[2], 10), NotYours, "is no payee"),
+        (voucher(WORK, NODES[1], 10), UnknownEscrow, "no escrow 000000000000"),
+        (elsewhere, NotYours, "who may not"),
+        (SignedVoucher(good.voucher, bytes(65)), NotSigned, "carries no signature"),
+        (SignedVoucher(replace(good.voucher, amount_micro=700), good.signature), NotYours, "who may not"),
+    ):
+        with pytest.raises(error, match=part):
+            book.redeem(signed)
+    order = Withholding(escrow=escrow, payee=NODES[0].address, amount_micro=10, evidence=WORK)
+    with pytest.raises(NotSigned):
+        book.withhold(order, CLIENT.sign(order.digest(LEDGER)))
+    for amount in (0, 31):
+        order = replace(order, amount_micro=amount)
+        with pytest.raises(TooMuchPromised, match=r"0.00003 of Escrow .* are held back"):
+            book.withhold(order, AUDITOR.sign(order.digest(LEDGER)))
+    with pytest.raises(NotSigned):
+        book.close(Closing(escrow), DRIVER.sign(Closing(escrow).digest(LEDGER)))
+    with pytest.raises(SameEscrow, match="draw another nonce"):
+        opened(book, terms(cap_micro=500))
+    assert book.balances == before
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "part"),
+    [
+        ({"expires_ms": 0}, BadTerms, "expires 0 ms ago"),
+        ({"payees": (Payee(bytes(20), 1), Payee(bytes(20), 2))}, BadTerms, "a payee twice"),
+        ({"cap_micro": 1001}, BadTerms, "0.001001, which is more than is in it"),
+        ({"amount_micro": 5001}, TooLittleMoney, "has 0.005, 0.000001 less than"),
+    ],
+)
+def test_terms_that_cannot_be_are_refused(changed: dict[str, Any], error: type[ShoalError], part: str) -> None:
+    book = a_book()
+    with pytest.raises(error, match=part):
+        opened(book, terms(**changed))
+    assert book.balances == a_book().balances and not book.escrows
+    signed = CLIENT.sign(terms().escrow_id(LEDGER))
+    with pytest.raises(NotSigned, match="does not carry its signature"):
+        book.open(terms(amount_micro=999), signed)
+
+
+@given(st.dictionaries(st.sampled_from("abc"), st.integers(0, AMOUNT_MAX)), st.lists(st.builds(
+    Move, st.sampled_from(["a", "b", "c", ISSUED]), st.sampled_from(["a", "b", "c"]), st.integers(-5, AMOUNT_MAX)
+), max_size=6))  # fmt: skip
+def test_moves_keep_the_sum_or_are_refused(balances: dict[str, int], moves: list[Move]) -> None:
+    try:
+        after = {**balances, **moved(balances, moves)}
+    except MoneyRefused:
+        return
+    assert sum(after.values()) == sum(balances.values())
+    assert all(0 <= balance <= AMOUNT_MAX for name, balance in after.items() if name != ISSUED)
+
+
+class Ledger(RuleBasedStateMachine):
+    """Clients, drivers and nodes ask for whatever comes to mind, in any order and at any time."""
+
+    @initialize(money=st.integers(0, 3000))
+    def begin(self, money: int) -> None:
+        self.book = Book(LEDGER)
+        self.names: list[bytes] = []
+        self.paid_in = money
+        if money:
+            self.book.deposit(CLIENT.address, money)
+
+    def attempt(self, what: Any) -> None:
+        """Either all of it happens, or nothing."""
+        balances, escrows = dict(self.book.balances), dict(self.book.escrows)
+        try:
+            what()
+        except ShoalError as error:
+            assert error.sentence and error.code != "SH-000"
+            assert (self.book.balances, self.book.escrows) == (balances, escrows)
+
+    @rule(
+        amount=st.integers(1, 1500), cap=st.integers(0, 1500), fee=st.integers(0, 10**6), hold=st.integers(0, 10**6),
+        notice=st.integers(0, 200), audit=st.integers(0, 200), lasts=st.integers(-5, 400), nonce=st.integers(0, 5),
+        most=st.integers(0, 1500), key=st.sampled_from([CLIENT, CLIENT, CLIENT, RIVAL]),
+    )  # fmt: skip
+    def open(
+        self, amount: int, cap: int, fee: int, hold: int, notice: int, audit: int, lasts: int, nonce: int, most: int,
+        key: AccountKey,
+    ) -> None:  # fmt: skip
+        wanted = terms(
+            amount_micro=amount, cap_micro=cap, fee_ppm=fee, holdback_ppm=hold, notice_ms=notice, audit_ms=audit,
+            expires_ms=max(0, self.book.now_ms + lasts), nonce=bytes([nonce] * 32),
+            payees=(Payee(NODES[0].address, most), Payee(NODES[1].address, AMOUNT_MAX)),
+        )  # fmt: skip
+        name = wanted.escrow_id(LEDGER)
+        self.names.append(name)
+        self.attempt(lambda: self.book.open(wanted, key.sign(name)))
+
+    @rule(
+        at=st.integers(0, 20), node=st.sampled_from(NODES), amount=st.integers(0, 1600),
+        key=st.sampled_from([CLIENT, DRIVER, DRIVER, RIVAL]),
+    )  # fmt: skip
+    def redeem(self, at: int, node: AccountKey, amount: int, key: AccountKey) -> None:
+        if self.names:
+            self.attempt(lambda: self.book.redeem(voucher(self.names[at % len(self.names)], node, amount, key)))
+
+    @rule(at=st.integers(0, 20), key=st.sampled_from([CLIENT, CLIENT, DRIVER]))
+    def close(self, at: int, key: AccountKey) -> None:
+        if self.names:
+            wish = Closing(self.names[at % len(self.names)])
+            self.attempt(lambda: self.book.close(wish, key.sign(wish.digest(LEDGER))))
+
+    @rule(
+        at=st.integers(0, 20), node=st.sampled_from(NODES), amount=st.integers(0, 300),
+        key=st.sampled_from([AUDITOR, AUDITOR, CLIENT]),
+    )  # fmt: skip
+    def withhold(self, at: int, node: AccountKey, amount: int, key: AccountKey) -> None:
+        if self.names:
+            order = Withholding(
+                escrow=self.names[at % len(self.names)], payee=node.address, amount_micro=amount, evidence=WORK
+            )
+            self.attempt(lambda: self.book.withhold(order, key.sign(order.digest(LEDGER))))
+
+    @rule(step=st.integers(-300, 300))
+    def clock(self, step: int) -> None:
+        before = self.book.now_ms
+        self.book.at(before + step)
+        assert self.book.now_ms >= before, "a clock that goes back changes nothing"
+
+    @invariant()
+    def nothing_is_made_or_lost(self) -> None:
+        if not hasattr(self, "book"):
+            return
+        assert sum(self.book.balances.values()) == 0 and self.book.balances.get(ISSUED, 0) == -self.paid_in
+        assert all(balance >= 0 for name, balance in self.book.balances.items() if name != ISSUED)
+        for name, escrow in self.book.escrows.items():
+            rest = self.book.balances.get(escrowed(name), 0)
+            assert rest == (escrow.terms.amount_micro - escrow.redeemed_micro) * (escrow.state is State.OPEN)
+            for payee, paid in escrow.paid.items():
+                waiting = self.book.balances.get(held(name, payee), 0)
+                assert waiting == paid.waiting_micro * (escrow.state is not State.SETTLED)
+
+    def teardown(self) -> None:
+        """However it went, the time alone ends all of it, and all money is with somebody."""
+        if not hasattr(self, "book"):
+            return
+        self.book.at(self.book.now_ms + 10**6)
+        assert all(escrow.state is State.SETTLED for escrow in self.book.escrows.values())
+        owners = {account(key.address) for key in (CLIENT, *NODES)} | {FEES}
+        assert sum(self.book.balances.get(name, 0) for name in owners) == self.paid_in
+        cost = sum(
+            paid.redeemed_micro - paid.withheld_micro
+            for one in self.book.escrows.values()
+            for paid in one.paid.values()
+        )
+        assert has(self.book, CLIENT) == self.paid_in - cost
+
+
+TestLedger = Ledger.TestCase
+TestLedger.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+@given(st.lists(st.integers(1, 1000), min_size=1, max_size=8), st.integers(0, 10**6), st.integers(0, 10**6))
+def test_what_is_taken_does_not_depend_on_how_often_one_redeems(steps: list[int], fee: int, hold: int) -> None:
+    whole = sum(steps)
+    ends = []
+    for amounts in ([sum(steps[: at + 1]) for at in range(len(steps))], [whole]):
+        book = a_book(10_000)
+        escrow = opened(book, terms(amount_micro=whole, cap_micro=0, fee_ppm=fee, holdback_ppm=hold,
+                                    payees=(Payee(NODES[0].address, whole),)))  # fmt: skip
+        for amount in amounts:
+            book.redeem(voucher(escrow, NODES[0], amount))
+        book.at(10**6)
+        ends.append(book.balances)
+    assert {name: balance for name, balance in ends[0].items() if balance} == {
+        name: balance for name, balance in ends[1].items() if balance
+    }
