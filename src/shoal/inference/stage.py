@@ -89,7 +89,9 @@ class StageEngine:
         """Those of them that are over, and kept while their memory is not needed: the oldest first."""
         self.weights_bytes = sum(weight.numel() * weight.element_size() for weight in module.parameters())
         forms = Forms()
-        for maps in linear_maps(module):
+        groups = linear_maps(module)
+        while groups:  # one after another: weights in another order are a copy, and there may be no room for two of all
+            maps = groups.pop()
             for one, linear in zip(maps, forms.linears([(one.weight, one.bias) for one in maps]), strict=True):
                 setattr(one.parent, one.name, linear)
         for parent, name, weight, epsilon in rms_norms(module):
