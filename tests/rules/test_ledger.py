@@ -13,7 +13,9 @@ from msgspec.structs import replace
 from shoal.errors import ShoalError
 from shoal.identity.accounts import AccountKey
 from shoal.ledger.book import Book, NotSigned, SameEscrow, UnknownEscrow
-from shoal.ledger.escrows import BadTerms, EscrowOver, NotYours, OldVoucher, State, TooMuchPromised
+from shoal.ledger.commands import Close, Command, Deposit, Open, Pass, Redeem, Withhold
+from shoal.ledger.escrows import BadTerms, Escrow, EscrowOver, NotYours, OldVoucher, State, TooMuchPromised
+from shoal.ledger.journal import BEGINNING, BadJournal, Line, line, verified
 from shoal.ledger.moves import FEES, ISSUED, MoneyRefused, Move, TooLittleMoney, account, escrowed, held, moved
 from shoal.protocol.money import (
     Closing,
@@ -43,14 +45,59 @@ def terms(**changed: Any) -> EscrowTerms:
     return EscrowTerms(**{**usual, **changed})
 
 
-def a_book(money: int = 5000) -> Book:
-    book = Book(LEDGER)
+class Desk:
+    """A book with its journal, and the requests that come to it."""
+
+    def __init__(self) -> None:
+        self.book = Book(LEDGER)
+        self.lines: list[Line] = []
+
+    @property
+    def balances(self) -> dict[str, int]:
+        return self.book.balances
+
+    @property
+    def escrows(self) -> dict[bytes, Escrow]:
+        return self.book.escrows
+
+    def do(self, command: Command) -> tuple[Move, ...]:
+        moves = self.book.apply(command)
+        previous = self.lines[-1].hash if self.lines else BEGINNING
+        self.lines.append(line(len(self.lines) + 1, self.book.now_ms, command, moves, previous))
+        return moves
+
+    def at(self, now_ms: int) -> tuple[Move, ...]:
+        self.book.at(now_ms)
+        moves: tuple[Move, ...] = ()
+        while due := self.book.due():
+            for name in due:
+                moves += self.do(Pass(name))
+        return moves
+
+    def deposit(self, address: bytes, amount: int) -> None:
+        self.do(Deposit(address, amount, "mint"))
+
+    def open(self, terms: EscrowTerms, signature: bytes) -> None:
+        self.do(Open(terms, signature))
+
+    def redeem(self, signed: SignedVoucher) -> None:
+        self.do(Redeem(signed))
+
+    def close(self, wish: Closing, signature: bytes) -> tuple[Move, ...]:
+        return self.do(Close(wish, signature))
+
+    def withhold(self, order: Withholding, signature: bytes) -> None:
+        self.do(Withhold(order, signature))
+
+
+def a_book(money: int = 5000) -> Desk:
+    book = Desk()
     book.deposit(CLIENT.address, money)
     return book
 
 
-def opened(book: Book, wanted: EscrowTerms) -> bytes:
-    name = wanted.escrow_id(book.ledger)
+def opened(book: Desk, wanted: EscrowTerms) -> bytes:
+    name = wanted.escrow_id(book.book.ledger)
     book.open(wanted, CLIENT.sign(name))
     return name
 
@@ -59,7 +106,7 @@ def voucher(escrow: bytes, node: AccountKey, amount: int, key: AccountKey = CLIE
     return sign_voucher(key, LEDGER, Voucher(escrow=escrow, payee=node.address, amount_micro=amount, work=WORK))
 
 
-def has(book: Book, key: AccountKey) -> int:
+def has(book: Desk, key: AccountKey) -> int:
     return book.balances.get(account(key.address), 0)
 
 
@@ -161,7 +208,7 @@ class Ledger(RuleBasedStateMachine):
 
     @initialize(money=st.integers(0, 3000))
     def begin(self, money: int) -> None:
-        self.book = Book(LEDGER)
+        self.book = Desk()
         self.names: list[bytes] = []
         self.paid_in = money
         if money:
@@ -187,7 +234,7 @@ class Ledger(RuleBasedStateMachine):
     ) -> None:  # fmt: skip
         wanted = terms(
             amount_micro=amount, cap_micro=cap, fee_ppm=fee, holdback_ppm=hold, notice_ms=notice, audit_ms=audit,
-            expires_ms=max(0, self.book.now_ms + lasts), nonce=bytes([nonce] * 32),
+            expires_ms=max(0, self.book.book.now_ms + lasts), nonce=bytes([nonce] * 32),
             payees=(Payee(NODES[0].address, most), Payee(NODES[1].address, AMOUNT_MAX)),
         )  # fmt: skip
         name = wanted.escrow_id(LEDGER)
@@ -221,9 +268,9 @@ class Ledger(RuleBasedStateMachine):
 
     @rule(step=st.integers(-300, 300))
     def clock(self, step: int) -> None:
-        before = self.book.now_ms
+        before = self.book.book.now_ms
         self.book.at(before + step)
-        assert self.book.now_ms >= before, "a clock that goes back changes nothing"
+        assert self.book.book.now_ms >= before, "a clock that goes back changes nothing"
 
     @invariant()
     def nothing_is_made_or_lost(self) -> None:
@@ -242,7 +289,7 @@ class Ledger(RuleBasedStateMachine):
         """However it went, the time alone ends all of it, and all money is with somebody."""
         if not hasattr(self, "book"):
             return
-        self.book.at(self.book.now_ms + 10**6)
+        self.book.at(self.book.book.now_ms + 10**6)
         assert all(escrow.state is State.SETTLED for escrow in self.book.escrows.values())
         owners = {account(key.address) for key in (CLIENT, *NODES)} | {FEES}
         assert sum(self.book.balances.get(name, 0) for name in owners) == self.paid_in
@@ -252,6 +299,54 @@ class Ledger(RuleBasedStateMachine):
             for paid in one.paid.values()
         )
         assert has(self.book, CLIENT) == self.paid_in - cost
+        again = verified(self.book.lines, LEDGER)
+        assert (again.balances, again.escrows) == (self.book.balances, self.book.escrows)
+
+
+def a_journal() -> list[Line]:
+    book = a_book()
+    escrow = opened(book, terms())
+    book.redeem(voucher(escrow, NODES[0], 300, DRIVER))
+    book.redeem(voucher(escrow, NODES[1], 200))
+    book.at(10_000)
+    book.at(10_500)
+    assert verified(book.lines, LEDGER).balances == book.balances and len(book.lines) == 6
+    return book.lines
+
+
+def resealed(lines: list[Line]) -> list[Line]:
+    """As an operator would make the hashes fit again."""
+    made: list[Line] = []
+    for number, one in enumerate(lines, start=1):
+        made.append(line(number, one.at_ms, one.command, one.moves, made[-1].hash if made else BEGINNING))
+    return made
+
+
+def test_a_journal_shows_what_an_operator_changed() -> None:
+    lines = a_journal()
+    voucher_line = lines[2]
+    assert isinstance(voucher_line.command, Redeem)
+    signed = voucher_line.command.signed
+    more = Redeem(SignedVoucher(replace(signed.voucher, amount_micro=400), signed.signature))
+    mine = Move(lines[1].moves[0].source, account(RIVAL.address), 1)
+    for changed, part in (
+        (lines[:2] + lines[3:], "Line 3 of the journal does not follow"),
+        ([*lines[:2], replace(voucher_line, at_ms=5), *lines[3:]], "Line 3 of the journal has another hash"),
+        (resealed([*lines[:2], replace(voucher_line, command=more), *lines[3:]]), "Line 3 .* who may not"),
+        (
+            resealed([*lines[:2], replace(voucher_line, moves=(*voucher_line.moves, mine)), *lines[3:]]),
+            "moves something",
+        ),
+        (resealed([*lines, voucher_line]), "Line 7 of the journal is 10500 ms before"),
+        (resealed([*lines[:3], lines[2], *lines[3:]]), "Line 4 .* redeemed already"),
+        (resealed([lines[1], *lines[2:]]), "Line 1 .* less than is to leave it"),
+        (resealed([replace(lines[0], command=Pass(bytes(32)), moves=())]), "no escrow"),
+    ):
+        with pytest.raises(BadJournal, match=part):
+            verified(changed, LEDGER)
+    with pytest.raises(BadJournal, match="Line 2"):
+        verified(lines, OTHER)
+    assert verified(lines[:4], LEDGER).balances, "what is cut off is not seen: the last hash is signed for that"
 
 
 TestLedger = Ledger.TestCase

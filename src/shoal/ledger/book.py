@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 
 from shoal.errors import BadRecord
 from shoal.identity.accounts import address_text, signer_of
-from shoal.ledger.escrows import Escrow, State, closing, opened, passed, redeemed, withheld
+from shoal.ledger.commands import Close, Command, Deposit, Open, Pass, Redeem, Withhold
+from shoal.ledger.escrows import Escrow, closing, opened, passed, redeemed, withheld
 from shoal.ledger.moves import ISSUED, MoneyRefused, Move, account, moved, moves_of
-from shoal.protocol.money import Closing, EscrowTerms, LedgerName, SignedVoucher, Withholding
+from shoal.protocol.money import EscrowTerms, LedgerName, SignedVoucher, Withholding
 
 
 class NotSigned(BadRecord):
@@ -39,56 +40,50 @@ class Book:
     now_ms: int = 0
     """It never goes back, whatever the clock does."""
 
-    def at(self, now_ms: int) -> tuple[Move, ...]:
-        """What the time brings: call it before anything else, and again and again."""
+    def at(self, now_ms: int) -> None:
         self.now_ms = max(self.now_ms, now_ms)
-        done: tuple[Move, ...] = ()
-        for name, escrow in self.escrows.items():
-            if escrow.state is not State.SETTLED:
-                after, moves = passed(escrow, self.now_ms)
-                self._move(moves)
-                self.escrows[name] = after
-                done += moves
-        return done
 
-    def deposit(self, address: bytes, amount_micro: int) -> tuple[Move, ...]:
-        """By the operator, who has got as much outside of the ledger."""
-        return self._move(moves_of((ISSUED, account(address), amount_micro)))
+    def due(self) -> list[bytes]:
+        """Escrows that the time brings something for: a `Pass` for each of them is to follow."""
+        return [name for name, one in self.escrows.items() if one.due_ms is not None and one.due_ms <= self.now_ms]
 
-    def open(self, terms: EscrowTerms, signature: bytes) -> tuple[Move, ...]:
-        """Raises NotSigned, BadTerms, SameEscrow, TooLittleMoney."""
+    def apply(self, command: Command) -> tuple[Move, ...]:
+        """The money that moves. Raises NotSigned, UnknownEscrow, and what the rules of an escrow do."""
+        match command:
+            case Deposit():
+                return self._move(moves_of((ISSUED, account(command.account), command.amount_micro)))
+            case Open():
+                return self._open(command.terms, command.signature)
+            case Redeem():
+                return self._redeem(command.signed)
+            case Close():
+                escrow = self._escrow(command.wish.escrow)
+                _check_signer(command.wish.digest(self.ledger), command.signature, escrow.terms.payer)
+                return self._become(*passed(closing(escrow, self.now_ms), self.now_ms))
+            case Withhold():
+                return self._withhold(command.order, command.signature)
+            case Pass():
+                return self._become(*passed(self._escrow(command.escrow), self.now_ms))
+
+    def _open(self, terms: EscrowTerms, signature: bytes) -> tuple[Move, ...]:
         name = terms.escrow_id(self.ledger)
         _check_signer(name, signature, terms.payer)
         if name in self.escrows:
             raise SameEscrow(f"{self.escrows[name].name} was opened already; draw another nonce for another one.")
-        escrow, moves = opened(terms, self.ledger, self.now_ms)
-        self._move(moves)
-        self.escrows[name] = escrow
-        return moves
+        return self._become(*opened(terms, self.ledger, self.now_ms))
 
-    def redeem(self, signed: SignedVoucher) -> tuple[Move, ...]:
-        """By whoever has it; what it pays goes to its payee. Raises NotSigned, UnknownEscrow, and as
-        `escrows.redeemed`."""
+    def _redeem(self, signed: SignedVoucher) -> tuple[Move, ...]:
+        """By whoever has it; what it pays goes to its payee."""
         signer = signer_of(signed.voucher.digest(self.ledger), signed.signature)
         if signer is None:
             raise NotSigned("A voucher carries no signature of an account.")
-        escrow = self._escrow(signed.voucher.escrow)
-        after, moves = redeemed(escrow, signed.voucher, signer, self.now_ms)
-        return self._become(after, moves)
+        return self._become(*redeemed(self._escrow(signed.voucher.escrow), signed.voucher, signer, self.now_ms))
 
-    def close(self, wish: Closing, signature: bytes) -> tuple[Move, ...]:
-        """Raises NotSigned, UnknownEscrow, EscrowOver."""
-        escrow = self._escrow(wish.escrow)
-        _check_signer(wish.digest(self.ledger), signature, escrow.terms.payer)
-        self.escrows[wish.escrow] = closing(escrow, self.now_ms)
-        return self.at(self.now_ms)
-
-    def withhold(self, order: Withholding, signature: bytes) -> tuple[Move, ...]:
-        """Raises NotSigned, UnknownEscrow, and as `escrows.withheld`."""
+    def _withhold(self, order: Withholding, signature: bytes) -> tuple[Move, ...]:
         escrow = self._escrow(order.escrow)
-        _check_signer(order.digest(self.ledger), signature, escrow.terms.auditor)
-        after, moves = withheld(escrow, order.payee, order.amount_micro, escrow.terms.auditor, self.now_ms)
-        return self._become(after, moves)
+        auditor = escrow.terms.auditor
+        _check_signer(order.digest(self.ledger), signature, auditor)
+        return self._become(*withheld(escrow, order.payee, order.amount_micro, auditor, self.now_ms))
 
     def _escrow(self, name: bytes) -> Escrow:
         if name not in self.escrows:

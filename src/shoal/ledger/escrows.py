@@ -92,6 +92,13 @@ class Escrow:
         return sum(one.redeemed_micro for one in self.paid.values())
 
     @property
+    def due_ms(self) -> int | None:
+        """When the time brings something for it; None when it has brought all."""
+        if self.state is State.SETTLED:
+            return None
+        return self.ends_ms if self.state is State.OPEN else self.ends_ms + self.terms.audit_ms
+
+    @property
     def name(self) -> str:
         return f"Escrow {self.escrow_id.hex()[:12]}"
 

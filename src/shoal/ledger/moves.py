@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+
+import msgspec
 
 from shoal.errors import BadInput
 from shoal.identity.accounts import address_text
@@ -26,8 +27,7 @@ class TooLittleMoney(MoneyRefused):
     code = "SH-191"
 
 
-@dataclass(frozen=True)
-class Move:
+class Move(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`amount_micro` > 0 from one account to another."""
 
     source: str

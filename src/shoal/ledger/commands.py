@@ -1,0 +1,53 @@
+"""What a ledger can be asked to do; whoever signs what is said in `protocol.money`."""
+
+from __future__ import annotations
+
+from typing import Annotated, TypeAlias
+
+import msgspec
+from msgspec import Meta
+
+from shoal.identity import Hash
+from shoal.identity.accounts import AccountSignature, Address
+from shoal.protocol.money import Amount, Closing, EscrowTerms, SignedVoucher, Withholding
+
+
+class _Command(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="do", tag=str.lower):
+    pass
+
+
+class Deposit(_Command, frozen=True):
+    """By the operator, who has got as much outside of the ledger."""
+
+    account: Address
+    amount_micro: Amount
+    reference: Annotated[str, Meta(max_length=128)]
+    """Where it came from: the number of a payment, or of a development mint."""
+
+
+class Open(_Command, frozen=True):
+    terms: EscrowTerms
+    signature: AccountSignature
+
+
+class Redeem(_Command, frozen=True):
+    signed: SignedVoucher
+
+
+class Close(_Command, frozen=True):
+    wish: Closing
+    signature: AccountSignature
+
+
+class Withhold(_Command, frozen=True):
+    order: Withholding
+    signature: AccountSignature
+
+
+class Pass(_Command, frozen=True):
+    """See what the time has brought for an escrow: nobody signs that."""
+
+    escrow: Hash
+
+
+Command: TypeAlias = Deposit | Open | Redeem | Close | Withhold | Pass
