@@ -7,10 +7,9 @@ from typing import Any
 
 import msgspec
 import pytest
-from eth_account import Account
-from eth_account.messages import encode_typed_data
 from hypothesis import given
 from hypothesis import strategies as st
+from wallet import Account, encode_typed_data
 
 from shoal.identity.accounts import (
     ORDER,
