@@ -1,0 +1,170 @@
+"""Ledgers in databases: each is the book in memory, line by line, also after kill -9; on SQLite, and on PostgreSQL
+where that is installed."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from ledger_requests import CLIENT, LEDGER, NODES, a_voucher, an_escrow
+from postgres import PROGRAMS, postgres
+
+from shoal.errors import ShoalError
+from shoal.ledger.book import Book
+from shoal.ledger.commands import Close, Command, Deposit, Pass, Redeem
+from shoal.ledger.escrows import EscrowOver, OldVoucher
+from shoal.ledger.journal import verified
+from shoal.ledger.moves import FEES, account
+from shoal.protocol.money import Closing, HouseLedger
+from shoal.storage.ledgers import LedgerFailed, SqlLedger
+from shoal.world import HeldClock
+
+TABLES = ("ledger_about", "ledger_accounts", "ledger_escrows", "ledger_journal")
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with postgres() as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.skipif(
+    not PROGRAMS, reason="PostgreSQL is not installed"))])  # fmt: skip
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path | str]:
+    """An empty database."""
+    if request.param == "sqlite":
+        yield tmp_path / "ledger.sqlite"
+        return
+    url = request.getfixturevalue("server")
+    yield url
+    engine = sa.create_engine(url)
+    with engine.begin() as connection:
+        for table in TABLES:
+            connection.execute(sa.text(f"DROP TABLE IF EXISTS {table}"))
+    engine.dispose()
+
+
+class Wall(HeldClock):
+    """A clock on the wall, which may be turned back."""
+
+    def __init__(self, now_ms: int) -> None:
+        super().__init__()
+        self.wall_ms = now_ms
+
+    def now_ms(self) -> int:
+        return self.wall_ms
+
+
+def commands(dice: random.Random) -> Iterator[Command]:
+    """Whatever comes to mind, some of it nonsense."""
+    names: list[bytes] = []
+    yield Deposit(CLIENT.address, 20_000, "mint")
+    for number in range(400):
+        what = dice.random()
+        if what < 0.1 or not names:
+            command, name = an_escrow(
+                amount_micro=dice.randrange(1, 3000), nonce=number % 7, expires_ms=dice.randrange(1, 30_000)
+            )
+            names.append(name)
+            yield command
+        elif what < 0.8:
+            yield Redeem(a_voucher(dice.choice(names), dice.choice(NODES), dice.randrange(0, 900)))
+        elif what < 0.85:
+            wish = Closing(dice.choice(names))
+            yield Close(wish, CLIENT.sign(wish.digest(LEDGER)))
+        else:
+            yield Pass(dice.choice(names))
+
+
+def passed(book: Book) -> None:
+    for name in sorted(book.due(), key=lambda one: book.escrows[one].due_ms or 0):
+        book.apply(Pass(name))
+
+
+@pytest.mark.parametrize("together", [1, 17])
+def test_a_database_is_the_book_in_memory(place: Path | str, together: int) -> None:
+    clock, dice = Wall(1000), random.Random(together)
+    book, ledger = Book(LEDGER), SqlLedger.open(place, LEDGER, clock)
+    waiting: list[Command] = []
+    refused = 0
+    for command in [*commands(dice), *[Pass(bytes(32))] * together]:
+        waiting.append(command)
+        if len(waiting) < together:
+            continue
+        clock.wall_ms = max(0, clock.wall_ms + dice.randrange(-300, 600))
+        book.at(clock.now_ms())
+        passed(book)
+        for one, outcome in zip(waiting, ledger.apply_all(waiting), strict=True):
+            try:
+                moves = book.apply(one)
+            except ShoalError as error:
+                refused += 1
+                assert isinstance(outcome, ShoalError) and outcome.sentence == error.sentence
+            else:
+                assert outcome == moves
+        waiting.clear()
+    assert refused > 50 and ledger.balances() == {name: one for name, one in book.balances.items() if one}
+    assert verified(ledger.lines(), LEDGER).balances == book.balances
+    ledger.close()
+    again = SqlLedger.open(place, LEDGER, clock)
+    assert verified(again.lines(), LEDGER).escrows == book.escrows and sum(again.balances().values()) == 0
+    again.close()
+
+
+def test_the_time_ends_escrows_before_anything_else_is_done(place: Path | str) -> None:
+    ledger = SqlLedger.open(place, LEDGER, clock := Wall(5000))
+    ledger.apply(Deposit(CLIENT.address, 5000, "mint"))
+    command, escrow = an_escrow(expires_ms=6000)
+    ledger.apply(command)
+    ledger.apply(Redeem(a_voucher(escrow, NODES[0], 300)))
+    with pytest.raises(OldVoucher):
+        ledger.apply(Redeem(a_voucher(escrow, NODES[0], 300)))
+    clock.wall_ms = 6000
+    with pytest.raises(EscrowOver):
+        ledger.apply(Redeem(a_voucher(escrow, NODES[0], 400)))
+    assert ledger.balance(account(CLIENT.address)) == 4700, "the rest is back"
+    clock.wall_ms = 6500
+    ledger.apply_all([])
+    assert ledger.balance(account(NODES[0].address)) == 300 - 5 and ledger.balance(FEES) == 5
+    assert [type(one.command) for one in ledger.lines(3)] == [Pass, Pass]
+    assert verified(ledger.lines(), LEDGER).balances[FEES] == 5
+    ledger.close()
+
+
+def test_what_is_no_ledger_is_left_alone(tmp_path: Path) -> None:
+    place, clock = tmp_path / "ledger.sqlite", HeldClock()
+    SqlLedger.open(place, LEDGER, clock).close()
+    with pytest.raises(LedgerFailed, match="is another one: its operator or currency differs"):
+        SqlLedger.open(place, HouseLedger(bytes(32), "EUR"), clock)
+    (tmp_path / "text").write_text("x" * 5000)
+    with pytest.raises(LedgerFailed, match="file is not a database.*Nothing was acknowledged"):
+        SqlLedger.open(tmp_path / "text", LEDGER, clock)
+    with pytest.raises(LedgerFailed, match="unable to open"):
+        SqlLedger.open(tmp_path / "nowhere" / "x", LEDGER, clock)
+
+
+@pytest.mark.parametrize("after", [1, 7, 40])
+def test_what_was_acknowledged_is_there_after_a_kill(place: Path | str, after: int) -> None:
+    script = Path(__file__).with_name("ledger_writer.py")
+    writer = subprocess.Popen([sys.executable, str(script), str(place)], stdout=subprocess.PIPE, text=True)
+    assert writer.stdout is not None
+    for _ in range(after):
+        said = int(writer.stdout.readline())
+    os.kill(writer.pid, signal.SIGKILL)
+    said = int(([str(said), *writer.stdout.read().split()])[-1])
+    writer.wait()
+    writer.stdout.close()
+    ledger = SqlLedger.open(place, LEDGER, HeldClock())
+    book = verified(ledger.lines(), LEDGER)
+    assert ledger.balances() == {name: one for name, one in book.balances.items() if one}
+    (escrow,) = book.escrows.values()
+    newest = max(paid.redeemed_micro for paid in escrow.paid.values())
+    assert 10 * said <= newest <= 10 * (said + 1), "all that was acknowledged, and at most the one after it"
+    ledger.close()
