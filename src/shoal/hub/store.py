@@ -2,8 +2,7 @@
 
 One thread talks to the database, in one transaction at a time. While a transaction is being written the event loop
 gathers what arrives meanwhile into the next one (group commit), so a hundred publications cost one `fsync`, and each
-is acknowledged only after it. With `journal_mode=WAL` and `synchronous=FULL` a committed transaction survives a killed
-process and a lost power supply (https://www.sqlite.org/pragma.html#pragma_synchronous).
+is acknowledged only after it.
 """
 
 from __future__ import annotations
@@ -36,6 +35,7 @@ from shoal.market import fits
 from shoal.market.filters import best_flops
 from shoal.protocol.messages import decode
 from shoal.protocol.offers import Offer, OfferFind
+from shoal.storage.sqlite import sqlite_engine
 from shoal.world import Clock
 
 SCHEMA = 1
@@ -98,10 +98,7 @@ class SqlOfferIndex:
     @classmethod
     async def open(cls, path: Path, clock: Clock, offers_max: int = OFFERS_MAX) -> SqlOfferIndex:
         """Open or create the database file. Raises HubStoreFailed."""
-        engine = sa.create_engine(f"sqlite+pysqlite:///{path}", poolclass=sa.pool.StaticPool,
-                                  connect_args={"check_same_thread": False})  # fmt: skip
-        sa.event.listen(engine, "connect", _prepare_sqlite)
-        sa.event.listen(engine, "begin", _begin_immediately)
+        engine = sqlite_engine(path, poolclass=sa.pool.StaticPool, connect_args={"check_same_thread": False})
         index = cls(engine, str(path), clock, offers_max)
         try:
             await index._do(_create_or_check)
@@ -265,13 +262,3 @@ def _create_or_check(connection: sa.Connection) -> None:
             f"The hub's database has tables of form {version}, this version of Shoal needs {SCHEMA}; start the hub "
             "with another data directory, or with the version that wrote it."
         )
-
-
-def _prepare_sqlite(connection: Any, _: Any) -> None:
-    connection.isolation_level = None  # transactions begin where this file says so, not where the driver guesses
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=5000"):
-        connection.execute(f"PRAGMA {pragma}")
-
-
-def _begin_immediately(connection: sa.Connection) -> None:
-    connection.exec_driver_sql("BEGIN IMMEDIATE")  # reading, deciding and writing are one step for other processes too

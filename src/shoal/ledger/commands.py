@@ -9,7 +9,7 @@ from msgspec import Meta
 
 from shoal.identity import Hash
 from shoal.identity.accounts import AccountSignature, Address
-from shoal.protocol.money import Amount, Closing, EscrowTerms, SignedVoucher, Withholding
+from shoal.protocol.money import Amount, Closing, EscrowTerms, LedgerName, SignedVoucher, Withholding
 
 
 class _Command(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="do", tag=str.lower):
@@ -51,3 +51,20 @@ class Pass(_Command, frozen=True):
 
 
 Command: TypeAlias = Deposit | Open | Redeem | Close | Withhold | Pass
+
+
+def escrow_of(command: Command, ledger: LedgerName) -> bytes | None:
+    """Which escrow a command speaks of, if any."""
+    match command:
+        case Deposit():
+            return None
+        case Open():
+            return command.terms.escrow_id(ledger)
+        case Redeem():
+            return command.signed.voucher.escrow
+        case Close():
+            return command.wish.escrow
+        case Withhold():
+            return command.order.escrow
+        case Pass():
+            return command.escrow

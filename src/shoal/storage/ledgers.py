@@ -3,7 +3,7 @@
 The rules are those of `ledger.book`: of a command, the accounts and the escrow that it speaks of are read, `Book.apply`
 decides, and what has changed is written with the journal's line, in one transaction. Several commands may share one
 (group commit), each of them whole or not at all. What was answered survives a killed process and a lost power supply:
-on SQLite with `journal_mode=WAL` and `synchronous=FULL`, on PostgreSQL with `synchronous_commit=on`, its default.
+on SQLite as `storage.sqlite` opens it, on PostgreSQL with `synchronous_commit=on`, its default.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from shoal.errors import ShoalError, StorageError
 from shoal.ledger.book import Book
-from shoal.ledger.commands import Command, Open, Pass
+from shoal.ledger.commands import Command, Pass, escrow_of
 from shoal.ledger.escrows import Escrow
 from shoal.ledger.journal import BEGINNING, Line, line
 from shoal.ledger.moves import Move
 from shoal.protocol.money import LedgerName
+from shoal.storage.sqlite import sqlite_engine
 from shoal.world import Clock
 
 SCHEMA = 1
@@ -102,13 +103,8 @@ class SqlLedger:
     @classmethod
     def open(cls, place: Path | str, ledger: LedgerName, clock: Clock) -> SqlLedger:
         """A file, or a `postgresql+psycopg://` URL. Raises LedgerFailed: also for a database of another ledger."""
-        if isinstance(place, Path):
-            engine = sa.create_engine(f"sqlite+pysqlite:///{place}")
-            sa.event.listen(engine, "connect", _prepare_sqlite)
-            sa.event.listen(engine, "begin", _begin_immediately)
-        else:
-            engine = sa.create_engine(place)
-        made = cls(engine, sa.make_url(str(engine.url)).render_as_string(hide_password=True), ledger, clock)
+        engine = sqlite_engine(place) if isinstance(place, Path) else sa.create_engine(place)
+        made = cls(engine, engine.url.render_as_string(hide_password=True), ledger, clock)
         try:
             with made._transaction() as connection:
                 made._create_or_check(connection)
@@ -141,7 +137,7 @@ class SqlLedger:
             changed: set[bytes] = set()
             due = [Pass(name) for name in self._due(connection, book.now_ms)]
             for command in (*due, *commands):
-                name = _escrow_of(command, self.ledger)
+                name = escrow_of(command, self.ledger)
                 if name is not None and name not in book.escrows:
                     book.escrows.update(self._escrow(connection, name))
                 try:
@@ -259,27 +255,3 @@ class _Transaction:
             f"The ledger in {self._place} failed: {cause}. Nothing was acknowledged; see that it is there and has "
             "room, then try again."
         )
-
-
-def _escrow_of(command: Command, ledger: LedgerName) -> bytes | None:
-    match command:
-        case Open():
-            return command.terms.escrow_id(ledger)
-        case Pass():
-            return command.escrow
-        case _:
-            for part in ("signed", "wish", "order"):
-                if hasattr(command, part):
-                    inner = getattr(command, part)
-                    return bytes(getattr(inner, "voucher", inner).escrow)
-            return None
-
-
-def _prepare_sqlite(connection: Any, _: Any) -> None:
-    connection.isolation_level = None  # transactions begin where this file says so, not where the driver guesses
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=5000"):
-        connection.execute(f"PRAGMA {pragma}")
-
-
-def _begin_immediately(connection: sa.Connection) -> None:
-    connection.exec_driver_sql("BEGIN IMMEDIATE")
