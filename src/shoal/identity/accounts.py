@@ -7,7 +7,6 @@ say the same, only the one with the smaller s counts (EIP-2): a signature cannot
 
 from __future__ import annotations
 
-import os
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated
@@ -17,6 +16,7 @@ from Crypto.Hash import keccak
 from msgspec import Meta
 
 from shoal.errors import BadInput
+from shoal.identity.secrets import write_secret
 
 ADDRESS_BYTES = 20
 SIGNATURE_BYTES = 65
@@ -141,17 +141,8 @@ def create_account(path: Path) -> AccountKey:
     """Make a key and its file, which only its owner can read. Raises BadAccountKey where there is a file already: money
     may belong to it."""
     key = AccountKey.generate()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     try:
-        with os.fdopen(descriptor, "w") as file:
-            file.write(f"0x{key.secret.hex()}\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.link(scratch, path)
+        write_secret(path, f"0x{key.secret.hex()}\n".encode())
     except FileExistsError as error:
         raise BadAccountKey(f"There is an account at {path} already; it is left as it is.") from error
-    finally:
-        scratch.unlink()
     return key

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from msgspec import Meta
 
 from shoal.errors import BadInput
+from shoal.identity.secrets import write_secret
 
 NodeId = Annotated[bytes, Meta(min_length=32, max_length=32)]
 """An Ed25519 public key: who a node is."""
@@ -102,17 +103,6 @@ def load_key(path: Path) -> KeyPair:
 def load_or_create_key(path: Path) -> KeyPair:
     """Read a key file, or make one that only its owner can read. Safe when two processes start at once."""
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_name(f".{path.name}.{os.getpid()}")
-        descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(KeyPair.generate().to_pem())
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            os.link(scratch, path)  # fails when another process was first: its key counts
-        except FileExistsError:
-            pass
-        finally:
-            scratch.unlink()
+        with suppress(FileExistsError):  # another process was first: its key counts
+            write_secret(path, KeyPair.generate().to_pem())
     return load_key(path)

@@ -81,7 +81,7 @@ class _Usual(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """A config of the usual kind, with nothing left out that matters here."""
 
     model_type: Literal["llama", "mistral", "qwen2", "qwen3"]
-    num_hidden_layers: _Size
+    num_hidden_layers: Annotated[int, Meta(ge=1, le=LAYERS_MAX)]
     hidden_size: _Size
     intermediate_size: _Size
     vocab_size: _Size
@@ -136,7 +136,7 @@ def stated(config: str) -> Shape | None:
 
 def shape_of(config: str) -> Shape:
     """Raises BadModel for a family that cannot be served, or sizes that cannot be."""
-    if (shape := stated(config)) is not None and shape.layers <= LAYERS_MAX:
+    if (shape := stated(config)) is not None:
         return shape
     parsed = parse_config(config)
     if parsed.model_type not in FAMILIES:
