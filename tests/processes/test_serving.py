@@ -234,14 +234,20 @@ def test_a_ring_in_reserve_takes_over(
             undisturbed = (await web.post("/v1/completions", json=BODY | body)).json()["choices"][0]["text"]
             for stage in (0, 1, 2):
                 await until(lambda: len(service.rings) == 4)
-                (working,) = [ring for ring in service.rings if not ring.standby]
-                lost = working.name.split(" - ")[stage]
-                got, event = await a_long_stream(web, shoal.nodes[lost].kill, after=5 * stage + 1, **body)
+                lost: list[str] = []
+
+                def lose(stage: int = stage, lost: list[str] = lost) -> None:
+                    """A stage of the ring that the stream goes through: which one works may have changed meanwhile."""
+                    (working,) = [ring for ring in service.rings if ring.streams]
+                    lost.append(working.name.split(" - ")[stage])
+                    shoal.nodes[lost[0]].kill()
+
+                got, event = await a_long_stream(web, lose, after=5 * stage + 1, **body)
                 assert got == undisturbed and event["choices"][0]["finish_reason"] == "length"
                 # One that was still being tried out when it became the working one says so itself.
                 await until(lambda: any("has taken over" in one or "is ready" in one for one in said))
                 said.clear()
-                await shoal.start_node(lost, options=("--threads", "1"))
+                await shoal.start_node(lost[0], options=("--threads", "1"))
             assert service.counts.resumed == 3 and service.counts.failed == 0
 
     room_for_one = 3 << 20  # for a layer with its cache, and the weights of the others
