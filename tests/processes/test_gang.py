@@ -11,13 +11,16 @@ from hub_world import an_offer
 from shoal.driver.gang import DIALS_AT_ONCE, LinkedNode, TooFewNodes, find_gang
 from shoal.errors import LinkError
 from shoal.identity import KeyPair
-from shoal.market import fits
+from shoal.market import ANYTHING, Requirements, Wish, fits
 from shoal.protocol.messages import open_record
-from shoal.protocol.offers import FOUND_MAX, Offer, OfferFind
-from shoal.transport.memory import MemoryEndpoint, MemoryNetwork
+from shoal.protocol.offers import FOUND_MAX, Offer, OfferFind, Place
+from shoal.protocol.prices import Price
+from shoal.protocol.serving import LinkEcho
+from shoal.transport.memory import MemoryEndpoint, MemoryNetwork, Path
 from shoal.world import HeldClock, SeededDice
 from shoal.world.directory import FoundOffer
 from shoal.world.lookout import Backoff
+from shoal.world.reach import echo
 
 
 def a_key(number: int) -> KeyPair:
@@ -30,8 +33,8 @@ class Offers:
     def __init__(self) -> None:
         self.kept: dict[bytes, FoundOffer] = {}
 
-    def put(self, key: KeyPair, name: str, addresses: Sequence[str], *, busy: bool = False) -> None:
-        envelope = an_offer(key, 1, name=name, addresses=tuple(addresses), busy=busy)
+    def put(self, key: KeyPair, name: str, addresses: Sequence[str], **offered: object) -> None:
+        envelope = an_offer(key, 1, name=name, addresses=tuple(addresses), **offered)
         self.kept[key.node_id] = FoundOffer(key.node_id, open_record(envelope, Offer), envelope)
 
     async def find(self, wanted: OfferFind) -> list[FoundOffer]:
@@ -51,18 +54,23 @@ class Scene:
         self.offers = Offers()
         self.ends: list[MemoryEndpoint] = [self.driver]
 
-    async def a_node(self, number: int, *, busy: bool = False) -> bytes:
+    async def a_node(self, number: int, *, one_way_s: float = 0.0, **offered: object) -> bytes:
         key = a_key(number)
         end = self.network.endpoint(key)
+        end.handle(LinkEcho.KIND, echo)
+        self.network.set_path(self.driver.node_id, key.node_id, Path(delay_s=one_way_s))
         self.ends.append(end)
         await end.listen("tcp://node:0")
-        self.offers.put(key, f"node-{number}", end.addresses, busy=busy)
+        self.offers.put(key, f"node-{number}", end.addresses, **offered)
         return key.node_id
 
-    async def gang(self, nodes_min: int, wait_s: float = 60.0, nodes_max: int = 64) -> list[LinkedNode]:
+    async def gang(
+        self, nodes_min: int, wait_s: float = 60.0, nodes_max: int = 64, wish: Wish = ANYTHING
+    ) -> list[LinkedNode]:
         search = asyncio.create_task(
             find_gang(
                 OfferFind(idle_only=True),
+                wish,
                 nodes_min=nodes_min,
                 nodes_max=nodes_max,
                 wait_s=wait_s,
@@ -152,6 +160,42 @@ def test_too_few_nodes_are_told_with_those_that_are_busy() -> None:
         await scene.a_node(3, busy=True)
         with pytest.raises(TooFewNodes, match=r"needs 2 nodes; 1 fitting and idle .* 1 more would fit but is busy"):
             await scene.gang(2, wait_s=3.0)
+        await scene.close()
+
+    asyncio.run(story())
+
+
+def test_a_gang_is_of_nodes_that_meet_the_requirements() -> None:
+    async def story() -> None:
+        scene = Scene()
+        near = await scene.a_node(2, price=Price(300_000), place=Place(country="DE"), one_way_s=0.01)
+        await scene.a_node(3, price=Price(400_000), place=Place(country="DE"))
+        await scene.a_node(4, price=Price(200_000), place=Place(country="DE"), one_way_s=0.1)
+        await scene.a_node(5, price=Price(100_000), place=Place(country="FR"))
+        await scene.a_node(6, price=Price(100_000, "EUR"), place=Place(country="DE"))
+        free = await scene.a_node(7, place=Place(country="DE"))
+        wish = Wish(Requirements(countries=("DE",), price_max=350_000, latency_max_ms=50.0))
+        assert {one.node for one in await scene.gang(2, wish=wish)} == {near, free}
+        await scene.close()
+
+    asyncio.run(story())
+
+
+def test_too_few_nodes_are_told_with_what_would_do() -> None:
+    async def story() -> None:
+        scene = Scene()
+        for number, price in ((2, 350_000), (3, 420_000), (4, 1_000_000)):
+            await scene.a_node(number, price=Price(price))
+        wish = Wish(Requirements(price_max=400_000))
+        with pytest.raises(
+            TooFewNodes, match=r"Excluded by price_max \(at most 0.40/h\) 2\. What would do: price_max 0.42/h instead "
+            r"of 0.40/h: 2 nodes\.",
+        ):  # fmt: skip
+            await scene.gang(2, wait_s=3.0, wish=wish)
+        far = await scene.a_node(5, one_way_s=0.2)
+        assert far
+        with pytest.raises(TooFewNodes, match=r"node-5: It is 400\.\d ms away, there and back"):
+            await scene.gang(1, wait_s=3.0, wish=Wish(Requirements(latency_max_ms=100.0, price_max=0)))
         await scene.close()
 
     asyncio.run(story())

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from shoal.driver.replay import CHAIN_ELSEWHERE_MAX
 from shoal.errors import BadInput
+from shoal.market import Requirements
 from shoal.models.configs import PRESETS
 from shoal.models.tokenizers import load_tokenizer
 from shoal.protocol.training import Codec, OptimizerSettings, ReplaySettings, RoundSettings
@@ -78,7 +79,35 @@ def test_quantities_are_read_as_people_write_them(folder: Path) -> None:
     assert (job.rounds.settings.grace_ms, job.rounds.settings.deadline_ms) == (80, 120_000)
     assert job.rounds.byte_budget == 100_000
     assert job.rounds.resolved(99).inner_steps == 7
-    assert (job.requirements.memory_min_bytes, job.requirements.wait_s) == (4 << 30, 90.0)
+    assert (job.requirements.each.memory_min_bytes, job.requirements.wait_s) == (4 << 30, 90.0)
+
+
+def test_requirements_and_their_alternatives(folder: Path) -> None:
+    text = """requirements:
+  nodes_min: 2
+  device: cuda
+  countries: [DE, NO]
+  latency_max: 80 ms
+  price_max: 0.35/h
+  any_of:
+    - {device_name: 4090, price_max: 8.40/d}
+    - {memory_min: 40 GiB, bandwidth_min: 100 Mbit/s, flops_min: 50T}
+"""
+    wish = load(folder, DATA + text).requirements.wish
+    assert wish.each == Requirements(
+        device="cuda", countries=("DE", "NO"), latency_max_ms=80.0, price_max=350_000
+    )  # fmt: skip
+    assert wish.any_of == (
+        Requirements(device_name="4090", price_max=350_000),
+        Requirements(memory_min_bytes=40 << 30, bandwidth_min=12_500_000, flops_min=50e12),
+    )
+    assert load(folder, DATA + "requirements: {any_of: {device: cpu}}\n").requirements.any_of == (
+        Requirements(device="cpu"),
+    )
+    properties = schema()["properties"]["requirements"]["properties"]
+    alternatives = properties["any_of"]["anyOf"]
+    assert alternatives[0]["items"]["properties"].keys() == alternatives[1]["properties"].keys()
+    assert alternatives[1]["properties"].keys() < properties.keys()
 
 
 def test_a_byte_budget_may_be_given_in_bits(folder: Path) -> None:
@@ -153,6 +182,14 @@ def test_a_checkpoint_brings_its_own_tokenizer(folder: Path) -> None:
         (DATA + "requirements: {memory_min: 4 GX}\n", "SH-122", "'4 GX' is not an amount of bytes"),
         (DATA + "model: {preset: huge}\n", "SH-122", "model.preset must be one of tiny"),
         (DATA + "model: {preset: tiny, config: x}\n", "SH-123", "model.config stands beside model.preset"),
+        (DATA + "requirements: {price_max: -0.1/h}\n", "SH-122", "requirements.price_max must be a price"),
+        (DATA + "requirements: {price_max: 0.35}\n", "SH-122", "'0.35' is no price; write for example '0.35/h'"),
+        (DATA + "requirements: {price_max: 2000000/h}\n", "SH-122", "requirements.price_max must be a price"),
+        (DATA + "requirements: {countries: Germany}\n", "SH-122", "requirements.countries must be"),
+        (DATA + "requirements: {any_of: [{memory_min: 4 GX}]}\n", "SH-122", "requirements.any_of[1].memory_min"),
+        (DATA + "requirements: {any_of: [{}, {nodes_min: 2}]}\n", "SH-121", "requirements.any_of[2].nodes_min is not"),
+        (DATA + "requirements: {any_of: [4090]}\n", "SH-122", "requirements.any_of[1] is a section"),
+        (DATA + f"requirements: {{any_of: [{'{},' * 17}]}}\n", "SH-122", "has 17 entries; at most 16"),
         (DATA + "requirements: {nodes_min: 5, nodes_max: 2}\n", "SH-123", "at least 5 nodes and at most 2"),
         (DATA + "model: {checkpoint: nowhere}\n", "SH-124", "line 3: model.checkpoint: there is no"),
         (DATA + "model: {tokenizer: nowhere.json}\n", "SH-124", "line 3: model.tokenizer: there is no"),

@@ -26,9 +26,11 @@ SURFACE = {
     "shoal receipts": "[DIR] --json",
     "shoal hub": "--listen --http --data --name --public --json",
     "shoal node": "",
-    "shoal node start": "--hub --name --max-speed --threads --device --processes --listen --storage --memory --data "
+    "shoal node start": "--hub --name --max-speed --threads --device --processes --listen --storage --memory --price "
+    "--currency --country --region --data "
     "--engine --engine-model --engine-key --engine-only --json",
-    "shoal offers": "--hub --device --memory --idle --limit --json",
+    "shoal offers": "--hub --device --device-name --memory --flops --bandwidth --latency --country --without-country "
+    "--region --without-region --tier --max-price --currency --idle --sort --limit --json",
 }
 HIDDEN = {
     "shoal serve": {"--with-parent"},

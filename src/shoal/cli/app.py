@@ -24,7 +24,7 @@ COMMANDS = {
     "receipts": "looking",
     "hub": "serving",
     "node": "serving",
-    "offers": "looking",
+    "offers": "offers",
 }
 """As a newcomer meets them, and the file of each."""
 HERE, JOBS, MACHINES = "On this machine", "Jobs", "Several machines"

@@ -1,93 +1,25 @@
-"""Commands that look: `shoal offers`, `shoal report`, `shoal replay`, `shoal receipts`."""
+"""Commands that look at what was done: `shoal report`, `shoal replay`, `shoal receipts`."""
 
 from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, get_args
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
 from shoal.cli import places
-from shoal.cli.app import JOBS, MACHINES, app
+from shoal.cli.app import JOBS, app
 from shoal.cli.output import BadFlag, HubFlag, JsonFlag, err, out, print_json, run, shown
 from shoal.errors import BadInput, LinkError
-from shoal.identity import KeyPair, short_id
-from shoal.quantities import format_bytes, format_flops, parse_bytes
+from shoal.identity import KeyPair
+from shoal.quantities import format_bytes
 from shoal.world import SystemClock, SystemDice
 
 if TYPE_CHECKING:
     from shoal.gateway.receipts import Accounts
-
-
-@app.command("offers", rich_help_panel=MACHINES)
-def offers(
-    hub: HubFlag = None,
-    device: Annotated[str | None, typer.Option(help="Only this kind of device: cpu, cuda, rocm, mps or xpu.")] = None,
-    memory: Annotated[
-        str | None, typer.Option(metavar="BYTES", help="At least this much device memory, such as '16 GiB'.")
-    ] = None,
-    idle: Annotated[bool, typer.Option("--idle", help="Only nodes that are free.")] = False,
-    limit: Annotated[int, typer.Option(help="At most so many.")] = 64,
-    json: JsonFlag = False,
-) -> None:
-    """Show what is offered at the hubs: measured, signed, alive.
-
-    One line a node: its fastest device with the memory and the matrix product rate that it measured, its owner's speed
-    limit, whether a job has it, and the model that an engine beside it serves. `--json` prints the offers whole.
-    """  # fmt: skip
-    from shoal.hub import HubClient
-    from shoal.protocol.offers import FOUND_MAX, OfferFind
-    from shoal.sdk.jobfile import DeviceKind
-    from shoal.transport import TlsEndpoint
-
-    if not 1 <= limit <= FOUND_MAX:
-        raise BadFlag(f"--limit {limit} cannot be used: from 1 to {FOUND_MAX}.")
-    kinds = get_args(DeviceKind)
-    if device is not None and device not in kinds:
-        raise BadFlag(f"--device {device} is no kind of device; there are {', '.join(kinds)}.")
-    wanted = OfferFind(
-        device=None if device == "any" else device,
-        memory_bytes_min=parse_bytes(memory) if memory else 0,
-        idle_only=idle,
-        limit=limit,
-    )
-    tickets = places.find_hubs(hub)
-
-    async def work() -> None:
-        clock, dice = SystemClock(), SystemDice()
-        endpoint = TlsEndpoint(KeyPair.generate(), clock=clock, dice=dice)
-        client = HubClient(endpoint, tickets, clock=clock, dice=dice)
-        try:
-            await client.start()
-            found = await client.find(wanted)
-        finally:
-            await client.close()
-            await endpoint.close()
-        if json:
-            print_json({"offers": [{"node": one.node, "offer": one.offer} for one in found]})
-            return
-        engines = any(one.offer.engine for one in found)
-        columns = ["node", "name", "device", "memory", "fastest", "limit", "state", *(["engine"] if engines else [])]
-        table = Table(*columns, box=None, header_style="bold")
-        for one in found:
-            rates = [(rate, device) for device in one.offer.capability.devices for rate in device.throughput]
-            rate, best = max(rates, key=lambda each: each[0].flops, default=(None, one.offer.capability.devices[0]))
-            table.add_row(
-                short_id(one.node),
-                one.offer.name,
-                escape(shown(f"{best.kind} {best.name}")),
-                format_bytes(best.memory_bytes),
-                escape(shown(f"{format_flops(rate.flops)} {rate.dtype}")) if rate else "?",
-                f"{one.offer.capability.speed_limit:g}",
-                "busy" if one.offer.busy else "idle",
-                *([escape(shown(one.offer.engine.model)) if one.offer.engine else ""] if engines else []),
-            )
-        out.print(table if found else "Nothing that fits is offered. Start a node with: shoal node start")
-
-    run(work)
 
 
 @app.command("report", rich_help_panel=JOBS)

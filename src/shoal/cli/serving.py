@@ -8,13 +8,17 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
+import msgspec
 import psutil
 import typer
 
 from shoal.cli import places
 from shoal.cli.app import HERE, MACHINES, Commands, Group, app
 from shoal.cli.output import BadFlag, HubFlag, JsonFlag, WithParent, err, out, print_json, run, shown, until_stopped
+from shoal.protocol.offers import Place
+from shoal.protocol.prices import Price
 from shoal.quantities import format_bytes, parse_bytes
+from shoal.quantities.money import parse_price
 from shoal.sdk.local import LocalProcessFailed, LocalShoal, shoal_home
 from shoal.world import SystemClock, SystemDice
 from shoal.world.processes import die_with_parent
@@ -134,6 +138,16 @@ def node_start(
             show_default="all",
         ),
     ] = None,
+    price: Annotated[
+        str | None, typer.Option(metavar="PRICE", help="What an hour of it costs, such as 0.35/h.", show_default="free")
+    ] = None,
+    currency: Annotated[str, typer.Option(help="Of the price.")] = "USD",
+    country: Annotated[
+        str | None, typer.Option(metavar="CC", help="Where it is, such as DE (ISO 3166-1).", show_default="not said")
+    ] = None,
+    region: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The same as you name it: europe-west.", show_default="not said")
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="Its key and blobs.", show_default="~/.shoal/node")] = None,
     engine: Annotated[
         str | None,
@@ -181,6 +195,7 @@ def node_start(
     key = _engine_key(engine_key) if engine else ""
     storage_bytes = parse_bytes(storage)
     memory_bytes = parse_bytes(memory) if memory is not None else None
+    named, place = _price(price, currency), _place(country, region)
     tickets = places.find_hubs(hub)
     folder = data or shoal_home() / "node"
     if not json:
@@ -203,6 +218,8 @@ def node_start(
             storage_bytes=storage_bytes,
             memory_bytes=memory_bytes,
             dishonest=dishonest,
+            price=named,
+            place=place,
             server=server,
             clock=SystemClock(),
             dice=SystemDice(),
@@ -229,6 +246,27 @@ def node_start(
             await agent.close()
 
     run(work)
+
+
+def _price(text: str | None, currency: str) -> Price | None:
+    if text is None:
+        return None
+    try:
+        return msgspec.convert({"micro_per_h": parse_price(text), "currency": currency}, Price)
+    except msgspec.ValidationError as error:
+        raise BadFlag(f"--price {text} {currency} cannot be used: {error}.") from error
+
+
+def _place(country: str | None, region: str | None) -> Place | None:
+    if country is None and region is None:
+        return None
+    try:
+        return msgspec.convert({"country": country, "region": region}, Place)
+    except msgspec.ValidationError as error:
+        raise BadFlag(
+            f"--country {country or ''} --region {region or ''} cannot be used: two capitals such as DE, and a name of "
+            "small letters, digits and dashes."
+        ) from error
 
 
 def _engine_key(file: Path | None) -> str:

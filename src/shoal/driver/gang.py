@@ -10,12 +10,13 @@ from dataclasses import dataclass
 import msgspec
 
 from shoal.errors import JobError, LinkError, ShoalError
+from shoal.market import ANYTHING, Board, Listing, Wish, fitting, match
 from shoal.protocol.blobs import BlobHolder
-from shoal.protocol.offers import FOUND_MAX, Offer, OfferFind
+from shoal.protocol.offers import Offer, OfferFind
 from shoal.world import Clock, Endpoint, Link
 from shoal.world.directory import Directory, FoundOffer
-from shoal.world.lookout import FORMER_MAX, Backoff, Lookout, offers_of
-from shoal.world.reach import reach
+from shoal.world.lookout import FORMER_MAX, Backoff, Lookout, all_offers, offers_of
+from shoal.world.reach import echo_ms, reach
 
 LOOK_EVERY_S = 1.0
 DIAL_DEADLINE_S = 8.0
@@ -35,6 +36,12 @@ class TooFewNodes(JobError):
     code = "SH-630"
 
 
+class TooFar(JobError):
+    """A node answers, and its round trip is longer than the job allows."""
+
+    code = "SH-631"
+
+
 @dataclass(frozen=True)
 class LinkedNode:
     """A node that this driver has a link to, and what it offered."""
@@ -52,19 +59,25 @@ class LinkedNode:
         return BlobHolder(self.node, self.offer.addresses)
 
 
-async def link_to(node: bytes, offer: Offer, *, endpoint: Endpoint, directory: Directory, clock: Clock) -> LinkedNode:
-    """A link to the node that made an offer. Raises LinkError."""
+async def link_to(
+    node: bytes, offer: Offer, *, endpoint: Endpoint, directory: Directory, clock: Clock, wish: Wish = ANYTHING
+) -> LinkedNode:
+    """A link to the node that made an offer. Raises LinkError, and TooFar where `wish` asks for one that is nearer."""
     link = await reach(
         node, offer, endpoint=endpoint, directory=directory, clock=clock, dial_deadline_s=DIAL_DEADLINE_S
     )
+    if wish.asks_for_latency:
+        took_ms = await echo_ms(link, clock, DIAL_DEADLINE_S)
+        if not fitting([Listing(node, offer, latency_ms=took_ms)], wish):
+            raise TooFar(f"It is {took_ms:.1f} ms away, there and back, which is more than the job allows.")
     return LinkedNode(node, offer, link)
 
 
 class Dials:
     """Nodes being dialled for a gang, those that answered, and why others did not."""
 
-    def __init__(self, endpoint: Endpoint, directory: Directory, clock: Clock) -> None:
-        self._endpoint, self._directory, self._clock = endpoint, directory, clock
+    def __init__(self, endpoint: Endpoint, directory: Directory, clock: Clock, wish: Wish) -> None:
+        self._endpoint, self._directory, self._clock, self._wish = endpoint, directory, clock, wish
         self._under_way: dict[bytes, tuple[Offer, asyncio.Task[LinkedNode]]] = {}
         self._linked: dict[bytes, LinkedNode] = {}
         self._unreached = Backoff(clock, REST_S, REST_MAX_S)
@@ -95,7 +108,9 @@ class Dials:
             timer.cancel()
 
     def _start(self, one: FoundOffer) -> None:
-        dial = link_to(one.node, one.offer, endpoint=self._endpoint, directory=self._directory, clock=self._clock)
+        dial = link_to(
+            one.node, one.offer, endpoint=self._endpoint, directory=self._directory, clock=self._clock, wish=self._wish
+        )
         self._under_way[one.node] = (one.offer, asyncio.create_task(dial))
 
     def _take_in(self) -> None:
@@ -120,6 +135,7 @@ class Dials:
 
 async def find_gang(
     wanted: OfferFind,
+    wish: Wish = ANYTHING,
     *,
     nodes_min: int,
     nodes_max: int,
@@ -139,7 +155,7 @@ async def find_gang(
     Raises TooFewNodes, saying what was there and why it does not do, or giving `advice`.
     """
     until = clock.monotonic() + wait_s
-    lookout, dials = Lookout(directory, wanted), Dials(endpoint, directory, clock)
+    lookout, dials = Lookout(directory, wanted, wish), Dials(endpoint, directory, clock, wish)
     told = False
     try:
         while True:
@@ -161,15 +177,25 @@ async def find_gang(
     needed = "1 node" if nodes_min == 1 else f"{nodes_min} nodes"
     seen = f"{len(found)} fitting and idle offers at the hubs, {len(dials.linked)} of them answered"
     hint = " ".join(dials.troubles.values()) or advice
-    raise TooFewNodes(
-        f"The job needs {needed}; {seen} within {wait_s:.0f} s. {hint}{await _say_busy(directory, wanted)}"
-    )
+    busy = await _say_busy(directory, wanted, wish)
+    why = await _why_not(directory, wanted, wish, nodes_min) if wish != ANYTHING else ""
+    raise TooFewNodes(f"The job needs {needed}; {seen} within {wait_s:.0f} s. {why}{hint}{busy}")
 
 
-async def _say_busy(directory: Directory, wanted: OfferFind) -> str:
+async def _why_not(directory: Directory, wanted: OfferFind, wish: Wish, needed: int) -> str:
+    """Which requirements excluded how many, and what would do; empty where enough fit."""
+    board = Board()
+    with contextlib.suppress(LinkError):
+        for one in await all_offers(directory, OfferFind(accepts=wanted.accepts)):
+            board.put(Listing(one.node, one.offer, latency_ms=0.0))
+    found = match(board, wish, accepts=wanted.accepts, idle_only=wanted.idle_only, needed=max(1, needed))
+    return "" if found.nodes >= needed else f"{found.reason} "
+
+
+async def _say_busy(directory: Directory, wanted: OfferFind, wish: Wish) -> str:
     """How many more there would be, were they not busy."""
     try:
-        found = await directory.find(msgspec.structs.replace(wanted, idle_only=False, limit=FOUND_MAX))
+        found = await Lookout(directory, msgspec.structs.replace(wanted, idle_only=False), wish).look()
     except LinkError:
         return ""
     busy = sum(one.offer.busy for one in found)

@@ -23,6 +23,7 @@ from shoal.driver.members import MemberLine, MemberLines, NotOfThisJob
 from shoal.driver.report import NodeFigures, NodeStatus
 from shoal.errors import BadRecord, LinkError, ShoalError
 from shoal.identity import Envelope, KeyPair, blake3_hash, short_id
+from shoal.market import ANYTHING, Wish
 from shoal.protocol.blobs import BlobHolder, BlobRef
 from shoal.protocol.messages import decode, encode, open_record, sign
 from shoal.protocol.offers import Done, OfferFind
@@ -181,6 +182,7 @@ class TrainingDriver:
         fetcher: Fetcher,
         clock: Clock,
         wanted: OfferFind,
+        wish: Wish = ANYTHING,
         members_min: int = 1,
         nodes_max: int = 1024,
         retired: Mapping[bytes, str] | None = None,
@@ -199,7 +201,7 @@ class TrainingDriver:
         self._store = store
         self._fetcher = fetcher
         self._clock = clock
-        self._wanted = wanted
+        self._wanted, self._wish = wanted, wish
         self._nodes_max = nodes_max
         self._watchers = watchers or Watchers()
         self._driving = driving.drive(
@@ -673,7 +675,7 @@ class TrainingDriver:
 
     async def _look_for_more(self) -> None:
         """Invite nodes that come to the hubs while the job runs."""
-        lookout = Lookout(self._directory, self._wanted)
+        lookout = Lookout(self._directory, self._wanted, self._wish)
         say_at = self._clock.monotonic() + WAITING_SAID_EVERY_S
         while True:
             await self._clock.sleep(LOOK_EVERY_S)
@@ -709,8 +711,9 @@ class TrainingDriver:
         """Whoever is slow to answer holds up nobody but itself."""
         try:
             node = await link_to(
-                one.node, one.offer, endpoint=self._endpoint, directory=self._directory, clock=self._clock
-            )
+                one.node, one.offer, endpoint=self._endpoint, directory=self._directory, clock=self._clock,
+                wish=self._wish,
+            )  # fmt: skip
         except ShoalError as error:  # whatever is wrong with one offer, the job goes on
             self._unreached.tried(one.node)
             _log.info("%s could not be reached: %s", one.offer.name, error)

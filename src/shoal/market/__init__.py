@@ -1,13 +1,36 @@
 """The rules by which offers and wishes meet. Pure: no IO, no clock; every decision comes with its reason.
 
-- `fits(node, offer, wanted)`: whether an offer is what somebody asked for, and in which figure it falls short.
+- `Requirements`, `Wish`: what somebody asks of nodes.
+- `Board`, `match(board, wish)`: all offers in columns; which of them fit, what excluded the others, and what would do.
+- `cheapest_gang`: of those that fit, so many that any two are near enough, for as little as is found.
+- `fits(node, offer, wanted)`: what a hub asks of one offer.
 - `compare(held, new)`: which of two offers by one node counts.
 
 Invariants: of two offers by one node the one with the higher sequence counts, whatever any clock said; two different
 offers with one sequence never replace one another; a device must meet all demands made on a device by itself.
 """
 
+from shoal.market.board import Board, Listing
 from shoal.market.filters import fits
+from shoal.market.gangs import Gang, cheapest_gang
+from shoal.market.matching import Match, fitting, match
+from shoal.market.requirements import ANYTHING, Requirements, Wish
 from shoal.market.standing import StaleOffer, Stamp, Standing, compare
 
-__all__ = ["StaleOffer", "Stamp", "Standing", "compare", "fits"]
+__all__ = [
+    "ANYTHING",
+    "Board",
+    "Gang",
+    "Listing",
+    "Match",
+    "Requirements",
+    "StaleOffer",
+    "Stamp",
+    "Standing",
+    "Wish",
+    "cheapest_gang",
+    "compare",
+    "fits",
+    "fitting",
+    "match",
+]

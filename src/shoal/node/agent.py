@@ -28,7 +28,9 @@ from shoal.node.member import (
 from shoal.node.openai_server import ServerSettings
 from shoal.node.stages import StageHost
 from shoal.protocol.messages import DEFAULT_NETWORK, decode, encode, sign
-from shoal.protocol.offers import Capability, Device, Done, Offer
+from shoal.protocol.offers import Capability, Device, Done, Offer, Place
+from shoal.protocol.prices import Price
+from shoal.protocol.serving import LinkEcho
 from shoal.protocol.training import (
     Head,
     HeadAsk,
@@ -42,6 +44,7 @@ from shoal.protocol.training import (
 from shoal.storage import BlobStore, Fetcher, serve
 from shoal.transport import DuplicateKey
 from shoal.world import Clock, Dice, Endpoint, Request
+from shoal.world.reach import echo
 
 MEMBERS_MAX = 4
 """Jobs a node works for at the same time."""
@@ -98,6 +101,8 @@ class NodeSettings:
     members_max: int = 1
     accepts: tuple[str, ...] = ("train", "serve")
     """The kinds of jobs it takes, as its offer says."""
+    price: Price | None = None
+    place: Place | None = None
     server: ServerSettings | None = None
     """A server beside it that serves a whole model, which it offers, too."""
     network: str = DEFAULT_NETWORK
@@ -237,6 +242,7 @@ class NodeAgent:
             (HeadAsk, self._head),
             (OpenPrivate, self._open_private),
             (JobEnd, self._job_end),
+            (LinkEcho, echo),
         ):
             self._endpoint.handle(kind.KIND, handler)
         if "serve" in self._accepts():
@@ -316,6 +322,8 @@ class NodeAgent:
                 accepts=self._accepts(),
                 busy=len(self._jobs()) >= self.settings.members_max,
                 engine=self._engine.offer if self._engine else None,
+                price=self.settings.price,
+                place=self.settings.place,
             )
             try:
                 await self._hubs.publish(sign(self._key, offer, self.settings.network))

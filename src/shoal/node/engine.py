@@ -13,11 +13,10 @@ from shoal.errors import BadRecord
 from shoal.identity import Envelope, KeyPair
 from shoal.inference.metering import Served
 from shoal.node.openai_server import OpenAiServer, ServerBroke, ServerSettings, ServerUnusable
-from shoal.node.stages import echo
 from shoal.protocol.engines import EngineAsk, EngineEnd, EnginePiece, EngineSession, pack
 from shoal.protocol.messages import DEFAULT_NETWORK, decode, encode, sign
 from shoal.protocol.offers import EngineOffer
-from shoal.protocol.serving import LinkEcho, RequestReceipt, StageForgotten
+from shoal.protocol.serving import RequestReceipt, StageForgotten
 from shoal.world import Body, Clock, Endpoint, Request
 
 LOOK_EVERY_S = 3.0
@@ -94,7 +93,6 @@ class EngineHost:
         self.offer = await self._server.look()
         self._endpoint.handle(EngineAsk.KIND, self._generate)
         self._endpoint.handle(EngineEnd.KIND, self._ended)
-        self._endpoint.handle(LinkEcho.KIND, echo)
         self._keep(self._watch())
 
     async def close(self) -> None:

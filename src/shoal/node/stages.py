@@ -17,7 +17,6 @@ from shoal.protocol.blobs import BlobHolder
 from shoal.protocol.messages import decode, encode
 from shoal.protocol.offers import Done
 from shoal.protocol.serving import (
-    LinkEcho,
     LinkProbe,
     LinksProbed,
     ServeJob,
@@ -84,7 +83,6 @@ class StageHost:
             (StagePulse, self._pulse),
             (StageEnd, self._end),
             (LinkProbe, self._probe),
-            (LinkEcho, echo),
         ):
             endpoint.handle(kind.KIND, handler)
 
@@ -185,12 +183,6 @@ class StageHost:
                 *(round_trip_ms(self._endpoint, holder, self._clock) for holder in message.nodes)
             )
         return encode(LinksProbed(round_trip_ms=tuple(found)), request.version)
-
-
-async def echo(request: Request) -> bytes:
-    """Whoever asks takes the time of it."""
-    decode(LinkEcho, request.body, request.version)
-    return encode(Done(), request.version)
 
 
 async def round_trip_ms(endpoint: Endpoint, holder: BlobHolder, clock: Clock) -> float | None:

@@ -17,6 +17,8 @@ from shoal.node.dishonest import dishonest_member
 from shoal.node.member import EngineSettings, MemberRun
 from shoal.node.openai_server import ServerSettings
 from shoal.protocol.hubs import HubTicket
+from shoal.protocol.offers import Place
+from shoal.protocol.prices import Price
 from shoal.quantities import format_bytes, format_flops
 from shoal.storage import BlobStore
 from shoal.transport import TlsEndpoint
@@ -66,6 +68,8 @@ async def start_node(
     storage_bytes: int,
     memory_bytes: int | None = None,
     dishonest: str,
+    price: Price | None = None,
+    place: Place | None = None,
     server: ServerSettings | None = None,
     clock: Clock,
     dice: Dice,
@@ -83,6 +87,8 @@ async def start_node(
         engine=EngineSettings(device=device, threads=threads, processes=processes, speed_limit=max_speed),
         listen=listen,
         memory_bytes=memory_bytes,
+        price=price,
+        place=place,
         server=server,
     )
     agent = NodeAgent(

@@ -18,11 +18,11 @@ from shoal.errors import BadRecord
 from shoal.identity import Hash, NodeId, blake3_hash
 from shoal.identity.accounts import AccountKey, AccountSignature, Address, address_text, keccak_256, signer_of
 from shoal.identity.typed_data import Domain, StructType
+from shoal.protocol.prices import Currency
 from shoal.quantities.money import AMOUNT_MAX
 
 Amount = Annotated[int, Meta(ge=0, le=AMOUNT_MAX)]
 """Millionths of a currency's unit."""
-Currency = Annotated[str, Meta(pattern=r"\A[A-Z][A-Z0-9]{1,11}\Z")]
 VOUCHER = StructType(
     "Voucher", (("bytes32", "escrow"), ("address", "payee"), ("uint256", "amount"), ("bytes32", "work"))
 )

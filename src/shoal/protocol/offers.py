@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import msgspec
 from msgspec import Meta
 
 from shoal.identity import NodeId
 from shoal.protocol.messages import Message, Record
+from shoal.protocol.prices import Price
 
 Name = Annotated[str, Meta(min_length=1, max_length=48, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 ModelName = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[!-~]+$")]
@@ -16,6 +17,14 @@ ModelName = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[!-~]+$
 AddressText = Annotated[str, Meta(max_length=128)]
 Positive = Annotated[float, Meta(ge=0, le=1e18)]
 UnixMs = Annotated[int, Meta(ge=0, le=1 << 53)]
+
+Country = Annotated[str, Meta(pattern=r"\A[A-Z]{2}\Z")]
+"""ISO 3166-1 alpha-2, for example `DE`."""
+Region = Annotated[str, Meta(pattern=r"\A[a-z][a-z0-9-]{0,31}\Z")]
+"""As owners name them, for example `europe-west`."""
+Tier = Literal["open", "sandboxed", "attested"]
+"""How a node keeps what it is given apart from its owner: not at all, in a sandbox, in hardware that proves it. Each is
+better than the one before."""
 
 OFFER_LIFETIME_MAX_MS = 24 * 3600 * 1000
 FOUND_MAX = 256
@@ -68,6 +77,13 @@ class EngineOffer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """What a token of one stream took when it was tried."""
 
 
+class Place(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Where a node stands, as its owner says."""
+
+    country: Country | None = None
+    region: Region | None = None
+
+
 class Offer(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """A node's signed word about itself: what it measured, where it can be dialled, and until when this holds.
 
@@ -88,6 +104,10 @@ class Offer(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_
     busy: bool = False
     engine: EngineOffer | None = None
     """None also while its server does not answer."""
+    place: Place | None = None
+    price: Price | None = None
+    """None: for nothing."""
+    tier: Tier = "open"
 
 
 class OfferPublish(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):

@@ -41,6 +41,7 @@ from shoal.quantities import (
     parse_count,
     parse_duration_s,
 )
+from shoal.quantities.money import format_price, parse_price
 
 DOCUMENT_MAX_BYTES = 256 * 1024
 DEPTH_MAX = 8
@@ -105,8 +106,7 @@ class Field:
 
     @property
     def section(self) -> type[msgspec.Struct] | None:
-        bare = _bare(self.kind)
-        return bare if isinstance(bare, type) and issubclass(bare, msgspec.Struct) else None
+        return _section_of(self.kind)
 
 
 # --- fields from structs --------------------------------------------------------------------------------------------
@@ -125,9 +125,12 @@ _QUANTITIES: Mapping[str, tuple[Callable[[str], float], Callable[[float], str], 
         "bytes per second",
     ),
     "count": (parse_count, lambda value: _in_units(value, _COUNT_UNITS), "a count"),
+    "price": (parse_price, lambda value: format_price(round(value)), "a price"),
 }
 """How each kind of quantity is read, printed, and called."""
-_EXAMPLES = {"ms": "80 ms", "s": "2 min", "bytes": "16 GiB", "bytes_per_s": "100 kB/s", "count": "2M"}
+_EXAMPLES = {
+    "ms": "80 ms", "s": "2 min", "bytes": "16 GiB", "bytes_per_s": "100 kB/s", "count": "2M", "price": "0.35/h",
+}  # fmt: skip
 
 
 def _in_units(value: float, units: Mapping[str, int]) -> str:
@@ -150,6 +153,11 @@ def _extra(kind: Any) -> dict[str, Any]:
 
 def _bare(kind: Any) -> Any:
     return _bare(get_args(kind)[0]) if get_origin(kind) is Annotated else kind
+
+
+def _section_of(kind: Any) -> type[msgspec.Struct] | None:
+    bare = _bare(kind)
+    return bare if isinstance(bare, type) and issubclass(bare, msgspec.Struct) else None
 
 
 @cache
@@ -264,6 +272,12 @@ def _describe(kind: Any, quantity: str | None) -> str:
     if quantity is not None:
         return f"{_QUANTITIES[quantity][2]} (such as {_EXAMPLES[quantity]}){bounds}"
     return {bool: "true or false", int: "an integer", float: "a number", str: "a text"}.get(bare, "a section") + bounds
+
+
+def _longest(kind: Any) -> int:
+    """How many entries a list may have."""
+    lengths = [meta.max_length for meta in get_args(kind)[1:] if isinstance(meta, msgspec.Meta) and meta.max_length]
+    return min(lengths, default=LIST_MAX)
 
 
 _UNBOUNDED = 1 << 30
@@ -427,9 +441,12 @@ class _Reader:
         if lists:
             element = get_args(_bare(lists[0]))[0]
             nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
-            if len(nodes) > LIST_MAX:
-                raise BadValue(f"{self.name} line {_line(node)}: {field.path} has {len(nodes)} entries; at most "
-                               f"{LIST_MAX} may stand here.")  # fmt: skip
+            most = min(LIST_MAX, _longest(lists[0]))
+            if len(nodes) > most:
+                raise BadValue(f"{self.name} line {_line(node)}: {field.path} has {len(nodes)} entries; at most {most} "
+                               "may stand here.")  # fmt: skip
+            if (section := _section_of(element)) is not None:
+                return tuple(self.mapping(part, section, f"{field.path}[{at}]") for at, part in enumerate(nodes, 1))
             return tuple(self._checked(self._scalar(part, field, [element]), part, field, element) for part in nodes)
         if isinstance(node, yaml.ScalarNode) and not node.style and node.value in _NULLS and _takes_none(field.kind):
             return None
@@ -521,7 +538,11 @@ def _field_schema(field: Field) -> dict[str, Any]:
 def _option_schemas(kind: Any, quantity: str | None) -> list[dict[str, Any]]:
     bare = _bare(kind)
     if get_origin(bare) is tuple:
-        return [_plain_schema(kind), *_option_schemas(get_args(bare)[0], quantity)]
+        element = get_args(bare)[0]
+        if (section := _section_of(element)) is not None:
+            one = _object_schema(section, "")
+            return [{"type": "array", "items": one, "maxItems": _longest(kind)}, one]
+        return [_plain_schema(kind), *_option_schemas(element, quantity)]
     if quantity is not None and bare in (int, float):
         return [{"type": "number", "minimum": 0}, {"type": "string", "pattern": r"^\s*[0-9.]+([eE][0-9]+)?\s*\S*\s*$"}]
     if isinstance(bare, type) and issubclass(bare, Enum):

@@ -12,11 +12,12 @@ from __future__ import annotations
 import glob
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
+from shoal.market.requirements import ALTERNATIVES_MAX, Requirements, Wish
 from shoal.models.configs import PRESETS
 from shoal.protocol.offers import Name
 from shoal.protocol.training import (
@@ -101,9 +102,6 @@ class RoundsSection(_Section, frozen=True, kw_only=True, forbid_unknown_fields=T
         return msgspec.structs.replace(self.settings, inner_steps=steps)
 
 
-DeviceKind: TypeAlias = Literal["any", "cpu", "cuda", "rocm", "mps", "xpu"]
-
-
 class RequirementsSection(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Which nodes the job takes."""
 
@@ -111,12 +109,15 @@ class RequirementsSection(_Section, frozen=True, kw_only=True, forbid_unknown_fi
     """The job starts when so many are ready."""
     nodes_max: Annotated[int, Meta(ge=1, le=MEMBERS_MAX)] = 64
     """No more than this many at a time."""
-    memory_min_bytes: Annotated[int, Meta(ge=0, le=1 << 50)] = 0
-    """Memory that a node's device must have."""
-    device: DeviceKind = "any"
-    """The kind of device."""
     wait_s: Annotated[float, Meta(ge=0, le=7 * 86_400)] = 60.0
     """How long to wait for nodes_min nodes before giving up."""
+    each: Annotated[Requirements, Meta(extra={"flat": True})] = Requirements()
+    any_of: Annotated[tuple[Requirements, ...], Meta(max_length=ALTERNATIVES_MAX)] = ()
+    """Alternatives, each a section with fields as those above, of which a node must meet one as well."""
+
+    @property
+    def wish(self) -> Wish:
+        return Wish(self.each, self.any_of)
 
 
 class JobFile(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):

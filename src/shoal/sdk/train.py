@@ -377,8 +377,8 @@ class _Session:
         own_loop = job_file.model.script is not None
         return OfferFind(
             accepts=loop_kind(self.options.key.node_id, job_file.name) if own_loop else "train",
-            device=None if needs.device == "any" else needs.device,
-            memory_bytes_min=needs.memory_min_bytes,
+            device=None if needs.each.device == "any" else needs.each.device,
+            memory_bytes_min=needs.each.memory_min_bytes,
             idle_only=True,
         )
 
@@ -397,6 +397,7 @@ class _Session:
             advice = f"Start processes of your loop, on this machine or others: `python {script}`."
         return await find_gang(
             self.wanted(job_file),
+            job_file.requirements.wish,
             nodes_min=max(1, needs.nodes_min - len(without)) if waiting else 0,  # the retired are not waited for again
             nodes_max=needs.nodes_max,
             wait_s=needs.wait_s,
@@ -516,6 +517,7 @@ class _Session:
             fetcher=self.fetcher,
             clock=self.clock,
             wanted=wanted or self.wanted(job_file),
+            wish=job_file.requirements.wish,
             members_min=min(len(gang), job_file.requirements.nodes_min),
             nodes_max=job_file.requirements.nodes_max,
             retired=retired,

@@ -9,6 +9,7 @@ from collections.abc import Collection
 import msgspec
 
 from shoal.errors import LinkError
+from shoal.market import ANYTHING, Listing, Wish, fitting
 from shoal.protocol.offers import FOUND_MAX, OfferFind
 from shoal.world.clock import Clock
 from shoal.world.directory import Directory, FoundOffer
@@ -16,6 +17,8 @@ from shoal.world.directory import Directory, FoundOffer
 TRIED_REMEMBERED_MAX = 4096
 DOUBLINGS_MAX = 60
 """More would overflow some day: a job may last for weeks beside an offer with nobody behind it."""
+PAGES_MAX = 128
+"""Of FOUND_MAX offers each, when all are looked through."""
 FORMER_MAX = 16
 """Former nodes that the hubs are asked about at a time."""
 
@@ -48,10 +51,10 @@ class Backoff:
 
 class Lookout:
     """Looks through all offers that fit, FOUND_MAX at a look, and then from the beginning again: NodeIds can be chosen,
-    and who chooses low ones shall not stand before everybody else for ever."""
+    and who chooses low ones shall not stand before everybody else for ever. How far a node is, is not known here."""
 
-    def __init__(self, directory: Directory, wanted: OfferFind) -> None:
-        self._directory = directory
+    def __init__(self, directory: Directory, wanted: OfferFind, wish: Wish = ANYTHING) -> None:
+        self._directory, self._wish = directory, wish
         self._wanted = msgspec.structs.replace(wanted, limit=FOUND_MAX)
         self._after: bytes | None = None
 
@@ -63,7 +66,20 @@ class Lookout:
         for node in [node for node in former if node not in found][:FORMER_MAX]:
             with contextlib.suppress(LinkError):  # the hub has heard enough questions for now
                 found |= {one.node: one for one in await offers_of(self._directory, self._wanted, node)}
-        return list(found.values())
+        fit = fitting((Listing(one.node, one.offer, latency_ms=0.0) for one in found.values()), self._wish)
+        return [one for one in found.values() if one.node in fit]
+
+
+async def all_offers(directory: Directory, wanted: OfferFind) -> list[FoundOffer]:
+    """All that fit, page by page, PAGES_MAX at most. Raises LinkError."""
+    found: list[FoundOffer] = []
+    for _ in range(PAGES_MAX):
+        after = found[-1].node if found else None
+        page = await directory.find(msgspec.structs.replace(wanted, limit=FOUND_MAX, after=after))
+        found += page
+        if len(page) < FOUND_MAX:
+            break
+    return found
 
 
 async def offers_of(directory: Directory, wanted: OfferFind, node: bytes) -> list[FoundOffer]:

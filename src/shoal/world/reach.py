@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from shoal.errors import LinkError
 from shoal.identity import short_id
-from shoal.protocol.messages import encode
-from shoal.protocol.offers import Offer
+from shoal.protocol.messages import decode, encode
+from shoal.protocol.offers import Done, Offer
 from shoal.protocol.serving import LinkEcho
 from shoal.world.clock import Clock
 from shoal.world.directory import Directory
-from shoal.world.network import Endpoint, Link
+from shoal.world.network import Endpoint, Link, Request
 
 CALL_BACK_S = 8.0
 """How long a node that accepts no links is waited for after a hub was asked to have it dial."""
@@ -50,6 +50,12 @@ async def reach_and_time(
         node, offer, endpoint=endpoint, directory=directory, clock=clock, dial_deadline_s=deadline_s
     )  # fmt: skip
     return link, await echo_ms(link, clock, deadline_s)
+
+
+async def echo(request: Request) -> bytes:
+    """The answer to a LinkEcho: whoever asks takes the time of it."""
+    decode(LinkEcho, request.body, request.version)
+    return encode(Done(), request.version)
 
 
 async def echo_ms(link: Link, clock: Clock, deadline_s: float) -> float:

@@ -1,0 +1,267 @@
+"""`shoal offers`: what there is at the hubs, what of it is wanted, and why there is no more."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated
+
+import msgspec
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from shoal.cli import places
+from shoal.cli.app import MACHINES, app
+from shoal.cli.output import BadFlag, HubFlag, JsonFlag, err, out, print_json, run, shown
+from shoal.errors import ShoalError
+from shoal.identity import KeyPair, short_id
+from shoal.quantities import (
+    format_bytes,
+    format_flops,
+    format_rate_bps,
+    parse_bytes,
+    parse_bytes_per_s,
+    parse_count,
+    parse_duration_s,
+)
+from shoal.quantities.money import format_price, parse_price
+from shoal.world import Clock, Directory, Endpoint, SystemClock, SystemDice
+
+if TYPE_CHECKING:
+    from shoal.market import Board, Listing, Match, Requirements
+
+LIMIT_MAX = 10_000
+ECHO_DEADLINE_S = 5.0
+ECHOES_AT_ONCE = 32
+MEASURED_MAX = 1024
+"""Nodes whose round trip is measured."""
+
+
+class Order(StrEnum):
+    PRICE = "price"
+    VALUE = "value"
+    FLOPS = "flops"
+    MEMORY = "memory"
+    BANDWIDTH = "bandwidth"
+    LATENCY = "latency"
+    NAME = "name"
+
+
+@app.command("offers", rich_help_panel=MACHINES)
+def offers(
+    hub: HubFlag = None,
+    device: Annotated[str, typer.Option(help="Only this kind of device: cpu, cuda, rocm, mps or xpu.")] = "any",
+    device_name: Annotated[
+        str, typer.Option(metavar="TEXT", help="Only devices with this in their name, such as 4090.")
+    ] = "",
+    memory: Annotated[
+        str, typer.Option(metavar="BYTES", help="At least this much device memory, such as '16 GiB'.")
+    ] = "0",
+    flops: Annotated[
+        str, typer.Option(metavar="COUNT", help="At least so many measured FLOP/s, such as 50T, in the fastest dtype.")
+    ] = "0",
+    bandwidth: Annotated[
+        str, typer.Option(metavar="RATE", help="At least this to its hub, such as '100 Mbit/s'.")
+    ] = "0",
+    latency: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME", help="At most so far from here, there and back; measured now.", show_default=False
+        ),
+    ] = None,
+    country: Annotated[
+        list[str] | None, typer.Option(metavar="CC", help="Only this country, such as DE; several times for several.")
+    ] = None,
+    without_country: Annotated[list[str] | None, typer.Option(metavar="CC", help="Not this country.")] = None,
+    region: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only this region.")] = None,
+    without_region: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Not this region.")] = None,
+    tier: Annotated[
+        str, typer.Option(help="What keeps work apart from the owner: open, sandboxed, attested.")
+    ] = "open",
+    max_price: Annotated[
+        str | None, typer.Option(metavar="PRICE", help="At most this, such as 0.35/h.", show_default=False)
+    ] = None,
+    currency: Annotated[str, typer.Option(help="Of prices; what is priced in another is not shown.")] = "USD",
+    idle: Annotated[bool, typer.Option("--idle", help="Only nodes that are free.")] = False,
+    sort: Annotated[
+        Order,
+        typer.Option(
+            help="What comes first: the cheapest, the most FLOP/s for their price, the fastest, the largest, "
+            "the best connected, the nearest, or by name."
+        ),
+    ] = Order.PRICE,
+    limit: Annotated[int, typer.Option(help="At most so many.")] = 64,
+    json: JsonFlag = False,
+) -> None:
+    """Show what is offered at the hubs: measured, signed, alive.
+
+    One line a node: the device that fits with the memory and the matrix product rate that it measured, what an hour of
+    it costs, where its owner says it is, whether a job has it, and the model that an engine beside it serves. The
+    filters are those that a job file has under `requirements`. Where nothing fits, it says what excluded how many, and
+    what would do. `--json` prints the offers whole.
+    """  # fmt: skip
+    from shoal.hub import HubClient
+    from shoal.market import Board, Listing, Wish, match
+    from shoal.protocol.offers import OfferFind
+    from shoal.transport import TlsEndpoint
+    from shoal.world.lookout import all_offers
+
+    if not 1 <= limit <= LIMIT_MAX:
+        raise BadFlag(f"--limit {limit} cannot be used: from 1 to {LIMIT_MAX}.")
+    if sort is Order.LATENCY and latency is None:
+        latency = "60 s"
+    wanted = _requirements(
+        {
+            "device": device, "device_name": device_name, "memory_min_bytes": parse_bytes(memory),
+            "flops_min": float(parse_count(flops)), "bandwidth_min": parse_bytes_per_s(bandwidth),
+            "latency_max_ms": None if latency is None else 1000 * parse_duration_s(latency),
+            "countries": country or (), "countries_without": without_country or (), "regions": region or (),
+            "regions_without": without_region or (), "tier": tier,
+            "price_max": None if max_price is None else parse_price(max_price), "currency": currency,
+        }
+    )  # fmt: skip
+    tickets = places.find_hubs(hub)
+
+    async def work() -> None:
+        clock, dice = SystemClock(), SystemDice()
+        endpoint = TlsEndpoint(KeyPair.generate(), clock=clock, dice=dice)
+        client = HubClient(endpoint, tickets, clock=clock, dice=dice)
+        try:
+            await client.start()
+            listings = [Listing(one.node, one.offer) for one in await all_offers(client, OfferFind())]
+            if wanted.latency_max_ms is not None:
+                listings = await _measured(listings, wanted, endpoint, client, clock)
+        finally:
+            await client.close()
+            await endpoint.close()
+        board = Board()
+        for one in listings:
+            board.put(one)
+        found = match(board, Wish(wanted), idle_only=idle)
+        rows = _ordered(board, found, sort)[:limit]
+        if json:
+            _print_json(board, found, rows)
+        elif rows:
+            out.print(_table(board, rows, far=wanted.latency_max_ms is not None))
+            if found.nodes > len(rows):
+                err.print(f"{found.nodes - len(rows)} more fit; --limit shows more.", style="dim")
+        elif not len(board):
+            out.print("Nothing is offered. Start a node with: shoal node start")
+        else:
+            out.print(shown(found.reason), markup=False, soft_wrap=True)
+
+    run(work)
+
+
+def _requirements(asked: dict[str, object]) -> Requirements:
+    """Raises BadFlag for what cannot be asked."""
+    from shoal.market import Requirements
+
+    try:
+        return msgspec.convert(asked, Requirements)
+    except msgspec.ValidationError as error:
+        raise BadFlag(f"A filter cannot be used: {error}.") from error
+
+
+async def _measured(
+    listings: list[Listing], wanted: Requirements, endpoint: Endpoint, directory: Directory, clock: Clock
+) -> list[Listing]:
+    """The round trips of those that would fit, however far they are."""
+    from shoal.market import Listing, Wish, fitting
+    from shoal.world.reach import reach_and_time
+
+    here = msgspec.structs.replace(wanted, latency_max_ms=None)
+    fit = sorted(fitting(listings, Wish(here)))[:MEASURED_MAX]
+    at_once = asyncio.Semaphore(ECHOES_AT_ONCE)
+
+    async def measured(one: Listing) -> Listing:
+        if one.node not in fit:
+            return one
+        async with at_once:
+            try:
+                _, took_ms = await reach_and_time(
+                    one.node, one.offer, endpoint=endpoint, directory=directory, clock=clock,
+                    deadline_s=ECHO_DEADLINE_S,
+                )  # fmt: skip
+            except ShoalError:
+                return one
+        return Listing(one.node, one.offer, one.coordinate, took_ms)
+
+    return list(await asyncio.gather(*(measured(one) for one in listings)))
+
+
+def _ordered(board: Board, found: Match, sort: Order) -> list[int]:
+    """One row of each node: of several devices that fit the fastest."""
+    price, flops = board.number("price_micro_per_h"), board.number("flops")
+    best: dict[bytes, int] = {}
+    for row in found.rows.tolist():
+        node = board.listing(row).node
+        if node not in best or flops[row] > flops[best[node]]:
+            best[node] = row
+
+    def key(row: int) -> tuple[float | str, ...]:
+        name = board.listing(row).offer.name
+        value = {
+            Order.PRICE: price[row],
+            Order.VALUE: -flops[row] / price[row] if price[row] else -math.inf,
+            Order.FLOPS: -flops[row],
+            Order.MEMORY: -board.number("memory_bytes")[row],
+            Order.BANDWIDTH: -board.number("bandwidth_bytes_per_s")[row],
+            Order.LATENCY: board.number("latency_ms")[row],
+            Order.NAME: 0.0,
+        }[sort]
+        first: tuple[float | str, ...] = () if sort is Order.NAME else (float(value), -float(flops[row]))
+        return (*first, name, board.listing(row).node.hex())
+
+    return sorted(best.values(), key=key)
+
+
+def _table(board: Board, rows: list[int], *, far: bool) -> Table:
+    listed = [board.listing(row) for row in rows]
+    places_said = any(one.offer.place for one in listed)
+    engines = any(one.offer.engine for one in listed)
+    columns = [
+        "node", "name", "device", "memory", "fastest", "price", *(["where"] if places_said else []),
+        *(["away"] if far else []), "to hub", "limit", "state", *(["engine"] if engines else []),
+    ]  # fmt: skip
+    table = Table(*columns, box=None, header_style="bold")
+    kinds, names = list(board.texts("kind")), list(board.texts("device"))
+    for row, one in zip(rows, listed, strict=True):
+        offer = one.offer
+        kind, name = kinds[board.texts("kind").rows[row]], names[board.texts("device").rows[row]]
+        flops, price, place = board.number("flops")[row], offer.price, offer.place
+        paid = price is not None and price.micro_per_h > 0
+        table.add_row(
+            short_id(one.node),
+            offer.name,
+            escape(shown(f"{kind} {name}")),
+            format_bytes(board.number("memory_bytes")[row]),
+            format_flops(flops) if flops else "?",
+            f"{format_price(price.micro_per_h)} {price.currency}" if price is not None and paid else "free",
+            *([" ".join(part for part in ((place.country, place.region) if place else ()) if part)] if places_said else []),
+            *([f"{one.latency_ms:.1f} ms" if one.latency_ms is not None else "?"] if far else []),
+            format_rate_bps(offer.capability.hub_rate_bps) if offer.capability.hub_rate_bps else "?",
+            f"{offer.capability.speed_limit:g}",
+            "busy" if offer.busy else "idle",
+            *([escape(shown(offer.engine.model)) if offer.engine else ""] if engines else []),
+        )  # fmt: skip
+    return table
+
+
+def _print_json(board: Board, found: Match, rows: list[int]) -> None:
+    listed = [board.listing(row) for row in rows]
+    print_json(
+        {
+            "offers": [{"node": one.node, "offer": one.offer, "latency_ms": one.latency_ms} for one in listed],
+            "considered": found.considered,
+            "fit": found.nodes,
+            "excluded": found.excluded,
+            "changes": [
+                {"requirement": one.name, "value": one.limit, "nodes": one.nodes, "sentence": one.sentence}
+                for one in found.changes
+            ],
+            "reason": found.reason,
+        }
+    )  # fmt: skip

@@ -1,0 +1,218 @@
+"""Which offers are what somebody wants; and where too few are, what excluded them and what would have to change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shoal.market.board import TIERS, Board, Listing, Mask, Rows
+from shoal.market.requirements import Requirements, Wish
+from shoal.quantities import format_bytes, format_count, format_rate_bps
+from shoal.quantities.money import format_price
+
+EXCLUDERS_SHOWN, CHANGES_SHOWN = 4, 4
+LEFT_OUT = 10.0
+"""How far it is to go without a requirement: as far as to ten times of one that has a number."""
+
+
+@dataclass(frozen=True)
+class Demand:
+    """One requirement, and which rows meet it."""
+
+    name: str
+    asked: str
+    """As one reads it: `at most 0.35/h`."""
+    met: Mask
+    values: NDArray[np.float64] | None = None
+    """What rows have, where less or more can be asked; not a number where they have nothing that could do."""
+    limit: float = 0.0
+    """What is asked of values."""
+    at_most: bool = False
+    """Whether values must not be above the limit; else not below."""
+    show: Callable[[float], str] = str
+    """A value, as one reads it."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """A requirement that is the only one to be changed."""
+
+    name: str
+    sentence: str
+    """`price at 0.42/h instead of 0.35/h: 14 nodes`"""
+    nodes: int
+    step: float
+    """How far it goes, in parts of what was asked: the nearest comes first."""
+    limit: float | None = None
+    """The requirement's new value; None where it is to be left out."""
+    at_most: bool = False
+
+
+@dataclass(frozen=True)
+class Match:
+    """What fits."""
+
+    rows: Rows
+    """Rows of the board; several devices of a node may be among them."""
+    nodes: int
+    considered: int
+    """Nodes whose offers are live and take such work."""
+    excluded: dict[str, int]
+    """By each requirement: nodes that it excludes, whatever the others do."""
+    changes: tuple[Change, ...]
+    """What would do, each by itself; none where enough fit."""
+    reason: str
+
+
+def match(board: Board, wish: Wish, *, accepts: str | None = None, idle_only: bool = False, needed: int = 1) -> Match:
+    """The rows that fit, and where fewer than `needed` nodes do, why."""
+    base = board.open_to(accepts, idle_only=False)
+    considered = board.nodes_in(base)
+    asked = list(demands(board, wish.each))
+    if idle_only:
+        asked.append(Demand("idle", "not busy with another job", board.open_to(None, idle_only=True)))
+    if wish.any_of:
+        asked.append(Demand("any_of", f"one of {len(wish.any_of)} alternatives", _any_of(board, wish)))
+    met = base.copy()
+    for demand in asked:
+        met &= demand.met
+    rows = np.flatnonzero(met)
+    nodes = board.nodes_in(met)
+    if nodes >= needed:
+        return Match(rows, nodes, considered, {}, (), f"{_count(nodes)} of {considered} that take such work fit.")
+    excluded = {demand.name: considered - board.nodes_in(base & demand.met) for demand in asked}
+    changes = sorted(_changes(board, base, asked, needed), key=lambda change: change.step)[:CHANGES_SHOWN]
+    return Match(
+        rows, nodes, considered, excluded, tuple(changes),
+        _why(nodes, considered, needed, asked, excluded, changes),
+    )  # fmt: skip
+
+
+def fitting(listings: Iterable[Listing], wish: Wish) -> frozenset[bytes]:
+    """The nodes of a few offers, those that fit."""
+    board = Board()
+    for listing in listings:
+        board.put(listing)
+    return frozenset(board.listing(row).node for row in match(board, wish).rows)
+
+
+def demands(board: Board, wanted: Requirements) -> Iterator[Demand]:
+    """What is asked, one by one; what is not asked is left out."""
+    if wanted.device != "any":
+        yield Demand("device", wanted.device, board.among("kind", [wanted.device]))
+    if wanted.device_name:
+        part = wanted.device_name.casefold()
+        names = [name for name in board.texts("device") if part in name.casefold()]
+        yield Demand("device_name", f"{wanted.device_name!r} in its name", board.among("device", names))
+    least = (
+        ("memory_min", wanted.memory_min_bytes, "memory_bytes", format_bytes),
+        ("flops_min", wanted.flops_min, "flops", lambda value: f"{format_count(value)}FLOP/s"),
+        ("memory_rate_min", wanted.memory_rate_min, "memory_bytes_per_s", lambda value: f"{format_bytes(value)}/s"),
+        ("bandwidth_min", wanted.bandwidth_min, "bandwidth_bytes_per_s", lambda value: format_rate_bps(8 * value)),
+    )
+    for name, value, column, show in least:
+        if value > 0:
+            values = board.number(column)
+            yield Demand(name, f"at least {show(value)}", values >= value, values, value, show=show)
+    if wanted.latency_max_ms is not None:
+        values = board.number("latency_ms")
+        known = np.where(np.isfinite(values), values, np.nan)
+        limit = wanted.latency_max_ms
+        yield Demand("latency_max", f"at most {_ms(limit)}", values <= limit, known, limit, True, _ms)
+    for name, column, only, without in (
+        ("countries", "country", wanted.countries, wanted.countries_without),
+        ("regions", "region", wanted.regions, wanted.regions_without),
+    ):
+        if only:
+            yield Demand(name, f"only {', '.join(only)}", board.among(column, only))
+        if without:
+            # Who does not say where it is may be just there.
+            yield Demand(f"{name}_without", f"not {', '.join(without)}", ~board.among(column, ("", *without)))
+    if wanted.tier != "open":
+        yield Demand("tier", f"{wanted.tier} at least", board.tier >= TIERS.index(wanted.tier))
+    priced = board.number("price_micro_per_h")
+    same = board.among("currency", ["", wanted.currency])
+    if wanted.price_max is not None:
+        values = np.where(same, priced, np.nan)
+        limit = wanted.price_max
+        yield Demand("price_max", f"at most {_price(limit)}", same & (priced <= limit), values, limit, True, _price)
+    else:
+        yield Demand("currency", f"priced in {wanted.currency}", same)
+
+
+def _any_of(board: Board, wish: Wish) -> Mask:
+    found = np.zeros(len(board.tier), dtype=bool)
+    for one in wish.any_of:
+        met = np.ones(len(board.tier), dtype=bool)
+        for demand in demands(board, one):
+            met &= demand.met
+        found |= met
+    return found
+
+
+# --- why not ---------------------------------------------------------------------------------------------------------
+
+
+def _changes(board: Board, base: Mask, asked: list[Demand], needed: int) -> Iterator[Change]:
+    """Each requirement changed by itself, no further than it takes to have `needed` nodes."""
+    for changed in asked:
+        others = base.copy()
+        for demand in asked:
+            if demand is not changed:
+                others &= demand.met
+        if changed.values is None:
+            nodes = board.nodes_in(others)
+            if nodes >= needed:
+                said = f"without {changed.name} ({changed.asked}): {_count(nodes)}"
+                yield Change(changed.name, said, nodes, LEFT_OUT)
+            continue
+        rows = np.flatnonzero(others & ~np.isnan(changed.values))
+        best = _best_of_each_node(board, rows, changed.values[rows], changed.at_most)
+        if len(best) < needed:
+            continue
+        limit = float(np.sort(best if changed.at_most else -best)[needed - 1]) * (1 if changed.at_most else -1)
+        nodes = int((best <= limit).sum() if changed.at_most else (best >= limit).sum())
+        step = abs(limit - changed.limit) / max(changed.limit, 1e-9)
+        sentence = f"{changed.name} {changed.show(limit)} instead of {changed.show(changed.limit)}: {_count(nodes)}"
+        yield Change(changed.name, sentence, nodes, step, limit, changed.at_most)
+
+
+def _why(
+    nodes: int, considered: int, needed: int, asked: list[Demand], excluded: dict[str, int], changes: list[Change]
+) -> str:
+    fit, are = "fits" if nodes == 1 else "fit", "is" if needed == 1 else "are"
+    said = f"{_count(nodes)} of {considered} that take such work {fit}, where {needed} {are} needed."
+    if not considered:
+        return f"{said} Nobody offers such work at these hubs."
+    worst = sorted((demand for demand in asked if excluded[demand.name]), key=lambda one: -excluded[one.name])
+    if worst:
+        named = [f"{one.name} ({one.asked}) {excluded[one.name]}" for one in worst[:EXCLUDERS_SHOWN]]
+        said += f" Excluded by {', by '.join(named)}."
+    if changes:
+        return f"{said} What would do: {'; '.join(change.sentence for change in changes)}."
+    return f"{said} No single change would do."
+
+
+def _best_of_each_node(board: Board, rows: Rows, values: NDArray[np.float64], at_most: bool) -> NDArray[np.float64]:
+    """Of each node the value that is furthest on the right side."""
+    owners = board.owner[rows]
+    order = np.lexsort((values if at_most else -values, owners))
+    owners = owners[order]
+    first = np.ones(len(order), dtype=bool)
+    first[1:] = owners[1:] != owners[:-1]
+    return values[order][first]
+
+
+def _count(nodes: int) -> str:
+    return "1 node" if nodes == 1 else f"{nodes} nodes"
+
+
+def _ms(value: float) -> str:
+    return f"{value:.3g} ms"
+
+
+def _price(value: float) -> str:
+    return format_price(int(value))

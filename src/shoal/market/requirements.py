@@ -1,0 +1,71 @@
+"""What somebody asks of nodes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal, TypeAlias
+
+import msgspec
+from msgspec import Meta
+
+from shoal.protocol.offers import Country, Region, Tier
+from shoal.protocol.prices import Currency, PricePerHour
+
+DeviceKind: TypeAlias = Literal["any", "cpu", "cuda", "rocm", "mps", "xpu"]
+LIST_MAX = 64
+ALTERNATIVES_MAX = 16
+SIZE_MAX = 1 << 50
+
+Bytes = Annotated[int, Meta(ge=0, le=SIZE_MAX)]
+BytesPerS = Annotated[float, Meta(ge=0, le=1e18, extra={"quantity": "bytes_per_s"})]
+Milliseconds = Annotated[float, Meta(gt=0, le=60_000)]
+MaximumPrice = Annotated[PricePerHour, Meta(extra={"quantity": "price"})]
+
+
+class Requirements(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What a node must have. What is asked of a device must be met by one device of the node together."""
+
+    device: DeviceKind = "any"
+    """The kind of device."""
+    device_name: Annotated[str, Meta(max_length=96)] = ""
+    """A part of the device's name, such as `4090`; capitals do not matter."""
+    memory_min_bytes: Bytes = 0
+    """Memory that a node's device must have."""
+    flops_min: Annotated[float, Meta(ge=0, le=1e18, extra={"quantity": "count"})] = 0.0
+    """Floating point operations per second that the device was measured at, in its fastest dtype."""
+    memory_rate_min: BytesPerS = 0.0
+    """What the device was measured to read from its memory."""
+    bandwidth_min: BytesPerS = 0.0
+    """What the node measured between itself and its hub."""
+    latency_max_ms: Milliseconds | None = None
+    """There and back between the node and whoever asks."""
+    countries: Annotated[tuple[Country, ...], Meta(max_length=LIST_MAX)] = ()
+    """Only in these, such as [DE, NL]; where a node is, its owner says."""
+    countries_without: Annotated[tuple[Country, ...], Meta(max_length=LIST_MAX)] = ()
+    """In none of these; nor a node that does not say where it is."""
+    regions: Annotated[tuple[Region, ...], Meta(max_length=LIST_MAX)] = ()
+    """Only in these, as owners name them."""
+    regions_without: Annotated[tuple[Region, ...], Meta(max_length=LIST_MAX)] = ()
+    """In none of these; nor a node that does not say where it is."""
+    tier: Tier = "open"
+    """What must keep the work apart from the node's owner: `open`, `sandboxed` or `attested`."""
+    price_max: MaximumPrice | None = None
+    """What a node may cost, such as 0.35/h."""
+    currency: Currency = "USD"
+    """Of prices; a node that is priced in another one is not taken. One that is free always is."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """Requirements, of which a part may be met in one of several ways."""
+
+    each: Requirements = field(default_factory=Requirements)
+    any_of: tuple[Requirements, ...] = ()
+    """At least one of these must be met, too; none: nothing more is asked."""
+
+    @property
+    def asks_for_latency(self) -> bool:
+        return any(one.latency_max_ms is not None for one in (self.each, *self.any_of))
+
+
+ANYTHING = Wish()

@@ -1,0 +1,126 @@
+"""The cheapest gang within a latency, beside all gangs there are and beside an exact solver."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from scipy.optimize import Bounds, LinearConstraint, milp
+
+from shoal.market.coordinates import DIMENSIONS, Coordinate
+from shoal.market.gangs import cheapest_gang
+
+Costs, Places = NDArray[np.int64], NDArray[np.float64]
+
+
+def apart_ms(positions: Places, heights: Places) -> Places:
+    found = np.linalg.norm(positions[:, None] - positions[None, :], axis=2) + heights[:, None] + heights[None, :]
+    np.fill_diagonal(found, 0)
+    return found
+
+
+def drawn(seed: int, count: int, spread: float = 50.0) -> tuple[Costs, Places, Places]:
+    dice = np.random.default_rng(seed)
+    cities = dice.uniform(-spread, spread, (max(1, count // 12), DIMENSIONS))
+    positions = cities[dice.integers(0, len(cities), count)] + dice.normal(0, 4, (count, DIMENSIONS))
+    return (dice.lognormal(12.7, 0.6, count)).astype(np.int64), positions, dice.gamma(2, 1.5, count)
+
+
+@settings(max_examples=150)
+@given(st.integers(0, 1 << 30), st.integers(2, 9), st.integers(2, 4), st.floats(5, 120))
+def test_of_few_candidates_it_is_the_cheapest_gang_there_is(seed: int, count: int, size: int, limit: float) -> None:
+    costs, positions, heights = drawn(seed, count)
+    near = apart_ms(positions, heights) <= limit
+    gangs = [gang for gang in itertools.combinations(range(count), size)
+             if all(near[a, b] for a, b in itertools.combinations(gang, 2))]  # fmt: skip
+    found = cheapest_gang(costs, positions, heights, size=size, latency_max_ms=limit)
+    if not gangs:
+        assert found.members == ()
+        return
+    assert tuple(sorted(found.members)) in gangs
+    assert found.cost == sum(costs[list(found.members)]) == min(sum(costs[list(gang)]) for gang in gangs)
+    assert found.proved
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_it_is_within_a_hundredth_of_an_exact_solver(seed: int) -> None:
+    costs, positions, heights = drawn(seed, 60)
+    limit, size = 30.0, 6
+    rows = [np.eye(60)[a] + np.eye(60)[b]
+            for a, b in itertools.combinations(range(60), 2) if apart_ms(positions, heights)[a, b] > limit]  # fmt: skip
+    constraints = [LinearConstraint(np.ones(60), size, size)]
+    if rows:
+        constraints.append(LinearConstraint(np.array(rows), ub=1))
+    exact = milp(costs, integrality=np.ones(60), bounds=Bounds(0, 1), constraints=constraints)
+    found = cheapest_gang(costs, positions, heights, size=size, latency_max_ms=limit)
+    assert exact.success == bool(found.members)
+    if exact.success:
+        assert found.cost <= 1.01 * exact.fun
+        assert found.at_least <= exact.fun + 0.5
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 1 << 30), st.integers(2, 24), st.floats(1, 200))
+def test_of_many_candidates_it_is_a_gang_and_no_cheaper_than_said(seed: int, size: int, limit: float) -> None:
+    costs, positions, heights = drawn(seed, 3_000)
+    found = cheapest_gang(costs, positions, heights, size=size, latency_max_ms=limit)
+    if not found.members:
+        return
+    members = list(found.members)
+    assert len(set(members)) == size
+    assert (apart_ms(positions[members], heights[members]) <= limit + 1e-9).all()
+    assert found.at_least <= found.cost == costs[members].sum()
+
+
+def test_more_room_costs_no_more() -> None:
+    costs, positions, heights = drawn(5, 40)
+    found = [cheapest_gang(costs, positions, heights, size=5, latency_max_ms=limit) for limit in (15, 25, 40, 80, 160)]
+    prices = [gang.cost for gang in found if gang.members]
+    assert prices == sorted(prices, reverse=True)
+    assert prices[-1] == np.sort(costs)[:5].sum()
+
+
+def test_there_may_be_none() -> None:
+    costs, positions, heights = drawn(1, 30)
+    assert cheapest_gang(costs, positions, heights + 100, size=2, latency_max_ms=50).reason == (
+        "There are no 2 of 30 candidates within 50 ms of one another."
+    )
+    assert cheapest_gang(costs, positions, heights, size=31, latency_max_ms=50).reason == (
+        "There are only 30 candidates for a gang of 31."
+    )
+
+
+def test_coordinates_learn_distances_from_measurements() -> None:
+    dice = np.random.default_rng(3)
+    places = dice.uniform(0, 80, (30, 2))
+    links = dice.uniform(1, 10, 30)
+    true = np.linalg.norm(places[:, None] - places[None, :], axis=2) + links[:, None] + links[None, :]
+    nodes = [Coordinate() for _ in places]
+    for _ in range(200):
+        for at in range(30):
+            other = int(dice.integers(0, 30))
+            if other != at:
+                nodes[at] = nodes[at].measured(nodes[other], true[at, other], dice.normal(size=DIMENSIONS).tolist())
+    off = [
+        abs(nodes[a].distance_ms(nodes[b]) - true[a, b]) / true[a, b] for a, b in itertools.combinations(range(30), 2)
+    ]
+    assert np.median(off) < 0.1
+    assert nodes[0].measured(nodes[1], -1.0, (1, 0, 0)) == nodes[0]
+    assert nodes[0].measured(nodes[1], float("nan"), (1, 0, 0)) == nodes[0]
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.floats(0, 1e9)), max_size=50),
+    st.lists(st.floats(-1, 1), min_size=DIMENSIONS, max_size=DIMENSIONS),
+)
+def test_coordinates_stay_finite_whatever_is_measured(steps: list[tuple[int, float]], direction: list[float]) -> None:
+    nodes = [Coordinate() for _ in range(4)]
+    for at, took in steps:
+        nodes[at] = nodes[at].measured(nodes[(at + 1) % 4], took, direction)
+    for node in nodes:
+        assert np.isfinite([*node.position_ms, node.height_ms, node.error]).all()
+        assert node.height_ms > 0

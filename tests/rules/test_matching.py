@@ -1,0 +1,197 @@
+"""Which offers are what somebody wants, what excluded the others, and what would do."""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal.market import Board, Listing, Requirements, Wish, match
+from shoal.protocol.offers import Capability, Device, Offer, Place, Throughput
+from shoal.protocol.prices import Price
+
+GIB = 1 << 30
+
+
+def a_device(kind: str = "cuda", name: str = "RTX 4090", memory_gib: int = 24, flops: float = 1e14) -> Device:
+    return Device(
+        kind=kind, name=name, memory_bytes=memory_gib * GIB, memory_bytes_per_s=1e12,
+        throughput=(Throughput(dtype="bfloat16", flops=flops),),
+    )  # fmt: skip
+
+
+def a_listing(
+    number: int, *devices: Device, price: int | None = None, currency: str = "USD", country: str | None = None,
+    region: str | None = None, rate_bps: float = 1e8, latency_ms: float | None = None, **rest: object,
+) -> Listing:  # fmt: skip
+    offer = Offer(
+        name=f"node{number}", sequence=1, issued_ms=0, lifetime_ms=60_000,
+        capability=Capability(devices=devices or (a_device(),), hub_rate_bps=rate_bps, hub_round_trip_ms=10),
+        price=None if price is None else Price(price, currency), place=Place(country=country, region=region),
+        **rest,  # type: ignore[arg-type]
+    )  # fmt: skip
+    return Listing(number.to_bytes(32), offer, latency_ms=latency_ms)
+
+
+def a_board(*listings: Listing) -> Board:
+    board = Board()
+    for one in listings:
+        board.put(one)
+    return board
+
+
+def names(board: Board, rows: np.ndarray) -> set[str]:
+    return {board.listing(row).offer.name for row in rows}
+
+
+BIG_AND_SLOW, SMALL_AND_FAST = a_device(memory_gib=80, flops=1e12), a_device(name="H", memory_gib=8, flops=1e15)
+BOARD = a_board(
+    a_listing(0, price=350_000, country="DE", region="europe-west", latency_ms=20),
+    a_listing(1, price=420_000, country="NL", region="europe-west", latency_ms=35, busy=True),
+    a_listing(2, a_device("cpu", "EPYC", 64, 1e11), rate_bps=1e6),
+    a_listing(3, BIG_AND_SLOW, SMALL_AND_FAST, price=1_200_000, country="US", region="us-east", latency_ms=110),
+    a_listing(4, price=300_000, currency="EUR", country="FR", accepts=("serve",)),
+    a_listing(5, a_device("cuda", "GTX 1080 Ti", 11, 1e13), price=90_000, country="DE", tier="sandboxed"),
+)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "fitting"),
+    [
+        ({}, {0, 1, 2, 3, 5}),  # in dollars or for nothing
+        ({"currency": "EUR"}, {2, 4}),
+        ({"device": "cuda"}, {0, 1, 3, 5}),
+        ({"device_name": "4090"}, {0, 1, 3}),
+        ({"device_name": "gtx"}, {5}),
+        ({"memory_min_bytes": 64 * GIB}, {2, 3}),
+        ({"flops_min": 5e14}, {3}),
+        ({"memory_min_bytes": 16 * GIB, "flops_min": 5e14}, set()),
+        ({"bandwidth_min": 1e6}, {0, 1, 3, 5}),
+        ({"latency_max_ms": 35.0}, {0, 1}),
+        ({"countries": ("DE", "US")}, {0, 3, 5}),
+        ({"countries_without": ("US",)}, {0, 1, 5}),
+        ({"regions": ("europe-west",)}, {0, 1}),
+        ({"regions_without": ("europe-west",)}, {3}),
+        ({"tier": "sandboxed"}, {5}),
+        ({"price_max": 350_000}, {0, 2, 5}),
+        ({"price_max": 350_000, "currency": "EUR"}, {2, 4}),
+    ],
+)
+def test_each_requirement_lets_in_what_meets_it(wanted: dict[str, object], fitting: set[int]) -> None:
+    found = match(BOARD, Wish(Requirements(**wanted)))
+    assert names(BOARD, found.rows) == {f"node{number}" for number in fitting}
+    assert found.nodes == len(fitting)
+
+
+def test_work_and_idleness() -> None:
+    assert match(BOARD, Wish(), accepts="train", idle_only=True).nodes == 4
+    assert names(BOARD, match(BOARD, Wish(Requirements(currency="EUR")), accepts="serve").rows) == {"node4"}
+    assert match(BOARD, Wish(), accepts="loop-of-mine").nodes == 0
+    assert match(BOARD, Wish(), accepts="loop-of-mine").reason == (
+        "0 nodes of 0 that take such work fit, where 1 is needed. Nobody offers such work at these hubs."
+    )
+
+
+def test_alternatives() -> None:
+    wish = Wish(
+        Requirements(device="cuda"),
+        (Requirements(memory_min_bytes=64 * GIB), Requirements(price_max=100_000)),
+    )
+    assert names(BOARD, match(BOARD, wish).rows) == {"node3", "node5"}
+
+
+def test_why_not_names_who_excluded_most_and_the_nearest_change() -> None:
+    wish = Wish(Requirements(device_name="4090", price_max=350_000, countries=("DE", "NL")))
+    found = match(BOARD, wish, accepts="train", needed=2)
+    assert found.nodes == 1
+    assert found.excluded == {"device_name": 2, "countries": 2, "price_max": 2}
+    assert [change.nodes for change in found.changes] == [2, 2]
+    assert found.reason == (
+        "1 node of 5 that take such work fits, where 2 are needed. Excluded by device_name ('4090' in its name) 2, by "
+        "countries (only DE, NL) 2, by price_max (at most 0.35/h) 2. What would do: price_max 0.42/h instead of "
+        "0.35/h: 2 nodes; without device_name ('4090' in its name): 2 nodes."
+    )
+    far = match(BOARD, Wish(Requirements(latency_max_ms=5.0)), accepts="train", needed=3)
+    assert "latency_max 110 ms instead of 5 ms: 3 nodes" in far.reason
+    assert "without" not in far.reason, "numbers come first, and taking the demand away is not told beside them"
+    none = match(BOARD, Wish(Requirements(device="mps", tier="attested")), accepts="train")
+    assert none.reason.endswith("No single change would do.")
+
+
+NUMBERS = st.integers(0, 5)
+
+
+@st.composite
+def requirements(draw: st.DrawFn) -> Requirements:
+    some = {
+        "device": draw(st.sampled_from(["any", "cuda", "cpu"])),
+        "memory_min_bytes": draw(NUMBERS) * 8 * GIB,
+        "flops_min": draw(NUMBERS) * 1e13,
+        "countries": draw(st.sampled_from([(), ("DE",), ("DE", "US")])),
+        "countries_without": draw(st.sampled_from([(), ("FR",)])),
+        "latency_max_ms": draw(st.sampled_from([None, 10.0, 100.0])),
+        "price_max": draw(st.sampled_from([None, 0, 100_000, 400_000])),
+        "tier": draw(st.sampled_from(["open", "sandboxed"])),
+    }
+    return Requirements(**{name: value for name, value in some.items() if draw(st.booleans())})
+
+
+listings = st.builds(
+    lambda number, memories, flops, price, country, latency, tier: a_listing(
+        number, *(a_device(memory_gib=memory, flops=flops) for memory in memories), price=price, country=country,
+        latency_ms=latency, tier=tier,
+    ),
+    st.integers(0, 12), st.lists(st.sampled_from([8, 24, 48]), min_size=1, max_size=3),
+    st.sampled_from([1e13, 5e13]), st.sampled_from([None, 0, 90_000, 350_000]),
+    st.sampled_from([None, "DE", "FR", "US"]), st.sampled_from([None, 5.0, 50.0]),
+    st.sampled_from(["open", "sandboxed", "attested"]),
+)  # fmt: skip
+
+
+@given(st.lists(listings, max_size=12), requirements(), st.integers(1, 4))
+def test_a_change_that_is_told_does_what_it_says(found: list[Listing], wanted: Requirements, needed: int) -> None:
+    board = a_board(*found)
+    before = match(board, Wish(wanted), needed=needed)
+    assert before.nodes == len({board.listing(row).node for row in before.rows})
+    assert (before.reason.find("needed") >= 0) == (before.nodes < needed)
+    for change in before.changes:
+        assert change.nodes >= needed > before.nodes
+        if change.limit is None:
+            continue
+        field = next(name for name in msgspec.structs.asdict(wanted) if name.startswith(change.name))
+        changed = msgspec.structs.replace(wanted, **{field: type(getattr(wanted, field))(change.limit)})
+        assert match(board, Wish(changed), needed=needed).nodes == change.nodes
+        # Nothing nearer would do.
+        nearer = change.limit * (1 - 1e-9 if change.at_most else 1 + 1e-9)
+        if field not in ("price_max", "memory_min_bytes"):
+            less = msgspec.structs.replace(wanted, **{field: nearer})
+            assert match(board, Wish(less), needed=needed).nodes < needed
+
+
+@given(st.lists(st.tuples(st.booleans(), listings), max_size=40))
+def test_a_board_is_what_was_put_on_it_last(steps: list[tuple[bool, Listing]]) -> None:
+    board, held = Board(), {}
+    for put, listing in steps:
+        if put:
+            board.put(listing)
+            held[listing.node] = listing
+        else:
+            board.remove(listing.node)
+            held.pop(listing.node, None)
+    assert len(board) == len(held)
+    rows = match(board, Wish()).rows
+    assert {board.listing(row).node for row in rows} == set(held)
+    for row in rows:
+        mine = board.listing(row)
+        assert mine == held[mine.node]
+        assert board.number("memory_bytes")[row] in [one.memory_bytes for one in mine.offer.capability.devices]
+
+
+def test_a_board_forgets_texts_that_stand_nowhere() -> None:
+    board = Board()
+    for number in range(5_000):
+        board.put(a_listing(1, a_device(name=f"device {number}")))
+    assert len(list(board.texts("device"))) <= 1024
+    assert names(board, match(board, Wish(Requirements(device_name="4999"))).rows) == {"node1"}
