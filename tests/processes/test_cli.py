@@ -64,6 +64,10 @@ MISTAKES = [
     pytest.param(["offers", "--limit", "many"], "SH-103", "--limit", id="no number"),
     pytest.param(["offers", "--limit", "0", "--hub", NOBODY], "SH-103", "from 1 to", id="a number out of bounds"),
     pytest.param(["offers", "--memory", "much", "--hub", NOBODY], "SH-101", "16 GiB", id="no amount"),
+    pytest.param(["offers", "--country", "Germany", "--hub", NOBODY], "SH-103", "--country", id="no country"),
+    pytest.param(["offers", "--max-price", "-1/h", "--hub", NOBODY], "SH-101", "0.35", id="no price"),
+    pytest.param(["node", "start", "--price", "1", "--hub", NOBODY], "SH-101", "0.35/h", id="a price of what"),
+    pytest.param(["node", "start", "--region", "EU", "--hub", NOBODY], "SH-103", "--region EU", id="no region"),
     pytest.param(["offers"], "SH-102", "shoal up", id="no hub"),
     pytest.param(["offers", "--hub", "shoal://x"], "SH-112", "shoal://<64", id="no ticket"),
     pytest.param(["up", "--nodes", "0"], "SH-103", "from 1 to 64", id="no nodes"),
@@ -253,7 +257,9 @@ def test_a_shoal_goes_up_once_is_found_and_goes_down(place: Path) -> None:
         offers = json.loads(shoal(place, "offers", "--json").stdout)["offers"]
         assert [one["node"] for one in offers] == [ready["nodes"][0]["node"]]
         assert "node-1" in shoal(place, "offers").stdout
-        assert json.loads(shoal(place, "offers", "--device", "mps", "--json").stdout) == {"offers": []}
+        none = json.loads(shoal(place, "offers", "--device", "mps", "--json").stdout)
+        assert (none["offers"], none["fit"], none["excluded"]["device"]) == ([], 0, none["considered"])
+        assert "without device (mps)" in shoal(place, "offers", "--device", "mps").stdout
         twice = shoal(place, "node", "start", "--data", str(place / "home" / "local" / "nodes" / "node-1"))
         assert twice.returncode == 1 and "\nerror SH-407" in twice.stderr
         down = shoal(place, "down")

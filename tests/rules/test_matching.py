@@ -90,7 +90,7 @@ def test_work_and_idleness() -> None:
     assert names(BOARD, match(BOARD, Wish(Requirements(currency="EUR")), accepts="serve").rows) == {"node4"}
     assert match(BOARD, Wish(), accepts="loop-of-mine").nodes == 0
     assert match(BOARD, Wish(), accepts="loop-of-mine").reason == (
-        "0 nodes of 0 that take such work fit, where 1 is needed. Nobody offers such work at these hubs."
+        "0 nodes of 0 that take such work fit, where 1 is needed. Nobody offers it at these hubs."
     )
 
 

@@ -16,7 +16,7 @@ from shoal.cli import places
 from shoal.cli.app import MACHINES, app
 from shoal.cli.output import BadFlag, HubFlag, JsonFlag, err, out, print_json, run, shown
 from shoal.errors import ShoalError
-from shoal.identity import KeyPair, short_id
+from shoal.identity import KeyPair
 from shoal.quantities import (
     format_bytes,
     format_flops,
@@ -26,7 +26,7 @@ from shoal.quantities import (
     parse_count,
     parse_duration_s,
 )
-from shoal.quantities.money import format_price, parse_price
+from shoal.quantities.money import format_money, parse_price
 from shoal.world import Clock, Directory, Endpoint, SystemClock, SystemDice
 
 if TYPE_CHECKING:
@@ -37,6 +37,25 @@ ECHO_DEADLINE_S = 5.0
 ECHOES_AT_ONCE = 32
 MEASURED_MAX = 1024
 """Nodes whose round trip is measured."""
+
+
+COUNTRY, REGION = "two capitals such as DE (ISO 3166-1)", "small letters, digits and dashes, such as europe-west"
+FLAGS = {
+    "device": ("--device", "any, cpu, cuda, rocm, mps or xpu"),
+    "device_name": ("--device-name", "at most 96 characters"),
+    "memory_min_bytes": ("--memory", "at most 1024 TiB"),
+    "flops_min": ("--flops", "at most 1e18"),
+    "bandwidth_min": ("--bandwidth", "at most 1e18 bytes per second"),
+    "latency_max_ms": ("--latency", "more than 0 and at most a minute"),
+    "countries": ("--country", COUNTRY),
+    "countries_without": ("--without-country", COUNTRY),
+    "regions": ("--region", REGION),
+    "regions_without": ("--without-region", REGION),
+    "tier": ("--tier", "open, sandboxed or attested"),
+    "price_max": ("--max-price", "at most a million an hour"),
+    "currency": ("--currency", "capitals and digits, such as USD"),
+}
+"""What each option takes, by the field that it becomes."""
 
 
 class Order(StrEnum):
@@ -144,7 +163,8 @@ def offers(
         if json:
             _print_json(board, found, rows)
         elif rows:
-            out.print(_table(board, rows, far=wanted.latency_max_ms is not None))
+            linked = sort is Order.BANDWIDTH or wanted.bandwidth_min > 0
+            out.print(_table(board, rows, currency, far=wanted.latency_max_ms is not None, linked=linked))
             if found.nodes > len(rows):
                 err.print(f"{found.nodes - len(rows)} more fit; --limit shows more.", style="dim")
         elif not len(board):
@@ -162,7 +182,9 @@ def _requirements(asked: dict[str, object]) -> Requirements:
     try:
         return msgspec.convert(asked, Requirements)
     except msgspec.ValidationError as error:
-        raise BadFlag(f"A filter cannot be used: {error}.") from error
+        name = str(error).rpartition("$.")[2].partition("`")[0].partition("[")[0]
+        flag, takes = FLAGS[name]
+        raise BadFlag(f"{flag} cannot be used as it stands: it takes {takes}.") from error
 
 
 async def _measured(
@@ -218,15 +240,21 @@ def _ordered(board: Board, found: Match, sort: Order) -> list[int]:
     return sorted(best.values(), key=key)
 
 
-def _table(board: Board, rows: list[int], *, far: bool) -> Table:
+def _table(board: Board, rows: list[int], currency: str, *, far: bool, linked: bool) -> Table:
+    """Only columns in which something stands."""
     listed = [board.listing(row) for row in rows]
-    places_said = any(one.offer.place for one in listed)
+    placed = any(one.offer.place for one in listed) and not (far and linked)  # there is no room for all
+    limited = any(one.offer.capability.speed_limit < 1 for one in listed)
     engines = any(one.offer.engine for one in listed)
     columns = [
-        "node", "name", "device", "memory", "fastest", "price", *(["where"] if places_said else []),
-        *(["away"] if far else []), "to hub", "limit", "state", *(["engine"] if engines else []),
+        "node", "name", "device", "memory", "fastest", f"{currency}/h", *(["where"] if placed else []),
+        *(["away"] if far else []), *(["to hub"] if linked else []), *(["limit"] if limited else []), "state",
+        *(["engine"] if engines else []),
     ]  # fmt: skip
-    table = Table(*columns, box=None, header_style="bold")
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
+    for column in columns:
+        whole = column in ("node", "memory", "away", "limit", "state") or column.endswith("/h")
+        table.add_column(column, no_wrap=whole, overflow="fold", min_width=None if whole else 9)
     kinds, names = list(board.texts("kind")), list(board.texts("device"))
     for row, one in zip(rows, listed, strict=True):
         offer = one.offer
@@ -234,16 +262,16 @@ def _table(board: Board, rows: list[int], *, far: bool) -> Table:
         flops, price, place = board.number("flops")[row], offer.price, offer.place
         paid = price is not None and price.micro_per_h > 0
         table.add_row(
-            short_id(one.node),
+            one.node.hex()[:8],
             offer.name,
             escape(shown(f"{kind} {name}")),
             format_bytes(board.number("memory_bytes")[row]),
             format_flops(flops) if flops else "?",
-            f"{format_price(price.micro_per_h)} {price.currency}" if price is not None and paid else "free",
-            *([" ".join(part for part in ((place.country, place.region) if place else ()) if part)] if places_said else []),
+            format_money(price.micro_per_h) if price is not None and paid else "free",
+            *([" ".join(part for part in ((place.country, place.region) if place else ()) if part)] if placed else []),
             *([f"{one.latency_ms:.1f} ms" if one.latency_ms is not None else "?"] if far else []),
-            format_rate_bps(offer.capability.hub_rate_bps) if offer.capability.hub_rate_bps else "?",
-            f"{offer.capability.speed_limit:g}",
+            *([format_rate_bps(offer.capability.hub_rate_bps) if offer.capability.hub_rate_bps else "?"] if linked else []),
+            *([f"{offer.capability.speed_limit:g}"] if limited else []),
             "busy" if offer.busy else "idle",
             *([escape(shown(offer.engine.model)) if offer.engine else ""] if engines else []),
         )  # fmt: skip

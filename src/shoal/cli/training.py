@@ -197,3 +197,5 @@ def print_plan(made: Plan) -> None:
             f"{len(made.nodes)} idle nodes fit now; the job begins with {made.nodes_min} and waits for them.",
             style="yellow",
         )
+        if made.why_not:
+            out.print(shown(made.why_not), markup=False, soft_wrap=True)

@@ -178,18 +178,18 @@ async def find_gang(
     seen = f"{len(found)} fitting and idle offers at the hubs, {len(dials.linked)} of them answered"
     hint = " ".join(dials.troubles.values()) or advice
     busy = await _say_busy(directory, wanted, wish)
-    why = await _why_not(directory, wanted, wish, nodes_min) if wish != ANYTHING else ""
-    raise TooFewNodes(f"The job needs {needed}; {seen} within {wait_s:.0f} s. {why}{hint}{busy}")
+    why = await why_not(directory, wanted, wish, nodes_min) if wish != ANYTHING else ""
+    raise TooFewNodes(f"The job needs {needed}; {seen} within {wait_s:.0f} s. {why and why + ' '}{hint}{busy}")
 
 
-async def _why_not(directory: Directory, wanted: OfferFind, wish: Wish, needed: int) -> str:
+async def why_not(directory: Directory, wanted: OfferFind, wish: Wish, needed: int) -> str:
     """Which requirements excluded how many, and what would do; empty where enough fit."""
     board = Board()
     with contextlib.suppress(LinkError):
         for one in await all_offers(directory, OfferFind(accepts=wanted.accepts)):
             board.put(Listing(one.node, one.offer, latency_ms=0.0))
     found = match(board, wish, accepts=wanted.accepts, idle_only=wanted.idle_only, needed=max(1, needed))
-    return "" if found.nodes >= needed else f"{found.reason} "
+    return "" if found.nodes >= needed else found.reason
 
 
 async def _say_busy(directory: Directory, wanted: OfferFind, wish: Wish) -> str:

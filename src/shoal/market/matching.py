@@ -81,14 +81,14 @@ def match(board: Board, wish: Wish, *, accepts: str | None = None, idle_only: bo
         met &= demand.met
     rows = np.flatnonzero(met)
     nodes = board.nodes_in(met)
+    fit = "fits" if nodes == 1 else "fit"
+    said = f"{_count(nodes)} of {considered} {'on offer' if accepts is None else 'that take such work'} {fit}"
     if nodes >= needed:
-        return Match(rows, nodes, considered, {}, (), f"{_count(nodes)} of {considered} that take such work fit.")
+        return Match(rows, nodes, considered, {}, (), f"{said}.")
     excluded = {demand.name: considered - board.nodes_in(base & demand.met) for demand in asked}
     changes = sorted(_changes(board, base, asked, needed), key=lambda change: change.step)[:CHANGES_SHOWN]
-    return Match(
-        rows, nodes, considered, excluded, tuple(changes),
-        _why(nodes, considered, needed, asked, excluded, changes),
-    )  # fmt: skip
+    said += f", where {needed} {'is' if needed == 1 else 'are'} needed."
+    return Match(rows, nodes, considered, excluded, tuple(changes), said + _why(considered, asked, excluded, changes))
 
 
 def fitting(listings: Iterable[Listing], wish: Wish) -> frozenset[bytes]:
@@ -180,13 +180,10 @@ def _changes(board: Board, base: Mask, asked: list[Demand], needed: int) -> Iter
         yield Change(changed.name, sentence, nodes, step, limit, changed.at_most)
 
 
-def _why(
-    nodes: int, considered: int, needed: int, asked: list[Demand], excluded: dict[str, int], changes: list[Change]
-) -> str:
-    fit, are = "fits" if nodes == 1 else "fit", "is" if needed == 1 else "are"
-    said = f"{_count(nodes)} of {considered} that take such work {fit}, where {needed} {are} needed."
+def _why(considered: int, asked: list[Demand], excluded: dict[str, int], changes: list[Change]) -> str:
     if not considered:
-        return f"{said} Nobody offers such work at these hubs."
+        return " Nobody offers it at these hubs."
+    said = ""
     worst = sorted((demand for demand in asked if excluded[demand.name]), key=lambda one: -excluded[one.name])
     if worst:
         named = [f"{one.name} ({one.asked}) {excluded[one.name]}" for one in worst[:EXCLUDERS_SHOWN]]

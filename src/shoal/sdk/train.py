@@ -18,7 +18,7 @@ import msgspec
 
 from shoal.driver.audit import FINISH_S, Auditor
 from shoal.driver.folder import FolderWriteFailed, RunFolder, saying_room
-from shoal.driver.gang import LinkedNode, fastest_float32, find_gang, link_to_former
+from shoal.driver.gang import LinkedNode, fastest_float32, find_gang, link_to_former, why_not
 from shoal.driver.lines import AuditLine, AuditVerdict, Evaluation, Event
 from shoal.driver.replay import CHAIN_ELSEWHERE_MAX
 from shoal.driver.report import (
@@ -121,6 +121,8 @@ class Plan:
     round_trip_ms: float | None
     nodes_min: int
     """How many the job needs before it begins."""
+    why_not: str
+    """Why there are fewer, and what would do; empty where there are enough."""
     token_budget: int
     dtype: str
     caution: str
@@ -160,6 +162,7 @@ async def plan(job_file: JobFile, options: TrainOptions, scratch: Path) -> Plan:
                 update_bytes=update_bytes(rounds.codec, prepared.model.parameters, rounds.sparse_keep),
                 round_trip_ms=slowest_round_trip_ms(gang),
                 nodes_min=job_file.requirements.nodes_min,
+                why_not=await session.why_not(job_file) if len(gang) < job_file.requirements.nodes_min else "",
                 token_budget=job_file.tokens,
                 dtype=choose_dtype([one.offer for one in gang]) if job_file.dtype == "auto" else job_file.dtype,
                 caution=say_undecided(job_file),
@@ -381,6 +384,10 @@ class _Session:
             memory_bytes_min=needs.each.memory_min_bytes,
             idle_only=True,
         )
+
+    async def why_not(self, job_file: JobFile) -> str:
+        needs = job_file.requirements
+        return await why_not(self.hubs, self.wanted(job_file), needs.wish, needs.nodes_min)
 
     async def gang(
         self,
