@@ -37,12 +37,13 @@ from shoal.protocol.engines import EngineAsk, EngineEnd, EnginePiece, EngineSess
 from shoal.protocol.hubs import HubTicket
 from shoal.protocol.messages import decode, encode, sign
 from shoal.protocol.offers import Capability, Device, Offer, OfferFind
-from shoal.protocol.serving import StageForgotten
+from shoal.protocol.serving import LinkEcho, StageForgotten
 from shoal.sdk.local import LocalShoal
 from shoal.sdk.serve import LocalServer, NodesServer, ServeOptions
 from shoal.transport import TlsEndpoint
 from shoal.transport.http import HttpFace
 from shoal.world import FoundOffer, Refused, SystemClock, SystemDice
+from shoal.world.reach import echo
 
 BODY = {"model": "small", "prompt": PROMPT * 3, "max_tokens": 40, "temperature": 0}
 CLOCK = SystemClock()
@@ -124,6 +125,7 @@ class World:
     async def node(self, name: str, url: str, **settings: Any) -> EngineHost:
         key = KeyPair.generate()
         endpoint = TlsEndpoint(key)
+        endpoint.handle(LinkEcho.KIND, echo)  # as every agent does
         await endpoint.listen("tcp://127.0.0.1:0")
 
         async def changed() -> None:

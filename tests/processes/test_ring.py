@@ -38,6 +38,7 @@ from shoal.protocol.offers import Done
 from shoal.protocol.serving import (
     Choosing,
     Chosen,
+    LinkEcho,
     ModelFile,
     ServeJob,
     StageAnswer,
@@ -50,6 +51,7 @@ from shoal.protocol.serving import (
 from shoal.storage import BlobStore, Fetcher, serve
 from shoal.transport import TlsEndpoint
 from shoal.world import Refused, Request, SystemClock, SystemDice
+from shoal.world.reach import echo
 
 GENEROUS_S = 120.0
 PROMPT = tuple(range(5, 85))
@@ -73,6 +75,7 @@ class Place:
     async def start(self, *, node: bool) -> None:
         serve(self.endpoint, self.store)
         if node:
+            self.endpoint.handle(LinkEcho.KIND, echo)
 
             async def changed() -> None:
                 pass

@@ -1,0 +1,186 @@
+"""Useful work for its money: which mix of nodes trains most tokens per unit, or enough of them for the least.
+
+A member's share of a round follows its measured speed, so that speeds add up, however unequal they are; what takes away
+from the sum is the exchange between rounds, which is as slow as the slowest link in the mix and grows with its members.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shoal.quantities.money import format_money, format_price
+
+FLOORS = 12
+"""Slowest links that are tried: a slow one may cost a mix more than its node brings."""
+SLACK = 0.1
+"""A mix may be so much less work for its money than the best one, if it is faster."""
+STEPS_MAX = 4_000
+"""Of the search for the cheapest mix that is fast enough."""
+TRIES = 4
+
+Column = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class TrainingWork:
+    """What a training job is to its members."""
+
+    flops_per_token: float
+    efficiency: float
+    """The share of a measured matrix rate that training reaches."""
+    step_tokens: int
+    """In an inner step of the fastest member."""
+    inner_steps: int
+    exchange_s: Callable[[int, float], float]
+    """(members, bits per second of the slowest link) -> seconds between the end of a round's steps and its Commit."""
+    hidden: bool
+    """Whether the exchange goes on while the next round is computed (lag 1)."""
+
+    def tokens_per_s(self, flops: Sequence[float], slowest_bps: float) -> float:
+        """Of members that were measured at so many FLOP/s."""
+        computing_s = self.inner_steps * self.step_tokens * self.flops_per_token / (self.efficiency * max(flops))
+        exchange_s = self.exchange_s(len(flops), slowest_bps)
+        round_s = max(computing_s, exchange_s) if self.hidden else computing_s + exchange_s
+        return sum(flops) * self.efficiency / self.flops_per_token * computing_s / round_s
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Nodes that train together, as places in what was given; none where none do."""
+
+    members: tuple[int, ...]
+    tokens_per_s: float
+    micro_per_h: int
+    reason: str
+
+    @property
+    def micro_per_million(self) -> float:
+        """What a million tokens cost."""
+        return self.micro_per_h / 3600 / self.tokens_per_s * 1e6 if self.members else 0.0
+
+    def cost_micro(self, tokens: int) -> int:
+        return int(np.ceil(self.micro_per_million * tokens / 1e6))
+
+
+def best_mix(
+    work: TrainingWork,
+    flops: Column,
+    rates_bps: Column,
+    micro_per_h: NDArray[np.int64],
+    *,
+    nodes_min: int = 1,
+    nodes_max: int,
+    tokens_per_s_min: float = 0.0,
+    micro_per_h_max: int | None = None,
+) -> Mix:
+    """The mix with the most work for its money. With `tokens_per_s_min`, as a deadline asks for: the cheapest that is
+    fast enough. `micro_per_h_max`: of the mix together."""
+    able = flops > 0
+    found: list[Mix] = []
+    for floor in _floors(rates_bps[able]):
+        places = np.flatnonzero(able & (rates_bps >= floor))
+        if tokens_per_s_min > 0:
+            chosen = _fast_enough(
+                work, flops[places], micro_per_h[places], floor, tokens_per_s_min, nodes_min, nodes_max
+            )
+            sets = [chosen] if chosen is not None else []
+        else:
+            order = np.lexsort((-flops[places], micro_per_h[places] / flops[places]))
+            sets = [order[:count] for count in range(nodes_min, min(nodes_max, len(order)) + 1)]
+        for some in sets:
+            members = places[some]
+            speed = work.tokens_per_s(flops[members].tolist(), float(rates_bps[members].min()))
+            cost = int(micro_per_h[members].sum())
+            if speed >= tokens_per_s_min and (micro_per_h_max is None or cost <= micro_per_h_max):
+                found.append(Mix(tuple(sorted(members.tolist())), speed, cost, ""))
+    candidates = int(able.sum())
+    if not found:
+        return Mix((), 0.0, 0, _none(candidates, nodes_min, nodes_max, tokens_per_s_min, micro_per_h_max))
+    if tokens_per_s_min > 0:
+        best = min(found, key=lambda mix: (mix.micro_per_h, -mix.tokens_per_s, mix.members))
+    else:
+        # For nothing, a mix is as good as another; the faster one is then better.
+        value = [mix.tokens_per_s / max(1, mix.micro_per_h) for mix in found]
+        enough = (1 - SLACK) * max(value)
+        good = [mix for mix, one in zip(found, value, strict=True) if one >= enough]
+        best = max(good, key=lambda mix: (mix.tokens_per_s, -mix.micro_per_h, mix.members))
+    return Mix(best.members, best.tokens_per_s, best.micro_per_h, _said(best, candidates))
+
+
+def _floors(rates_bps: Column) -> list[float]:
+    rates = np.unique(rates_bps)
+    if len(rates) > FLOORS:
+        rates = np.unique(np.quantile(rates, np.linspace(0, 1, FLOORS), method="lower"))
+    return [float(rate) for rate in rates]
+
+
+def _said(mix: Mix, candidates: int) -> str:
+    number = f"{len(mix.members)} of {candidates} nodes"
+    return (
+        f"{number}: {mix.tokens_per_s:.4g} tokens/s for {format_price(mix.micro_per_h)}, a million tokens for "
+        f"{format_money(round(mix.micro_per_million))}."
+    )
+
+
+def _none(candidates: int, nodes_min: int, nodes_max: int, speed: float, cost: int | None) -> str:
+    asked = [f"at least {nodes_min} and at most {nodes_max} nodes"]
+    asked += [f"{speed:.4g} tokens/s"] if speed > 0 else []
+    asked += [f"at most {format_price(cost)} together"] if cost is not None else []
+    return f"No mix of {candidates} candidates gives {', '.join(asked)}."
+
+
+# --- fast enough, for the least ---------------------------------------------------------------------------------------
+
+
+def _fast_enough(
+    work: TrainingWork, flops: Column, costs: NDArray[np.int64], floor_bps: float, wanted: float, least: int, most: int
+) -> NDArray[np.int64] | None:
+    """A cheapest set that trains so many tokens a second over links of at least `floor_bps`, if any is found."""
+    needed = wanted * work.flops_per_token / work.efficiency
+    for _ in range(TRIES):
+        chosen = _cover(flops, costs, needed, least, most)
+        if chosen is None:
+            return None
+        speed = work.tokens_per_s(flops[chosen].tolist(), floor_bps)
+        if speed >= wanted:
+            return chosen
+        needed *= max(1.001, wanted / speed)  # what the exchange takes has to be brought along
+    return None
+
+
+def _cover(flops: Column, costs: NDArray[np.int64], needed: float, least: int, most: int) -> NDArray[np.int64] | None:
+    """Places whose FLOP/s are `needed` together, from `least` to `most` of them, for as little as the search finds:
+    depth first, the most FLOP/s for their money first, leaving out what is no cheaper even if the last one could be
+    taken in part."""
+    order = np.lexsort((-flops, costs / flops))
+    speed, cost = flops[order].tolist(), [int(one) for one in costs[order]]
+    count, steps = len(order), STEPS_MAX
+    best: tuple[int, tuple[int, ...]] | None = None
+
+    def bound(at: int, missing: float) -> float:
+        total = 0.0
+        for one in range(at, count):
+            if missing <= 0:
+                return total
+            part = min(1.0, missing / speed[one])
+            total += part * cost[one]
+            missing -= speed[one]
+        return total if missing <= 1e-9 * needed else float("inf")
+
+    stack: list[tuple[int, float, int, tuple[int, ...]]] = [(0, needed, 0, ())]
+    while stack and steps > 0:
+        steps -= 1
+        at, missing, spent, taken = stack.pop()
+        if missing <= 0 and len(taken) >= least:
+            if best is None or spent < best[0]:
+                best = (spent, taken)
+            continue
+        if at == count or len(taken) >= most or (best is not None and spent + bound(at, missing) >= best[0]):
+            continue
+        stack.append((at + 1, missing, spent, taken))
+        stack.append((at + 1, missing - speed[at], spent + cost[at], (*taken, at)))
+    return order[list(best[1])] if best is not None else None
