@@ -18,6 +18,7 @@ SURFACE = {
     "shoal up": "--nodes --speeds --threads --json",
     "shoal down": "--json",
     "shoal train": "[JOB.YAML] --hub --runs --resume --replace --dry-run --prompt --listen --fields --json",
+    "shoal plan": "JOB.YAML --hub --deadline --json",
     "shoal report": "RUN --json",
     "shoal replay": "RUN --round -r --node -n --threads --device --script --hub --listen --json",
     "shoal serve": "MODEL --name --http --api-keys --threads --device --hub --here --listen --sessions "

@@ -17,6 +17,7 @@ COMMANDS = {
     "up": "serving",
     "down": "serving",
     "train": "training",
+    "plan": "training",
     "report": "looking",
     "replay": "looking",
     "serve": "inference",

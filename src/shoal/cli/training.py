@@ -5,19 +5,23 @@ from __future__ import annotations
 import asyncio
 import shlex
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.markup import escape
 from rich.padding import Padding
+from rich.table import Table
 
 from shoal.cli import places
 from shoal.cli.app import JOBS, app
 from shoal.cli.output import BadFlag, HubFlag, Interrupted, JsonFlag, out, print_json, run, shoal_command, shown
 from shoal.cli.tables import RunView, print_completion, print_report
 from shoal.driver.report import Report
-from shoal.quantities import format_bytes, format_count, format_flops
+from shoal.quantities import format_bytes, format_count, format_duration_s, format_flops, parse_duration_s
+from shoal.quantities.money import format_money
+from shoal.sdk.costs import Costs, Way
 from shoal.sdk.documents import describe, show_default
 from shoal.sdk.jobfile import explain, parse_job, read_job_bytes, schema
 from shoal.sdk.train import Plan, TrainOptions, plan, resume, train
@@ -158,6 +162,71 @@ def train_command(
         raise typer.Exit(1)
 
 
+@app.command("plan", rich_help_panel=JOBS)
+def plan_job(
+    job: Annotated[Path, typer.Argument(metavar="JOB.YAML", help="A job file.")],
+    hub: HubFlag = None,
+    deadline: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME", help="Name the cheapest mix that is done in so long, such as '2 h'.", show_default=False
+        ),
+    ] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Show what a job would do, how long it would take, and what it would cost.
+
+    Reads the data and asks the hubs; nothing is started. The costs are those of all nodes that fit, of the mix of them with
+    the most work for its money (with --deadline: of the cheapest that is fast enough), of the best single node, and of one
+    GPU at public list prices. Speeds follow from measured matrix rates, and of public prices from data sheets: they rank,
+    and promise nothing.
+    """  # fmt: skip
+    job_file = parse_job(read_job_bytes(job), job)
+    deadline_s = parse_duration_s(deadline) if deadline is not None else None
+    if deadline_s is not None and deadline_s <= 0:
+        raise BadFlag(f"--deadline {deadline} cannot be kept: write for example --deadline '2 h'.")
+    tickets = places.find_hubs(hub)
+    with tempfile.TemporaryDirectory(prefix="shoal-plan-") as scratch:
+        options = TrainOptions(folder=Path(scratch), hubs=tickets, key=places.user_key(), listen="tcp://127.0.0.1:0")
+        made = run(lambda: plan(job_file, options, Path(scratch) / "plan", deadline_s))
+    if json:
+        print_json(_plan_fields(made))
+        return
+    print_plan(made)
+    if made.costs is not None:
+        out.print()
+        print_costs(made.costs)
+
+
+def print_costs(costs: Costs) -> None:
+    """Ways to have a job done, and what each costs."""
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("way", overflow="fold")
+    for name in ("tokens/s", "time", f"{costs.currency}/h", f"{costs.currency} in all"):
+        table.add_column(name, justify="right", no_wrap=True)
+
+    def row(way: Way, what: str, style: str = "") -> None:
+        table.add_row(
+            escape(shown(what)), format_count(way.tokens_per_s), format_duration_s(3600 * way.hours),
+            format_money(way.micro_per_h), format_money(way.micro), style=style,
+        )  # fmt: skip
+
+    if costs.all is not None:
+        row(costs.all, costs.all.what)
+    if costs.best is not None:
+        row(costs.best, f"best mix: {costs.best.what}", "green")
+    if costs.one is not None:
+        row(costs.one, f"best node: {costs.one.what}")
+    for way in costs.public:
+        row(way, way.what, "dim")
+    out.print(table)
+    if costs.best is None:
+        out.print(shown(costs.reason), markup=False, style="yellow")
+    out.print(
+        f"[dim]Grey: one GPU at public list prices in USD, read since {costs.read}, at the speed of its data sheet.[/]"
+    )
+
+
 def _plan_fields(made: Plan) -> dict[str, object]:
     return {
         "nodes": [{"name": name, "device": device, "flops": flops} for name, device, flops in made.nodes],
@@ -174,6 +243,8 @@ def _plan_fields(made: Plan) -> dict[str, object]:
         "token_budget": made.token_budget,
         "dtype": made.dtype,
         "caution": made.caution,
+        "why_not": made.why_not,
+        "costs": None if made.costs is None else asdict(made.costs),
     }
 
 

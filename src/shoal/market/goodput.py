@@ -39,13 +39,15 @@ class TrainingWork:
     """(members, bits per second of the slowest link) -> seconds between the end of a round's steps and its Commit."""
     hidden: bool
     """Whether the exchange goes on while the next round is computed (lag 1)."""
+    step_least_s: float = 0.0
+    """No inner step is quicker, however fast the device."""
 
     def tokens_per_s(self, flops: Sequence[float], slowest_bps: float) -> float:
         """Of members that were measured at so many FLOP/s."""
-        computing_s = self.inner_steps * self.step_tokens * self.flops_per_token / (self.efficiency * max(flops))
-        exchange_s = self.exchange_s(len(flops), slowest_bps)
+        step_s = max(self.step_least_s, self.step_tokens * self.flops_per_token / (self.efficiency * max(flops)))
+        computing_s, exchange_s = self.inner_steps * step_s, self.exchange_s(len(flops), slowest_bps)
         round_s = max(computing_s, exchange_s) if self.hidden else computing_s + exchange_s
-        return sum(flops) * self.efficiency / self.flops_per_token * computing_s / round_s
+        return self.inner_steps * self.step_tokens * sum(flops) / max(flops) / round_s
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,17 @@ class RoundLength:
     reason: str
 
 
+def moved_bytes(update_bytes: int, members: int) -> int:
+    """What a member sends and receives in a round: its own update once, and those of the others."""
+    return update_bytes * max(2, members) + FRAMING_BYTES
+
+
+def exchange_takes_s(update_bytes: int, members: int, round_trip_s: float, rate_bps: float | None) -> float:
+    """Seconds from the end of a round's steps to its Commit, over links of that rate; None: not measured."""
+    transfer_s = 8 * moved_bytes(update_bytes, members) / rate_bps if rate_bps else 0.0
+    return CROSSINGS * round_trip_s + transfer_s
+
+
 def choose_round_length(
     *,
     step_s: float,
@@ -60,9 +71,8 @@ def choose_round_length(
     `step_tokens`: tokens that all members together take in one step of the fastest.
     With lag 0 nothing is hidden; the exchange is then held to a tenth of the round.
     """
-    moved = update_bytes * max(2, members) + FRAMING_BYTES
-    transfer_s = 8 * moved / rate_bps if rate_bps else 0.0
-    exchange_s = CROSSINGS * round_trip_s + transfer_s
+    moved = moved_bytes(update_bytes, members)
+    exchange_s = exchange_takes_s(update_bytes, members, round_trip_s, rate_bps)
     hide_s = exchange_s / HIDDEN_SHARE if lag else exchange_s * 10
     by_time = math.ceil(hide_s / step_s)
     budget = bytes_per_s_budget

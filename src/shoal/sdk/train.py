@@ -37,12 +37,14 @@ from shoal.engines import EngineFailed
 from shoal.errors import BadInput
 from shoal.hub import HubClient
 from shoal.identity import Envelope, KeyPair, load_key, load_or_create_key
+from shoal.market.goodput import TrainingWork
 from shoal.protocol.hubs import HubTicket
 from shoal.protocol.messages import sign
 from shoal.protocol.offers import Offer, OfferFind
 from shoal.protocol.training import Commit, Contribution, Grant, Term, TrainJob
-from shoal.rounds.length import RoundLength, choose_round_length, members_of_full_speed
+from shoal.rounds.length import RoundLength, choose_round_length, exchange_takes_s, members_of_full_speed
 from shoal.rounds.standing import Standing, standing_at_start
+from shoal.sdk.costs import Costs, costs_of
 from shoal.sdk.jobfile import JobFile
 from shoal.sdk.loop_script import ScriptFailed, engine_for, how_to_take_part, loop_kind, measure
 from shoal.sdk.preparation import Prepared, prepare
@@ -65,7 +67,8 @@ COMPLETION_TOKENS = 120
 FIGURES_EVERY_S = 2.0
 """How often a running driver writes down what its report needs and no record holds."""
 CPU_EFFICIENCY = 0.3
-"""Share of a device's measured matmul rate that training reaches, about: only for choosing the round length."""
+"""Share of a device's measured matmul rate that training reaches, about: only for choosing the round length, and for
+plans."""
 BFLOAT16_AHEAD = 1.5
 """How much faster than float32 it has to have measured to be worth its rounding."""
 READING_SAID_S = 0.2
@@ -127,6 +130,8 @@ class Plan:
     dtype: str
     caution: str
     """What the job gives up by its settings; empty when nothing."""
+    costs: Costs | None
+    """None for a loop of one's own, of which nobody knows what a sample takes."""
 
 
 async def train(job_file: JobFile, yaml: bytes, options: TrainOptions, folder: RunFolder | None = None) -> Report:
@@ -142,13 +147,15 @@ async def train(job_file: JobFile, yaml: bytes, options: TrainOptions, folder: R
             return await session.drive(records, standing, prepared.state, gang, {}, job_file)
 
 
-async def plan(job_file: JobFile, options: TrainOptions, scratch: Path) -> Plan:
-    """What `train` would do: reads the data and asks the hubs, starts nothing. `scratch` is an empty directory."""
+async def plan(job_file: JobFile, options: TrainOptions, scratch: Path, deadline_s: float | None = None) -> Plan:
+    """What `train` would do: reads the data and asks the hubs, starts nothing. `scratch` is an empty directory. With a
+    deadline the costs name the cheapest mix that keeps it."""
     with RunFolder.create(scratch) as folder, saying_room(scratch):
         async with _Session(folder, options, KeyPair.generate()) as session:
             prepared, gang, length = await session.plan(job_file, waiting=False)
             rounds = job_file.rounds.resolved(length.inner_steps)
             per_round = length.inner_steps * job_file.batch_samples * prepared.data.sequence_tokens * max(1, len(gang))
+            dtype = choose_dtype([one.offer for one in gang]) if job_file.dtype == "auto" else job_file.dtype
             return Plan(
                 nodes=tuple(
                     (one.name, one.offer.capability.devices[0].name, fastest_float32(one.offer)) for one in gang
@@ -164,8 +171,9 @@ async def plan(job_file: JobFile, options: TrainOptions, scratch: Path) -> Plan:
                 nodes_min=job_file.requirements.nodes_min,
                 why_not=await session.why_not(job_file) if len(gang) < job_file.requirements.nodes_min else "",
                 token_budget=job_file.tokens,
-                dtype=choose_dtype([one.offer for one in gang]) if job_file.dtype == "auto" else job_file.dtype,
+                dtype=dtype,
                 caution=say_undecided(job_file),
+                costs=session.costs(job_file, prepared, gang, length, dtype, deadline_s),
             )
 
 
@@ -438,6 +446,34 @@ class _Session:
             step_tokens=job_file.batch_samples * prepared.data.sequence_tokens * members_of_full_speed(speeds),
             lag=rounds.settings.lag,
         )
+
+    def costs(
+        self,
+        job_file: JobFile,
+        prepared: Prepared,
+        gang: Sequence[LinkedNode],
+        length: RoundLength,
+        dtype: str,
+        deadline_s: float | None,
+    ) -> Costs | None:
+        if job_file.model.script is not None:
+            return None
+        settings, needs = job_file.rounds.settings, job_file.requirements
+        size = update_bytes(settings.codec, prepared.model.parameters, settings.sparse_keep)
+        round_trip_s = (slowest_round_trip_ms(gang) or 0.0) / 1000
+        work = TrainingWork(
+            flops_per_token=6.0 * prepared.model.parameters,
+            efficiency=CPU_EFFICIENCY,
+            step_tokens=job_file.batch_samples * prepared.data.sequence_tokens,
+            inner_steps=length.inner_steps,
+            exchange_s=lambda members, rate_bps: exchange_takes_s(size, members, round_trip_s, rate_bps),
+            hidden=settings.lag > 0,
+            step_least_s=STEP_LEAST_S,
+        )
+        return costs_of(
+            work, [one.offer for one in gang], dtype=dtype, tokens=job_file.tokens, currency=needs.each.currency,
+            nodes_min=needs.nodes_min, nodes_max=needs.nodes_max, deadline_s=deadline_s,
+        )  # fmt: skip
 
     def sign_job(
         self, job_file: JobFile, prepared: Prepared, length: RoundLength, gang: Sequence[LinkedNode]

@@ -1,0 +1,132 @@
+"""What a training job is expected to cost: on the nodes that fit, in other mixes of them, and at public list prices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+
+import msgspec
+import numpy as np
+
+from shoal.market.goodput import Mix, TrainingWork, best_mix
+from shoal.protocol.offers import Offer
+from shoal.quantities.money import MICRO
+
+SHEET_SHARE = 0.7
+"""A measured matrix rate is about so much of a data sheet's, where both are known."""
+
+
+class PublicPrice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What one GPU cost on a day, on demand."""
+
+    vendor: str
+    product: str
+    gpu: str
+    usd_per_h: float
+    flops: float
+    """Dense BF16 FLOP/s of the data sheet."""
+    read: str
+    source: str
+    via: str
+
+
+class _PublicPrices(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    note: str
+    rows: tuple[PublicPrice, ...]
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to have a job done."""
+
+    what: str
+    tokens_per_s: float
+    micro_per_h: int
+    hours: float
+    micro: int
+    """For the whole job."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    currency: str
+    all: Way | None
+    """All nodes that fit and answered, as a job takes them."""
+    best: Way | None
+    """The mix of them with the most work for its money, or with a deadline the cheapest that keeps it."""
+    reason: str
+    """Of `best`, also where there is none."""
+    one: Way | None
+    """The one node with the most work for its money."""
+    public: tuple[Way, ...]
+    """One GPU at public list prices, in US dollars, the cheapest for this job first. By data sheets, not measured."""
+    read: str
+    """The oldest day on which one of those was read."""
+
+
+def public_prices() -> tuple[PublicPrice, ...]:
+    text = resources.files("shoal.sdk").joinpath("public_prices.json").read_bytes()
+    return msgspec.json.decode(text, type=_PublicPrices).rows
+
+
+def flops_in(offer: Offer, dtype: str) -> float:
+    """Of an offer's device that is fastest in float32, in another dtype: what a member computes in; 0 where it was not
+    measured."""
+    rates = [{rate.dtype: rate.flops for rate in device.throughput} for device in offer.capability.devices]
+    best = max(rates, key=lambda each: each.get("float32", 0.0), default={})
+    return best.get(dtype, 0.0)
+
+
+def costs_of(
+    work: TrainingWork,
+    offers: Sequence[Offer],
+    *,
+    dtype: str,
+    tokens: int,
+    currency: str,
+    nodes_min: int,
+    nodes_max: int,
+    deadline_s: float | None,
+) -> Costs:
+    """The costs of `tokens` accepted tokens on nodes that offer this."""
+    flops = np.array([flops_in(offer, dtype) for offer in offers], dtype=float)
+    rates = np.array([offer.capability.hub_rate_bps or math.inf for offer in offers], dtype=float)
+    prices = np.array([offer.price.micro_per_h if offer.price else 0 for offer in offers], dtype=np.int64)
+
+    def way(what: str, members: Sequence[int]) -> Way:
+        speed = work.tokens_per_s(flops[list(members)].tolist(), float(rates[list(members)].min()))
+        return _way(what, speed, int(prices[list(members)].sum()), tokens)
+
+    able = np.flatnonzero(flops > 0).tolist()
+    best, single = Mix((), 0.0, 0, "No node was measured."), Mix((), 0.0, 0, "")
+    if able:
+        speed = tokens / deadline_s if deadline_s else 0.0
+        best = best_mix(work, flops, rates, prices, nodes_min=nodes_min, nodes_max=nodes_max, tokens_per_s_min=speed)
+        single = best_mix(work, flops, rates, prices, nodes_max=1)
+    names = [offer.name for offer in offers]
+    public = sorted(
+        (
+            _way(
+                f"{row.vendor} {row.gpu} ({row.product})",
+                work.tokens_per_s([SHEET_SHARE * row.flops], math.inf), round(row.usd_per_h * MICRO), tokens,
+            )
+            for row in public_prices()
+        ),
+        key=lambda one: one.micro,
+    )  # fmt: skip
+    return Costs(
+        currency=currency,
+        all=way("all that fit", able) if able else None,
+        best=way(", ".join(names[at] for at in best.members), best.members) if best.members else None,
+        reason=best.reason,
+        one=way(names[single.members[0]], single.members) if single.members else None,
+        public=tuple(public),
+        read=min(row.read for row in public_prices()),
+    )
+
+
+def _way(what: str, speed: float, micro_per_h: int, tokens: int) -> Way:
+    seconds = tokens / speed
+    return Way(what, speed, micro_per_h, seconds / 3600, math.ceil(micro_per_h * seconds / 3600))
