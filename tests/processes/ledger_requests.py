@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from shoal.identity.accounts import AccountKey
-from shoal.ledger.commands import Open
-from shoal.protocol.money import EscrowTerms, HouseLedger, Payee, SignedVoucher, Voucher, sign_voucher
+from shoal.ledger.commands import Open, Withdraw
+from shoal.protocol.money import EscrowTerms, HouseLedger, Payee, SignedVoucher, Voucher, Withdrawal, sign_voucher
 
 LEDGER = HouseLedger(bytes(32), "USD")
 CLIENT, DRIVER, *NODES = (AccountKey(bytes([number] * 32)) for number in range(1, 5))
@@ -30,3 +30,8 @@ def an_escrow(
 
 def a_voucher(escrow: bytes, node: AccountKey, amount: int, key: AccountKey = DRIVER) -> SignedVoucher:
     return sign_voucher(key, LEDGER, Voucher(escrow=escrow, payee=node.address, amount_micro=amount, work=bytes(32)))
+
+
+def a_withdrawal(key: AccountKey, amount: int, number: int) -> Withdraw:
+    order = Withdrawal(account=key.address, amount_micro=amount, to="payment 7", number=number)
+    return Withdraw(order, key.sign(order.digest(LEDGER)))

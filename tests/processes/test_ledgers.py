@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-from ledger_requests import CLIENT, LEDGER, NODES, a_voucher, an_escrow
+from ledger_requests import CLIENT, LEDGER, NODES, a_voucher, a_withdrawal, an_escrow
 from postgres import PROGRAMS, postgres
 
 from shoal.errors import ShoalError
@@ -21,12 +21,12 @@ from shoal.ledger.book import Book
 from shoal.ledger.commands import Close, Command, Deposit, Pass, Redeem
 from shoal.ledger.escrows import EscrowOver, OldVoucher
 from shoal.ledger.journal import verified
-from shoal.ledger.moves import FEES, account
+from shoal.ledger.moves import FEES, ISSUED, account
 from shoal.protocol.money import Closing, HouseLedger
 from shoal.storage.ledgers import LedgerFailed, SqlLedger
 from shoal.world import HeldClock
 
-TABLES = ("ledger_about", "ledger_accounts", "ledger_escrows", "ledger_journal")
+TABLES = ("ledger_about", "ledger_accounts", "ledger_escrows", "ledger_withdrawals", "ledger_journal")
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,9 @@ def commands(dice: random.Random) -> Iterator[Command]:
             yield command
         elif what < 0.8:
             yield Redeem(a_voucher(dice.choice(names), dice.choice(NODES), dice.randrange(0, 900)))
-        elif what < 0.85:
+        elif what < 0.9:
+            yield a_withdrawal(dice.choice((CLIENT, *NODES)), dice.randrange(1, 50), dice.randrange(1, 5))
+        elif what < 0.94:
             wish = Closing(dice.choice(names))
             yield Close(wish, CLIENT.sign(wish.digest(LEDGER)))
         else:
@@ -110,12 +112,28 @@ def test_a_database_is_the_book_in_memory(place: Path | str, together: int) -> N
             else:
                 assert outcome == moves
         waiting.clear()
+    assert sum(book.withdrawals.values()) > 3
     assert refused > 50 and ledger.balances() == {name: one for name, one in book.balances.items() if one}
     assert verified(ledger.lines(), LEDGER).balances == book.balances
     ledger.close()
     again = SqlLedger.open(place, LEDGER, clock)
     assert verified(again.lines(), LEDGER).escrows == book.escrows and sum(again.balances().values()) == 0
     again.close()
+
+
+def test_a_withdrawal_is_not_carried_out_again_by_who_opens_the_ledger_anew(place: Path | str) -> None:
+    ledger = SqlLedger.open(place, LEDGER, HeldClock())
+    orders = [a_withdrawal(CLIENT, 100, number) for number in (1, 2, 2, 3)]
+    for at in range(2):
+        outcomes = ledger.apply_all([Deposit(CLIENT.address, 500, "mint"), *orders])
+        refused = [one.sentence for one in outcomes if isinstance(one, ShoalError)]
+        assert len(refused) == (1, 4)[at] and all("already; the next one that it signs" in one for one in refused)
+        ledger.close()
+        ledger = SqlLedger.open(place, LEDGER, HeldClock())
+    ledger.apply(a_withdrawal(CLIENT, 100, 4))
+    assert ledger.balances() == {account(CLIENT.address): 600, ISSUED: -600}
+    assert verified(ledger.lines(), LEDGER).withdrawals == {CLIENT.address: 4}
+    ledger.close()
 
 
 def test_the_time_ends_escrows_before_anything_else_is_done(place: Path | str) -> None:

@@ -30,9 +30,11 @@ from shoal.protocol.money import (
     LedgerName,
     SignedVoucher,
     Voucher,
+    Withdrawal,
     domain_of,
     sign_voucher,
 )
+from shoal.quantities.money import AMOUNT_MAX
 
 SECRETS = st.integers(1, ORDER - 1).map(lambda number: number.to_bytes(32))
 BYTES_32 = st.binary(min_size=32, max_size=32)
@@ -46,34 +48,52 @@ LEDGERS = st.one_of(
 )
 
 
-def as_wallets_sign(ledger: LedgerName, voucher: Voucher) -> Any:
-    """The same voucher as EIP-712 writes it in JSON."""
+def as_wallets_sign(ledger: LedgerName | None, name: str, fields: dict[str, tuple[str, Any]]) -> Any:
+    """The same struct as EIP-712 writes it in JSON, its fields as (type, value); not for a ledger, if None."""
     domain: dict[str, Any] = {"name": "Shoal", "version": "1"}
     if isinstance(ledger, ChainLedger):
         domain |= {"chainId": ledger.chain_id, "verifyingContract": address_text(ledger.contract)}
-    else:
+    elif ledger is not None:
         domain |= {"salt": domain_of(ledger).salt}
-    kinds = {"escrow": "bytes32", "payee": "address", "amount": "uint256", "work": "bytes32"}
-    message = {
-        "escrow": voucher.escrow, "payee": address_text(voucher.payee), "amount": voucher.amount_micro,
-        "work": voucher.work,
-    }  # fmt: skip
-    return encode_typed_data(
-        domain, {"Voucher": [{"name": name, "type": kind} for name, kind in kinds.items()]}, message
-    )
+    kinds = {name: [{"name": each, "type": kind} for each, (kind, _) in fields.items()]}
+    return encode_typed_data(domain, kinds, {each: value for each, (_, value) in fields.items()})
 
 
 @given(SECRETS, LEDGERS, VOUCHERS)
 def test_a_voucher_is_signed_as_a_wallet_signs_it(secret: bytes, ledger: LedgerName, voucher: Voucher) -> None:
     key, theirs = AccountKey(secret), Account.from_key(secret)
     assert address_text(key.address) == theirs.address
-    message = as_wallets_sign(ledger, voucher)
+    message = as_wallets_sign(
+        ledger,
+        "Voucher",
+        {
+            "escrow": ("bytes32", voucher.escrow), "payee": ("address", address_text(voucher.payee)),
+            "amount": ("uint256", voucher.amount_micro), "work": ("bytes32", voucher.work),
+        },
+    )  # fmt: skip
     signed = sign_voucher(key, ledger, voucher)
     assert Account.recover_message(message, signature=signed.signature) == theirs.address
     assert theirs.sign_message(message).signature == signed.signature
     signed.check(ledger, key.address)
     again = msgspec.msgpack.decode(msgspec.msgpack.encode(signed), type=SignedVoucher)
     assert again == signed
+
+
+@given(SECRETS, LEDGERS, st.integers(1, AMOUNT_MAX), st.from_regex(r"\A[ -~]{1,128}\Z"), st.integers(1, (1 << 53) - 1))
+def test_a_withdrawal_is_signed_as_a_wallet_signs_it(
+    secret: bytes, ledger: LedgerName, amount: int, to: str, number: int
+) -> None:
+    key = AccountKey(secret)
+    order = Withdrawal(account=key.address, amount_micro=amount, to=to, number=number)
+    message = as_wallets_sign(
+        ledger,
+        "Withdrawal",
+        {
+            "account": ("address", address_text(key.address)), "amount": ("uint256", amount), "to": ("string", to),
+            "number": ("uint256", number),
+        },
+    )  # fmt: skip
+    assert Account.from_key(secret).sign_message(message).signature == key.sign(order.digest(ledger))
 
 
 @given(SECRETS, LEDGERS, LEDGERS, VOUCHERS, st.integers(0, 64), st.integers(1, 255))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,8 +13,8 @@ from msgspec.structs import replace
 
 from shoal.errors import ShoalError
 from shoal.identity.accounts import AccountKey
-from shoal.ledger.book import Book, NotSigned, SameEscrow, UnknownEscrow
-from shoal.ledger.commands import Close, Command, Deposit, Open, Pass, Redeem, Withhold
+from shoal.ledger.book import Book, NotSigned, SameEscrow, UnknownEscrow, WithdrawalOutOfTurn
+from shoal.ledger.commands import Close, Command, Deposit, Open, Pass, Redeem, Withdraw, Withhold
 from shoal.ledger.escrows import BadTerms, Escrow, EscrowOver, NotYours, OldVoucher, State, TooMuchPromised
 from shoal.ledger.journal import BEGINNING, BadJournal, Line, line, verified
 from shoal.ledger.moves import FEES, ISSUED, MoneyRefused, Move, TooLittleMoney, account, escrowed, held, moved
@@ -24,6 +25,7 @@ from shoal.protocol.money import (
     Payee,
     SignedVoucher,
     Voucher,
+    Withdrawal,
     Withholding,
     sign_voucher,
 )
@@ -76,6 +78,9 @@ class Desk:
 
     def deposit(self, address: bytes, amount: int) -> None:
         self.do(Deposit(address, amount, "mint"))
+
+    def withdraw(self, order: Withdrawal, signature: bytes) -> None:
+        self.do(Withdraw(order, signature))
 
     def open(self, terms: EscrowTerms, signature: bytes) -> None:
         self.do(Open(terms, signature))
@@ -172,6 +177,61 @@ def test_who_may_not_moves_nothing() -> None:
     assert book.balances == before
 
 
+def withdrawal(key: AccountKey, amount: int, number: int) -> Withdrawal:
+    return Withdrawal(account=key.address, amount_micro=amount, to="payment 7", number=number)
+
+
+def withdrawn(book: Desk, order: Withdrawal, key: AccountKey, ledger: HouseLedger = LEDGER) -> None:
+    book.withdraw(order, key.sign(order.digest(ledger)))
+
+
+def test_who_has_money_takes_it_out_once_for_a_signature() -> None:
+    book = a_book()
+    first, second = withdrawal(CLIENT, 2000, 1), withdrawal(CLIENT, 2000, 2)
+    withdrawn(book, first, CLIENT)
+    assert (has(book, CLIENT), book.balances[ISSUED]) == (3000, -3000)
+    with pytest.raises(WithdrawalOutOfTurn, match="Withdrawal 1 of 0x.* carried out already; .* is number 2"):
+        withdrawn(book, first, CLIENT)
+    withdrawn(book, second, CLIENT)
+    before = dict(book.balances)
+    third = withdrawal(CLIENT, 500, 3)
+    for order, key, ledger, error, part in (
+        (second, CLIENT, LEDGER, WithdrawalOutOfTurn, "carried out already"),
+        (withdrawal(CLIENT, 500, 4), CLIENT, LEDGER, WithdrawalOutOfTurn, "comes before its turn; .* is number 3"),
+        (withdrawal(CLIENT, 1001, 3), CLIENT, LEDGER, TooLittleMoney, "has 0.001, 0.000001 less than is to leave it"),
+        (withdrawal(CLIENT, 0, 3), CLIENT, LEDGER, MoneyRefused, "0 millionths cannot move"),
+        (withdrawal(CLIENT, AMOUNT_MAX + 1, 3), CLIENT, LEDGER, MoneyRefused, "cannot move"),
+        (withdrawal(RIVAL, 1, 1), RIVAL, LEDGER, TooLittleMoney, "has 0.00"),
+        (third, RIVAL, LEDGER, NotSigned, "does not carry its signature for this ledger"),
+        (third, CLIENT, OTHER, NotSigned, "for this ledger"),
+        (third, CLIENT, HouseLedger(LEDGER.operator, "EUR"), NotSigned, "for this ledger"),
+    ):
+        with pytest.raises(error, match=part):
+            withdrawn(book, order, key, ledger)
+    for changed in (replace(third, amount_micro=501), replace(third, to="payment 8"), replace(third, number=4)):
+        with pytest.raises(NotSigned):
+            book.withdraw(changed, CLIENT.sign(third.digest(LEDGER)))
+    assert book.balances == before and verified(book.lines, LEDGER).balances == before
+    withdrawn(book, third, CLIENT)
+    again = verified(book.lines, LEDGER)
+    assert again.withdrawals == book.book.withdrawals == {CLIENT.address: 3}
+    twice = [*book.lines, line(5, 0, book.lines[-1].command, book.lines[-1].moves, book.lines[-1].hash)]
+    with pytest.raises(BadJournal, match="Line 5 .* carried out already"):
+        verified(twice, LEDGER)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"amount_micro": 0}, {"amount_micro": AMOUNT_MAX + 1}, {"to": ""}, {"to": "x" * 129}, {"to": "a\nb"},
+     {"to": "a\n"}, {"number": 0}, {"number": 1 << 53}],
+)  # fmt: skip
+def test_a_withdrawal_that_cannot_be_is_not_read(changed: dict[str, Any]) -> None:
+    order = withdrawal(CLIENT, 500, 1)
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(order), type=Withdrawal) == order
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.msgpack.decode(msgspec.msgpack.encode(replace(order, **changed)), type=Withdrawal)
+
+
 @pytest.mark.parametrize(
     ("changed", "error", "part"),
     [
@@ -211,17 +271,32 @@ class Ledger(RuleBasedStateMachine):
         self.book = Desk()
         self.names: list[bytes] = []
         self.paid_in = money
+        self.taken: dict[bytes, list[int]] = {}
         if money:
             self.book.deposit(CLIENT.address, money)
 
-    def attempt(self, what: Any) -> None:
+    def attempt(self, what: Any) -> bool:
         """Either all of it happens, or nothing."""
-        balances, escrows = dict(self.book.balances), dict(self.book.escrows)
+        book = self.book.book
+        before = dict(book.balances), dict(book.escrows), dict(book.withdrawals)
         try:
             what()
         except ShoalError as error:
             assert error.sentence and error.code != "SH-000"
-            assert (self.book.balances, self.book.escrows) == (balances, escrows)
+            assert (book.balances, book.escrows, book.withdrawals) == before
+            return False
+        return True
+
+    @rule(
+        key=st.sampled_from([CLIENT, CLIENT, NODES[0]]), amount=st.integers(1, 1000),
+        ahead=st.sampled_from([0, 0, -1, 1]), signer=st.sampled_from([CLIENT, NODES[0], None, None]),
+    )  # fmt: skip
+    def withdraw(self, key: AccountKey, amount: int, ahead: int, signer: AccountKey | None) -> None:
+        taken = self.taken.setdefault(key.address, [])
+        order = withdrawal(key, amount, max(1, len(taken) + 1 + ahead))
+        may = (signer or key) is key and order.number == len(taken) + 1 and amount <= has(self.book, key)
+        assert self.attempt(lambda: withdrawn(self.book, order, signer or key)) == may
+        taken += [amount] * may
 
     @rule(
         amount=st.integers(1, 1500), cap=st.integers(0, 1500), fee=st.integers(0, 10**6), hold=st.integers(0, 10**6),
@@ -272,11 +347,16 @@ class Ledger(RuleBasedStateMachine):
         self.book.at(before + step)
         assert self.book.book.now_ms >= before, "a clock that goes back changes nothing"
 
+    @property
+    def out(self) -> int:
+        """Taken out of the ledger, by all."""
+        return sum(map(sum, self.taken.values()))
+
     @invariant()
     def nothing_is_made_or_lost(self) -> None:
         if not hasattr(self, "book"):
             return
-        assert sum(self.book.balances.values()) == 0 and self.book.balances.get(ISSUED, 0) == -self.paid_in
+        assert sum(self.book.balances.values()) == 0 and self.book.balances.get(ISSUED, 0) == self.out - self.paid_in
         assert all(balance >= 0 for name, balance in self.book.balances.items() if name != ISSUED)
         for name, escrow in self.book.escrows.items():
             rest = self.book.balances.get(escrowed(name), 0)
@@ -292,15 +372,16 @@ class Ledger(RuleBasedStateMachine):
         self.book.at(self.book.book.now_ms + 10**6)
         assert all(escrow.state is State.SETTLED for escrow in self.book.escrows.values())
         owners = {account(key.address) for key in (CLIENT, *NODES)} | {FEES}
-        assert sum(self.book.balances.get(name, 0) for name in owners) == self.paid_in
+        assert sum(self.book.balances.get(name, 0) for name in owners) == self.paid_in - self.out
         cost = sum(
             paid.redeemed_micro - paid.withheld_micro
             for one in self.book.escrows.values()
             for paid in one.paid.values()
         )
-        assert has(self.book, CLIENT) == self.paid_in - cost
+        assert has(self.book, CLIENT) == self.paid_in - cost - sum(self.taken.get(CLIENT.address, []))
         again = verified(self.book.lines, LEDGER)
-        assert (again.balances, again.escrows) == (self.book.balances, self.book.escrows)
+        book = self.book.book
+        assert (again.balances, again.escrows, again.withdrawals) == (book.balances, book.escrows, book.withdrawals)
 
 
 def a_journal() -> list[Line]:

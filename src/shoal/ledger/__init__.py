@@ -1,5 +1,6 @@
 """The rules of money: what an escrow pays to whom, and when it ends. Pure: no IO, no clock.
 
+- `commands`: what a ledger can be asked to do: money comes in, goes into escrows, to who earned it, and out.
 - `escrows`: one escrow from its opening to its end, as decisions that return what becomes of it and the moves of money.
 - `book.Book`: all accounts and escrows of one ledger in memory: what a journal on a disk, or a contract, must equal.
 

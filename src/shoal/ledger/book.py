@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 
 from shoal.errors import BadRecord
 from shoal.identity.accounts import address_text, signer_of
-from shoal.ledger.commands import Close, Command, Deposit, Open, Pass, Redeem, Withhold
+from shoal.ledger.commands import Close, Command, Deposit, Open, Pass, Redeem, Withdraw, Withhold
 from shoal.ledger.escrows import Escrow, closing, opened, passed, redeemed, withheld
 from shoal.ledger.moves import ISSUED, MoneyRefused, Move, account, moved, moves_of
-from shoal.protocol.money import EscrowTerms, LedgerName, SignedVoucher, Withholding
+from shoal.protocol.money import EscrowTerms, LedgerName, SignedVoucher, Withdrawal, Withholding
 
 
 class NotSigned(BadRecord):
@@ -30,6 +30,12 @@ class SameEscrow(MoneyRefused):
     code = "SH-198"
 
 
+class WithdrawalOutOfTurn(MoneyRefused):
+    """A withdrawal does not have the number that is its account's next."""
+
+    code = "SH-199"
+
+
 @dataclass
 class Book:
     """Every method moves all of its money or, when it raises, none."""
@@ -37,6 +43,8 @@ class Book:
     ledger: LedgerName
     balances: dict[str, int] = field(default_factory=dict)
     escrows: dict[bytes, Escrow] = field(default_factory=dict)
+    withdrawals: dict[bytes, int] = field(default_factory=dict)
+    """How many there were, by account."""
     now_ms: int = 0
     """It never goes back, whatever the clock does."""
 
@@ -48,10 +56,13 @@ class Book:
         return [name for name, one in self.escrows.items() if one.due_ms is not None and one.due_ms <= self.now_ms]
 
     def apply(self, command: Command) -> tuple[Move, ...]:
-        """The money that moves. Raises NotSigned, UnknownEscrow, and what the rules of an escrow do."""
+        """The money that moves. Raises NotSigned, UnknownEscrow, WithdrawalOutOfTurn, and what the rules of an escrow
+        and of moves do."""
         match command:
             case Deposit():
                 return self._move(moves_of((ISSUED, account(command.account), command.amount_micro)))
+            case Withdraw():
+                return self._withdraw(command.order, command.signature)
             case Open():
                 return self._open(command.terms, command.signature)
             case Redeem():
@@ -64,6 +75,19 @@ class Book:
                 return self._withhold(command.order, command.signature)
             case Pass():
                 return self._become(*passed(self._escrow(command.escrow), self.now_ms))
+
+    def _withdraw(self, order: Withdrawal, signature: bytes) -> tuple[Move, ...]:
+        _check_signer(order.digest(self.ledger), signature, order.account)
+        following = self.withdrawals.get(order.account, 0) + 1
+        if order.number != following:
+            raise WithdrawalOutOfTurn(
+                f"Withdrawal {order.number} of {address_text(order.account)} "
+                f"{'has been carried out already' if order.number < following else 'comes before its turn'}; "
+                f"the next one that it signs is number {following}."
+            )
+        moves = self._move((Move(account(order.account), ISSUED, order.amount_micro),))
+        self.withdrawals[order.account] = order.number
+        return moves
 
     def _open(self, terms: EscrowTerms, signature: bytes) -> tuple[Move, ...]:
         name = terms.escrow_id(self.ledger)
@@ -102,4 +126,4 @@ class Book:
 
 def _check_signer(digest: bytes, signature: bytes, wanted: bytes) -> None:
     if signer_of(digest, signature) != wanted:
-        raise NotSigned(f"This moves money of {address_text(wanted)} and does not carry its signature.")
+        raise NotSigned(f"This moves money of {address_text(wanted)} and does not carry its signature for this ledger.")

@@ -9,7 +9,7 @@ from msgspec import Meta
 
 from shoal.identity import Hash
 from shoal.identity.accounts import AccountSignature, Address
-from shoal.protocol.money import Amount, Closing, EscrowTerms, LedgerName, SignedVoucher, Withholding
+from shoal.protocol.money import Amount, Closing, EscrowTerms, LedgerName, SignedVoucher, Withdrawal, Withholding
 
 
 class _Command(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="do", tag=str.lower):
@@ -23,6 +23,13 @@ class Deposit(_Command, frozen=True):
     amount_micro: Amount
     reference: Annotated[str, Meta(max_length=128)]
     """Where it came from: the number of a payment, or of a development mint."""
+
+
+class Withdraw(_Command, frozen=True):
+    """The operator pays as much outside of the ledger."""
+
+    order: Withdrawal
+    signature: AccountSignature
 
 
 class Open(_Command, frozen=True):
@@ -50,13 +57,13 @@ class Pass(_Command, frozen=True):
     escrow: Hash
 
 
-Command: TypeAlias = Deposit | Open | Redeem | Close | Withhold | Pass
+Command: TypeAlias = Deposit | Withdraw | Open | Redeem | Close | Withhold | Pass
 
 
 def escrow_of(command: Command, ledger: LedgerName) -> bytes | None:
     """Which escrow a command speaks of, if any."""
     match command:
-        case Deposit():
+        case Deposit() | Withdraw():
             return None
         case Open():
             return command.terms.escrow_id(ledger)

@@ -11,7 +11,7 @@ from shoal.identity.accounts import address_text
 from shoal.quantities.money import AMOUNT_MAX, format_money
 
 ISSUED = "issued"
-"""What the ledger owes in all, below zero: the other side of deposits."""
+"""What the ledger owes in all, below zero: the other side of deposits and withdrawals."""
 FEES = "fees"
 
 

@@ -39,6 +39,9 @@ CLOSING = StructType("Closing", (("bytes32", "escrow"),))
 WITHHOLDING = StructType(
     "Withholding", (("bytes32", "escrow"), ("address", "payee"), ("uint256", "amount"), ("bytes32", "evidence"))
 )
+WITHDRAWAL = StructType(
+    "Withdrawal", (("address", "account"), ("uint256", "amount"), ("string", "to"), ("uint256", "number"))
+)
 PAYEES_MAX = 1024
 DAY_MS = 86_400_000
 NOTICE_MAX_MS, AUDIT_MAX_MS = 7 * DAY_MS, 30 * DAY_MS
@@ -80,8 +83,8 @@ class Payee(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class EscrowTerms(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a payer sets aside, for whom, and what becomes of it; signed by the payer, and the only signature that money
-    leaves its account by."""
+    """What a payer sets aside, for whom, and what becomes of it; signed by the payer. By this signature and that of a
+    Withdrawal money leaves an account, and by no other."""
 
     payer: Address
     signer: Address
@@ -179,6 +182,22 @@ class Withholding(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     def digest(self, ledger: LedgerName) -> bytes:
         values = (self.escrow, self.payee, self.amount_micro, self.evidence)
         return domain_of(ledger).digest(WITHHOLDING.hash_of(values))
+
+
+class Withdrawal(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An account takes money out of the ledger; signed by the account, and good once, whoever hands it in."""
+
+    account: Address
+    amount_micro: Annotated[int, Meta(ge=1, le=AMOUNT_MAX)]
+    to: Annotated[str, Meta(pattern=r"\A[ -~]{1,128}\Z")]
+    """Where the operator pays it, as the two have agreed: an address on a chain, the number of a payment. Journals are
+    shown to strangers: what they should not read stands here as its hash."""
+    number: Annotated[int, Meta(ge=1, le=(1 << 53) - 1)]
+    """How many withdrawals of the account there are with this one. Of two that are signed with one number, only one is
+    ever carried out: so one that waits for money is called back by using its number."""
+
+    def digest(self, ledger: LedgerName) -> bytes:
+        return domain_of(ledger).digest(WITHDRAWAL.hash_of((self.account, self.amount_micro, self.to, self.number)))
 
 
 def sign_voucher(key: AccountKey, ledger: LedgerName, voucher: Voucher) -> SignedVoucher:

@@ -18,7 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from shoal.errors import ShoalError, StorageError
 from shoal.ledger.book import Book
-from shoal.ledger.commands import Command, Pass, escrow_of
+from shoal.ledger.commands import Command, Pass, Withdraw, escrow_of
 from shoal.ledger.escrows import Escrow
 from shoal.ledger.journal import BEGINNING, Line, line
 from shoal.ledger.moves import Move
@@ -53,6 +53,12 @@ _escrows = sa.Table(
     sa.Column("escrow", sa.LargeBinary(32), primary_key=True),
     sa.Column("due_ms", sa.BigInteger, nullable=True, index=True),
     sa.Column("content", sa.LargeBinary, nullable=False),
+)
+_withdrawals = sa.Table(
+    "ledger_withdrawals",
+    _tables,
+    sa.Column("account", sa.LargeBinary(20), primary_key=True),
+    sa.Column("number", sa.BigInteger, nullable=False),
 )
 _journal = sa.Table(
     "ledger_journal",
@@ -140,6 +146,8 @@ class SqlLedger:
                 name = escrow_of(command, self.ledger)
                 if name is not None and name not in book.escrows:
                     book.escrows.update(self._escrow(connection, name))
+                if isinstance(command, Withdraw) and command.order.account not in book.withdrawals:
+                    book.withdrawals[command.order.account] = self._withdrawn(connection, command.order.account)
                 try:
                     moves = book.apply(command)
                 except ShoalError as error:
@@ -193,6 +201,11 @@ class SqlLedger:
         found = connection.execute(sa.select(_escrows.c.content).where(_escrows.c.escrow == name)).scalar()
         return {} if found is None else {name: _kept.decode(found)}
 
+    def _withdrawn(self, connection: sa.Connection, account: bytes) -> int:
+        """How many withdrawals it has had."""
+        wanted = sa.select(_withdrawals.c.number).where(_withdrawals.c.account == account)
+        return connection.execute(wanted).scalar() or 0
+
     def _write(
         self, connection: sa.Connection, balances: _Balances, escrows: dict[bytes, Escrow], fresh: Sequence[Line]
     ) -> None:
@@ -210,6 +223,13 @@ class SqlLedger:
             known = connection.execute(_escrows.update().where(_escrows.c.escrow == escrow_id).values(content))
             if known.rowcount == 0:
                 connection.execute(_escrows.insert().values(escrow=escrow_id, **content))
+        drawn = {one.command.order.account: one.command.order for one in fresh if isinstance(one.command, Withdraw)}
+        for account, order in drawn.items():
+            known = connection.execute(
+                _withdrawals.update().where(_withdrawals.c.account == account).values(number=order.number)
+            )
+            if known.rowcount == 0:
+                connection.execute(_withdrawals.insert().values(account=account, number=order.number))
         connection.execute(_journal.insert(), [{"number": one.number, "line": _encode(one)} for one in fresh])
 
     def _create_or_check(self, connection: sa.Connection) -> None:
