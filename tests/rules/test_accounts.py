@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from wallet import Account, encode_typed_data
 
+from shoal.identity import BadSignature, Envelope, KeyPair
 from shoal.identity.accounts import (
     ORDER,
     AccountKey,
@@ -23,15 +24,21 @@ from shoal.identity.accounts import (
     signer_of,
 )
 from shoal.identity.typed_data import StructType
+from shoal.protocol.messages import VersionMismatch, encode, sign
 from shoal.protocol.money import (
+    BadPayout,
     BadVoucher,
     ChainLedger,
     HouseLedger,
     LedgerName,
+    Payout,
     SignedVoucher,
     Voucher,
     Withdrawal,
     domain_of,
+    open_payout,
+    payout_digest,
+    sign_payout,
     sign_voucher,
 )
 from shoal.quantities.money import AMOUNT_MAX
@@ -116,6 +123,68 @@ def test_nothing_of_a_voucher_can_be_changed(
     if other != ledger:
         with pytest.raises(BadVoucher):
             signed.check(other, key.address)
+
+
+NODE, STRANGER = (KeyPair.from_seed(seed * 32) for seed in (b"n", b"s"))
+EARNER, RICH = (AccountKey(bytes([number] * 32)) for number in (1, 2))
+
+
+def consent(account: AccountKey, node: KeyPair = NODE, network: str = "shoal") -> bytes:
+    return account.sign(payout_digest(network, node.node_id, account.address))
+
+
+@given(SECRETS, BYTES_32, st.from_regex(r"\A[a-z]{1,32}\Z"))
+def test_an_account_agrees_to_be_paid_for_a_node_as_a_wallet_signs(secret: bytes, node: bytes, network: str) -> None:
+    address = address_text(AccountKey(secret).address)
+    message = as_wallets_sign(
+        None, "Payout", {"network": ("string", network), "node": ("bytes32", node), "account": ("address", address)}
+    )
+    signature = Account.from_key(secret).sign_message(message).signature
+    assert signature == AccountKey(secret).sign(payout_digest(network, node, parse_address(address)))
+
+
+def test_a_node_is_paid_at_an_account_that_agrees() -> None:
+    envelope = sign_payout(NODE, EARNER.address, consent(EARNER), sequence=3)
+    arrived = Envelope.from_bytes(envelope.to_bytes(), Payout.MAX_BYTES)
+    payout = open_payout(arrived)
+    assert (arrived.signer, payout.account, payout.sequence) == (NODE.node_id, EARNER.address, 3)
+    largest = sign_payout(NODE, EARNER.address, consent(EARNER, network="n" * 32), 1 << 53, "n" * 32)
+    assert open_payout(largest, "n" * 32).sequence == 1 << 53
+
+
+@pytest.mark.parametrize(
+    ("node", "account", "signature"),
+    [
+        (NODE, RICH, consent(EARNER)),
+        (NODE, RICH, bytes(65)),
+        (STRANGER, EARNER, consent(EARNER)),
+        (NODE, EARNER, consent(EARNER, network="testnet")),
+        (NODE, EARNER, sign_voucher(EARNER, HouseLedger(bytes(32), "USD"), Voucher(
+            escrow=bytes(32), payee=EARNER.address, amount_micro=1, work=bytes(32))).signature),
+    ],
+    ids=["of another account", "of nobody", "for another node", "for another network", "to something else"],
+)  # fmt: skip
+def test_nobody_binds_an_account_that_did_not_agree(node: KeyPair, account: AccountKey, signature: bytes) -> None:
+    said = f"Node {node.node_id.hex()[:8]} names {address_text(account.address)} .* has not signed for it on network"
+    with pytest.raises(BadPayout, match=said):
+        sign_payout(node, account.address, signature, sequence=1)
+    forged = sign(node, Payout(account=account.address, sequence=1, consent=signature))
+    with pytest.raises(BadPayout, match=said):
+        open_payout(forged)
+
+
+def test_a_payout_counts_in_the_name_of_its_node_and_on_its_network() -> None:
+    envelope = sign_payout(NODE, EARNER.address, consent(EARNER), sequence=1)
+    with pytest.raises(BadSignature):
+        open_payout(msgspec.structs.replace(envelope, signer=STRANGER.node_id))
+    later = encode(msgspec.structs.replace(open_payout(envelope), sequence=2))
+    with pytest.raises(BadSignature):
+        open_payout(msgspec.structs.replace(envelope, body=later))
+    with pytest.raises(VersionMismatch, match="network"):
+        open_payout(envelope, "testnet")
+    elsewhere = sign(NODE, open_payout(envelope), "testnet")
+    with pytest.raises(BadPayout, match="on network 'testnet'"):
+        open_payout(elsewhere, "testnet")
 
 
 @given(SECRETS, BYTES_32)

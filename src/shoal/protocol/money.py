@@ -1,4 +1,4 @@
-"""Ledgers and vouchers, as they travel and are signed.
+"""Ledgers, vouchers and who is paid where, as they travel and are signed.
 
 A ledger keeps one currency: either a house ledger, which an operator runs and which is named by the operator's NodeId,
 or a contract on an EVM chain. A voucher is good at the ledger that it was signed for and nowhere else (EIP-712's
@@ -15,10 +15,10 @@ import msgspec
 from msgspec import Meta
 
 from shoal.errors import BadRecord
-from shoal.identity import Hash, NodeId, blake3_hash
+from shoal.identity import Envelope, Hash, KeyPair, NodeId, blake3_hash, short_id
 from shoal.identity.accounts import AccountKey, AccountSignature, Address, address_text, keccak_256, signer_of
 from shoal.identity.typed_data import Domain, StructType
-from shoal.protocol.prices import Currency
+from shoal.protocol.messages import DEFAULT_NETWORK, Record, open_record, sign
 from shoal.quantities.money import AMOUNT_MAX
 
 Amount = Annotated[int, Meta(ge=0, le=AMOUNT_MAX)]
@@ -42,6 +42,7 @@ WITHHOLDING = StructType(
 WITHDRAWAL = StructType(
     "Withdrawal", (("address", "account"), ("uint256", "amount"), ("string", "to"), ("uint256", "number"))
 )
+PAYOUT = StructType("Payout", (("string", "network"), ("bytes32", "node"), ("address", "account")))
 PAYEES_MAX = 1024
 DAY_MS = 86_400_000
 NOTICE_MAX_MS, AUDIT_MAX_MS = 7 * DAY_MS, 30 * DAY_MS
@@ -53,6 +54,12 @@ class BadVoucher(BadRecord):
     """A voucher is not signed by who may sign it, or says what it cannot."""
 
     code = "SH-280"
+
+
+class BadPayout(BadRecord):
+    """A node names an account that it is paid at, and the account did not agree to it."""
+
+    code = "SH-283"
 
 
 class HouseLedger(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="house", tag_field="ledger"):
@@ -202,3 +209,45 @@ class Withdrawal(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 def sign_voucher(key: AccountKey, ledger: LedgerName, voucher: Voucher) -> SignedVoucher:
     return SignedVoucher(voucher, key.sign(voucher.digest(ledger)))
+
+
+class Payout(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The node that signs this is paid at `account`, on whichever ledger, and the account agrees. Of two by one node
+    the one with the higher sequence counts: a node may go to another account."""
+
+    KIND: ClassVar[str] = "payout"
+    MAX_BYTES: ClassVar[int] = 512
+
+    account: Address
+    sequence: Annotated[int, Meta(ge=0, le=1 << 53)]
+    consent: AccountSignature
+    """Of the account, over `payout_digest`: nobody binds another's account to a node of its own."""
+
+
+def payout_digest(network: str, node: bytes, account: bytes) -> bytes:
+    """What an account signs once for a node that earns for it. Its wallet need not be where the node is."""
+    return Domain(DOMAIN_NAME, DOMAIN_VERSION).digest(PAYOUT.hash_of((network, node, account)))
+
+
+def sign_payout(
+    key: KeyPair, account: bytes, consent: bytes, sequence: int, network: str = DEFAULT_NETWORK
+) -> Envelope:
+    """By the node, with what the account has signed. Raises BadPayout where that is not this."""
+    payout = Payout(account=account, sequence=sequence, consent=consent)
+    _check_consent(payout, key.node_id, network)
+    return sign(key, payout, network)
+
+
+def open_payout(envelope: Envelope, network: str = DEFAULT_NETWORK) -> Payout:
+    """Of the node `envelope.signer`. Raises BadPayout, and what `open_record` does."""
+    payout = open_record(envelope, Payout, network)
+    _check_consent(payout, envelope.signer, network)
+    return payout
+
+
+def _check_consent(payout: Payout, node: bytes, network: str) -> None:
+    if signer_of(payout_digest(network, node, payout.account), payout.consent) != payout.account:
+        raise BadPayout(
+            f"Node {short_id(node)} names {address_text(payout.account)} as the account that it is paid at, and that "
+            f"account has not signed for it on network {network!r}; it is paid nothing there."
+        )
