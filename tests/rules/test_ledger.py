@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -12,13 +13,17 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from msgspec.structs import replace
 
 from shoal.errors import ShoalError
+from shoal.identity import BadSignature, Envelope, KeyPair
 from shoal.identity.accounts import AccountKey
 from shoal.ledger.book import Book, NotSigned, SameEscrow, UnknownEscrow, WithdrawalOutOfTurn
 from shoal.ledger.commands import Close, Command, Deposit, Open, Pass, Redeem, Withdraw, Withhold
 from shoal.ledger.escrows import BadTerms, Escrow, EscrowOver, NotYours, OldVoucher, State, TooMuchPromised
-from shoal.ledger.journal import BEGINNING, BadJournal, Line, line, verified
+from shoal.ledger.journal import BEGINNING, BadJournal, Line, contradiction, line, verified
 from shoal.ledger.moves import FEES, ISSUED, MoneyRefused, Move, TooLittleMoney, account, escrowed, held, moved
+from shoal.protocol.messages import VersionMismatch, encode, sign
 from shoal.protocol.money import (
+    BadCheckpoint,
+    Checkpoint,
     Closing,
     EscrowTerms,
     HouseLedger,
@@ -27,6 +32,7 @@ from shoal.protocol.money import (
     Voucher,
     Withdrawal,
     Withholding,
+    open_checkpoint,
     sign_voucher,
 )
 from shoal.quantities.money import AMOUNT_MAX
@@ -427,7 +433,80 @@ def test_a_journal_shows_what_an_operator_changed() -> None:
             verified(changed, LEDGER)
     with pytest.raises(BadJournal, match="Line 2"):
         verified(lines, OTHER)
-    assert verified(lines[:4], LEDGER).balances, "what is cut off is not seen: the last hash is signed for that"
+    assert verified(lines[:4], LEDGER).balances, "what is cut off is not seen without a checkpoint"
+
+
+OPERATOR = KeyPair.from_seed(b"o" * 32)
+HOUSE = HouseLedger(OPERATOR.node_id, "USD")
+
+
+def deposits(*amounts: int) -> list[Line]:
+    """A journal that the operator can make as it likes: nobody signs what comes in."""
+    book, lines = Book(HOUSE), list[Line]()
+    for number, amount in enumerate(amounts, start=1):
+        command = Deposit(CLIENT.address, amount, "mint")
+        lines.append(line(number, 0, command, book.apply(command), lines[-1].hash if lines else BEGINNING))
+    return lines
+
+
+def checkpoint(one: Line, key: KeyPair = OPERATOR, currency: str = "USD", network: str = "shoal") -> Envelope:
+    return sign(key, Checkpoint(currency=currency, number=one.number, hash=one.hash), network)
+
+
+def test_a_checkpoint_shows_what_was_altered_after_it() -> None:
+    lines = deposits(1, 2, 3, 4)
+    largest = sign(OPERATOR, Checkpoint(currency="A" * 12, number=1 << 62, hash=WORK))
+    arrived = Envelope.from_bytes(largest.to_bytes(), Checkpoint.MAX_BYTES)
+    assert open_checkpoint(arrived, HouseLedger(OPERATOR.node_id, "A" * 12)).number == 1 << 62
+    for one in lines:
+        assert verified(lines, HOUSE, checkpoint(one)).balances[ISSUED] == -10
+    for changed, at, part in (
+        (deposits(1, 2, 3, 5), 4, "Line 4 of the journal is not the one that its operator signed"),
+        (deposits(9, 2, 3, 4), 3, f"Line 3 .* and {lines[2].hash.hex()[:12]} in the checkpoint. It, or a line before"),
+        (deposits(1, 3, 4), 2, "Line 2 .* is not the one"),
+        (lines[:3], 4, "Line 4 of the journal is missing: its operator has signed 4 lines"),
+        (lines[:1], 4, "Line 2 of the journal is missing"),
+        ([], 1, "Line 1 of the journal is missing"),
+    ):
+        verified(changed, HOUSE)
+        with pytest.raises(BadJournal, match=part):
+            verified(changed, HOUSE, checkpoint(lines[at - 1]))
+    assert verified(deposits(1, 2, 3, 5), HOUSE, checkpoint(lines[2])), "what came after it is not bound by it"
+
+
+def test_two_checkpoints_of_one_line_convict_an_operator() -> None:
+    lines, others = deposits(1, 2, 3), deposits(1, 2, 4)
+    said = contradiction(checkpoint(lines[2]), checkpoint(others[2]), HOUSE)
+    assert said is not None and f"{OPERATOR.node_id.hex()[:8]}, has signed two journals: the hash of line 3" in said
+    assert lines[2].hash.hex()[:12] in said and others[2].hash.hex()[:12] in said
+    assert contradiction(checkpoint(lines[2]), checkpoint(lines[2]), HOUSE) is None
+    assert contradiction(checkpoint(lines[1]), checkpoint(others[2]), HOUSE) is None
+    assert contradiction(checkpoint(lines[1]), checkpoint(others[1]), HOUSE) is None, "the two are alike so far"
+
+
+STRANGER = KeyPair.from_seed(b"s" * 32)
+
+
+@pytest.mark.parametrize(
+    ("forged", "error", "part"),
+    [
+        (lambda one: checkpoint(one, STRANGER), BadCheckpoint, "in USD that fec14286 runs says nothing of this ledger"),
+        (lambda one: checkpoint(one, currency="EUR"), BadCheckpoint, "in EUR that"),
+        (lambda one: checkpoint(one, network="testnet"), VersionMismatch, "network"),
+        (lambda one: replace(checkpoint(one, STRANGER), signer=OPERATOR.node_id), BadSignature, "does not carry"),
+        (lambda one: replace(checkpoint(one), body=encode(Checkpoint(currency="USD", number=1, hash=WORK))),
+         BadSignature, "does not carry"),
+    ],
+    ids=["of another operator", "of another currency", "of another network", "of nobody", "changed"],
+)  # fmt: skip
+def test_a_checkpoint_that_its_operator_did_not_sign_for_this_ledger_says_nothing(
+    forged: Callable[[Line], Envelope], error: type[ShoalError], part: str
+) -> None:
+    lines, others = deposits(1, 2), deposits(1, 3)
+    with pytest.raises(error, match=part):
+        verified(lines, HOUSE, forged(lines[1]))
+    with pytest.raises(error, match=part):
+        contradiction(checkpoint(lines[1]), forged(others[1]), HOUSE)
 
 
 TestLedger = Ledger.TestCase

@@ -1,4 +1,4 @@
-"""Ledgers, vouchers and who is paid where, as they travel and are signed.
+"""Ledgers, vouchers, checkpoints, and who is paid where, as they travel and are signed.
 
 A ledger keeps one currency: either a house ledger, which an operator runs and which is named by the operator's NodeId,
 or a contract on an EVM chain. A voucher is good at the ledger that it was signed for and nowhere else (EIP-712's
@@ -23,6 +23,8 @@ from shoal.quantities.money import AMOUNT_MAX
 
 Amount = Annotated[int, Meta(ge=0, le=AMOUNT_MAX)]
 """Millionths of a currency's unit."""
+LineNumber = Annotated[int, Meta(ge=1, le=1 << 62)]
+"""Of a ledger's journal."""
 VOUCHER = StructType(
     "Voucher", (("bytes32", "escrow"), ("address", "payee"), ("uint256", "amount"), ("bytes32", "work"))
 )
@@ -60,6 +62,12 @@ class BadPayout(BadRecord):
     """A node names an account that it is paid at, and the account did not agree to it."""
 
     code = "SH-283"
+
+
+class BadCheckpoint(BadRecord):
+    """A checkpoint is not of this ledger: another operator signed it, or it is of another currency."""
+
+    code = "SH-284"
 
 
 class HouseLedger(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="house", tag_field="ledger"):
@@ -251,3 +259,26 @@ def _check_consent(payout: Payout, node: bytes, network: str) -> None:
             f"Node {short_id(node)} names {address_text(payout.account)} as the account that it is paid at, and that "
             f"account has not signed for it on network {network!r}; it is paid nothing there."
         )
+
+
+class Checkpoint(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The operator of the house ledger of this currency signs that its journal has this line: by its hash all lines
+    before it, too. Whoever keeps it sees what is altered later, or left out."""
+
+    KIND: ClassVar[str] = "checkpoint"
+    MAX_BYTES: ClassVar[int] = 128
+
+    currency: Currency
+    number: LineNumber
+    hash: Hash
+
+
+def open_checkpoint(envelope: Envelope, ledger: LedgerName, network: str = DEFAULT_NETWORK) -> Checkpoint:
+    """Raises BadCheckpoint, and what `open_record` does."""
+    checkpoint = open_record(envelope, Checkpoint, network)
+    if HouseLedger(envelope.signer, checkpoint.currency) != ledger:
+        raise BadCheckpoint(
+            f"A checkpoint of a ledger in {checkpoint.currency} that {short_id(envelope.signer)} runs says nothing of "
+            "this ledger."
+        )
+    return checkpoint
