@@ -19,6 +19,7 @@ from shoal.identity import Envelope, Hash, KeyPair, NodeId, blake3_hash, short_i
 from shoal.identity.accounts import AccountKey, AccountSignature, Address, address_text, keccak_256, signer_of
 from shoal.identity.typed_data import Domain, StructType
 from shoal.protocol.messages import DEFAULT_NETWORK, Record, open_record, sign
+from shoal.protocol.prices import Currency
 from shoal.quantities.money import AMOUNT_MAX
 
 Amount = Annotated[int, Meta(ge=0, le=AMOUNT_MAX)]
