@@ -260,6 +260,11 @@ def test_a_shoal_goes_up_once_is_found_and_goes_down(place: Path) -> None:
         none = json.loads(shoal(place, "offers", "--device", "mps", "--json").stdout)
         assert (none["offers"], none["fit"], none["excluded"]["device"]) == ([], 0, none["considered"])
         assert "without device (mps)" in shoal(place, "offers", "--device", "mps").stdout
+        (place / "here" / "words.txt").write_text("some words " * 5000)
+        (place / "here" / "job.yaml").write_text("data:\n  paths: words.txt\n")
+        costs = json.loads(shoal(place, "plan", "job.yaml", "--json").stdout)["costs"]
+        assert costs["all"]["micro"] == 0 and costs["best"]["what"] == costs["one"]["what"] == "node-1"
+        assert "public list prices" in shoal(place, "plan", "job.yaml", "--deadline", "2 h").stdout
         twice = shoal(place, "node", "start", "--data", str(place / "home" / "local" / "nodes" / "node-1"))
         assert twice.returncode == 1 and "\nerror SH-407" in twice.stderr
         down = shoal(place, "down")

@@ -108,5 +108,7 @@ def test_what_a_mix_costs() -> None:
 def test_exchange_that_is_not_hidden_takes_its_time() -> None:
     hidden, open_one = a_work(exchange_s=1.0), a_work(exchange_s=1.0, hidden=False)
     computing_s = 20 * 4096 * 6e7 / (0.4 * 1e14)
-    assert hidden.tokens_per_s([1e14], 1e8) == pytest.approx(1e14 * 0.4 / 6e7 * computing_s / max(1.0, computing_s))
-    assert open_one.tokens_per_s([1e14], 1e8) == pytest.approx(1e14 * 0.4 / 6e7 * computing_s / (1 + computing_s))
+    both = [1e14, 1e14]
+    assert hidden.tokens_per_s(both, 1e8) == pytest.approx(2e14 * 0.4 / 6e7 * computing_s / max(1.0, computing_s))
+    assert open_one.tokens_per_s(both, 1e8) == pytest.approx(2e14 * 0.4 / 6e7 * computing_s / (1 + computing_s))
+    assert open_one.tokens_per_s([1e14], 1e8) == pytest.approx(1e14 * 0.4 / 6e7), "one has nobody to exchange with"

@@ -18,6 +18,7 @@ FLOORS = 12
 """Slowest links that are tried: a slow one may cost a mix more than its node brings."""
 SLACK = 0.1
 """A mix may be so much less work for its money than the best one, if it is faster."""
+ITERATIONS = 50
 STEPS_MAX = 4_000
 """Of the search for the cheapest mix that is fast enough."""
 TRIES = 4
@@ -45,7 +46,8 @@ class TrainingWork:
     def tokens_per_s(self, flops: Sequence[float], slowest_bps: float) -> float:
         """Of members that were measured at so many FLOP/s."""
         step_s = max(self.step_least_s, self.step_tokens * self.flops_per_token / (self.efficiency * max(flops)))
-        computing_s, exchange_s = self.inner_steps * step_s, self.exchange_s(len(flops), slowest_bps)
+        computing_s = self.inner_steps * step_s
+        exchange_s = self.exchange_s(len(flops), slowest_bps) if len(flops) > 1 else 0.0
         round_s = max(computing_s, exchange_s) if self.hidden else computing_s + exchange_s
         return self.inner_steps * self.step_tokens * sum(flops) / max(flops) / round_s
 
@@ -91,7 +93,7 @@ def best_mix(
             )
             sets = [chosen] if chosen is not None else []
         else:
-            order = np.lexsort((-flops[places], micro_per_h[places] / flops[places]))
+            order = _by_value(flops[places], micro_per_h[places], nodes_min, nodes_max)
             sets = [order[:count] for count in range(nodes_min, min(nodes_max, len(order)) + 1)]
         for some in sets:
             members = places[some]
@@ -118,6 +120,21 @@ def _floors(rates_bps: Column) -> list[float]:
     if len(rates) > FLOORS:
         rates = np.unique(np.quantile(rates, np.linspace(0, 1, FLOORS), method="lower"))
     return [float(rate) for rate in rates]
+
+
+def _by_value(flops: Column, costs: NDArray[np.int64], least: int, most: int) -> NDArray[np.int64]:
+    """Places in an order of which one beginning, of `least` to `most`, has the most FLOP/s for its money of all sets of
+    such a size (Dinkelbach, 1967): each counts with what it brings beyond what its money buys."""
+    rate, order = 0.0, np.arange(len(flops))
+    for _ in range(ITERATIONS):
+        beyond = flops - rate * costs
+        order = np.lexsort((costs, -beyond))
+        some = order[: min(max(int((beyond > 0).sum()), least), most)]
+        better = float(flops[some].sum()) / max(1, int(costs[some].sum()))
+        if better <= rate * (1 + 1e-12):
+            break
+        rate = better
+    return order
 
 
 def _said(mix: Mix, candidates: int) -> str:

@@ -28,6 +28,8 @@ class PublicPrice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     flops: float
     """Dense BF16 FLOP/s of the data sheet."""
     read: str
+    """The day, as `2026-11-09`."""
+    remark: str
     source: str
     via: str
 
@@ -109,7 +111,7 @@ def costs_of(
     public = sorted(
         (
             _way(
-                f"{row.vendor} {row.gpu} ({row.product})",
+                f"{row.vendor} {row.product}".strip() + f": {row.gpu}",
                 work.tokens_per_s([SHEET_SHARE * row.flops], math.inf), round(row.usd_per_h * MICRO), tokens,
             )
             for row in public_prices()
