@@ -157,6 +157,7 @@ class World:
         for replica in self.service.rings:
             place = replica.name.split()[0]
             replica.token_ms = 1e-3 * (1 + names.index(place)) if place in names else 1e6
+            replica.start_ms = 0.0  # how far it was measured to be is another thing each time
 
     async def close(self) -> None:
         for _, endpoint, host in self.hosts.values():
