@@ -3,6 +3,7 @@ where that is installed."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 import signal
@@ -23,6 +24,7 @@ from shoal.ledger.escrows import EscrowOver, OldVoucher
 from shoal.ledger.journal import verified
 from shoal.ledger.moves import FEES, ISSUED, account
 from shoal.protocol.money import Closing, HouseLedger
+from shoal.storage.group_commit import WAITING_MAX, GroupCommit, LedgerBusy
 from shoal.storage.ledgers import LedgerFailed, SqlLedger
 from shoal.world import HeldClock
 
@@ -186,3 +188,80 @@ def test_what_was_acknowledged_is_there_after_a_kill(place: Path | str, after: i
     newest = max(paid.redeemed_micro for paid in escrow.paid.values())
     assert 10 * said <= newest <= 10 * (said + 1), "all that was acknowledged, and at most the one after it"
     ledger.close()
+
+
+# --- many callers ------------------------------------------------------------------------------------------------
+
+
+def test_many_callers_share_transactions_and_each_hears_of_its_own(place: Path | str) -> None:
+    async def scene() -> None:
+        ledger = SqlLedger.open(place, LEDGER, Wall(1000))
+        ledger.apply(Deposit(CLIENT.address, 100_000, "mint"))
+        group, escrows = GroupCommit(ledger), []
+        for nonce in range(8):
+            command, name = an_escrow(nonce=nonce)
+            await group.apply(command)
+            escrows.append(name)
+
+        async def pay(name: bytes) -> list[str]:
+            """By vouchers one after another, every third of which is an old one."""
+            said = []
+            for amount in (100, 200, 150, 300, 400, 50):
+                try:
+                    await group.apply(Redeem(a_voucher(name, NODES[0], amount)))
+                    said.append("paid")
+                except OldVoucher:
+                    said.append("old")
+            return said
+
+        told = await asyncio.gather(*(pay(name) for name in escrows))
+        assert told == [["paid", "paid", "old", "paid", "paid", "old"]] * 8
+        book = verified(ledger.lines(), LEDGER)
+        assert {name: one for name, one in book.balances.items() if one} == ledger.balances()
+        assert ledger.balance(account(NODES[0].address)) == 8 * (400 - 40 - 7)  # a tenth held back, a fiftieth the fee
+        await group.close()
+
+    asyncio.run(scene())
+
+
+def test_a_database_that_fails_is_told_to_all_of_its_callers_and_loses_nothing(place: Path | str) -> None:
+    async def scene() -> None:
+        ledger = SqlLedger.open(place, LEDGER, Wall(1000))
+        group = GroupCommit(ledger)
+        await group.apply(Deposit(CLIENT.address, 100, "mint"))
+
+        def rename(old: str, new: str) -> None:
+            with ledger._engine.begin() as connection:
+                connection.execute(sa.text(f"ALTER TABLE {old} RENAME TO {new}"))
+
+        rename("ledger_journal", "ledger_away")
+        several = [group.apply(Deposit(CLIENT.address, 7, "mint")) for _ in range(5)]
+        for one in await asyncio.gather(*several, return_exceptions=True):
+            assert isinstance(one, LedgerFailed) and "Nothing was acknowledged" in one.sentence
+        rename("ledger_away", "ledger_journal")
+        await group.apply(Deposit(CLIENT.address, 1, "mint"))
+        assert ledger.balance(account(CLIENT.address)) == 101
+        assert verified(ledger.lines(), LEDGER).balances == ledger.balances()
+        await group.close()
+
+    asyncio.run(scene())
+
+
+def test_no_more_wait_than_there_is_room_for(tmp_path: Path) -> None:
+    async def scene() -> None:
+        group = GroupCommit(SqlLedger.open(tmp_path / "ledger.sqlite", LEDGER, Wall(1000)))
+        told = await asyncio.gather(
+            *(group.apply(Pass(bytes(32))) for _ in range(WAITING_MAX + 2)), return_exceptions=True
+        )
+        assert sum(isinstance(one, LedgerBusy) for one in told) == 2
+        await group.apply(Deposit(CLIENT.address, 1, "mint"))
+        await group.close()
+
+    asyncio.run(scene())
+
+
+@pytest.mark.parametrize("url", ["nonsense", "postgresql+psycopg://u:secret@:x/d", "oracle://u:secret@h/d", "://"])
+def test_a_url_that_cannot_be_used_is_told_without_its_password(url: str) -> None:
+    with pytest.raises(LedgerFailed) as told:
+        SqlLedger.open(url, LEDGER, Wall(1000))
+    assert "secret" not in told.value.sentence

@@ -109,7 +109,13 @@ class SqlLedger:
     @classmethod
     def open(cls, place: Path | str, ledger: LedgerName, clock: Clock) -> SqlLedger:
         """A file, or a `postgresql+psycopg://` URL. Raises LedgerFailed: also for a database of another ledger."""
-        engine = sqlite_engine(place) if isinstance(place, Path) else sa.create_engine(place)
+        try:
+            engine = sqlite_engine(place) if isinstance(place, Path) else sa.create_engine(place)
+        except (SQLAlchemyError, ImportError, ValueError) as error:  # what it says would show the URL's password
+            raise LedgerFailed(
+                "The URL of the ledger's database cannot be used; write postgresql+psycopg://USER@HOST/DATABASE, and "
+                "install shoal[postgres]. Or name a file, for SQLite."
+            ) from error
         made = cls(engine, engine.url.render_as_string(hide_password=True), ledger, clock)
         try:
             with made._transaction() as connection:

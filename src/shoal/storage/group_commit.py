@@ -1,0 +1,66 @@
+"""Many who wait for one ledger share its transactions: while one is written, the commands for the next one gather.
+
+Making a transaction durable takes as long for five hundred commands as for one. Each caller hears of its own command
+alone, and not before it is durable.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+
+from shoal.errors import ShoalError, StorageError
+from shoal.ledger.commands import Command
+from shoal.ledger.moves import Move
+from shoal.storage.ledgers import COMMANDS_MAX, LedgerFailed, SqlLedger
+
+WAITING_MAX = 8 * COMMANDS_MAX
+
+
+class LedgerBusy(StorageError):
+    """More commands wait for a ledger than it lets wait."""
+
+    code = "SH-446"
+
+
+class GroupCommit:
+    """A ledger for the tasks of one event loop. The ledger is its own from here on."""
+
+    def __init__(self, ledger: SqlLedger) -> None:
+        self.ledger = ledger
+        self._waiting: deque[tuple[Command, asyncio.Future[tuple[Move, ...]]]] = deque()
+        self._writing: asyncio.Task[None] | None = None
+
+    async def apply(self, command: Command) -> tuple[Move, ...]:
+        """What it moved, once that is durable. Raises what `SqlLedger.apply` does, and LedgerBusy. A caller that is
+        cancelled does not know whether its command was carried out."""
+        if len(self._waiting) >= WAITING_MAX:
+            raise LedgerBusy(f"{WAITING_MAX} commands wait for this ledger already; try again in a moment.")
+        future: asyncio.Future[tuple[Move, ...]] = asyncio.get_running_loop().create_future()
+        self._waiting.append((command, future))
+        if self._writing is None or self._writing.done():
+            self._writing = asyncio.create_task(self._write())
+        return await future
+
+    async def close(self) -> None:
+        """When what waits is written."""
+        if self._writing is not None:
+            await self._writing
+        self.ledger.close()
+
+    async def _write(self) -> None:
+        while self._waiting:
+            some = [self._waiting.popleft() for _ in range(min(COMMANDS_MAX, len(self._waiting)))]
+            some = [(command, future) for command, future in some if not future.done()]  # whose caller still waits
+            outcomes: list[tuple[Move, ...] | ShoalError]
+            try:
+                outcomes = await asyncio.to_thread(self.ledger.apply_all, [command for command, _ in some])
+            except LedgerFailed as error:
+                outcomes = [LedgerFailed(error.sentence) for _ in some]
+            for (_, future), outcome in zip(some, outcomes, strict=True):
+                if future.done():
+                    continue
+                if isinstance(outcome, ShoalError):
+                    future.set_exception(outcome)
+                else:
+                    future.set_result(outcome)
