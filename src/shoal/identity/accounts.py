@@ -7,7 +7,7 @@ say the same, only the one with the smaller s counts (EIP-2): a signature cannot
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Annotated
 
@@ -96,6 +96,7 @@ def signer_of(digest: bytes, signature: bytes) -> bytes | None:
     return address_of(public)
 
 
+@lru_cache(maxsize=4096)
 def address_text(address: bytes) -> str:
     """`0x` and 40 hexadecimal digits, with EIP-55's checksum in their capitals."""
     digits = address.hex()

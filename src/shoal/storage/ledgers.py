@@ -33,6 +33,8 @@ COMMANDS_MAX = 512
 DUE_MAX = 256
 """Escrows that the time has brought something for, and that are seen to in one transaction before its commands."""
 PAGE_LINES = 512
+KNOWN_MAX = 100_000
+"""Accounts and escrows that are kept in memory between transactions."""
 
 _tables = sa.MetaData()
 _about = sa.Table(
@@ -67,6 +69,30 @@ _journal = sa.Table(
     sa.Column("line", sa.LargeBinary, nullable=False),
 )
 
+_LOCK = sa.select(_about.c.version).with_for_update()
+_LAST = sa.select(_journal.c.line).order_by(_journal.c.number.desc()).limit(1)
+_DUE = (
+    sa.select(_escrows.c.escrow).where(_escrows.c.due_ms <= sa.bindparam("now_ms")).order_by(_escrows.c.due_ms)
+    .limit(DUE_MAX)
+)  # fmt: skip
+_BALANCE = sa.select(_accounts.c.balance_micro).where(_accounts.c.name == sa.bindparam("one"))
+_ESCROW = sa.select(_escrows.c.content).where(_escrows.c.escrow == sa.bindparam("one"))
+_WITHDRAWN = sa.select(_withdrawals.c.number).where(_withdrawals.c.account == sa.bindparam("one"))
+
+
+def _upsert(table: sa.Table) -> sa.TextClause:
+    """A row instead of the one with its key, or a new one: SQLite and PostgreSQL have the same words for it."""
+    (key,), names = table.primary_key.columns.keys(), table.columns.keys()
+    new = ", ".join(f"{name} = excluded.{name}" for name in names if name != key)
+    values = ", ".join(f":{name}" for name in names)
+    return sa.text(
+        f"INSERT INTO {table.name} ({', '.join(names)}) VALUES ({values}) ON CONFLICT ({key}) DO UPDATE SET {new}"
+    )
+
+
+_PUT_BALANCE, _PUT_ESCROW, _PUT_WITHDRAWN = _upsert(_accounts), _upsert(_escrows), _upsert(_withdrawals)
+_ADD_LINE = _journal.insert()
+
 _encode = msgspec.msgpack.Encoder().encode
 _lines = msgspec.msgpack.Decoder(Line)
 _kept = msgspec.msgpack.Decoder(Escrow)
@@ -82,20 +108,30 @@ class LedgerFailed(StorageError):
 class _Balances(dict[str, int]):
     """Of the accounts that were asked for; others are in the database."""
 
-    def __init__(self, connection: sa.Connection) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._connection = connection
-        self.stored: set[str] = set()
-        """That have a row."""
+        self.connection: sa.Connection | None = None
 
     def get(self, name: str, default: Any = 0) -> Any:
         if name not in self:
-            row = self._connection.execute(sa.select(_accounts.c.balance_micro).where(_accounts.c.name == name))
-            found = row.scalar_one_or_none()
-            if found is not None:
-                self.stored.add(name)
+            assert self.connection is not None
+            found = self.connection.execute(_BALANCE, {"one": name}).scalar()
             self[name] = default if found is None else found
         return self[name]
+
+
+class _Known:
+    """What was read of a ledger, or written, up to one line of its journal: as long as that is the last one, it need
+    not be read again."""
+
+    def __init__(self, ledger: LedgerName) -> None:
+        self.last = b""
+        """The hash of that line."""
+        self.balances = _Balances()
+        self.book = Book(ledger, balances=self.balances)
+
+    def __len__(self) -> int:
+        return len(self.balances) + len(self.book.escrows) + len(self.book.withdrawals)
 
 
 class SqlLedger:
@@ -103,6 +139,7 @@ class SqlLedger:
 
     def __init__(self, engine: sa.Engine, place: str, ledger: LedgerName, clock: Clock) -> None:
         self._engine, self._place, self.ledger, self._clock = engine, place, ledger, clock
+        self._known = _Known(ledger)
         self._latest_ms = 0
         """Of what the clock has said: the time never goes back, also where nothing was written at it."""
 
@@ -140,11 +177,14 @@ class SqlLedger:
         Raises LedgerFailed; nothing has happened then."""
         if len(commands) > COMMANDS_MAX:
             raise ValueError(f"{len(commands)} commands are more than {COMMANDS_MAX}")
+        known, self._known = self._known, _Known(self.ledger)  # if this fails, nothing is known any more
         with self._transaction() as connection:
             number, previous, last_ms = self._head(connection)
             self._latest_ms = max(self._latest_ms, last_ms, self._clock.now_ms())
-            book = Book(self.ledger, now_ms=self._latest_ms)
-            balances = book.balances = _Balances(connection)
+            if known.last != previous or len(known) > KNOWN_MAX:
+                known = _Known(self.ledger)
+            known.balances.connection, book = connection, known.book
+            book.at(self._latest_ms)
             fresh, outcomes = list[Line](), list[tuple[Move, ...] | ShoalError]()
             changed: set[bytes] = set()
             due = [Pass(name) for name in self._due(connection, book.now_ms)]
@@ -163,12 +203,14 @@ class SqlLedger:
                 changed |= {name} if name is not None else set()
                 fresh.append(line(number + 1, book.now_ms, command, moves, previous))
                 number, previous = number + 1, fresh[-1].hash
-            self._write(connection, balances, {name: book.escrows[name] for name in changed}, fresh)
-            return outcomes[len(due) :]
+            self._write(connection, book, changed, fresh)
+            known.last, known.balances.connection = previous, None
+        self._known = known
+        return outcomes[len(due) :]
 
     def balance(self, name: str) -> int:
         with self._transaction() as connection:
-            return int(_Balances(connection).get(name))
+            return int(connection.execute(_BALANCE, {"one": name}).scalar() or 0)
 
     def balances(self) -> dict[str, int]:
         """All that are not zero: for checking."""
@@ -192,51 +234,38 @@ class SqlLedger:
 
     def _head(self, connection: sa.Connection) -> tuple[int, bytes, int]:
         """Number, hash and time of the last line. Whoever else writes waits."""
-        connection.execute(sa.select(_about.c.version).with_for_update()).scalar_one()
-        last = connection.execute(sa.select(_journal.c.line).order_by(_journal.c.number.desc()).limit(1)).scalar()
+        connection.execute(_LOCK).scalar_one()
+        last = connection.execute(_LAST).scalar()
         if last is None:
             return 0, BEGINNING, 0
         one = _lines.decode(last)
         return one.number, one.hash, one.at_ms
 
     def _due(self, connection: sa.Connection, now_ms: int) -> Sequence[bytes]:
-        wanted = sa.select(_escrows.c.escrow).where(_escrows.c.due_ms <= now_ms).order_by(_escrows.c.due_ms)
-        return connection.execute(wanted.limit(DUE_MAX)).scalars().all()
+        return connection.execute(_DUE, {"now_ms": now_ms}).scalars().all()
 
     def _escrow(self, connection: sa.Connection, name: bytes) -> dict[bytes, Escrow]:
-        found = connection.execute(sa.select(_escrows.c.content).where(_escrows.c.escrow == name)).scalar()
+        found = connection.execute(_ESCROW, {"one": name}).scalar()
         return {} if found is None else {name: _kept.decode(found)}
 
     def _withdrawn(self, connection: sa.Connection, account: bytes) -> int:
         """How many withdrawals it has had."""
-        wanted = sa.select(_withdrawals.c.number).where(_withdrawals.c.account == account)
-        return connection.execute(wanted).scalar() or 0
+        return connection.execute(_WITHDRAWN, {"one": account}).scalar() or 0
 
-    def _write(
-        self, connection: sa.Connection, balances: _Balances, escrows: dict[bytes, Escrow], fresh: Sequence[Line]
-    ) -> None:
+    def _write(self, connection: sa.Connection, book: Book, changed: set[bytes], fresh: Sequence[Line]) -> None:
         if not fresh:
             return
         touched = {name for one in fresh for move in one.moves for name in (move.source, move.target)}
-        for name in sorted(touched):
-            row = {"balance_micro": balances[name]}
-            if name in balances.stored:
-                connection.execute(_accounts.update().where(_accounts.c.name == name).values(row))
-            else:
-                connection.execute(_accounts.insert().values(name=name, **row))
-        for escrow_id, escrow in escrows.items():
-            content = {"due_ms": escrow.due_ms, "content": _encode(escrow)}
-            known = connection.execute(_escrows.update().where(_escrows.c.escrow == escrow_id).values(content))
-            if known.rowcount == 0:
-                connection.execute(_escrows.insert().values(escrow=escrow_id, **content))
-        drawn = {one.command.order.account: one.command.order for one in fresh if isinstance(one.command, Withdraw)}
-        for account, order in drawn.items():
-            known = connection.execute(
-                _withdrawals.update().where(_withdrawals.c.account == account).values(number=order.number)
-            )
-            if known.rowcount == 0:
-                connection.execute(_withdrawals.insert().values(account=account, number=order.number))
-        connection.execute(_journal.insert(), [{"number": one.number, "line": _encode(one)} for one in fresh])
+        drawn = {one.command.order.account for one in fresh if isinstance(one.command, Withdraw)}
+        escrows = [(name, book.escrows[name]) for name in changed]
+        for put, rows in (
+            (_PUT_BALANCE, [{"name": name, "balance_micro": book.balances[name]} for name in touched]),
+            (_PUT_ESCROW, [{"escrow": name, "due_ms": one.due_ms, "content": _encode(one)} for name, one in escrows]),
+            (_PUT_WITHDRAWN, [{"account": account, "number": book.withdrawals[account]} for account in drawn]),
+            (_ADD_LINE, [{"number": one.number, "line": _encode(one)} for one in fresh]),
+        ):
+            if rows:
+                connection.execute(put, rows)
 
     def _create_or_check(self, connection: sa.Connection) -> None:
         _tables.create_all(connection)
