@@ -27,8 +27,9 @@ from transformers import AutoModelForCausalLM
 from shoal.gateway import service as serving
 from shoal.gateway import web as face
 from shoal.gateway.rings import LocalRing
-from shoal.gateway.service import ModelService
+from shoal.gateway.service import LONG_TEXT, ModelService
 from shoal.models.configs import BadModel
+from shoal.models.pooling import Pooling
 from shoal.models.tokenizers import ByteTokenizer
 from shoal.sdk.serve import LocalServer, ServeOptions
 from shoal.transport import http
@@ -274,6 +275,36 @@ def test_a_client_that_hangs_up_frees_its_session_at_once(checkpoint: Path) -> N
             assert service.admission.used > 0
         while service.admission.used or service.counts.running:
             await asyncio.sleep(0.001)
+
+    with_endpoint(checkpoint, scene)
+
+
+@pytest.mark.parametrize(("path", "param"), [("/v1/completions", "prompt"), ("/v1/embeddings", "input")])
+def test_a_long_text_that_is_made_tokens_holds_up_nobody(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, path: str, param: str
+) -> None:
+    async def scene(web: httpx.AsyncClient, server: LocalServer) -> None:
+        service = server.service
+        assert service is not None
+        begun, go_on = threading.Event(), threading.Event()
+        encode = service.tokenizer.encode
+
+        def slowly(text: str, **options: Any) -> Any:
+            if len(text) > LONG_TEXT:
+                begun.set()
+                assert go_on.wait(GENEROUS_S)
+            return encode(text, **options)
+
+        monkeypatch.setattr(service.tokenizer, "encode", slowly)
+        monkeypatch.setattr(service, "pooling", Pooling("mean", 32, False))
+        asked = {"model": "small", param: "x" * (LONG_TEXT + 1)}
+        asking = asyncio.create_task(web.post(path, json=asked))
+        while not begun.is_set():
+            await asyncio.sleep(0.001)
+        assert (await web.get("/healthz")).status_code == 200
+        assert not asking.done()
+        go_on.set()
+        assert (await asking).status_code == 400  # it is longer than the context
 
     with_endpoint(checkpoint, scene)
 

@@ -32,6 +32,8 @@ from shoal.world import Clock, Dice
 
 COMPLETION_TOKENS = 16
 """What `/v1/completions` gives when it is not told, as at OpenAI."""
+LONG_TEXT = 16_384
+"""Characters from which on a text is made tokens beside the loop, which has streams to attend to."""
 PROMPTS_TOTAL_MAX = 64
 """Choices of one request, over all its prompts."""
 
@@ -153,13 +155,13 @@ class ModelService:
     async def chat(self, request: ChatRequest) -> Asked:
         """Raises RequestRefused, and what `ChatTemplate.render` does."""
         self._known(request.model)
-        prompt = self._encoded(await self.template.render(request.messages, self.clock.now_ms()), "messages")
+        prompt = await self._encoded(await self.template.render(request.messages, self.clock.now_ms()), "messages")
         limit = request.max_completion_tokens or request.max_tokens
         top = (request.top_logprobs or 0) if request.logprobs else None
         schema = request.response_format.schema if request.response_format is not None else None
         return self._asked(request, (prompt,), limit, top, schema)
 
-    def completion(self, request: CompletionRequest) -> Asked:
+    async def completion(self, request: CompletionRequest) -> Asked:
         """Raises RequestRefused."""
         self._known(request.model)
         given = request.prompt
@@ -167,11 +169,12 @@ class ModelService:
         if len(several) > PROMPTS_TOTAL_MAX:
             raise RequestRefused(f"At most {PROMPTS_TOTAL_MAX} prompts are taken at once.", param="prompt")
         prompts = [
-            self._encoded(one, "prompt") if isinstance(one, str) else self._checked(one, "prompt") for one in several
+            await self._encoded(one, "prompt") if isinstance(one, str) else self._checked(one, "prompt")
+            for one in several
         ]
         return self._asked(request, tuple(prompts), request.max_tokens or COMPLETION_TOKENS, request.logprobs)
 
-    def embedding(self, request: EmbeddingRequest) -> AskedVectors:
+    async def embedding(self, request: EmbeddingRequest) -> AskedVectors:
         """Raises RequestRefused."""
         self._known(request.model)
         if self.pooling is None:
@@ -184,10 +187,10 @@ class ModelService:
         several = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
         if len(several) > INPUTS_MAX:
             raise RequestRefused(f"At most {INPUTS_MAX} inputs are taken at once.", param="input")
-        inputs = tuple(
-            self._encoded(one, "input", special=True) if isinstance(one, str) else self._checked(one, "input")
+        inputs = [
+            await self._encoded(one, "input", special=True) if isinstance(one, str) else self._checked(one, "input")
             for one in several
-        )
+        ]
         longest = min(self.context, self.pooling.positions or self.context)
         for number, tokens in enumerate(inputs):
             if not 1 <= len(tokens) <= longest:
@@ -195,7 +198,7 @@ class ModelService:
                 raise RequestRefused(f"Input {number} {what}.", param="input")
         if request.dimensions is not None and request.dimensions > self.pooling.hidden:
             raise RequestRefused(f"This model's embeddings have {self.pooling.hidden} numbers.", param="dimensions")
-        return AskedVectors(inputs, self.pooling, request.dimensions)
+        return AskedVectors(tuple(inputs), self.pooling, request.dimensions)
 
     def _known(self, model: str) -> None:
         if model != self.name:
@@ -205,9 +208,12 @@ class ModelService:
                 code="model_not_found",
             )
 
-    def _encoded(self, text: str, param: str, *, special: bool = False) -> tuple[int, ...]:
-        try:
+    async def _encoded(self, text: str, param: str, *, special: bool = False) -> tuple[int, ...]:
+        def encoded() -> tuple[int, ...]:
             return tuple(self.tokenizer.encode(text, special=special).tolist())
+
+        try:
+            return await asyncio.to_thread(encoded) if len(text) > LONG_TEXT else encoded()
         except BadTokenizer as error:
             raise RequestRefused(error.sentence, param=param) from error
 

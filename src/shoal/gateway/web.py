@@ -120,13 +120,13 @@ def make_app(service: ModelService, *, keys: Callable[[], Keys] | None = None) -
     @post("/v1/completions", status_code=200)
     async def completions(request: Request[Any, Any, Any]) -> Response[bytes] | Stream:
         asked_for = read_completion(await _body(request))
-        asked = service.completion(asked_for)
+        asked = await service.completion(asked_for)
         return await _reply(service, asked, _Text(service, asked_for), request)
 
     @post("/v1/embeddings", status_code=200)
     async def embeddings(request: Request[Any, Any, Any]) -> Response[bytes]:
         asked_for = read_embedding(await _body(request))
-        asked = service.embedding(asked_for)
+        asked = await service.embedding(asked_for)
         count, account = sum(map(len, asked.inputs)), _account(request)
         account.enter(count, 0, service.clock.monotonic())
         service.counts.requests += 1
