@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 from urllib.parse import urlsplit
 
+import msgspec
 import pytest
 
 from shoal.market.goodput import TrainingWork
@@ -28,7 +29,7 @@ def an_offer(name: str, tflops: float, micro_per_h: int | None) -> Offer:
 
 
 def costs(*offers: Offer, deadline_s: float | None = None) -> Costs:
-    return costs_of(WORK, offers, dtype="bfloat16", tokens=360_000_000, currency="USD", nodes_min=1, nodes_max=8,
+    return costs_of(WORK, offers, dtype="bfloat16", tokens=360_000_000, currency=None, nodes_min=1, nodes_max=8,
                     deadline_s=deadline_s)  # fmt: skip
 
 
@@ -44,6 +45,17 @@ def test_ways_to_have_a_job_done() -> None:
     assert fast.best is not None and fast.best.what == "large"
     late = costs(an_offer("small", 60, 100_000), deadline_s=60)
     assert late.best is None and "No mix of 1 candidates" in late.reason
+
+
+def test_other_currencies_are_left_out_and_said() -> None:
+    euros = msgspec.structs.replace(an_offer("euros", 900, 1), price=Price(1, "EUR"))
+    found = costs(an_offer("large", 300, 1_200_000), an_offer("small", 60, 100_000), an_offer("free", 50, None), euros)
+    assert found.left_out == 1 and "1 are left out" in found.reason
+    assert found.all is not None and found.all.micro_per_h == 1_300_000
+    asked = costs_of(
+        WORK, [euros], dtype="bfloat16", tokens=1, currency=None, nodes_min=1, nodes_max=1, deadline_s=None
+    )
+    assert (asked.currency, asked.left_out) == ("EUR", 0)
 
 
 def test_nobody_there_costs_nothing_and_says_so() -> None:

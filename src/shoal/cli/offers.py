@@ -31,6 +31,7 @@ from shoal.world import Clock, Directory, Endpoint, SystemClock, SystemDice
 
 if TYPE_CHECKING:
     from shoal.market import Board, Listing, Match, Requirements
+    from shoal.protocol.offers import Offer
 
 LIMIT_MAX = 10_000
 ECHO_DEADLINE_S = 5.0
@@ -102,7 +103,10 @@ def offers(
     max_price: Annotated[
         str | None, typer.Option(metavar="PRICE", help="At most this, such as 0.35/h.", show_default=False)
     ] = None,
-    currency: Annotated[str, typer.Option(help="Of prices; what is priced in another is not shown.")] = "USD",
+    currency: Annotated[
+        str | None,
+        typer.Option(help="Only what is priced in this.", show_default="USD with --max-price, else any"),
+    ] = None,
     idle: Annotated[bool, typer.Option("--idle", help="Only nodes that are free.")] = False,
     sort: Annotated[
         Order,
@@ -164,7 +168,7 @@ def offers(
             _print_json(board, found, rows)
         elif rows:
             linked = sort is Order.BANDWIDTH or wanted.bandwidth_min > 0
-            out.print(_table(board, rows, currency, far=wanted.latency_max_ms is not None, linked=linked))
+            out.print(_table(board, rows, far=wanted.latency_max_ms is not None, linked=linked))
             if found.nodes > len(rows):
                 err.print(f"{found.nodes - len(rows)} more fit; --limit shows more.", style="dim")
         elif not len(board):
@@ -240,14 +244,15 @@ def _ordered(board: Board, found: Match, sort: Order) -> list[int]:
     return sorted(best.values(), key=key)
 
 
-def _table(board: Board, rows: list[int], currency: str, *, far: bool, linked: bool) -> Table:
+def _table(board: Board, rows: list[int], *, far: bool, linked: bool) -> Table:
     """Only columns in which something stands."""
     listed = [board.listing(row) for row in rows]
     placed = any(one.offer.place for one in listed) and not (far and linked)  # there is no room for all
     limited = any(one.offer.capability.speed_limit < 1 for one in listed)
     engines = any(one.offer.engine for one in listed)
+    currencies = {one.offer.price.currency for one in listed if one.offer.price and one.offer.price.micro_per_h}
     columns = [
-        "node", "name", "device", "memory", "fastest", f"{currency}/h", *(["where"] if placed else []),
+        "node", "name", "device", "memory", "fastest", f"{next(iter(currencies))}/h" if len(currencies) == 1 else "price/h", *(["where"] if placed else []),
         *(["away"] if far else []), *(["to hub"] if linked else []), *(["limit"] if limited else []), "state",
         *(["engine"] if engines else []),
     ]  # fmt: skip
@@ -259,15 +264,14 @@ def _table(board: Board, rows: list[int], currency: str, *, far: bool, linked: b
     for row, one in zip(rows, listed, strict=True):
         offer = one.offer
         kind, name = kinds[board.texts("kind").rows[row]], names[board.texts("device").rows[row]]
-        flops, price, place = board.number("flops")[row], offer.price, offer.place
-        paid = price is not None and price.micro_per_h > 0
+        flops, place = board.number("flops")[row], offer.place
         table.add_row(
             one.node.hex()[:8],
             offer.name,
             escape(shown(f"{kind} {name}")),
             format_bytes(board.number("memory_bytes")[row]),
             format_flops(flops) if flops else "?",
-            format_money(price.micro_per_h) if price is not None and paid else "free",
+            _price(offer, several=len(currencies) > 1),
             *([" ".join(part for part in ((place.country, place.region) if place else ()) if part)] if placed else []),
             *([f"{one.latency_ms:.1f} ms" if one.latency_ms is not None else "?"] if far else []),
             *([format_rate_bps(offer.capability.hub_rate_bps) if offer.capability.hub_rate_bps else "?"] if linked else []),
@@ -276,6 +280,13 @@ def _table(board: Board, rows: list[int], currency: str, *, far: bool, linked: b
             *([escape(shown(offer.engine.model)) if offer.engine else ""] if engines else []),
         )  # fmt: skip
     return table
+
+
+def _price(offer: Offer, *, several: bool) -> str:
+    """An hour's; with its currency where there are several."""
+    if offer.price is None or offer.price.micro_per_h == 0:
+        return "free"
+    return format_money(offer.price.micro_per_h) + (f" {offer.price.currency}" if several else "")
 
 
 def _print_json(board: Board, found: Match, rows: list[int]) -> None:

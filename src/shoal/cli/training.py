@@ -220,7 +220,7 @@ def print_costs(costs: Costs) -> None:
     for way in costs.public:
         row(way, way.what, "dim")
     out.print(table)
-    if costs.best is None:
+    if costs.best is None or costs.left_out:
         out.print(shown(costs.reason), markup=False, style="yellow")
     out.print(
         f"[dim]Grey: one GPU at public list prices in USD, read since {costs.read}, at the speed of its data sheet.[/]"

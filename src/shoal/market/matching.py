@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shoal.market.board import TIERS, Board, Listing, Mask, Rows
-from shoal.market.requirements import Requirements, Wish
+from shoal.market.requirements import USUAL_CURRENCY, Requirements, Wish
 from shoal.quantities import format_bytes, format_count, format_rate_bps
 from shoal.quantities.money import format_price
 
@@ -133,13 +133,13 @@ def demands(board: Board, wanted: Requirements) -> Iterator[Demand]:
             yield Demand(f"{name}_without", f"not {', '.join(without)}", ~board.among(column, ("", *without)))
     if wanted.tier != "open":
         yield Demand("tier", f"{wanted.tier} at least", board.tier >= TIERS.index(wanted.tier))
-    priced = board.number("price_micro_per_h")
-    same = board.among("currency", ["", wanted.currency])
+    same = board.among("currency", ["", wanted.currency or USUAL_CURRENCY])
     if wanted.price_max is not None:
+        priced = board.number("price_micro_per_h")
         values = np.where(same, priced, np.nan)
         limit = wanted.price_max
         yield Demand("price_max", f"at most {_price(limit)}", same & (priced <= limit), values, limit, True, _price)
-    else:
+    elif wanted.currency is not None:
         yield Demand("currency", f"priced in {wanted.currency}", same)
 
 

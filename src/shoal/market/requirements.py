@@ -51,8 +51,9 @@ class Requirements(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """What must keep the work apart from the node's owner: `open`, `sandboxed` or `attested`."""
     price_max: MaximumPrice | None = None
     """What a node may cost, such as 0.35/h."""
-    currency: Currency = "USD"
-    """Of prices; a node that is priced in another one is not taken. One that is free always is."""
+    currency: Currency | None = None
+    """Of prices; a node that is priced in another one is then not taken. Without it, USD where price_max is asked for,
+    else any. A node that is free is free in all."""
 
 
 @dataclass(frozen=True)
@@ -69,3 +70,4 @@ class Wish:
 
 
 ANYTHING = Wish()
+USUAL_CURRENCY = "USD"

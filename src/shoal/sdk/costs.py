@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -11,6 +12,7 @@ import msgspec
 import numpy as np
 
 from shoal.market.goodput import Mix, TrainingWork, best_mix
+from shoal.market.requirements import USUAL_CURRENCY
 from shoal.protocol.offers import Offer
 from shoal.quantities.money import MICRO
 
@@ -60,6 +62,8 @@ class Costs:
     """The mix of them with the most work for its money, or with a deadline the cheapest that keeps it."""
     reason: str
     """Of `best`, also where there is none."""
+    left_out: int
+    """Nodes that are priced in another currency."""
     one: Way | None
     """The one node with the most work for its money."""
     public: tuple[Way, ...]
@@ -87,12 +91,17 @@ def costs_of(
     *,
     dtype: str,
     tokens: int,
-    currency: str,
+    currency: str | None,
     nodes_min: int,
     nodes_max: int,
     deadline_s: float | None,
 ) -> Costs:
-    """The costs of `tokens` accepted tokens on nodes that offer this."""
+    """The costs of `tokens` accepted tokens on nodes that offer this; without a currency, in that of most of those that
+    have a price. Nodes that are priced in another are left out: nothing is converted."""
+    priced = Counter(one.price.currency for one in offers if one.price and one.price.micro_per_h)
+    currency = currency or max(priced, key=lambda one: (priced[one], one), default=USUAL_CURRENCY)
+    left_out = sum(priced.values()) - priced[currency]
+    offers = [one for one in offers if not one.price or not one.price.micro_per_h or one.price.currency == currency]
     flops = np.array([flops_in(offer, dtype) for offer in offers], dtype=float)
     rates = np.array([offer.capability.hub_rate_bps or math.inf for offer in offers], dtype=float)
     prices = np.array([offer.price.micro_per_h if offer.price else 0 for offer in offers], dtype=np.int64)
@@ -122,7 +131,8 @@ def costs_of(
         currency=currency,
         all=way("all that fit", able) if able else None,
         best=way(", ".join(names[at] for at in best.members), best.members) if best.members else None,
-        reason=best.reason,
+        left_out=left_out,
+        reason=best.reason + (f" {left_out} are left out, priced in other currencies." if left_out else ""),
         one=way(names[single.members[0]], single.members) if single.members else None,
         public=tuple(public),
         read=min(row.read for row in public_prices()),
