@@ -47,6 +47,12 @@ def test_ways_to_have_a_job_done() -> None:
     assert late.best is None and "No mix of 1 candidates" in late.reason
 
 
+def test_of_a_large_mix_a_few_are_named() -> None:
+    found = costs_of(WORK, [an_offer(f"n{at}", 60, 0) for at in range(20)], dtype="bfloat16", tokens=1, currency=None,
+                     nodes_min=1, nodes_max=20, deadline_s=None).best  # fmt: skip
+    assert found is not None and found.what == "n0, n1, n2, n3, n4, n5, n6, n7 and 12 more"
+
+
 def test_other_currencies_are_left_out_and_said() -> None:
     euros = msgspec.structs.replace(an_offer("euros", 900, 1), price=Price(1, "EUR"))
     found = costs(an_offer("large", 300, 1_200_000), an_offer("small", 60, 100_000), an_offer("free", 50, None), euros)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from shoal.market import Board, Listing, Requirements, Wish, match
 from shoal.protocol.offers import Capability, Device, Offer, Place, Throughput
 from shoal.protocol.prices import Price
+from shoal.quantities import parse_bytes, parse_bytes_per_s, parse_count, parse_duration_s
 
 GIB = 1 << 30
 
@@ -119,6 +120,22 @@ def test_why_not_names_who_excluded_most_and_the_nearest_change() -> None:
     assert "without" not in far.reason, "numbers come first, and taking the demand away is not told beside them"
     none = match(BOARD, Wish(Requirements(device="mps", tier="attested")), accepts="train")
     assert none.reason.endswith("No single change would do.")
+
+
+@given(st.integers(1 << 20, 1 << 42), st.floats(1e3, 1e17), st.floats(1e3, 1e12), st.floats(0.01, 50_000))
+def test_a_value_that_is_told_does_when_it_is_typed(memory: int, flops: float, rate: float, far_ms: float) -> None:
+    device = msgspec.structs.replace(a_device(flops=flops), memory_bytes=memory, memory_bytes_per_s=rate)
+    board = a_board(a_listing(1, device, rate_bps=8 * rate, latency_ms=far_ms))
+    for field, asked, typed in (
+        ("memory_min_bytes", 1 << 50, parse_bytes),
+        ("flops_min", 1e18, lambda text: float(parse_count(text.removesuffix("FLOP/s")))),
+        ("memory_rate_min", 1e18, parse_bytes_per_s),
+        ("bandwidth_min", 1e18, parse_bytes_per_s),
+        ("latency_max_ms", 0.001, lambda text: 1000 * parse_duration_s(text)),
+    ):
+        (change,) = match(board, Wish(Requirements(**{field: asked}))).changes
+        told = change.sentence.removeprefix(f"{change.name} ").partition(" instead of")[0]
+        assert match(board, Wish(Requirements(**{field: typed(told)}))).nodes == 1, told
 
 
 NUMBERS = st.integers(0, 5)

@@ -199,7 +199,7 @@ async def _measured(
     from shoal.world.reach import reach_and_time
 
     here = msgspec.structs.replace(wanted, latency_max_ms=None)
-    fit = sorted(fitting(listings, Wish(here)))[:MEASURED_MAX]
+    fit = frozenset(sorted(fitting(listings, Wish(here)))[:MEASURED_MAX])
     at_once = asyncio.Semaphore(ECHOES_AT_ONCE)
 
     async def measured(one: Listing) -> Listing:

@@ -61,7 +61,7 @@ def cheapest_gang(
     """`size` >= 2 of the candidates whose costs, positions [n, DIMENSIONS] and heights are given, any two of them at
     most `latency_max_ms` apart, for as little as is found."""
     candidates = len(costs)
-    said = f"{size} of {candidates} candidates within {latency_max_ms:.3g} ms of one another"
+    said = f"{size} of {candidates} candidates within {latency_max_ms:g} ms of one another"
     if candidates < size:
         return Gang((), 0, NEVER, f"There are only {candidates} candidates for a gang of {size}.")
     for prefix in dict.fromkeys((min(PREFIX, candidates), candidates)):

@@ -10,10 +10,20 @@ from numpy.typing import NDArray
 
 from shoal.market.board import TIERS, Board, Listing, Mask, Rows
 from shoal.market.requirements import USUAL_CURRENCY, Requirements, Wish
-from shoal.quantities import format_bytes, format_count, format_rate_bps
-from shoal.quantities.money import format_price
+from shoal.quantities import (
+    format_bytes,
+    format_count,
+    format_rate_bps,
+    parse_bytes,
+    parse_bytes_per_s,
+    parse_count,
+    parse_duration_s,
+)
+from shoal.quantities.money import format_price, parse_price
 
 EXCLUDERS_SHOWN, CHANGES_SHOWN = 4, 4
+ROUNDINGS = (0.0, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+"""How far a value is moved before it is shown, until what is shown does."""
 LEFT_OUT = 10.0
 """How far it is to go without a requirement: as far as to ten times of one that has a number."""
 
@@ -34,6 +44,8 @@ class Demand:
     """Whether values must not be above the limit; else not below."""
     show: Callable[[float], str] = str
     """A value, as one reads it."""
+    read: Callable[[str], float] = float
+    """What is shown, as it is understood when somebody asks for it."""
 
 
 @dataclass(frozen=True)
@@ -107,21 +119,21 @@ def demands(board: Board, wanted: Requirements) -> Iterator[Demand]:
         part = wanted.device_name.casefold()
         names = [name for name in board.texts("device") if part in name.casefold()]
         yield Demand("device_name", f"{wanted.device_name!r} in its name", board.among("device", names))
-    least = (
-        ("memory_min", wanted.memory_min_bytes, "memory_bytes", format_bytes),
-        ("flops_min", wanted.flops_min, "flops", lambda value: f"{format_count(value)}FLOP/s"),
-        ("memory_rate_min", wanted.memory_rate_min, "memory_bytes_per_s", lambda value: f"{format_bytes(value)}/s"),
-        ("bandwidth_min", wanted.bandwidth_min, "bandwidth_bytes_per_s", lambda value: format_rate_bps(8 * value)),
+    least: tuple[tuple[str, float, str, Callable[[float], str], Callable[[str], float]], ...] = (
+        ("memory_min", wanted.memory_min_bytes, "memory_bytes", format_bytes, parse_bytes),
+        ("flops_min", wanted.flops_min, "flops", _flops, lambda text: parse_count(text.removesuffix("FLOP/s"))),
+        ("memory_rate_min", wanted.memory_rate_min, "memory_bytes_per_s", _rate, parse_bytes_per_s),
+        ("bandwidth_min", wanted.bandwidth_min, "bandwidth_bytes_per_s", _bits, parse_bytes_per_s),
     )
-    for name, value, column, show in least:
+    for name, value, column, show, read in least:
         if value > 0:
             values = board.number(column)
-            yield Demand(name, f"at least {show(value)}", values >= value, values, value, show=show)
+            yield Demand(name, f"at least {show(value)}", values >= value, values, value, show=show, read=read)
     if wanted.latency_max_ms is not None:
         values = board.number("latency_ms")
         known = np.where(np.isfinite(values), values, np.nan)
         limit = wanted.latency_max_ms
-        yield Demand("latency_max", f"at most {_ms(limit)}", values <= limit, known, limit, True, _ms)
+        yield Demand("latency_max", f"at most {_ms(limit)}", values <= limit, known, limit, True, _ms, _read_ms)
     for name, column, only, without in (
         ("countries", "country", wanted.countries, wanted.countries_without),
         ("regions", "region", wanted.regions, wanted.regions_without),
@@ -138,7 +150,9 @@ def demands(board: Board, wanted: Requirements) -> Iterator[Demand]:
         priced = board.number("price_micro_per_h")
         values = np.where(same, priced, np.nan)
         limit = wanted.price_max
-        yield Demand("price_max", f"at most {_price(limit)}", same & (priced <= limit), values, limit, True, _price)
+        yield Demand(
+            "price_max", f"at most {_price(limit)}", same & (priced <= limit), values, limit, True, _price, parse_price
+        )
     elif wanted.currency is not None:
         yield Demand("currency", f"priced in {wanted.currency}", same)
 
@@ -174,9 +188,10 @@ def _changes(board: Board, base: Mask, asked: list[Demand], needed: int) -> Iter
         if len(best) < needed:
             continue
         limit = float(np.sort(best if changed.at_most else -best)[needed - 1]) * (1 if changed.at_most else -1)
+        told, limit = _told(changed, limit)
         nodes = int((best <= limit).sum() if changed.at_most else (best >= limit).sum())
         step = abs(limit - changed.limit) / max(changed.limit, 1e-9)
-        sentence = f"{changed.name} {changed.show(limit)} instead of {changed.show(changed.limit)}: {_count(nodes)}"
+        sentence = f"{changed.name} {told} instead of {changed.show(changed.limit)}: {_count(nodes)}"
         yield Change(changed.name, sentence, nodes, step, limit, changed.at_most)
 
 
@@ -207,8 +222,35 @@ def _count(nodes: int) -> str:
     return "1 node" if nodes == 1 else f"{nodes} nodes"
 
 
+def _told(changed: Demand, value: float) -> tuple[str, float]:
+    """How a value is shown that does when it is asked for as it is shown: rounded to the side that lets more in."""
+    side = 1 if changed.at_most else -1
+    for part in ROUNDINGS:
+        text = changed.show(value * (1 + side * part))
+        read = changed.read(text)
+        if read >= value if changed.at_most else read <= value:
+            return text, read
+    return changed.show(value), value
+
+
+def _flops(value: float) -> str:
+    return f"{format_count(value)}FLOP/s"
+
+
+def _rate(value: float) -> str:
+    return f"{format_bytes(value)}/s"
+
+
+def _bits(value: float) -> str:
+    return format_rate_bps(8 * value)
+
+
+def _read_ms(text: str) -> float:
+    return 1000 * parse_duration_s(text)
+
+
 def _ms(value: float) -> str:
-    return f"{value:.3g} ms"
+    return f"{value:.3g} ms" if value < 100 else f"{value:.0f} ms"
 
 
 def _price(value: float) -> str:

@@ -22,7 +22,11 @@ _DURATION_UNITS = {"us": 1e-6, "µs": 1e-6, "ms": 1e-3, "": 1.0, "s": 1.0, "m": 
                    "d": 86400.0}  # fmt: skip
 _RATE_UNITS = {"": 1, "bit/s": 1, "kbit/s": 10**3, "mbit/s": 10**6, "gbit/s": 10**9,
                "b/s": 8, "kb/s": 8 * 10**3, "mb/s": 8 * 10**6, "gb/s": 8 * 10**9}  # fmt: skip
-_BYTE_RATE_UNITS = {**_BYTE_UNITS, **{unit: bits / 8 for unit, bits in _RATE_UNITS.items() if unit}}
+_BYTE_RATE_UNITS = {
+    **_BYTE_UNITS,
+    **{f"{unit}/s": size for unit, size in _BYTE_UNITS.items() if unit},
+    **{unit: bits / 8 for unit, bits in _RATE_UNITS.items() if unit},
+}
 _COUNT_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
 
 

@@ -16,6 +16,8 @@ from shoal.market.requirements import USUAL_CURRENCY
 from shoal.protocol.offers import Offer
 from shoal.quantities.money import MICRO
 
+NAMES_SHOWN = 8
+"""Of the nodes of a mix."""
 SHEET_SHARE = 0.7
 """A measured matrix rate is about so much of a data sheet's, where both are known."""
 
@@ -130,13 +132,18 @@ def costs_of(
     return Costs(
         currency=currency,
         all=way("all that fit", able) if able else None,
-        best=way(", ".join(names[at] for at in best.members), best.members) if best.members else None,
+        best=way(_named([names[at] for at in best.members]), best.members) if best.members else None,
         left_out=left_out,
         reason=best.reason + (f" {left_out} are left out, priced in other currencies." if left_out else ""),
         one=way(names[single.members[0]], single.members) if single.members else None,
         public=tuple(public),
         read=min(row.read for row in public_prices()),
     )
+
+
+def _named(names: list[str]) -> str:
+    more = len(names) - NAMES_SHOWN
+    return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def _way(what: str, speed: float, micro_per_h: int, tokens: int) -> Way:

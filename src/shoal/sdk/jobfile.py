@@ -113,7 +113,7 @@ class RequirementsSection(_Section, frozen=True, kw_only=True, forbid_unknown_fi
     """How long to wait for nodes_min nodes before giving up."""
     each: Annotated[Requirements, Meta(extra={"flat": True})] = Requirements()
     any_of: Annotated[tuple[Requirements, ...], Meta(max_length=ALTERNATIVES_MAX)] = ()
-    """Alternatives, each a section with fields as those above, of which a node must meet one as well."""
+    """Alternatives, each a section with fields from `device` to `currency`, of which a node must meet one as well."""
 
     @property
     def wish(self) -> Wish:
