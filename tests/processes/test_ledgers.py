@@ -247,6 +247,26 @@ def test_a_database_that_fails_is_told_to_all_of_its_callers_and_loses_nothing(p
     asyncio.run(scene())
 
 
+def test_a_damaged_row_is_told_and_holds_up_nobody(place: Path | str) -> None:
+    async def scene() -> None:
+        ledger = SqlLedger.open(place, LEDGER, Wall(1000))
+        ledger.apply(Deposit(CLIENT.address, 1000, "mint"))
+        command, escrow = an_escrow()
+        ledger.apply(command)
+        ledger.close()
+        group = GroupCommit(SqlLedger.open(place, LEDGER, Wall(1000)))
+        with group.ledger._engine.begin() as connection:
+            connection.execute(sa.text("UPDATE ledger_escrows SET content = :damaged"), {"damaged": b"\xc1"})
+        several = [group.apply(Redeem(a_voucher(escrow, NODES[0], amount))) for amount in (1, 2)]
+        for one in await asyncio.gather(*several, return_exceptions=True):
+            assert isinstance(one, LedgerFailed)
+        await group.apply(Deposit(CLIENT.address, 1, "mint"))
+        assert group.ledger.balance(account(CLIENT.address)) == 1
+        await group.close()
+
+    asyncio.run(scene())
+
+
 def test_no_more_wait_than_there_is_room_for(tmp_path: Path) -> None:
     async def scene() -> None:
         group = GroupCommit(SqlLedger.open(tmp_path / "ledger.sqlite", LEDGER, Wall(1000)))

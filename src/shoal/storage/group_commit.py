@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 
-from shoal.errors import ShoalError, StorageError
+from shoal.errors import StorageError
 from shoal.ledger.commands import Command
 from shoal.ledger.moves import Move
-from shoal.storage.ledgers import COMMANDS_MAX, LedgerFailed, SqlLedger
+from shoal.storage.ledgers import COMMANDS_MAX, SqlLedger
 
 WAITING_MAX = 8 * COMMANDS_MAX
 
@@ -52,15 +52,14 @@ class GroupCommit:
         while self._waiting:
             some = [self._waiting.popleft() for _ in range(min(COMMANDS_MAX, len(self._waiting)))]
             some = [(command, future) for command, future in some if not future.done()]  # whose caller still waits
-            outcomes: list[tuple[Move, ...] | ShoalError]
-            try:
-                outcomes = await asyncio.to_thread(self.ledger.apply_all, [command for command, _ in some])
-            except LedgerFailed as error:
-                outcomes = [LedgerFailed(error.sentence) for _ in some]
+            writing = asyncio.to_thread(self.ledger.apply_all, [command for command, _ in some])
+            (found,) = await asyncio.gather(writing, return_exceptions=True)
+            # Whatever went wrong, those who wait hear of it, and the next ones get their turn.
+            outcomes = [found] * len(some) if isinstance(found, BaseException) else found
             for (_, future), outcome in zip(some, outcomes, strict=True):
                 if future.done():
                     continue
-                if isinstance(outcome, ShoalError):
+                if isinstance(outcome, BaseException):
                     future.set_exception(outcome)
                 else:
                     future.set_result(outcome)

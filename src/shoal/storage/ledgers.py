@@ -33,7 +33,7 @@ COMMANDS_MAX = 512
 DUE_MAX = 256
 """Escrows that the time has brought something for, and that are seen to in one transaction before its commands."""
 PAGE_LINES = 512
-KNOWN_MAX = 100_000
+KNOWN_MAX = 10_000
 """Accounts and escrows that are kept in memory between transactions."""
 
 _tables = sa.MetaData()
@@ -148,11 +148,11 @@ class SqlLedger:
         """A file, or a `postgresql+psycopg://` URL. Raises LedgerFailed: also for a database of another ledger."""
         try:
             engine = sqlite_engine(place) if isinstance(place, Path) else sa.create_engine(place)
-        except (SQLAlchemyError, ImportError, ValueError) as error:  # what it says would show the URL's password
+        except (SQLAlchemyError, ImportError, ValueError):  # what it says would show the URL's password
             raise LedgerFailed(
                 "The URL of the ledger's database cannot be used; write postgresql+psycopg://USER@HOST/DATABASE, and "
                 "install shoal[postgres]. Or name a file, for SQLite."
-            ) from error
+            ) from None
         made = cls(engine, engine.url.render_as_string(hide_password=True), ledger, clock)
         try:
             with made._transaction() as connection:
@@ -174,7 +174,8 @@ class SqlLedger:
 
     def apply_all(self, commands: Sequence[Command]) -> list[tuple[Move, ...] | ShoalError]:
         """Several in one transaction: of each, what it moved, or why nothing. Before them, what the time has brought.
-        Raises LedgerFailed; nothing has happened then."""
+        Raises LedgerFailed; nothing has happened then. Only where the connection broke in the middle of a commit the
+        journal has to be asked."""
         if len(commands) > COMMANDS_MAX:
             raise ValueError(f"{len(commands)} commands are more than {COMMANDS_MAX}")
         known, self._known = self._known, _Known(self.ledger)  # if this fails, nothing is known any more
@@ -301,10 +302,10 @@ class _Transaction:
             self._begun.__exit__(kind, error, trace)
         except SQLAlchemyError as failure:
             raise self._failed(failure) from failure
-        if isinstance(error, SQLAlchemyError):
+        if isinstance(error, SQLAlchemyError | msgspec.DecodeError):  # a row that is damaged, too
             raise self._failed(error) from error
 
-    def _failed(self, error: SQLAlchemyError) -> LedgerFailed:
+    def _failed(self, error: SQLAlchemyError | msgspec.DecodeError) -> LedgerFailed:
         cause = str(getattr(error, "orig", None) or error).splitlines()[0]
         return LedgerFailed(
             f"The ledger in {self._place} failed: {cause}. Nothing was acknowledged; see that it is there and has "
