@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import sqlalchemy as sa
-from results_form import figure, report
+from results_form import chosen, figure, report, show
 from selection import selection
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "processes"))
@@ -155,18 +155,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a short form; shows that it works, proves little")
     parser.add_argument("--save", metavar="NAME", help="keep the result under benchmarks/results/")
     given = parser.parse_args()
-    parts = given.only.split(",")
-    unknown = [part for part in parts if part not in PARTS]
-    if unknown:
-        parser.error(f"there is no part {unknown[0]!r}; there are {', '.join(PARTS)}")
     figures: list[dict[str, object]] = []
-    for part in parts:
+    for part in chosen(given.only, PARTS, parser):
         found = PARTS[part](given.quick)
-        for one in found:
-            holds = {True: "holds", False: "MISSED", None: ""}[one["holds"]]  # type: ignore[index]
-            print(
-                f"{one['name']!s:34}{one['value']!s:>10} {one['unit']!s:12}{one['goal'] or ''!s:18}{holds}", flush=True
-            )
+        show(found)
         figures += found
     report(figures, save_as=given.save)
 

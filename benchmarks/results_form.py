@@ -6,11 +6,13 @@ is also written to `benchmarks/results/<save_as>.json`. A figure without a goal 
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 _HERE = Path(__file__).resolve().parent
@@ -34,6 +36,22 @@ def report(figures: list[dict[str, object]], *, save_as: str | None = None) -> N
         keep(figures, save_as)
     sys.stdout.flush()
     print(json.dumps(_result(figures)), flush=True)
+
+
+def chosen(only: str, parts: Iterable[str], parser: argparse.ArgumentParser) -> list[str]:
+    """The parts that `--only` names; ends with a sentence where there is no such part."""
+    named = only.split(",")
+    unknown = [part for part in named if part not in parts]
+    if unknown:
+        parser.error(f"there is no part {unknown[0]!r}; there are {', '.join(parts)}")
+    return named
+
+
+def show(figures: list[dict[str, object]]) -> None:
+    """For people: a line a figure, and whether its goal holds."""
+    for one in figures:
+        holds = {True: "holds", False: "MISSED", None: ""}[one["holds"]]  # type: ignore[index]
+        print(f"{one['name']!s:34}{one['value']!s:>10} {one['unit']!s:12}{one['goal'] or ''!s:18}{holds}", flush=True)
 
 
 def keep(figures: list[dict[str, object]], save_as: str) -> None:

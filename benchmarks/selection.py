@@ -6,15 +6,17 @@ of it says what real offers cost.
 
 from __future__ import annotations
 
-import itertools
 import random
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from results_form import figure
-from scipy.optimize import Bounds, LinearConstraint, milp
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "rules"))
+from exact_gangs import exact_cost
 
 from shoal.market import Board, Listing, Requirements, Wish, cheapest_gang, match
 from shoal.market.coordinates import DIMENSIONS, Coordinate
@@ -70,7 +72,7 @@ def selection(quick: bool) -> list[dict[str, object]]:
     put_us = 1e6 * (time.perf_counter() - began) / count
     dice = random.Random(2)
 
-    def a_wish(_: int = 0) -> Wish:
+    def a_wish() -> Wish:
         return Wish(
             Requirements(
                 device="cuda", memory_min_bytes=dice.choice([8, 16, 24, 40]) << 30,
@@ -128,7 +130,7 @@ def beside_exact(instances: int) -> tuple[float, int, int]:
         places *= 0.3  # 60 nodes in 60 cities have nobody near
         heights = np.array([one.coordinate.height_ms for one in drawn])  # type: ignore[union-attr]
         limit = (25.0, 40.0, 60.0)[seed % 3]
-        best = exact_cost(costs, places, heights, limit)
+        best = exact_cost(costs, places, heights, SMALL_GANG, limit)
         gang = cheapest_gang(costs, places, heights, size=SMALL_GANG, latency_max_ms=limit)
         if best is None:
             assert not gang.members
@@ -137,16 +139,3 @@ def beside_exact(instances: int) -> tuple[float, int, int]:
         proved += gang.proved
         worst = max(worst, gang.cost / best if gang.members else float("inf"))
     return worst, proved, compared
-
-
-def exact_cost(
-    costs: NDArray[np.int64], places: NDArray[np.float64], heights: NDArray[np.float64], limit: float
-) -> float | None:
-    apart = np.linalg.norm(places[:, None] - places[None, :], axis=2) + heights[:, None] + heights[None, :]
-    count = len(costs)
-    rows = [np.eye(count)[a] + np.eye(count)[b] for a, b in itertools.combinations(range(count), 2)
-            if apart[a, b] > limit]  # fmt: skip
-    constraints = [LinearConstraint(np.ones(count), SMALL_GANG, SMALL_GANG)]
-    constraints += [LinearConstraint(np.array(rows), ub=1)] if rows else []
-    found = milp(costs, integrality=np.ones(count), bounds=Bounds(0, 1), constraints=constraints)
-    return float(found.fun) if found.success else None

@@ -37,7 +37,7 @@ import httpx
 import torch
 from distance import losses, over_distance
 from links import CannotMeasure
-from results_form import figure, report
+from results_form import chosen, figure, report, show
 from rings import SHOAL
 from serving_model import SIZES
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -302,19 +302,13 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="25M", help="of the model in `one` and `split`")
     parser.add_argument("--save", metavar="NAME", help="keep the result under benchmarks/results/")
     given = parser.parse_args()
-    parts = given.only.split(",")
-    unknown = [part for part in parts if part not in PARTS]
-    if unknown:
-        parser.error(f"there is no part {unknown[0]!r}; there are {', '.join(PARTS)}")
+    parts = chosen(given.only, PARTS, parser)
     disable_progress_bar()
     figures: list[dict[str, object]] = []
     try:
         for part in parts:
             found = PARTS[part](given)
-            for one_figure in found:
-                holds = {True: "holds", False: "MISSED", None: ""}[one_figure["holds"]]  # type: ignore[index]
-                print(f"{one_figure['name']!s:34}{one_figure['value']!s:>10} {one_figure['unit']!s:12}"
-                      f"{one_figure['goal'] or ''!s:18}{holds}", flush=True)  # fmt: skip
+            show(found)
             figures += found
     except CannotMeasure as error:
         sys.exit(str(error))
