@@ -108,7 +108,7 @@ def fitting(listings: Iterable[Listing], wish: Wish) -> frozenset[bytes]:
     board = Board()
     for listing in listings:
         board.put(listing)
-    return frozenset(board.listing(row).node for row in match(board, wish).rows)
+    return frozenset(board.listing(row).node for row in match(board, wish, needed=0).rows)
 
 
 def demands(board: Board, wanted: Requirements) -> Iterator[Demand]:
