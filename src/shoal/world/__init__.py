@@ -1,7 +1,8 @@
 """The door: everything that rules and engines may not reach for themselves comes in through these interfaces.
 
 `Clock` is time, `Dice` is randomness, `Disk` is storage, `Link` and `Endpoint` are the network, `Directory` is where
-nodes are found, `Ledger` is who keeps the money. Each has a real implementation and one for tests; one suite of tests runs on both.
+nodes are found, `Ledger` is who keeps the money. Each has a real implementation and one for tests; one suite of tests
+runs on both.
 """
 
 from shoal.world.clock import Clock, HeldClock, SystemClock, within
