@@ -1,0 +1,218 @@
+"""For whom a node keeps its slots: what it may promise, so that it never promises one slot to two clients at once.
+
+A node keeps a `Slots` on its disk and changes it before it answers. Every function here returns what it decides, or
+raises HoldRefused with the reason.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from shoal.errors import JobError
+from shoal.identity import Hash, short_id
+from shoal.identity.accounts import Address, address_text
+from shoal.ledger.escrows import Escrow, State
+from shoal.protocol.holds import LEASE_STEP_MS, RELEASES_MAX, SLOTS_MAX, Hold, HoldAsk, Release
+from shoal.protocol.money import DAY_MS, LedgerName
+from shoal.protocol.offers import UnixMs
+from shoal.protocol.prices import Price
+from shoal.quantities.money import format_money
+
+LEASE_LEAST_MS = 60_000
+"""What is left of an escrow at least when work for it begins."""
+
+CLOCK_BACK_MAX_MS = 10_000
+"""As clocks are put right by; it is waited for."""
+
+
+class HoldRefused(JobError):
+    """A node does not keep a place for whoever asked."""
+
+    code = "SH-606"
+
+
+class Kept(msgspec.Struct, frozen=True):
+    """The newest Hold of a slot."""
+
+    hold: Hold
+    hold_id: Hash
+
+
+class PendingRelease(msgspec.Struct, frozen=True):
+    """A client gave a slot back before its Hold was over: later Holds name this, until it would have been over."""
+
+    slot: int
+    until_ms: UnixMs
+    packed: bytes
+
+
+class Slots(msgspec.Struct, frozen=True):
+    number: int = 0
+    """Of the newest Hold that was signed."""
+    now_ms: UnixMs = 0
+    """The latest moment that was seen: the clock may go back, and what was promised stays so."""
+    kept: Annotated[tuple[Kept, ...], Meta(max_length=SLOTS_MAX)] = ()
+    """One a slot; also those whose time is over, until the slot is held anew."""
+    pending: tuple[PendingRelease, ...] = ()
+
+
+class Terms(msgspec.Struct, frozen=True, kw_only=True):
+    """On which a node sells."""
+
+    price: Price
+    ledger: LedgerName
+    payee: Address
+    slots: int = 1
+    works: tuple[str, ...] = ("train",)
+    holdback_max_ppm: int = 300_000
+    audit_max_ms: int = 7 * DAY_MS
+    notice_least_ms: int = 1_000
+    """It redeems its newest voucher in less, when the client asks for the rest."""
+    fee_max_ppm: int = 100_000
+
+
+def held(slots: Slots, now_ms: int) -> list[Kept]:
+    """What is promised at a moment."""
+    now_ms = max(now_ms, slots.now_ms)
+    return [one for one in slots.kept if one.hold.until_ms > now_ms]
+
+
+def hold_of(slots: Slots, client: bytes, now_ms: int) -> Kept | None:
+    return next((one for one in held(slots, now_ms) if one.hold.client == client), None)
+
+
+def ask(slots: Slots, wanted: HoldAsk, client: bytes, terms: Terms, unheld: int, now_ms: int) -> Hold:
+    """The Hold to be signed for whoever asks; the one it has, where it has one. `unheld` slots are taken by work that
+    nobody holds a place for. Raises HoldRefused."""
+    now_ms = _now(slots, now_ms)
+    if wanted.work not in terms.works:
+        raise HoldRefused(f"This node takes no {wanted.work} jobs for money; it takes {', '.join(terms.works)}.")
+    if wanted.ledger != terms.ledger:
+        raise HoldRefused("This node is paid at another ledger than the one that was named; its offer names it.")
+    if wanted.price != terms.price:
+        raise HoldRefused(
+            f"This node costs {_per_h(terms.price)}, and was asked for {_per_h(wanted.price)}: its price has changed. "
+            "Look at its newest offer."
+        )
+    taken = {one.hold.slot for one in held(slots, now_ms)}
+    known = hold_of(slots, client, now_ms)
+    if known is not None:
+        return known.hold
+    for lapsed in (one.hold for one in slots.kept if one.hold.client == client and one.hold.escrow is None):
+        rests_ms = 2 * lapsed.until_ms - lapsed.from_ms - now_ms
+        if rests_ms > 0:
+            raise HoldRefused(
+                f"Slot {lapsed.slot} was held for {short_id(client)} and not taken; it may ask again in "
+                f"{rests_ms / 1000:.0f} s, or give back next time what it does not take."
+            )
+    free = [slot for slot in range(terms.slots) if slot not in taken]
+    if len(free) <= unheld:
+        until = min((one.hold.until_ms for one in held(slots, now_ms)), default=now_ms)
+        raise HoldRefused(
+            f"All {terms.slots} slots of this node are taken: {len(taken)} held, the next of them for "
+            f"{max(0, until - now_ms) / 1000:.0f} s more, and {unheld} in use."
+        )
+    slot = free[0]
+    return Hold(
+        slot=slot, number=slots.number + 1, client=client, work=wanted.work, from_ms=now_ms,
+        until_ms=now_ms + wanted.lifetime_ms, price=terms.price, ledger=terms.ledger, payer=wanted.payer,
+        payee=terms.payee, released=_released(slots, slot, now_ms),
+    )  # fmt: skip
+
+
+def take(
+    slots: Slots, hold_id: bytes, client: bytes, escrow: Escrow | None, terms: Terms, now_ms: int
+) -> Hold:  # fmt: skip
+    """The Hold to be signed once there is money for one, and again to make it last. Raises HoldRefused."""
+    now_ms = _now(slots, now_ms)
+    known = next((one for one in held(slots, now_ms) if one.hold_id == hold_id and one.hold.client == client), None)
+    if known is None:
+        raise HoldRefused(
+            f"No slot is held for {short_id(client)} under this hold, or not any more; ask for a new one."
+        )
+    if escrow is None:
+        raise HoldRefused("The ledger has no such escrow.")
+    ends_ms = _check_escrow(escrow, known.hold, terms, now_ms)
+    return msgspec.structs.replace(
+        known.hold, number=slots.number + 1, from_ms=now_ms,
+        until_ms=max(known.hold.until_ms, min(now_ms + LEASE_STEP_MS, ends_ms)),
+        escrow=escrow.escrow_id, released=_released(slots, known.hold.slot, now_ms),
+    )  # fmt: skip
+
+
+def keep(slots: Slots, hold: Hold, hold_id: bytes) -> Slots:
+    """A Hold is about to be given away."""
+    others = tuple(one for one in slots.kept if one.hold.slot != hold.slot)
+    now_ms = max(slots.now_ms, hold.from_ms)
+    pending = tuple(one for one in slots.pending if one.until_ms > now_ms)
+    return Slots(max(slots.number, hold.number), now_ms, (*others, Kept(hold, hold_id)), pending)
+
+
+def give_back(slots: Slots, release: Release, client: bytes, packed: bytes, now_ms: int) -> Slots:
+    """A client's signed Release has come. Raises HoldRefused."""
+    now_ms = max(now_ms, slots.now_ms)
+    known = next((one for one in slots.kept if one.hold.slot == release.slot and one.hold.client == client), None)
+    if known is None or known.hold.number != release.number:
+        raise HoldRefused(
+            f"{short_id(client)} gives back slot {release.slot} up to hold {release.number}, which is not the newest "
+            "that it has."
+        )
+    pending = [one for one in slots.pending if one.slot == release.slot]
+    if known.hold.until_ms <= now_ms or len(pending) >= RELEASES_MAX:
+        return slots  # more cannot be named in one Hold: this one lasts until it is over
+    others = tuple(one for one in slots.kept if one is not known)
+    more = PendingRelease(release.slot, known.hold.until_ms, packed)
+    return Slots(slots.number, now_ms, others, (*slots.pending, more))
+
+
+def _now(slots: Slots, now_ms: int) -> int:
+    """Raises HoldRefused where the clock has gone back so far that what was promised would last for too long."""
+    if slots.now_ms - now_ms > CLOCK_BACK_MAX_MS:
+        raise HoldRefused(
+            f"This node's clock has gone back by {(slots.now_ms - now_ms) / 1000:.0f} s, and it has promised slots by "
+            "the later time: it sells again when the clock is right, or has come to that time."
+        )
+    return max(now_ms, slots.now_ms)
+
+
+def _released(slots: Slots, slot: int, now_ms: int) -> tuple[bytes, ...]:
+    return tuple(one.packed for one in slots.pending if one.slot == slot and one.until_ms > now_ms)
+
+
+def _check_escrow(escrow: Escrow, hold: Hold, terms: Terms, now_ms: int) -> int:
+    """When it ends. Raises HoldRefused."""
+    said, asked = escrow.name, escrow.terms
+    if escrow.state is not State.OPEN or escrow.ends_ms - now_ms < LEASE_LEAST_MS:
+        left_s = max(0, escrow.ends_ms - now_ms) / 1000 if escrow.state is State.OPEN else 0
+        raise HoldRefused(f"{said} ends in {left_s:.0f} s; {LEASE_LEAST_MS / 1000:.0f} s are needed at least.")
+    if asked.payer != hold.payer:
+        raise HoldRefused(
+            f"{said} is {address_text(asked.payer)}'s, and the slot is held for {address_text(hold.payer)}."
+        )
+    most = next((payee.most_micro for payee in asked.payees if payee.account == hold.payee), 0)
+    if most == 0:
+        raise HoldRefused(f"{said} has nothing for {address_text(hold.payee)}, where this node is paid.")
+    for what, value, most_allowed in (
+        ("holds back", asked.holdback_ppm, terms.holdback_max_ppm),
+        ("takes a fee of", asked.fee_ppm, terms.fee_max_ppm),
+    ):
+        if value > most_allowed:
+            raise HoldRefused(f"{said} {what} {value / 1e4:g} %, and this node agrees to {most_allowed / 1e4:g} %.")
+    if asked.audit_ms > terms.audit_max_ms:
+        raise HoldRefused(
+            f"{said} pays what it holds back {asked.audit_ms / DAY_MS:.1f} days after its end, and this node agrees to "
+            f"{terms.audit_max_ms / DAY_MS:.1f}."
+        )
+    if asked.notice_ms < terms.notice_least_ms:
+        raise HoldRefused(
+            f"{said} may end {asked.notice_ms / 1000:.1f} s after its payer asks, and this node needs "
+            f"{terms.notice_least_ms / 1000:.1f} s to redeem its vouchers."
+        )
+    return escrow.ends_ms
+
+
+def _per_h(price: Price) -> str:
+    return f"{format_money(price.micro_per_h)} {price.currency}/h"
