@@ -21,8 +21,10 @@ from shoal.driver.lanes import NodeLane
 from shoal.driver.lines import Event, EventKind, Lane, RoundMetrics
 from shoal.driver.members import MemberLine, MemberLines, NotOfThisJob
 from shoal.driver.report import NodeFigures, NodeStatus
+from shoal.driver.treasurer import Treasurer
 from shoal.errors import BadRecord, LinkError, ShoalError
 from shoal.identity import Envelope, KeyPair, blake3_hash, short_id
+from shoal.ledger.moves import MoneyRefused
 from shoal.market import ANYTHING, Wish
 from shoal.protocol.blobs import BlobHolder, BlobRef
 from shoal.protocol.messages import decode, encode, open_record, sign
@@ -55,6 +57,7 @@ from shoal.training.updates import UPDATE_MEDIA_TYPE, Update, decode_update
 from shoal.world import Clock, Endpoint, Request
 from shoal.world.directory import Directory, FoundOffer
 from shoal.world.lookout import Backoff, Lookout
+from shoal.world.quotes import NotSecured
 
 BYTES_CLAIMED_MAX = (1 << 53) // MEMBERS_MAX
 """A node's own account of its bytes counts up to this, so that no claim makes a sum that cannot be written down."""
@@ -188,7 +191,9 @@ class TrainingDriver:
         retired: Mapping[bytes, str] | None = None,
         known: Sequence[NodeFigures] = (),
         watchers: Watchers | None = None,
+        treasurer: Treasurer | None = None,
     ) -> None:
+        """Without a treasurer only nodes that work for nothing take part."""
         self.records = records
         self.network = records.job.network
         self.job = open_record(records.job, TrainJob, self.network)
@@ -204,6 +209,7 @@ class TrainingDriver:
         self._wanted, self._wish = wanted, wish
         self._nodes_max = nodes_max
         self._watchers = watchers or Watchers()
+        self._treasurer = treasurer
         self._driving = driving.drive(
             self.job,
             self.job_id,
@@ -426,7 +432,18 @@ class TrainingDriver:
             if fetching is not None:
                 fetching.cancel()  # what came too slowly for its round takes no place from the next one's
         self._watchers.committed(commit, given, self.state)
+        if self._treasurer is not None:
+            await self._pay_for(commit, given, self._treasurer)
         return envelope, attached
+
+    async def _pay_for(self, commit: Commit, given: Sequence[tuple[bytes, Contribution]], treasurer: Treasurer) -> None:
+        """A Commit that accepted a Contribution owes for it, and ends the job where the next could not be paid."""
+        await treasurer.committed(
+            (part.node, part.tokens, contribution_id) for contribution_id, one in given for part in one.work
+        )
+        reason = treasurer.used_up()
+        if reason is not None and commit.tokens_total < self.job.token_budget:
+            self.stop(reason)
 
     def _take_in(self, effect: driving.FetchUpdate) -> _Given:
         """Keep a Contribution that has its place: on disk, with the update that came along."""
@@ -528,6 +545,8 @@ class TrainingDriver:
         )
         self._being_invited += 1
         try:
+            if self._treasurer is not None:
+                await self._treasurer.secure(node)
             body = encode(invite, node.link.version)
             answer = await node.link.request(
                 MemberInvite.KIND, body, deadline_s=INVITE_DEADLINE_S, reply_max_bytes=MemberAnswer.MAX_BYTES
@@ -537,15 +556,17 @@ class TrainingDriver:
             member = open_record(envelope, Member, self.network)
             if envelope.signer != node.node or member.job != self.job_id or member.nodes[0].node != node.node:
                 raise BadRecord(f"Node {node.name} answered with a member record that is not its own for this job.")
-        except (LinkError, BadRecord) as error:
+        except (LinkError, BadRecord, NotSecured, MoneyRefused) as error:
             self._note(EventKind.NOTE, node.node, f"{node.name} did not join: {error}")
+            if self._treasurer is not None:
+                self._treasurer.left(node.node, "did not join")
             return
         finally:
             self._being_invited -= 1
         self._record(envelope)
         old = self._lines.of_node(node.node)
         if old is not None:
-            self._left(old, NodeStatus.LEFT, "its node joined anew.")
+            self._left(old, NodeStatus.LEFT, "its node joined anew.", stays=True)
         lane = self._lanes.get(node.node)
         if lane is None:
             lane = self._lanes[node.node] = NodeLane(node.node, self.elapsed_s())
@@ -576,6 +597,8 @@ class TrainingDriver:
             f"{line.name} joined with {message.samples_per_s:.1f} samples/s, "
             f"holding the {'start state' if message.round < 0 else f'state of round {message.round}'}.",
         )
+        if self._treasurer is not None:
+            self._treasurer.ready(line.node.node, message.samples_per_s, self.job.data.sequence_tokens)
         self._tell(driving.MemberJoined(line.member_id, line.record, message.samples_per_s, message.round))
         return encode(Done(), request.version)
 
@@ -657,21 +680,24 @@ class TrainingDriver:
     def _lost(self, line: MemberLine, sentence: str) -> None:
         self._left(line, NodeStatus.DIED, sentence)
 
-    def _left(self, line: MemberLine, status: NodeStatus, reason: str) -> None:
+    def _left(self, line: MemberLine, status: NodeStatus, reason: str, *, stays: bool = False) -> None:
+        """A member is gone; that its node `stays` means that it is another member now, and keeps its place."""
         if self._lines.remove(line.member_id) is None:
             return
-        self._close_line(line, status, reason)
+        self._close_line(line, status, reason, stays=stays)
         if not self._lines.by_member and self.progress().tokens_total < self.job.token_budget:
             self._note(
                 EventKind.NOTE, None, "No member is left; the job goes on as soon as a node at the hubs takes part."
             )
         self._tell(driving.MemberLeft(line.member_id, reason))
 
-    def _close_line(self, line: MemberLine, status: NodeStatus, reason: str) -> None:
+    def _close_line(self, line: MemberLine, status: NodeStatus, reason: str, *, stays: bool = False) -> None:
         kind = {NodeStatus.DIED: EventKind.DIED, NodeStatus.LEFT: EventKind.LEFT}.get(status, EventKind.EXCLUDED)
         self._note_lanes(line.lane.ended(self.elapsed_s()))
         self._set(line.node.node, status=status, reason=reason)
         self._note(kind, line.node.node, f"{line.name}: {reason}")
+        if self._treasurer is not None and not stays:
+            self._treasurer.left(line.node.node, reason)
 
     async def _look_for_more(self) -> None:
         """Invite nodes that come to the hubs while the job runs."""

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from shoal.market.coordinates import DIMENSIONS, Coordinate
 from shoal.market.filters import best_flops
+from shoal.protocol.money import ledger_text
 from shoal.protocol.offers import Offer, Tier
 
 T = TypeVar("T", bound=np.generic)
@@ -28,7 +29,9 @@ NUMBERS = (
 )  # fmt: skip
 WORKS = ("train", "serve", "engine", "run")
 """Kinds of work that many nodes take."""
-TEXTS = ("kind", "device", "country", "region", "currency")
+TEXTS = ("kind", "device", "country", "region", "currency", "ledger")
+NO_LEDGER = "none"
+"""Of a node that has a price and no ledger: nobody can pay it."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,13 @@ class Texts:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._numbers)
+
+
+def _paid_at(offer: Offer) -> str:
+    """Where a node is paid, as a column has it; empty where it is free."""
+    if offer.price is None or not offer.price.micro_per_h:
+        return ""
+    return ledger_text(offer.ledger) if offer.ledger is not None else NO_LEDGER
 
 
 def twice(column: NDArray[T]) -> NDArray[T]:
@@ -126,7 +136,7 @@ class Board:
                 self._numbers[name][row] = number
             texts = (
                 device.kind, device.name, (place and place.country) or "", (place and place.region) or "",
-                price.currency if price and price.micro_per_h else "",
+                price.currency if price and price.micro_per_h else "", _paid_at(offer),
             )  # fmt: skip
             for name, text in zip(TEXTS, texts, strict=True):
                 self._texts[name].put(row, text)

@@ -69,7 +69,7 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
     works: tuple[str, ...] = ("train",)
     holdback_max_ppm: int = 300_000
     audit_max_ms: int = 7 * DAY_MS
-    notice_least_ms: int = 1_000
+    notice_least_ms: int = 30_000
     """It redeems its newest voucher in less, when the client asks for the rest."""
     fee_max_ppm: int = 100_000
 

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shoal.market.board import TIERS, Board, Listing, Mask, Rows
-from shoal.market.requirements import USUAL_CURRENCY, Requirements, Wish
+from shoal.market.requirements import USUAL_CURRENCY, Means, Requirements, Wish
+from shoal.protocol.money import ledger_text
 from shoal.quantities import (
     format_bytes,
     format_count,
@@ -26,6 +27,8 @@ ROUNDINGS = (0.0, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 """How far a value is moved before it is shown, until what is shown does."""
 LEFT_OUT = 10.0
 """How far it is to go without a requirement: as far as to ten times of one that has a number."""
+SAID_OTHERWISE = {"budget": "with a budget", "ledger": "with money at their ledgers"}
+"""How it is said that a demand is left out, where it is not simply that."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,8 @@ def match(board: Board, wish: Wish, *, accepts: str | None = None, idle_only: bo
     asked = list(demands(board, wish.each))
     if idle_only:
         asked.append(Demand("idle", "not busy with another job", board.open_to(None, idle_only=True)))
+    if wish.means is not None:
+        asked.append(_payable(board, wish.means))
     if wish.any_of:
         asked.append(Demand("any_of", f"one of {len(wish.any_of)} alternatives", _any_of(board, wish)))
     met = base.copy()
@@ -157,6 +162,12 @@ def demands(board: Board, wanted: Requirements) -> Iterator[Demand]:
         yield Demand("currency", f"priced in {wanted.currency}", same)
 
 
+def _payable(board: Board, means: Means) -> Demand:
+    if means.ledger is None:
+        return Demand("budget", "free, as the job has no budget", board.among("ledger", [""]))
+    return Demand("ledger", "paid at your ledger, or free", board.among("ledger", ["", ledger_text(means.ledger)]))
+
+
 def _any_of(board: Board, wish: Wish) -> Mask:
     found = np.zeros(len(board.tier), dtype=bool)
     for one in wish.any_of:
@@ -180,7 +191,9 @@ def _changes(board: Board, base: Mask, asked: list[Demand], needed: int) -> Iter
         if changed.values is None:
             nodes = board.nodes_in(others)
             if nodes >= needed:
-                said = f"without {changed.name} ({changed.asked}): {_count(nodes)}"
+                said = (
+                    f"{SAID_OTHERWISE.get(changed.name, f'without {changed.name} ({changed.asked})')}: {_count(nodes)}"
+                )
                 yield Change(changed.name, said, nodes, LEFT_OUT)
             continue
         rows = np.flatnonzero(others & ~np.isnan(changed.values))

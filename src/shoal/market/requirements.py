@@ -8,6 +8,7 @@ from typing import Annotated, Literal, TypeAlias
 import msgspec
 from msgspec import Meta
 
+from shoal.protocol.money import LedgerName
 from shoal.protocol.offers import Country, Region, Tier
 from shoal.protocol.prices import Currency, PricePerHour
 
@@ -57,12 +58,22 @@ class Requirements(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 @dataclass(frozen=True)
+class Means:
+    """What whoever asks can pay with."""
+
+    ledger: LedgerName | None = None
+    """Where it has money; None: nowhere, so that only what is free will do."""
+
+
+@dataclass(frozen=True)
 class Wish:
     """Requirements, of which a part may be met in one of several ways."""
 
     each: Requirements = field(default_factory=Requirements)
     any_of: tuple[Requirements, ...] = ()
     """At least one of these must be met, too; none: nothing more is asked."""
+    means: Means | None = None
+    """None: whoever asks only looks."""
 
     @property
     def asks_for_latency(self) -> bool:

@@ -16,6 +16,7 @@ from shoal.devices import measure_in_child
 from shoal.errors import BadInput, JobError, LinkError, StorageError
 from shoal.hub import HubClient, NoHub
 from shoal.identity import Envelope, KeyPair
+from shoal.market.holds import Terms
 from shoal.node.engine import EngineHost
 from shoal.node.member import (
     PIN_PREFIX,
@@ -26,6 +27,7 @@ from shoal.node.member import (
     NotAMember,
 )
 from shoal.node.openai_server import ServerSettings
+from shoal.node.sales import Sales
 from shoal.node.stages import StageHost
 from shoal.protocol.messages import DEFAULT_NETWORK, decode, encode, sign
 from shoal.protocol.offers import Capability, Device, Done, Offer, Place
@@ -43,7 +45,7 @@ from shoal.protocol.training import (
 )
 from shoal.storage import BlobStore, Fetcher, serve
 from shoal.transport import DuplicateKey
-from shoal.world import Clock, Dice, Endpoint, Request
+from shoal.world import Clock, Dice, DirectoryDisk, Endpoint, Ledger, Request
 from shoal.world.reach import echo
 
 MEMBERS_MAX = 4
@@ -88,6 +90,16 @@ class NodeBusy(JobError):
 
 
 @dataclass(frozen=True)
+class Sale:
+    """That a node works for money, and where it gets it."""
+
+    price: Price
+    ledger: Ledger
+    payee: bytes
+    """The account."""
+
+
+@dataclass(frozen=True)
 class NodeSettings:
     """What the owner of a node decided."""
 
@@ -101,7 +113,8 @@ class NodeSettings:
     members_max: int = 1
     accepts: tuple[str, ...] = ("train", "serve")
     """The kinds of jobs it takes, as its offer says."""
-    price: Price | None = None
+    sale: Sale | None = None
+    """None: it works for nothing."""
     place: Place | None = None
     server: ServerSettings | None = None
     """A server beside it that serves a whole model, which it offers, too."""
@@ -188,6 +201,7 @@ class NodeAgent:
         self._engine: EngineHost | None = None
         self._publishing = asyncio.Lock()
         self._sequence = 0
+        self._sales: Sales | None = None
 
     @property
     def engine(self) -> str | None:
@@ -236,6 +250,8 @@ class NodeAgent:
             self._ended |= {owner: None for owner in holding.owners if owner.startswith(PIN_PREFIX)}
         self._forget_ended()
         serve(self._endpoint, self._store)
+        if self.settings.sale is not None:
+            self._sales = self._start_selling(self.settings.sale)
         for kind, handler in (
             (MemberInvite, self._invited),
             (Turn, self._turn),
@@ -267,6 +283,23 @@ class NodeAgent:
         await self._measure_hub_link()
         await self._publish()
 
+    def _start_selling(self, sale: Sale) -> Sales:
+        terms = Terms(
+            price=sale.price, ledger=sale.ledger.name, payee=sale.payee, slots=self.settings.members_max,
+        )  # fmt: skip
+        return Sales(
+            terms,
+            key=self._key,
+            name=self.settings.name,
+            disk=DirectoryDisk(self.settings.folder / "sales"),
+            endpoint=self._endpoint,
+            ledger=sale.ledger,
+            clock=self._clock,
+            unheld=lambda: len(self._unheld()),
+            changed=self._changed,
+            network=self.settings.network,
+        )
+
     def _refuse_twin(self) -> None:
         states = self._hubs.states()
         if any(state.up for state in states):
@@ -291,6 +324,8 @@ class NodeAgent:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.gather(*serving)
+        if self._sales is not None:
+            await self._sales.close()
         await self._hubs.close()
         await self._endpoint.close()
         self._store.close()
@@ -310,7 +345,7 @@ class NodeAgent:
         """Say what this node is and whether it is free. Hubs that are away get it when they are back."""
         assert self.capability is not None
         async with self._publishing:
-            now = self._clock.now_ms()
+            now, sale = self._clock.now_ms(), self.settings.sale
             self._sequence = max(self._sequence + 1, now)
             offer = Offer(
                 name=self.settings.name,
@@ -320,10 +355,12 @@ class NodeAgent:
                 addresses=tuple(self._endpoint.addresses),
                 capability=self.capability,
                 accepts=self._accepts(),
-                busy=len(self._jobs()) >= self.settings.members_max,
+                busy=len(self._unheld()) + (self._sales.held if self._sales else 0) >= self.settings.members_max,
                 engine=self._engine.offer if self._engine else None,
-                price=self.settings.price,
                 place=self.settings.place,
+                price=sale.price if sale else None,
+                ledger=sale.ledger.name if sale else None,
+                slots=self.settings.members_max,
             )
             try:
                 await self._hubs.publish(sign(self._key, offer, self.settings.network))
@@ -358,6 +395,7 @@ class NodeAgent:
             dice=self._dice,
             scratch=scratch,
             settings=self.settings.engine,
+            work=self._sales.work_for(invitation.driver) if self._sales else None,
             network=self.settings.network,
         )
         known = self._members.get(invitation.job_id)
@@ -368,7 +406,7 @@ class NodeAgent:
                 f"Node {self.settings.name} is a member of job {known.job.name!r} in term {known.term} of its driver; "
                 f"the invitation is of term {member.term}."
             )
-        self._admit(known)
+        self._admit(known, held=self._sales is not None)
         if known is not None:
             known.end("It was invited anew.", tell=False)
             await asyncio.wait({self._tasks[invitation.job_id]})
@@ -388,14 +426,21 @@ class NodeAgent:
         members = [repr(one.job.name) for one in self._members.values() if one is not without]
         return members + (self._stages.names() if self._stages else [])
 
-    def _admit(self, without: MemberRun | None = None) -> None:
-        """Raises NodeUnable, NodeBusy; `without` makes way."""
+    def _unheld(self) -> list[str]:
+        """Of what this node works for, that for which nobody holds a slot."""
+        held = [one for one in self._members.values() if self._sales is not None and self._sales.keeps_for(one.driver)]
+        return self._jobs()[len(held) :]
+
+    def _admit(self, without: MemberRun | None = None, *, held: bool = False) -> None:
+        """Raises NodeUnable, NodeBusy; `without` makes way, and whoever has a slot `held` may take it."""
         self._refuse_when_stopping()
         if self.settings.server is not None and self.settings.server.alone:
             raise NodeUnable(f"Node {self.settings.name} takes no jobs: it has an engine for whole replicas alone.")
         jobs = self._jobs(without)
         if len(jobs) >= self.settings.members_max:
             raise NodeBusy(f"Node {self.settings.name} is busy with {', '.join(jobs)}; try again when that has ended.")
+        if not held and self._sales is not None and len(jobs) + self._sales.held >= self.settings.members_max:
+            raise NodeBusy(f"Node {self.settings.name} keeps its slots for clients that hold them; try again later.")
 
     def _refuse_when_stopping(self) -> None:
         if self._closing:

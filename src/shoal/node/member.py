@@ -19,6 +19,7 @@ from shoal.driver.members import NotOfThisJob
 from shoal.engines import EngineDied, EngineFailed
 from shoal.errors import BadRecord, EngineError, LinkError, ShoalError, StorageError
 from shoal.identity import Envelope, KeyPair, short_id
+from shoal.node.sales import Work
 from shoal.protocol.blobs import BlobHolder, BlobRef
 from shoal.protocol.messages import DEFAULT_NETWORK, Message, decode, encode, open_record, sign
 from shoal.protocol.training import (
@@ -172,6 +173,7 @@ class _Own:
     update: BlobRef
     private_after: bytes
     waited_ms: int
+    tokens: int
     snapshot: BlobRef | None = None
     accepted: bool = False
 
@@ -204,9 +206,11 @@ class MemberRun:
         dice: Dice,
         scratch: Path,
         settings: EngineSettings,
+        work: Work | None = None,
         network: str = DEFAULT_NETWORK,
         start_engine: Callable[..., Awaitable[EngineProcess]] = EngineProcess.start,
     ) -> None:
+        """`work` reckons what is earned; none where the node works for nothing."""
         self.invitation = invitation
         self.job = invitation.job
         self.job_id = invitation.job_id
@@ -218,6 +222,7 @@ class MemberRun:
         self._clock = clock
         self._scratch = scratch
         self._settings = settings
+        self._earning = work
         self._start_engine = start_engine
         self._network = network
         self.pin = pin_of(self.job_id)
@@ -406,6 +411,8 @@ class MemberRun:
             prepared = await self._prepare_engine()
             self._first_private = prepared.private
             await self._catch_up()
+            if self._earning is not None:
+                self._earning.ready(prepared.samples_per_s, self.job.data.sequence_tokens)
             await self._ask_driver(
                 MemberReady.KIND,
                 MemberReady(
@@ -600,7 +607,7 @@ class MemberRun:
         self._contributed += 1
         contribution = self._contribution(work, done, base.state, update_path, snapshot=keep)
         envelope = sign(self._key, contribution, self._network)
-        own = _Own(assignment.round, envelope, contribution.update, done.private_after, max(0, waited_ms))
+        own = _Own(assignment.round, envelope, contribution.update, done.private_after, max(0, waited_ms), done.tokens)
         if snapshot_path is not None:
             own.snapshot = self._store.adopt(snapshot_path, PRIVATE_MEDIA_TYPE, move=True)
             self._pin(own.snapshot)
@@ -676,6 +683,10 @@ class MemberRun:
         own = self._own.get(contribution_id)
         if own is None:
             return
+        if not own.accepted and self._earning is not None:
+            unpaid = self._earning.accepted(own.tokens)
+            if unpaid is not None:
+                self.end(f"Node {self.name} works for job {self.job.name!r} no longer: {unpaid}.", tell=True)
         own.accepted = True
         for ref in self._private.advance(own.round, own.snapshot):
             self._store.unpin(self.pin, ref.hash)

@@ -89,6 +89,13 @@ class ChainLedger(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="
 LedgerName = HouseLedger | ChainLedger
 
 
+def ledger_text(ledger: LedgerName) -> str:
+    """As it is written where people read it."""
+    if isinstance(ledger, HouseLedger):
+        return f"{ledger.operator.hex()}/{ledger.currency}"
+    return f"chain {ledger.chain_id} {address_text(ledger.contract)}/{ledger.currency}"
+
+
 PartsPerMillion = Annotated[int, Meta(ge=0, le=1_000_000)]
 
 

@@ -9,6 +9,7 @@ from msgspec import Meta
 
 from shoal.identity import NodeId
 from shoal.protocol.messages import Message, Record
+from shoal.protocol.money import LedgerName
 from shoal.protocol.prices import Price
 
 Name = Annotated[str, Meta(min_length=1, max_length=48, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -107,6 +108,10 @@ class Offer(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_
     place: Place | None = None
     price: Price | None = None
     """None: for nothing."""
+    ledger: LedgerName | None = None
+    """Where it is paid; what costs something is sold at a ledger alone."""
+    slots: Annotated[int, Meta(ge=1, le=64)] = 1
+    """Pieces of work that it does at a time: a Hold keeps one of them."""
     tier: Tier = "open"
 
 

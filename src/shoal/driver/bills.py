@@ -1,0 +1,113 @@
+"""What a job has set aside and paid, as its run folder keeps it; and the bill that follows from it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from shoal.identity.accounts import AccountSignature, Address
+from shoal.market.earnings import Earnings
+from shoal.protocol.money import Amount, EscrowTerms, LedgerName, SignedVoucher
+from shoal.protocol.offers import UnixMs
+
+FILE = "payments.json"
+
+
+class BillLine(msgspec.Struct, frozen=True, kw_only=True):
+    """One node of a bill; millionths."""
+
+    name: str
+    node_id: str
+    paid: Amount
+    """What its vouchers say, less what was withheld; the ledger's fee is part of it."""
+    withheld: Amount
+    reason: str
+
+
+class Bill(msgspec.Struct, frozen=True, kw_only=True):
+    """What a job cost; whole millionths of the currency. `quoted` is `charged` and `refunded` together."""
+
+    quoted: Amount
+    """What was set aside at most."""
+    charged: Amount
+    refunded: Amount
+    currency: str
+    nodes: tuple[BillLine, ...]
+
+
+class PaidNode(msgspec.Struct, frozen=True, kw_only=True):
+    """A node that is paid out of an escrow."""
+
+    name: str
+    payee: Address
+    micro_per_h: Annotated[int, Meta(ge=0)]
+    since_ms: UnixMs
+    earnings: Earnings = Earnings()
+    paid_micro: Amount = 0
+    voucher: SignedVoucher | None = None
+    withheld_micro: Amount = 0
+    reason: str = "worked"
+
+
+class TermPayments(msgspec.Struct, frozen=True, kw_only=True):
+    """All that one term of a driver sets aside and pays. It is written down before the ledger is asked."""
+
+    terms: EscrowTerms
+    ledger: LedgerName
+    signature: AccountSignature
+    nodes: dict[str, PaidNode] = {}
+    """By NodeId, in hexadecimal digits."""
+    closed: bool = False
+    """The payer has asked for the rest."""
+
+    @property
+    def escrow(self) -> bytes:
+        return self.terms.escrow_id(self.ledger)
+
+    @property
+    def charged_micro(self) -> int:
+        return sum(one.paid_micro - one.withheld_micro for one in self.nodes.values())
+
+
+class Payments(msgspec.Struct, frozen=True, kw_only=True):
+    """`payments.json` in a run folder."""
+
+    budget_micro: Amount
+    terms: tuple[TermPayments, ...] = ()
+
+    @property
+    def spent_micro(self) -> int:
+        return sum(one.charged_micro for one in self.terms)
+
+
+def bill(payments: Payments, currency: str) -> Bill:
+    """Adds up by its making: what is neither paid nor withheld goes back."""
+    lines: dict[str, BillLine] = {}
+    for term in payments.terms:
+        for node, one in term.nodes.items():
+            known = lines.get(node)
+            lines[node] = BillLine(
+                name=one.name, node_id=node, paid=(known.paid if known else 0) + one.paid_micro - one.withheld_micro,
+                withheld=(known.withheld if known else 0) + one.withheld_micro, reason=one.reason,
+            )  # fmt: skip
+    charged = sum(line.paid for line in lines.values())
+    quoted = max(payments.budget_micro, charged)
+    return Bill(
+        quoted=quoted, charged=charged, refunded=quoted - charged, currency=currency, nodes=tuple(lines.values())
+    )
+
+
+def newest_vouchers(term: TermPayments) -> list[PaidNode]:
+    """Of each account the node with the highest voucher."""
+    best: dict[bytes, PaidNode] = {}
+    for one in term.nodes.values():
+        known = best.get(one.payee)
+        if one.voucher is not None and (known is None or _amount(one) > _amount(known)):
+            best[one.payee] = one
+    return list(best.values())
+
+
+def _amount(one: PaidNode) -> int:
+    return one.voucher.voucher.amount_micro if one.voucher else 0

@@ -1,0 +1,438 @@
+"""Pays for a job: places held all together, money set aside, a voucher after each Commit, and the rest asked back.
+
+Of a gang either enough nodes are held or none is. Then one escrow is opened for all of them; nodes that come later are
+admitted to it. Each Commit is followed by a voucher for every node whose work it accepted, on the disk before it goes
+out, so that a driver that was killed never signs for less than it did. Each term of a driver has an escrow of its own:
+what an earlier term's has left goes back first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from shoal.driver.bills import FILE, Bill, PaidNode, Payments, TermPayments, bill, newest_vouchers
+from shoal.driver.folder import RunFolder
+from shoal.driver.gang import LinkedNode
+from shoal.errors import BadInput, ShoalError
+from shoal.identity import KeyPair
+from shoal.identity.accounts import AccountKey, address_text
+from shoal.ledger.book import UnknownEscrow
+from shoal.ledger.commands import Admit, Close, Open, Redeem, Withhold
+from shoal.ledger.escrows import EscrowOver, OldVoucher
+from shoal.ledger.moves import TooLittleMoney
+from shoal.market.earnings import lasts_s
+from shoal.protocol.holds import LEASE_STEP_MS, quote_id
+from shoal.protocol.messages import DEFAULT_NETWORK
+from shoal.protocol.money import (
+    Admission,
+    Closing,
+    EscrowTerms,
+    Payee,
+    SignedVoucher,
+    Voucher,
+    Withholding,
+    sign_voucher,
+)
+from shoal.protocol.offers import Offer
+from shoal.quantities import format_duration_s
+from shoal.quantities.money import format_money, share
+from shoal.world import Clock, Dice, Ledger, Link
+from shoal.world.quotes import Held, NotSecured, Quotes, is_free
+
+PAY_DEADLINE_S = 5.0
+LAST_PAY_DEADLINE_S = 15.0
+RENEW_EVERY_S = LEASE_STEP_MS / 1000 / 3
+NOTICE_MS, AUDIT_MS = 60_000, 3_600_000
+HOLDBACK_PPM = 100_000
+WARNED_AT = 0.8
+"""Of the budget: it is said then for how long the rest does."""
+
+_log = logging.getLogger("shoal.driver")
+
+
+class NoMoney(BadInput):
+    """An account has not what a job is to set aside."""
+
+    code = "SH-170"
+
+
+@dataclass(frozen=True)
+class Purse:
+    """What a job may spend, and by whose hand."""
+
+    ledger: Ledger
+    account: AccountKey
+    budget_micro: int
+    notice_ms: int = NOTICE_MS
+    audit_ms: int = AUDIT_MS
+    holdback_ppm: int = HOLDBACK_PPM
+    lasts_ms: int = 24 * 3_600_000
+    """After so long the escrow ends, whatever becomes of its driver."""
+
+
+class Treasurer:
+    """Pays for one term of a job."""
+
+    def __init__(
+        self,
+        purse: Purse,
+        folder: RunFolder,
+        *,
+        key: KeyPair,
+        link: Callable[[bytes, Offer], Awaitable[Link]],
+        clock: Clock,
+        dice: Dice,
+        say: Callable[[str], None],
+        network: str = DEFAULT_NETWORK,
+    ) -> None:
+        """`key` is the driver's: nodes keep their places for it. `link` gives an open link to a node. Raises
+        FolderDamaged."""
+        self.purse = purse
+        self._folder, self._clock, self._dice, self._say = folder, clock, dice, say
+        self._quotes = Quotes(key, purse.account.address, purse.ledger.name, link, network=network)
+        remedy = "restore it from a copy: it says what nodes were paid"
+        known = folder.read(FILE, Payments, remedy=remedy) or Payments(budget_micro=0)
+        self._former = known.terms
+        self._budget_micro = purse.budget_micro
+        self._term: TermPayments | None = None
+        self._held: dict[bytes, Held] = {}
+        self._writing = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._sending: set[bytes] = set()
+        self._working: set[bytes] = set()
+        self._dearest_micro = 0
+        """What the dearest of this term's Commits cost."""
+        self._warned = False
+
+    # ---- what it stands at ----
+
+    @property
+    def payments(self) -> Payments:
+        return Payments(budget_micro=self._budget_micro, terms=(*self._former, *([self._term] if self._term else ())))
+
+    @property
+    def bill(self) -> Bill:
+        return bill(self.payments, self.purse.ledger.name.currency)
+
+    @property
+    def left_micro(self) -> int:
+        """What can still be signed for. What is withheld goes back to the account, not into the escrow."""
+        if self._term is not None:
+            return self._term.terms.amount_micro - sum(one.paid_micro for one in self._term.nodes.values())
+        return max(0, self._budget_micro - self.payments.spent_micro)
+
+    @property
+    def micro_per_h(self) -> int:
+        """Of all nodes that work now."""
+        nodes = self._term.nodes if self._term else {}
+        return sum(one.micro_per_h for node, one in nodes.items() if bytes.fromhex(node) in self._working)
+
+    def used_up(self) -> str | None:
+        """Why the job has to stop here, if it has to: the next Commit could not be paid. Says beforehand when that
+        comes near."""
+        left, currency = self.left_micro, self.purse.ledger.name.currency
+        if self._dearest_micro and left < 2 * self._dearest_micro:
+            return (
+                f"The budget of {format_money(self._budget_micro)} {currency} is used up: {format_money(left)} is "
+                f"left, and a round costs up to {format_money(self._dearest_micro)}. Nothing is lost: --resume goes on "
+                "from here with a larger --budget."
+            )
+        if not self._warned and left < (1 - WARNED_AT) * self._budget_micro:
+            self._warned = True
+            lasts = lasts_s(left, self.micro_per_h)
+            said = "" if math.isinf(lasts) else f", enough for about {format_duration_s(lasts)}"
+            self._say(
+                f"{format_money(left)} {currency} of the budget is left{said}; then the job stops, to be resumed with "
+                "a larger --budget."
+            )
+        return None
+
+    # ---- places and money ----
+
+    async def hold(self, gang: Sequence[LinkedNode], nodes_min: int) -> list[LinkedNode]:
+        """Have all of them keep a place; gives those that do, and those that cost nothing. Raises NotSecured where they
+        are fewer than `nodes_min`; none is kept then."""
+        free = [node for node in gang if is_free(node.offer)]
+        priced = {node.node: node for node in gang if not is_free(node.offer)}
+        wanted = [(node.node, node.offer) for node in priced.values()]
+        held, troubles = await self._quotes.hold_all(wanted, max(0, nodes_min - len(free)))
+        for trouble in troubles:
+            self._say(f"Without {trouble}")
+        self._held |= {one.node: one for one in held}
+        return [*free, *(priced[one.node] for one in held)]
+
+    async def open(self, nodes_min: int) -> set[bytes]:
+        """Set the money aside, and have what is held taken; gives the nodes that did. Raises NotSecured, NoMoney, and
+        what the ledger does: nothing is held then, and nothing set aside."""
+        held = list(self._held.values())
+        try:
+            if held:
+                await self._open(held)
+                self._beside(self._renew())
+            for one, trouble in zip(held, await asyncio.gather(*map(self._taken, held)), strict=True):
+                if trouble is not None:
+                    self._say(f"Without {one.name}: {trouble}")
+            if len(self._held) < min(nodes_min, len(held)):
+                raise NotSecured(f"Only {len(self._held)} of {len(held)} nodes took what was set aside for them.")
+        except BaseException:
+            await self.close()
+            raise
+        return set(self._held)
+
+    async def _taken(self, held: Held) -> str | None:
+        """Why not, if not."""
+        try:
+            await self._take(held)
+        except ShoalError as error:
+            self._held.pop(held.node, None)
+            await self._quotes.release(held)
+            return error.sentence
+        return None
+
+    async def secure(self, node: LinkedNode) -> None:
+        """A node that comes later is held, admitted and taken. Raises ShoalError."""
+        if is_free(node.offer) or node.node in self._held:
+            return
+        if not self.left_micro:
+            raise NotSecured(f"Nothing of the budget is left for {node.name}.")
+        held = await self._quotes.hold(node.node, node.offer)
+        try:
+            if self._term is None:
+                await self._open([held])
+                self._beside(self._renew())
+            else:
+                await self._admit(held)
+            await self._take(held)
+        except BaseException:
+            await self._quotes.release(held)
+            raise
+
+    async def _open(self, held: Sequence[Held]) -> None:
+        purse, now_ms = self.purse, self._clock.now_ms()
+        amount = self.left_micro
+        payees = {one.hold.payee for one in held}
+        terms = EscrowTerms(
+            payer=purse.account.address,
+            signer=purse.account.address,
+            cap_micro=0,
+            auditor=purse.account.address,
+            amount_micro=amount,
+            fee_ppm=0,
+            holdback_ppm=purse.holdback_ppm,
+            notice_ms=purse.notice_ms,
+            audit_ms=purse.audit_ms,
+            expires_ms=now_ms + purse.lasts_ms,
+            payees=tuple(Payee(payee, amount) for payee in sorted(payees)),
+            quote=quote_id(tuple(one.envelope for one in held)),
+            nonce=self._dice.bytes(32),
+        )
+        ledger = purse.ledger.name
+        signature = purse.account.sign(terms.escrow_id(ledger))
+        nodes = {one.node.hex(): self._paid_node(one, now_ms) for one in held}
+        self._term = TermPayments(terms=terms, ledger=ledger, signature=signature, nodes=nodes)
+        await self._write()
+        try:
+            await purse.ledger.apply(Open(terms, signature))
+        except TooLittleMoney as error:
+            has = await purse.ledger.balance(purse.account.address)
+            raise NoMoney(
+                f"The job sets {format_money(amount)} {ledger.currency} aside, and your account "
+                f"{address_text(purse.account.address)} has {format_money(has)}: deposit more "
+                "(`shoal account deposit`), or give it a smaller --budget."
+            ) from error
+
+    def _paid_node(self, held: Held, now_ms: int) -> PaidNode:
+        return PaidNode(name=held.name, payee=held.hold.payee, micro_per_h=held.hold.price.micro_per_h, since_ms=now_ms)
+
+    async def _admit(self, held: Held) -> None:
+        term, payee = self._open_term(), held.hold.payee
+        if held.node.hex() in term.nodes:
+            return
+        named = {one.payee for one in term.nodes.values()}
+        if payee not in named:
+            admission = Admission(term.escrow, payee, term.terms.amount_micro)
+            signature = self.purse.account.sign(admission.digest(term.ledger))
+            await self.purse.ledger.apply(Admit(admission, signature))
+        self._put(held.node, self._paid_node(held, self._clock.now_ms()))
+        await self._write()
+
+    async def _take(self, held: Held) -> None:
+        self._held[held.node] = await self._quotes.take(held, self._open_term().escrow)
+
+    async def _renew(self) -> None:
+        """Places are kept for some minutes; while the driver lives it asks for more."""
+        while True:
+            await self._clock.sleep(RENEW_EVERY_S)
+            for held in list(self._held.values()):
+                try:
+                    await self._take(held)
+                except ShoalError as error:
+                    _log.info("%s keeps its place no longer: %s", held.name, error)
+
+    # ---- work ----
+
+    def ready(self, node: bytes, samples_per_s: float, tokens_per_sample: int) -> None:
+        """A node has measured its speed on the job."""
+        known = self._node(node)
+        if known is not None:
+            self._working.add(node)
+            earnings = known.earnings.measured(known.micro_per_h, samples_per_s, tokens_per_sample)
+            self._put(node, msgspec.structs.replace(known, earnings=earnings, reason="worked"))
+
+    async def committed(self, work: Iterable[tuple[bytes, int, bytes]]) -> None:
+        """(node, accepted tokens, id of the Contribution) of a Commit that is on the disk."""
+        before = self.payments.spent_micro
+        earned_by = list[bytes]()
+        for node, tokens, contribution in work:
+            known = self._node(node)
+            if known is None or not tokens:
+                continue
+            self._put(node, self._earned(known, tokens))
+            self._put_voucher(node, contribution)
+            earned_by.append(node)
+        if not earned_by:
+            return
+        self._dearest_micro = max(self._dearest_micro, self.payments.spent_micro - before)
+        await self._write()
+        for node in earned_by:
+            if node not in self._sending:
+                self._beside(self._send(node))
+
+    def _earned(self, known: PaidNode, tokens: int) -> PaidNode:
+        earnings = known.earnings.accepted(tokens)
+        kept_ms = max(0, self._clock.now_ms() - known.since_ms)
+        most = known.paid_micro + self.left_micro
+        earned = max(known.paid_micro, earnings.earned_micro(known.micro_per_h, kept_ms, most))
+        return msgspec.structs.replace(known, earnings=earnings, paid_micro=earned)
+
+    def _put_voucher(self, node: bytes, work: bytes) -> None:
+        """For all that the node's account has earned: several nodes may be paid at one."""
+        term, known = self._open_term(), self._node(node)
+        assert known is not None
+        amount = sum(one.paid_micro for one in term.nodes.values() if one.payee == known.payee)
+        voucher = Voucher(escrow=term.escrow, payee=known.payee, amount_micro=amount, work=work)
+        signed = sign_voucher(self.purse.account, term.ledger, voucher)
+        self._put(node, msgspec.structs.replace(known, voucher=signed))
+
+    async def _send(self, node: bytes, *, last: bool = False, deadline_s: float = PAY_DEADLINE_S) -> None:
+        """The newest voucher; where a newer one comes meanwhile, that one too. What does not arrive is in the next."""
+        self._sending.add(node)
+        try:
+            sent: SignedVoucher | None = None
+            while (known := self._node(node)) is not None and known.voucher not in (None, sent):
+                assert known.voucher is not None
+                sent = known.voucher
+                await self._quotes.pay(node, sent, last=last, deadline_s=deadline_s)
+        except ShoalError as error:
+            _log.info("%s did not take its voucher: %s", node.hex()[:8], error)
+        finally:
+            self._sending.discard(node)
+
+    def left(self, node: bytes, reason: str) -> None:
+        """A node is gone: it earns no more, and what it has earned stays."""
+        self._working.discard(node)
+        known = self._node(node)
+        if known is not None:
+            self._put(node, msgspec.structs.replace(known, reason=reason[:200]))
+        held = self._held.pop(node, None)
+        if held is not None:
+            self._beside(self._quotes.release(held))
+
+    async def withhold(self, node: bytes, reason: str, evidence: bytes) -> None:
+        """What is held back of a node whose work was replayed and was not what was assigned."""
+        known = self._node(node)
+        if known is None or known.withheld_micro:
+            return
+        term = self._open_term()
+        amount = share(known.paid_micro, term.terms.holdback_ppm)
+        if not amount:
+            return
+        order = Withholding(escrow=term.escrow, payee=known.payee, amount_micro=amount, evidence=evidence)
+        signature = self.purse.account.sign(order.digest(term.ledger))
+        try:
+            await self._redeem(known)  # what is held back is only there once its voucher is redeemed
+            await self.purse.ledger.apply(Withhold(order, signature))
+        except ShoalError as error:
+            self._say(f"{format_money(amount)} could not be withheld of {known.name}: {error.sentence}")
+            return
+        self._put(node, msgspec.structs.replace(known, withheld_micro=amount, reason=reason[:200]))
+        await self._write()
+
+    # ---- the end ----
+
+    async def close_former(self) -> None:
+        """What earlier terms of a driver that was killed have left goes back. Raises ShoalError."""
+        closed = list[TermPayments]()
+        for term in self._former:
+            closed.append(term if term.closed else await self._close(term))
+        self._former = tuple(closed)
+        if closed:
+            await self._write()
+
+    async def close(self) -> None:
+        """Nodes get their last vouchers, and the rest goes back."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        held = list(self._held.values())
+        if self._term is None or self._term.closed:
+            await self._quotes.release_all(held)
+            return
+        await asyncio.gather(*(self._send(one.node, last=True, deadline_s=LAST_PAY_DEADLINE_S) for one in held))
+        await asyncio.gather(*(self._quotes.release(one) for one in held))
+        self._held.clear()
+        try:
+            self._term = await self._close(self._term)
+        except ShoalError as error:
+            self._say(
+                f"What the job did not use could not be asked back: {error.sentence} It comes back by itself within "
+                f"{format_duration_s(self.purse.lasts_ms / 1000)}; --resume asks for it again."
+            )
+        await self._write()
+
+    async def _close(self, term: TermPayments) -> TermPayments:
+        wish = Closing(term.escrow)
+        try:
+            for one in newest_vouchers(term):
+                await self._redeem(one)
+            await self.purse.ledger.apply(Close(wish, self.purse.account.sign(wish.digest(term.ledger))))
+        except (UnknownEscrow, EscrowOver):
+            pass  # it never came to be, or is over by itself
+        return msgspec.structs.replace(term, closed=True)
+
+    async def _redeem(self, one: PaidNode) -> None:
+        """On behalf of a node that may be gone: whoever brings a voucher, its payee gets the money."""
+        if one.voucher is not None:
+            with contextlib.suppress(OldVoucher):  # the node has brought it already
+                await self.purse.ledger.apply(Redeem(one.voucher))
+
+    # ---- small things ----
+
+    def _open_term(self) -> TermPayments:
+        assert self._term is not None, "money was set aside"
+        return self._term
+
+    def _node(self, node: bytes) -> PaidNode | None:
+        return self._term.nodes.get(node.hex()) if self._term else None
+
+    def _put(self, node: bytes, paid: PaidNode) -> None:
+        term = self._open_term()
+        self._term = msgspec.structs.replace(term, nodes={**term.nodes, node.hex(): paid})
+
+    async def _write(self) -> None:
+        async with self._writing:
+            await asyncio.to_thread(self._folder.write, FILE, msgspec.json.encode(self.payments))
+
+    def _beside(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

@@ -1,0 +1,65 @@
+"""What a node has earned in a training job: for accepted tokens, at the speed that it measured when it joined.
+
+The price of an hour, divided by the tokens that the node does in an hour of work, is the price of a token: a node that
+becomes slower earns less in an hour, and waiting earns nothing. Whatever its speed, it never earns more than its price
+for the time that it was kept, nor more than was set aside for it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from shoal.quantities.money import MICRO, format_money, owed
+
+TOKENS_PER_H_MAX = 10**16
+UNPAID_SHARE = 0.75
+"""A node goes on working while its newest voucher is for this share, at least, of what it had earned two accepted
+contributions before: the client's clock may differ, and vouchers take a moment."""
+
+
+class Earnings(msgspec.Struct, frozen=True):
+    """Of one node in one job."""
+
+    before_micro: Annotated[int, Meta(ge=0)] = 0
+    """Earned by the tokens before it last measured its speed."""
+    tokens: Annotated[int, Meta(ge=0)] = 0
+    """Accepted since then."""
+    tokens_per_h: Annotated[int, Meta(ge=1, le=TOKENS_PER_H_MAX)] = 1
+    """As it measured."""
+
+    def measured(self, micro_per_h: int, samples_per_s: float, tokens_per_sample: int) -> Earnings:
+        """It has joined, maybe anew, and measured its speed on the job."""
+        per_h = min(TOKENS_PER_H_MAX, max(1, round(samples_per_s * tokens_per_sample * 3600)))
+        return Earnings(self._for_tokens(micro_per_h), 0, per_h)
+
+    def accepted(self, tokens: int) -> Earnings:
+        return msgspec.structs.replace(self, tokens=self.tokens + tokens)
+
+    def earned_micro(self, micro_per_h: int, kept_ms: int, most_micro: int) -> int:
+        return min(self._for_tokens(micro_per_h), owed(micro_per_h, kept_ms), most_micro)
+
+    def _for_tokens(self, micro_per_h: int) -> int:
+        return self.before_micro + self.tokens * micro_per_h // self.tokens_per_h
+
+
+def say_unpaid(paid_micro: int, earned_before_micro: int, earned_micro: int) -> str | None:
+    """Why a node works for a client no longer, if it should not."""
+    if paid_micro >= UNPAID_SHARE * earned_before_micro:
+        return None
+    return (
+        f"its vouchers are for {format_money(paid_micro)}, and it has earned {format_money(earned_micro)}, "
+        f"{format_money(earned_before_micro)} of it before its last two contributions"
+    )
+
+
+def lasts_s(left_micro: int, micro_per_h: int) -> float:
+    """For how long so much money does at most, at these prices together; infinite where nothing costs anything."""
+    return float("inf") if micro_per_h == 0 else 3600.0 * left_micro / micro_per_h
+
+
+def forecast_micro(micro_per_h: int, seconds: float) -> int:
+    """What so long costs at most, rounded up."""
+    return -(-micro_per_h * round(seconds * MICRO) // (3600 * MICRO))

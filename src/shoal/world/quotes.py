@@ -1,0 +1,149 @@
+"""Getting nodes to keep places: what a client asks of each, and how it is held to what it answers.
+
+A quote is the Holds of several nodes together. Either enough of them keep a place, or all places are given back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias, TypeVar
+
+from shoal.errors import JobError, ShoalError
+from shoal.identity import Envelope, KeyPair
+from shoal.protocol.holds import (
+    BadHold,
+    Hold,
+    HoldAsk,
+    HoldGiven,
+    HoldRelease,
+    HoldTake,
+    Paid,
+    Pay,
+    Release,
+    Work,
+    open_hold,
+)
+from shoal.protocol.messages import DEFAULT_NETWORK, Message, decode, encode, sign
+from shoal.protocol.money import LedgerName, SignedVoucher
+from shoal.protocol.offers import Done, Offer
+from shoal.world.network import Link
+
+HOLD_MS = 15_000
+ASK_DEADLINE_S = 5.0
+TAKE_DEADLINE_S = 10.0
+TROUBLES_SHOWN = 8
+"""Nodes whose troubles a sentence names."""
+Question: TypeAlias = HoldAsk | HoldTake | HoldRelease | Pay
+M = TypeVar("M", bound=Message)
+
+
+class NotSecured(JobError):
+    """Not enough nodes would keep a place, or take the money set aside for them."""
+
+    code = "SH-635"
+
+
+@dataclass(frozen=True)
+class Held:
+    """A place that a node keeps."""
+
+    node: bytes
+    name: str
+    envelope: Envelope
+    hold: Hold
+
+
+def is_free(offer: Offer) -> bool:
+    """Nobody holds what costs nothing: whoever comes first has it."""
+    return offer.price is None or not offer.price.micro_per_h
+
+
+class Quotes:
+    """What one client asks of nodes, for one account at one ledger."""
+
+    def __init__(
+        self,
+        key: KeyPair,
+        payer: bytes,
+        ledger: LedgerName,
+        link: Callable[[bytes, Offer], Awaitable[Link]],
+        work: Work = "train",
+        network: str = DEFAULT_NETWORK,
+    ) -> None:
+        """Places are kept for whoever has `key`. `link` gives an open link to a node, or raises LinkError."""
+        self._key, self._payer, self._ledger, self._link = key, payer, ledger, link
+        self._work: Work = work
+        self._network = network
+        self._offers: dict[bytes, Offer] = {}
+        """Of the nodes that were asked: where they can be dialled."""
+
+    async def hold_all(self, wanted: Sequence[tuple[bytes, Offer]], at_least: int) -> tuple[list[Held], list[str]]:
+        """A place at each of these; what kept the others from it, as sentences. Raises NotSecured where they are fewer
+        than `at_least`: none is kept then."""
+        asked = await asyncio.gather(*(self.hold(node, offer) for node, offer in wanted), return_exceptions=True)
+        held, troubles = list[Held](), list[str]()
+        for (_, offer), answer in zip(wanted, asked, strict=True):
+            if isinstance(answer, Held):
+                held.append(answer)
+            elif isinstance(answer, ShoalError):
+                troubles.append(f"{offer.name}: {answer.sentence}")
+            else:
+                raise answer
+        if len(held) < at_least:
+            await self.release_all(held)
+            told = " ".join(troubles[:TROUBLES_SHOWN])
+            raise NotSecured(f"{at_least} nodes are needed, and {len(held)} would keep a place. {told}")
+        return held, troubles
+
+    async def hold(self, node: bytes, offer: Offer) -> Held:
+        """A place for HOLD_MS, at the price that was offered. Raises ShoalError."""
+        assert offer.price is not None and not is_free(offer), "free nodes are not held"
+        if offer.ledger != self._ledger:
+            raise NotSecured(f"Node {offer.name} is paid at another ledger than yours.")
+        self._offers[node] = offer
+        wanted = HoldAsk(
+            work=self._work, payer=self._payer, price=offer.price, ledger=self._ledger, lifetime_ms=HOLD_MS
+        )
+        held = self._opened(node, offer.name, await self._ask(node, wanted, HoldGiven, ASK_DEADLINE_S))
+        if (held.hold.price, held.hold.ledger) != (offer.price, offer.ledger) or held.hold.slot >= offer.slots:
+            raise BadHold(f"Node {offer.name} keeps another place than it offered, or at another price.")
+        return held
+
+    async def take(self, held: Held, escrow: bytes) -> Held:
+        """There is money for it: the place is kept for longer; again, to make it last. Raises ShoalError."""
+        wanted = HoldTake(hold=held.envelope.record_id, escrow=escrow)
+        taken = self._opened(held.node, held.name, await self._ask(held.node, wanted, HoldGiven, TAKE_DEADLINE_S))
+        if taken.hold.escrow != escrow or (taken.hold.price, taken.hold.payee) != (held.hold.price, held.hold.payee):
+            raise BadHold(f"Node {held.name} took something else than was set aside for it.")
+        return replace(held, envelope=taken.envelope, hold=taken.hold)
+
+    async def release(self, held: Held) -> None:
+        """Give it back. A node that cannot be told keeps it until it is over."""
+        release = Release(node=held.node, slot=held.hold.slot, number=held.hold.number)
+        message = HoldRelease(release=sign(self._key, release, self._network).to_bytes())
+        with contextlib.suppress(ShoalError):
+            await self._ask(held.node, message, Done, ASK_DEADLINE_S)
+
+    async def release_all(self, held: Sequence[Held]) -> None:
+        await asyncio.gather(*(self.release(one) for one in held))
+
+    async def pay(self, node: bytes, signed: SignedVoucher, *, last: bool, deadline_s: float) -> None:
+        """Returns once the voucher is on the node's disk. Raises ShoalError."""
+        await self._ask(node, Pay(signed=signed, last=last), Paid, deadline_s)
+
+    def _opened(self, node: bytes, name: str, given: HoldGiven) -> Held:
+        envelope = Envelope.from_bytes(given.hold, Hold.MAX_BYTES)
+        hold = open_hold(envelope, node, self._network)
+        if hold.client != self._key.node_id or hold.payer != self._payer:
+            raise BadHold(f"Node {name} answered with a hold for somebody else.")
+        return Held(node, name, envelope, hold)
+
+    async def _ask(self, node: bytes, message: Question, answer: type[M], deadline_s: float) -> M:
+        link = await self._link(node, self._offers[node])
+        body = await link.request(
+            message.KIND, encode(message, link.version), deadline_s=deadline_s, reply_max_bytes=answer.MAX_BYTES
+        )
+        return decode(answer, body, link.version)

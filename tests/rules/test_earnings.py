@@ -1,0 +1,61 @@
+"""What a node earns: never more than its price for the time it was kept, and the same however it is reckoned."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal.market.earnings import Earnings, forecast_micro, lasts_s, say_unpaid
+from shoal.quantities.money import owed
+
+HOUR_MS = 3_600_000
+PLENTY = 10**15
+
+
+def test_an_hour_of_work_at_the_measured_speed_earns_the_price() -> None:
+    earnings = Earnings().measured(350_000, samples_per_s=10.0, tokens_per_sample=128).accepted(10 * 128 * 3600)
+    assert earnings.earned_micro(350_000, HOUR_MS, PLENTY) == 350_000
+    assert earnings.earned_micro(350_000, HOUR_MS // 2, PLENTY) == 175_000, "never more than the price of the time"
+    assert earnings.earned_micro(350_000, HOUR_MS, 1000) == 1000, "nor than was set aside"
+
+
+def test_who_becomes_slower_earns_less_and_what_was_earned_stays() -> None:
+    earnings = Earnings().measured(360_000, 10.0, 100)
+    slow = earnings.accepted(500 * 3600)
+    assert slow.earned_micro(360_000, HOUR_MS, PLENTY) == 180_000
+    again = slow.measured(360_000, 5.0, 100)
+    assert again.earned_micro(360_000, HOUR_MS, PLENTY) == 180_000
+    assert again.accepted(500 * 1800).earned_micro(360_000, 2 * HOUR_MS, PLENTY) == 180_000 + 180_000
+
+
+@given(
+    price=st.integers(0, 10**12),
+    speed=st.floats(1e-6, 1e9),
+    parts=st.lists(st.integers(0, 10**9), max_size=20),
+    kept_ms=st.integers(0, 10**11),
+    most=st.integers(0, 10**15),
+)
+def test_parts_do_not_matter_and_bounds_hold(
+    price: int, speed: float, parts: list[int], kept_ms: int, most: int
+) -> None:
+    one = many = Earnings().measured(price, speed, 128)
+    last = 0
+    for part in parts:
+        many = many.accepted(part)
+        now = many.earned_micro(price, kept_ms, most)
+        assert last <= now <= min(most, owed(price, kept_ms))
+        last = now
+    assert one.accepted(sum(parts)) == many
+
+
+def test_unpaid_work_ends() -> None:
+    assert say_unpaid(0, 0, 1000) is None
+    assert say_unpaid(750, 1000, 1500) is None
+    assert "its vouchers are for 0.00" in (say_unpaid(0, 1_000_000, 1_500_000) or "")
+
+
+def test_how_long_money_lasts_and_what_time_costs() -> None:
+    assert lasts_s(350_000, 700_000) == 1800
+    assert lasts_s(1, 0) == float("inf")
+    assert forecast_micro(350_000, 3600) == 350_000
+    assert forecast_micro(350_000, 0.001) == 1
