@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from shoal.driver.bills import FILE as PAYMENTS
+from shoal.driver.bills import Payments
 from shoal.driver.folder import RunFolder
 from shoal.driver.lines import AuditLine, Evaluation, Event, LaneSegment, RoundMetrics
 from shoal.driver.signers import Signers
@@ -53,6 +55,8 @@ class RunContents:
     lanes: Sequence[LaneSegment] = ()
     events: Sequence[Event] = ()
     audits: Sequence[AuditLine] = ()
+    payments: Payments | None = None
+    """None where all of its nodes worked for nothing."""
 
 
 def read_contents(folder: RunFolder) -> RunContents:
@@ -81,6 +85,7 @@ def read_contents(folder: RunFolder) -> RunContents:
         lanes=tuple(folder.notes(LaneSegment)),
         events=tuple(folder.notes(Event)),
         audits=tuple(folder.notes(AuditLine)),
+        payments=folder.read(PAYMENTS, Payments, remedy="restore it from a copy: it says what nodes were paid"),
     )
 
 

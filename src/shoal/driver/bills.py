@@ -82,8 +82,10 @@ class Payments(msgspec.Struct, frozen=True, kw_only=True):
         return sum(one.charged_micro for one in self.terms)
 
 
-def bill(payments: Payments, currency: str) -> Bill:
-    """Adds up by its making: what is neither paid nor withheld goes back."""
+def bill(payments: Payments) -> Bill | None:
+    """Adds up by its making: what is neither paid nor withheld goes back. None where nothing was set aside."""
+    if not payments.terms:
+        return None
     lines: dict[str, BillLine] = {}
     for term in payments.terms:
         for node, one in term.nodes.items():
@@ -95,7 +97,11 @@ def bill(payments: Payments, currency: str) -> Bill:
     charged = sum(line.paid for line in lines.values())
     quoted = max(payments.budget_micro, charged)
     return Bill(
-        quoted=quoted, charged=charged, refunded=quoted - charged, currency=currency, nodes=tuple(lines.values())
+        quoted=quoted,
+        charged=charged,
+        refunded=quoted - charged,
+        currency=payments.terms[0].ledger.currency,
+        nodes=tuple(lines.values()),
     )
 
 

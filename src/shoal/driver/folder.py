@@ -95,6 +95,7 @@ _OWN_NAMES = frozenset(
         "records",
         "blobs",
         "figures.json",
+        "payments.json",
         "report.json",
         "report.html",
         "model",

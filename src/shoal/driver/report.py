@@ -16,6 +16,7 @@ from typing import TypeAlias
 import msgspec
 
 from shoal.driver.account import ReportImpossible, RunContents
+from shoal.driver.bills import Bill, bill
 from shoal.driver.lines import AuditLine, AuditVerdict, Event, EventKind, Lane, LaneSegment, NodeHex
 
 CURVE_POINTS_MAX = 500
@@ -235,6 +236,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     terms: tuple[TermReport, ...]
     completion: Completion | None
     goal: Goal | None
+    bill: Bill | None = None
+    """None where all nodes worked for nothing."""
     curve: tuple[CurvePoint, ...]
     """Training loss."""
     held_out_curve: tuple[CurvePoint, ...]
@@ -354,6 +357,7 @@ def build_report(contents: RunContents, figures: Figures) -> Report:
         ),
         completion=figures.completion,
         goal=figures.goal,
+        bill=None if contents.payments is None else bill(contents.payments),
         curve=tuple(thin_curve(curve, CURVE_POINTS_MAX)),
         held_out_curve=tuple(thin_curve(held_out, CURVE_POINTS_MAX)),
         lanes=lanes[:LANES_MAX],

@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from shoal.driver.bills import FILE, Bill, PaidNode, Payments, TermPayments, bill, newest_vouchers
+from shoal.driver.bills import FILE, PaidNode, Payments, TermPayments, newest_vouchers
 from shoal.driver.folder import RunFolder
 from shoal.driver.gang import LinkedNode
 from shoal.errors import BadInput, ShoalError
@@ -32,6 +32,7 @@ from shoal.market.earnings import lasts_s
 from shoal.protocol.holds import LEASE_STEP_MS, quote_id
 from shoal.protocol.messages import DEFAULT_NETWORK
 from shoal.protocol.money import (
+    DAY_MS,
     Admission,
     Closing,
     EscrowTerms,
@@ -52,6 +53,12 @@ LAST_PAY_DEADLINE_S = 15.0
 RENEW_EVERY_S = LEASE_STEP_MS / 1000 / 3
 NOTICE_MS, AUDIT_MS = 60_000, 3_600_000
 HOLDBACK_PPM = 100_000
+ENDS_LEAST_MS, ENDS_MOST_MS = 3_600_000, 30 * DAY_MS
+"""After so long an escrow ends, whatever becomes of its driver: between these, after ENDS_AFTER times the time that it
+lasts while all nodes work."""
+ENDS_AFTER = 4
+ENDS_SOON_MS = 120_000
+"""Before an escrow ends, the job stops: nodes need some time for their last vouchers."""
 WARNED_AT = 0.8
 """Of the budget: it is said then for how long the rest does."""
 
@@ -74,8 +81,6 @@ class Purse:
     notice_ms: int = NOTICE_MS
     audit_ms: int = AUDIT_MS
     holdback_ppm: int = HOLDBACK_PPM
-    lasts_ms: int = 24 * 3_600_000
-    """After so long the escrow ends, whatever becomes of its driver."""
 
 
 class Treasurer:
@@ -119,10 +124,6 @@ class Treasurer:
         return Payments(budget_micro=self._budget_micro, terms=(*self._former, *([self._term] if self._term else ())))
 
     @property
-    def bill(self) -> Bill:
-        return bill(self.payments, self.purse.ledger.name.currency)
-
-    @property
     def left_micro(self) -> int:
         """What can still be signed for. What is withheld goes back to the account, not into the escrow."""
         if self._term is not None:
@@ -139,6 +140,8 @@ class Treasurer:
         """Why the job has to stop here, if it has to: the next Commit could not be paid. Says beforehand when that
         comes near."""
         left, currency = self.left_micro, self.purse.ledger.name.currency
+        if self._term is not None and self._term.terms.expires_ms - self._clock.now_ms() < ENDS_SOON_MS:
+            return "The escrow that its nodes are paid out of ends now. Nothing is lost: --resume opens another one."
         if self._dearest_micro and left < 2 * self._dearest_micro:
             return (
                 f"The budget of {format_money(self._budget_micro)} {currency} is used up: {format_money(left)} is "
@@ -156,6 +159,20 @@ class Treasurer:
         return None
 
     # ---- places and money ----
+
+    async def check(self) -> None:
+        """That the account has what the job may cost, before anything is begun. Raises NoMoney, and what the ledger
+        does."""
+        has = await self.purse.ledger.balance(self.purse.account.address)
+        if has < self.left_micro:
+            raise self._no_money(self.left_micro, has)
+
+    def _no_money(self, amount: int, has: int) -> NoMoney:
+        return NoMoney(
+            f"The job sets {format_money(amount)} {self.purse.ledger.name.currency} aside, and your account "
+            f"{address_text(self.purse.account.address)} has {format_money(has)}: deposit more "
+            "(`shoal account deposit`), or give it a smaller --budget."
+        )
 
     async def hold(self, gang: Sequence[LinkedNode], nodes_min: int) -> list[LinkedNode]:
         """Have all of them keep a place; gives those that do, and those that cost nothing. Raises NotSecured where they
@@ -218,6 +235,7 @@ class Treasurer:
     async def _open(self, held: Sequence[Held]) -> None:
         purse, now_ms = self.purse, self._clock.now_ms()
         amount = self.left_micro
+        lasts_ms = 1000 * ENDS_AFTER * lasts_s(amount, sum(one.hold.price.micro_per_h for one in held))
         payees = {one.hold.payee for one in held}
         terms = EscrowTerms(
             payer=purse.account.address,
@@ -229,7 +247,7 @@ class Treasurer:
             holdback_ppm=purse.holdback_ppm,
             notice_ms=purse.notice_ms,
             audit_ms=purse.audit_ms,
-            expires_ms=now_ms + purse.lasts_ms,
+            expires_ms=now_ms + round(min(ENDS_MOST_MS, max(ENDS_LEAST_MS, lasts_ms))),
             payees=tuple(Payee(payee, amount) for payee in sorted(payees)),
             quote=quote_id(tuple(one.envelope for one in held)),
             nonce=self._dice.bytes(32),
@@ -243,11 +261,7 @@ class Treasurer:
             await purse.ledger.apply(Open(terms, signature))
         except TooLittleMoney as error:
             has = await purse.ledger.balance(purse.account.address)
-            raise NoMoney(
-                f"The job sets {format_money(amount)} {ledger.currency} aside, and your account "
-                f"{address_text(purse.account.address)} has {format_money(has)}: deposit more "
-                "(`shoal account deposit`), or give it a smaller --budget."
-            ) from error
+            raise self._no_money(amount, has) from error
 
     def _paid_node(self, held: Held, now_ms: int) -> PaidNode:
         return PaidNode(name=held.name, payee=held.hold.payee, micro_per_h=held.hold.price.micro_per_h, since_ms=now_ms)
@@ -394,8 +408,8 @@ class Treasurer:
             self._term = await self._close(self._term)
         except ShoalError as error:
             self._say(
-                f"What the job did not use could not be asked back: {error.sentence} It comes back by itself within "
-                f"{format_duration_s(self.purse.lasts_ms / 1000)}; --resume asks for it again."
+                f"What the job did not use could not be asked back: {error.sentence} It comes back by itself in "
+                f"{format_duration_s((self._term.terms.expires_ms - self._clock.now_ms()) / 1000)}; --resume asks again."
             )
         await self._write()
 

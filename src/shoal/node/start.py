@@ -10,19 +10,36 @@ from pathlib import Path
 from typing import Any
 
 from shoal.engines import warm
+from shoal.errors import BadInput
+from shoal.house import RemoteLedger
 from shoal.hub import HubClient
 from shoal.identity import load_or_create_key
-from shoal.node.agent import NodeAgent, NodeSettings
+from shoal.node.agent import NodeAgent, NodeSettings, Sale
 from shoal.node.dishonest import dishonest_member
 from shoal.node.member import EngineSettings, MemberRun
 from shoal.node.openai_server import ServerSettings
 from shoal.protocol.hubs import HubTicket
+from shoal.protocol.ledgers import LedgerTicket
 from shoal.protocol.offers import Place
 from shoal.protocol.prices import Price
 from shoal.quantities import format_bytes, format_flops
 from shoal.storage import BlobStore
 from shoal.transport import TlsEndpoint
-from shoal.world import Clock, Dice
+from shoal.world import Clock, Dice, Endpoint
+
+
+class CannotSell(BadInput):
+    """A node has a price and nowhere to be paid."""
+
+    code = "SH-171"
+
+
+@dataclass(frozen=True)
+class PaidAt:
+    """Where a node gets its money."""
+
+    ledger: LedgerTicket
+    account: bytes
 
 
 @dataclass
@@ -69,6 +86,7 @@ async def start_node(
     memory_bytes: int | None = None,
     dishonest: str,
     price: Price | None = None,
+    paid: PaidAt | None = None,
     place: Place | None = None,
     server: ServerSettings | None = None,
     clock: Clock,
@@ -87,7 +105,7 @@ async def start_node(
         engine=EngineSettings(device=device, threads=threads, processes=processes, speed_limit=max_speed),
         listen=listen,
         memory_bytes=memory_bytes,
-        price=price,
+        sale=_sale(price, paid, endpoint, clock),
         place=place,
         server=server,
     )
@@ -110,6 +128,22 @@ async def start_node(
     if server is None or not server.alone:
         warm()  # after measuring, which it would disturb
     return running
+
+
+def _sale(price: Price | None, paid: PaidAt | None, endpoint: Endpoint, clock: Clock) -> Sale | None:
+    """Raises CannotSell."""
+    if price is None or not price.micro_per_h:
+        return None
+    if paid is None:
+        raise CannotSell(
+            "A node with a price has to be paid somewhere: make an account with `shoal account create --ledger TICKET`, "
+            "or name both with --account and --ledger."
+        )
+    if paid.ledger.currency != price.currency:
+        raise CannotSell(
+            f"The price is in {price.currency}, and the ledger at which this node is paid keeps {paid.ledger.currency}."
+        )
+    return Sale(price, RemoteLedger(endpoint, paid.ledger, clock), paid.account)
 
 
 def _name(text: str) -> str:

@@ -41,7 +41,7 @@ from shoal.quantities import (
     parse_count,
     parse_duration_s,
 )
-from shoal.quantities.money import format_price, parse_price
+from shoal.quantities.money import format_money, format_price, parse_money, parse_price
 
 DOCUMENT_MAX_BYTES = 256 * 1024
 DEPTH_MAX = 8
@@ -126,10 +126,12 @@ _QUANTITIES: Mapping[str, tuple[Callable[[str], float], Callable[[float], str], 
     ),
     "count": (parse_count, lambda value: _in_units(value, _COUNT_UNITS), "a count"),
     "price": (parse_price, lambda value: format_price(round(value)), "a price"),
+    "money": (parse_money, lambda value: format_money(round(value)), "an amount of money"),
 }
 """How each kind of quantity is read, printed, and called."""
 _EXAMPLES = {
     "ms": "80 ms", "s": "2 min", "bytes": "16 GiB", "bytes_per_s": "100 kB/s", "count": "2M", "price": "0.35/h",
+    "money": "2.50",
 }  # fmt: skip
 
 

@@ -27,6 +27,7 @@ from shoal.protocol.training import (
     ReplaySettings,
     RoundSettings,
 )
+from shoal.quantities.money import AMOUNT_MAX
 from shoal.sdk import documents
 from shoal.sdk.documents import DOCUMENT_MAX_BYTES, LIST_MAX, BadDocument, BadValue, Document
 
@@ -131,6 +132,9 @@ class JobFile(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     data: DataSection = DataSection()
     tokens: Annotated[int, Meta(ge=1, le=1 << 53, extra={"quantity": "count"})] = 2_000_000
     """The budget: training ends when so many tokens were accepted."""
+    budget: Annotated[int, Meta(ge=0, le=AMOUNT_MAX, extra={"quantity": "money"})] | None = None
+    """What the job may cost at most, such as 2.50, in the currency of your ledger. Without it, or `--budget`, it takes
+    only nodes that work for nothing."""
     batch_samples: Annotated[int, Meta(ge=1, le=1 << 20)] = 16
     """Samples in one inner step."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -7,6 +7,7 @@ model, the records and the report.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
 import math
 import threading
@@ -18,7 +19,7 @@ import msgspec
 
 from shoal.driver.audit import FINISH_S, Auditor
 from shoal.driver.folder import FolderWriteFailed, RunFolder, saying_room
-from shoal.driver.gang import LinkedNode, fastest_float32, find_gang, link_to_former, why_not
+from shoal.driver.gang import LOOK_EVERY_S, LinkedNode, fastest_float32, find_gang, link_to, link_to_former, why_not
 from shoal.driver.lines import AuditLine, AuditVerdict, Evaluation, Event
 from shoal.driver.replay import CHAIN_ELSEWHERE_MAX
 from shoal.driver.report import (
@@ -32,14 +33,20 @@ from shoal.driver.report import (
 )
 from shoal.driver.takeover import CannotTakeOver, take_over
 from shoal.driver.training import JobRecords, Outcome, Progress, TrainingDriver, Watchers
+from shoal.driver.treasurer import AUDIT_MS, NOTICE_MS, Purse, Treasurer
 from shoal.driver.write_report import make_report, write_missing_page, write_report
 from shoal.engines import EngineFailed
 from shoal.errors import BadInput
+from shoal.house import RemoteLedger
 from shoal.hub import HubClient
 from shoal.identity import Envelope, KeyPair, load_key, load_or_create_key
+from shoal.identity.accounts import AccountKey
+from shoal.market import Wish
 from shoal.market.goodput import TrainingWork
+from shoal.market.requirements import Means
 from shoal.protocol.hubs import HubTicket
-from shoal.protocol.messages import sign
+from shoal.protocol.ledgers import LedgerTicket
+from shoal.protocol.messages import record_id_of, sign
 from shoal.protocol.offers import Offer, OfferFind
 from shoal.protocol.training import Commit, Contribution, Grant, Term, TrainJob
 from shoal.rounds.length import RoundLength, choose_round_length, exchange_takes_s, members_of_full_speed
@@ -54,7 +61,8 @@ from shoal.training.process import EngineProcess
 from shoal.training.state import SharedState
 from shoal.training.updates import update_bytes
 from shoal.transport import TlsEndpoint
-from shoal.world import Clock, Dice, SystemClock, SystemDice
+from shoal.world import Clock, Dice, Link, SystemClock, SystemDice
+from shoal.world.quotes import NotSecured, is_free
 
 DRIVER_KEY = "driver.key"
 GRANT_MS = 30 * 24 * 3600 * 1000
@@ -83,6 +91,17 @@ class NothingToResume(BadInput):
     code = "SH-126"
 
 
+@dataclass(frozen=True)
+class Spending:
+    """What a job may cost, and whose money it is."""
+
+    account: AccountKey
+    ledger: LedgerTicket
+    budget_micro: int
+    notice_ms: int = NOTICE_MS
+    audit_ms: int = AUDIT_MS
+
+
 @dataclass
 class TrainOptions:
     """How a job is driven, beside what its file says."""
@@ -95,6 +114,8 @@ class TrainOptions:
     prompt: str | None = None
     """What the trained model continues in the report; none: nothing."""
     goal: Callable[[Report], Goal] | None = None
+    spending: Spending | None = None
+    """None: only nodes that work for nothing take part."""
     audits: bool = True
     closing_audit: bool = False
     """Replay one contribution of every member before the members are let go."""
@@ -138,11 +159,15 @@ async def train(job_file: JobFile, yaml: bytes, options: TrainOptions, folder: R
     """Run a job in a new folder, or in one that was just created. Raises ShoalError when it cannot start."""
     with folder or RunFolder.create(options.folder, replace=options.replace) as folder, saying_room(folder.path):
         async with _Session(folder, options, load_or_create_key(folder.path / DRIVER_KEY)) as session:
+            if session.treasurer is not None:
+                await session.treasurer.check()
             prepared, gang, length = await session.plan(job_file)
+            gang, length = await session.hold(job_file, prepared, gang, length)
             job = session.sign_job(job_file, prepared, length, gang)
             session.keep_for_later(prepared, length, gang)
             records = session.first_term(job)
             folder.begin(job, yaml)  # last: from here on this run can be resumed, and one that it replaces is gone
+            await session.set_aside(gang, job_file)
             standing = standing_at_start(session.job, job.record_id)
             return await session.drive(records, standing, prepared.state, gang, {}, job_file)
 
@@ -199,6 +224,9 @@ async def resume(job_file: JobFile, options: TrainOptions) -> Report:
                 )
             session.private = private
             wanted = session.wanted(job_file)
+            if session.treasurer is not None:
+                await session.treasurer.close_former()
+                await session.treasurer.check()
             taken = await take_over(
                 folder,
                 key=session.key,
@@ -218,6 +246,8 @@ async def resume(job_file: JobFile, options: TrainOptions) -> Report:
             # Killed after its last Commit, it may still have to measure the model and write the report.
             if taken.standing.tokens_total < session.job.token_budget:
                 gang = await session.gang(job_file, without=taken.retired.keys(), former=taken.records.former)
+                gang = await session.held(job_file, gang)
+                await session.set_aside(gang, job_file)
             return await session.drive(
                 taken.records, taken.standing, taken.state, gang, taken.retired, job_file, wanted=wanted
             )
@@ -313,6 +343,8 @@ class _Session:
         self.private = _OwnerNotes()
         self.engine: EngineProcess | None = None
         self.driver: TrainingDriver | None = None
+        self.treasurer: Treasurer | None = None
+        self._withholding: set[asyncio.Task[None]] = set()
         self._measuring = asyncio.Lock()
         self._figures_s = -FIGURES_EVERY_S
 
@@ -322,6 +354,8 @@ class _Session:
         self.store = BlobStore(self.folder.blobs, STORE_BYTES, self.clock)
         self.fetcher = Fetcher(self.endpoint, self.store, self.clock, self.dice)
         self.hubs = HubClient(self.endpoint, options.hubs, clock=self.clock, dice=self.dice)
+        if options.spending is not None:
+            self.treasurer = self._make_treasurer(options.spending)
         try:
             if options.listen is not None:
                 await self.endpoint.listen(options.listen)
@@ -332,7 +366,25 @@ class _Session:
             raise
         return self
 
+    def _make_treasurer(self, spending: Spending) -> Treasurer:
+        async def link(node: bytes, offer: Offer) -> Link:
+            found = await link_to(node, offer, endpoint=self.endpoint, directory=self.hubs, clock=self.clock)
+            return found.link
+
+        purse = Purse(
+            RemoteLedger(self.endpoint, spending.ledger, self.clock),
+            spending.account,
+            spending.budget_micro,
+            notice_ms=spending.notice_ms,
+            audit_ms=spending.audit_ms,
+        )
+        return Treasurer(
+            purse, self.folder, key=self.key, link=link, clock=self.clock, dice=self.dice, say=self.options.say
+        )
+
     async def __aexit__(self, *_: object) -> None:
+        if self.treasurer is not None:
+            await self.treasurer.close()
         if self.engine is not None:
             await self.engine.stop()
         await self.hubs.close()
@@ -393,9 +445,51 @@ class _Session:
             idle_only=True,
         )
 
+    def wish(self, job_file: JobFile, *, waiting: bool = True) -> Wish:
+        """Who only plans may look at what it could not pay for."""
+        if not waiting:
+            return job_file.requirements.wish
+        spending = self.options.spending
+        return dataclasses.replace(
+            job_file.requirements.wish, means=Means(spending.ledger.ledger if spending is not None else None)
+        )
+
     async def why_not(self, job_file: JobFile) -> str:
         needs = job_file.requirements
         return await why_not(self.hubs, self.wanted(job_file), needs.wish, needs.nodes_min)
+
+    # ---- money ----
+
+    async def hold(
+        self, job_file: JobFile, prepared: Prepared, gang: list[LinkedNode], length: RoundLength
+    ) -> tuple[list[LinkedNode], RoundLength]:
+        """Those of a gang that keep a place for this job, and the round length for them."""
+        held = await self.held(job_file, gang)
+        return held, length if len(held) == len(gang) else self._length(job_file, prepared, held)
+
+    async def held(self, job_file: JobFile, gang: list[LinkedNode]) -> list[LinkedNode]:
+        """While too few keep a place, others are looked for, as long as the job file says. Raises NotSecured."""
+        if self.treasurer is None:
+            return gang
+        needs = job_file.requirements
+        until = self.clock.monotonic() + needs.wait_s
+        while True:
+            try:
+                return await self.treasurer.hold(gang, min(len(gang), needs.nodes_min))
+            except NotSecured as error:
+                if self.clock.monotonic() >= until:
+                    raise
+                self.options.say(error.sentence)
+            await self.clock.sleep(LOOK_EVERY_S)
+            gang = await self.gang(job_file)
+
+    async def set_aside(self, gang: list[LinkedNode], job_file: JobFile) -> None:
+        """The money for those that keep a place; those that do not take it are left out of the gang."""
+        if self.treasurer is None:
+            return
+        free = sum(is_free(one.offer) for one in gang)
+        taken = await self.treasurer.open(max(0, min(len(gang), job_file.requirements.nodes_min) - free))
+        gang[:] = [one for one in gang if is_free(one.offer) or one.node in taken]
 
     async def gang(
         self,
@@ -412,7 +506,7 @@ class _Session:
             advice = f"Start processes of your loop, on this machine or others: `python {script}`."
         return await find_gang(
             self.wanted(job_file),
-            job_file.requirements.wish,
+            self.wish(job_file, waiting=waiting),
             nodes_min=max(1, needs.nodes_min - len(without)) if waiting else 0,  # the retired are not waited for again
             nodes_max=needs.nodes_max,
             wait_s=needs.wait_s,
@@ -560,7 +654,8 @@ class _Session:
             fetcher=self.fetcher,
             clock=self.clock,
             wanted=wanted or self.wanted(job_file),
-            wish=job_file.requirements.wish,
+            wish=self.wish(job_file),
+            treasurer=self.treasurer,
             members_min=min(len(gang), job_file.requirements.nodes_min),
             nodes_max=job_file.requirements.nodes_max,
             retired=retired,
@@ -585,7 +680,9 @@ class _Session:
                 outcome = Outcome(True, f"{standing.tokens_total} tokens were accepted before.", state)
         finally:
             cost = await auditor.close()
-            await asyncio.gather(*self._evaluations, self._starting_engine, return_exceptions=True)
+            await asyncio.gather(*self._evaluations, self._starting_engine, *self._withholding, return_exceptions=True)
+            if self.treasurer is not None:
+                await self.treasurer.close()
         return await self._finish(outcome, cost, auditor.count)
 
     async def _start_state(self) -> SharedState:
@@ -700,7 +797,14 @@ class _Session:
     def _audited(self, contribution: Contribution, line: AuditLine) -> None:
         self.options.audited(line)
         if line.verdict is AuditVerdict.MISMATCH and self.driver is not None:
-            self.driver.audit_failed(contribution.member, f"Found by replay of round {line.round}: {line.sentence}")
+            reason = f"Found by replay of round {line.round}: {line.sentence}"
+            self.driver.audit_failed(contribution.member, reason)
+            if self.treasurer is not None:
+                signer = bytes.fromhex(line.node)
+                evidence = record_id_of(contribution, signer)
+                task = asyncio.create_task(self.treasurer.withhold(signer, reason, evidence))
+                self._withholding.add(task)
+                task.add_done_callback(self._withholding.discard)
 
     # ---- afterwards ----
 

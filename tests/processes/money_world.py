@@ -1,0 +1,147 @@
+"""Nodes that sell, and a ledger in memory, for the tests of what is sold and paid."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hub_world import a_key, an_offer
+
+from shoal.identity.accounts import AccountKey
+from shoal.ledger.book import Book
+from shoal.ledger.commands import Command, Deposit, Pass
+from shoal.ledger.escrows import Escrow
+from shoal.ledger.journal import BEGINNING, Line, line
+from shoal.ledger.moves import Move, account
+from shoal.market.holds import Terms
+from shoal.node.sales import Sales
+from shoal.protocol.messages import open_record
+from shoal.protocol.money import HouseLedger, LedgerName
+from shoal.protocol.offers import Offer
+from shoal.protocol.prices import Price
+from shoal.transport.memory import MemoryEndpoint, MemoryNetwork
+from shoal.world import Clock, DirectoryDisk, Disk, HeldClock, Link, SeededDice
+
+LEDGER = HouseLedger(bytes(32), "USD")
+PRICE = Price(360_000)
+
+
+def an_account(number: int) -> AccountKey:
+    return AccountKey(bytes([number] * 32))
+
+
+class BookLedger:
+    """The rules themselves, with a journal. What an error is put into `fails` is raised instead of an answer."""
+
+    def __init__(self, clock: Clock, name: LedgerName = LEDGER) -> None:
+        self.name: LedgerName = name
+        self.clock = clock
+        self.book = Book(name)
+        self.lines: list[Line] = []
+        self.fails: Exception | None = None
+
+    async def apply(self, command: Command) -> tuple[Move, ...]:
+        self._pass()
+        return self._apply(command)
+
+    async def balance(self, address: bytes) -> int:
+        self._pass()
+        return self.book.balances.get(account(address), 0)
+
+    async def escrow(self, escrow_id: bytes) -> Escrow | None:
+        self._pass()
+        return self.book.escrows.get(escrow_id)
+
+    def give(self, address: bytes, micro: int) -> None:
+        self._apply(Deposit(address, micro, f"payment {len(self.lines)}"))
+
+    def _pass(self) -> None:
+        if self.fails is not None:
+            raise self.fails
+        self.book.at(self.clock.now_ms())
+        for name in self.book.due():
+            self._apply(Pass(name))
+
+    def _apply(self, command: Command) -> tuple[Move, ...]:
+        moves = self.book.apply(command)
+        previous = self.lines[-1].hash if self.lines else BEGINNING
+        self.lines.append(line(len(self.lines) + 1, self.book.now_ms, command, moves, previous))
+        return moves
+
+
+@dataclass
+class Shop:
+    """A node that sells, without anything that computes."""
+
+    endpoint: MemoryEndpoint
+    sales: Sales
+    offer: Offer
+    unheld: list[int] = field(default_factory=lambda: [0])
+
+    @property
+    def node(self) -> bytes:
+        return self.endpoint.node_id
+
+
+class Street:
+    """Shops, and clients that go to them."""
+
+    def __init__(self) -> None:
+        self.clock = HeldClock()
+        self.network = MemoryNetwork(self.clock, dice=SeededDice(1))
+        self.ledger = BookLedger(self.clock)
+        self.shops: list[Shop] = []
+        self.ends: list[MemoryEndpoint] = []
+
+    async def shop(self, number: int, disk: Disk | Path, *, payee: int | None = None, **terms: Any) -> Shop:
+        key = a_key(number)
+        endpoint = self.network.endpoint(key)
+        unheld = [0]
+
+        async def changed() -> None:
+            pass
+
+        usual: dict[str, Any] = {"price": PRICE, "ledger": LEDGER, "payee": an_account(payee or number).address}
+        terms = {**usual, **terms}
+        sales = Sales(
+            Terms(**terms),
+            key=key,
+            name=f"shop-{number}",
+            disk=DirectoryDisk(disk) if isinstance(disk, Path) else disk,
+            endpoint=endpoint,
+            ledger=self.ledger,
+            clock=self.clock,
+            unheld=lambda: unheld[0],
+            changed=changed,
+        )
+        await endpoint.listen(f"tcp://shop-{number}:0")
+        envelope = an_offer(
+            key, 1, name=f"shop-{number}", addresses=tuple(endpoint.addresses), price=terms["price"],
+            ledger=terms["ledger"], slots=terms.get("slots", 1),
+        )  # fmt: skip
+        shop = Shop(endpoint, sales, open_record(envelope, Offer), unheld)
+        self.shops.append(shop)
+        return shop
+
+    def client(self, number: int) -> MemoryEndpoint:
+        endpoint = self.network.endpoint(a_key(number))
+        self.ends.append(endpoint)
+        return endpoint
+
+    def linker(self, endpoint: MemoryEndpoint) -> Any:
+        async def link(node: bytes, offer: Offer) -> Link:
+            known = endpoint.links().get(node)
+            if known is not None and not known.closed:
+                return known
+            return await endpoint.dial(node, offer.addresses, deadline_s=5.0)
+
+        return link
+
+    async def close(self, shops: Sequence[Shop] | None = None) -> None:
+        for shop in self.shops if shops is None else shops:
+            await shop.sales.close()
+            await shop.endpoint.close()
+        for endpoint in self.ends:
+            await endpoint.close()
