@@ -407,9 +407,10 @@ class Treasurer:
         try:
             self._term = await self._close(self._term)
         except ShoalError as error:
+            ends_s = (self._term.terms.expires_ms - self._clock.now_ms()) / 1000
             self._say(
                 f"What the job did not use could not be asked back: {error.sentence} It comes back by itself in "
-                f"{format_duration_s((self._term.terms.expires_ms - self._clock.now_ms()) / 1000)}; --resume asks again."
+                f"{format_duration_s(ends_s)}; --resume asks again."
             )
         await self._write()
 

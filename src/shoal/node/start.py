@@ -136,8 +136,8 @@ def _sale(price: Price | None, paid: PaidAt | None, endpoint: Endpoint, clock: C
         return None
     if paid is None:
         raise CannotSell(
-            "A node with a price has to be paid somewhere: make an account with `shoal account create --ledger TICKET`, "
-            "or name both with --account and --ledger."
+            "A node with a price has to be paid somewhere: make an account with `shoal account create --ledger "
+            "TICKET`, or name both with --account and --ledger."
         )
     if paid.ledger.currency != price.currency:
         raise CannotSell(
