@@ -3,8 +3,20 @@
 from __future__ import annotations
 
 from shoal.identity.accounts import AccountKey
-from shoal.ledger.commands import Open, Withdraw
-from shoal.protocol.money import EscrowTerms, HouseLedger, Payee, SignedVoucher, Voucher, Withdrawal, sign_voucher
+from shoal.ledger.commands import Admit, Close, Finish, Open, TopUp, Withdraw
+from shoal.protocol.money import (
+    Admission,
+    Closing,
+    EscrowTerms,
+    Finished,
+    HouseLedger,
+    Payee,
+    SignedVoucher,
+    ToppingUp,
+    Voucher,
+    Withdrawal,
+    sign_voucher,
+)
 
 LEDGER = HouseLedger(bytes(32), "USD")
 CLIENT, DRIVER, *NODES = (AccountKey(bytes([number] * 32)) for number in range(1, 5))
@@ -35,3 +47,23 @@ def a_voucher(escrow: bytes, node: AccountKey, amount: int, key: AccountKey = DR
 def a_withdrawal(key: AccountKey, amount: int, number: int) -> Withdraw:
     order = Withdrawal(account=key.address, amount_micro=amount, to="payment 7", number=number)
     return Withdraw(order, key.sign(order.digest(LEDGER)))
+
+
+def a_close(escrow: bytes) -> Close:
+    wish = Closing(escrow)
+    return Close(wish, CLIENT.sign(wish.digest(LEDGER)))
+
+
+def an_admission(escrow: bytes, node: AccountKey, most: int, key: AccountKey = DRIVER) -> Admit:
+    admission = Admission(escrow, node.address, most)
+    return Admit(admission, key.sign(admission.digest(LEDGER)))
+
+
+def a_top_up(escrow: bytes, amount: int, number: int, expires_ms: int = FOR_EVER_MS) -> TopUp:
+    order = ToppingUp(escrow=escrow, amount_micro=amount, cap_micro=amount, expires_ms=expires_ms, number=number)
+    return TopUp(order, CLIENT.sign(order.digest(LEDGER)))
+
+
+def a_finish(escrow: bytes, node: AccountKey, amount: int) -> Finish:
+    word = Finished(escrow, node.address, amount)
+    return Finish(word, node.sign(word.digest(LEDGER)))

@@ -12,18 +12,30 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 import sqlalchemy as sa
-from ledger_requests import CLIENT, LEDGER, NODES, a_voucher, a_withdrawal, an_escrow
+from ledger_requests import (
+    CLIENT,
+    LEDGER,
+    NODES,
+    a_close,
+    a_finish,
+    a_top_up,
+    a_voucher,
+    a_withdrawal,
+    an_admission,
+    an_escrow,
+)
 from postgres import PROGRAMS, postgres
 
 from shoal.errors import ShoalError
 from shoal.ledger.book import Book
-from shoal.ledger.commands import Close, Command, Deposit, Pass, Redeem
+from shoal.ledger.commands import Admit, Command, Deposit, Finish, Open, Pass, Redeem, TopUp
 from shoal.ledger.escrows import EscrowOver, OldVoucher
-from shoal.ledger.journal import verified
+from shoal.ledger.journal import BEGINNING, Line, line, verified
 from shoal.ledger.moves import FEES, ISSUED, account
-from shoal.protocol.money import Closing, HouseLedger
+from shoal.protocol.money import HouseLedger
 from shoal.storage.group_commit import WAITING_MAX, GroupCommit, LedgerBusy
 from shoal.storage.ledgers import LedgerFailed, SqlLedger
 from shoal.world import HeldClock
@@ -67,8 +79,8 @@ class Wall(HeldClock):
 def commands(dice: random.Random) -> Iterator[Command]:
     """Whatever comes to mind, some of it nonsense."""
     names: list[bytes] = []
-    yield Deposit(CLIENT.address, 20_000, "mint")
-    for number in range(400):
+    yield Deposit(CLIENT.address, 40_000, "mint")
+    for number in range(600):
         what = dice.random()
         if what < 0.1 or not names:
             command, name = an_escrow(
@@ -76,13 +88,18 @@ def commands(dice: random.Random) -> Iterator[Command]:
             )
             names.append(name)
             yield command
-        elif what < 0.8:
+        elif what < 0.65:
             yield Redeem(a_voucher(dice.choice(names), dice.choice(NODES), dice.randrange(0, 900)))
-        elif what < 0.9:
+        elif what < 0.75:
             yield a_withdrawal(dice.choice((CLIENT, *NODES)), dice.randrange(1, 50), dice.randrange(1, 5))
-        elif what < 0.94:
-            wish = Closing(dice.choice(names))
-            yield Close(wish, CLIENT.sign(wish.digest(LEDGER)))
+        elif what < 0.8:
+            yield an_admission(names[-1], dice.choice((CLIENT, *NODES)), dice.randrange(2000))
+        elif what < 0.85:
+            yield a_top_up(names[-1], dice.randrange(500), dice.randrange(1, 3), dice.randrange(30_000, 60_000))
+        elif what < 0.91:
+            yield a_finish(names[-1], dice.choice(NODES), 0)
+        elif what < 0.95:
+            yield a_close(dice.choice(names))
         else:
             yield Pass(dice.choice(names))
 
@@ -114,13 +131,107 @@ def test_a_database_is_the_book_in_memory(place: Path | str, together: int) -> N
             else:
                 assert outcome == moves
         waiting.clear()
-    assert sum(book.withdrawals.values()) > 3
+    done = [type(one.command) for one in ledger.lines()]
+    assert all(done.count(kind) > 1 for kind in (Admit, TopUp, Finish)) and sum(book.withdrawals.values()) > 3
     assert refused > 50 and ledger.balances() == {name: one for name, one in book.balances.items() if one}
     assert verified(ledger.lines(), LEDGER).balances == book.balances
     ledger.close()
     again = SqlLedger.open(place, LEDGER, clock)
     assert verified(again.lines(), LEDGER).escrows == book.escrows and sum(again.balances().values()) == 0
     again.close()
+
+
+def in_form_1(place: Path | str, lines: list[Line]) -> None:
+    """A database as Shoal wrote it before escrows could grow, of which only the journal matters here."""
+    engine = sa.create_engine(place if isinstance(place, str) else f"sqlite:///{place}")
+    blob = "BYTEA" if isinstance(place, str) else "BLOB"
+    with engine.begin() as connection:
+        for table in (
+            f"ledger_about (version INTEGER PRIMARY KEY, ledger {blob} NOT NULL)",
+            "ledger_accounts (name VARCHAR(160) PRIMARY KEY, balance_micro BIGINT NOT NULL)",
+            f"ledger_escrows (escrow {blob} PRIMARY KEY, due_ms BIGINT, content {blob} NOT NULL)",
+            f"ledger_withdrawals (account {blob} PRIMARY KEY, number BIGINT NOT NULL)",
+            f"ledger_journal (number BIGINT PRIMARY KEY, line {blob} NOT NULL)",
+        ):
+            connection.execute(sa.text(f"CREATE TABLE {table}"))
+        connection.execute(sa.text("CREATE INDEX ix_ledger_escrows_due_ms ON ledger_escrows (due_ms)"))
+        encode = msgspec.msgpack.encode
+        connection.execute(sa.text("INSERT INTO ledger_about VALUES (1, :name)"), {"name": encode(LEDGER)})
+        connection.execute(sa.text("INSERT INTO ledger_accounts VALUES ('of form 1', 1)"))
+        connection.execute(sa.text("INSERT INTO ledger_journal VALUES (:number, :line)"),
+                           [{"number": one.number, "line": encode(one)} for one in lines])  # fmt: skip
+    engine.dispose()
+
+
+def lines_of(book: Book, commands: list[Command]) -> list[Line]:
+    lines: list[Line] = []
+    for number, command in enumerate(commands, start=1):
+        previous = lines[-1].hash if lines else BEGINNING
+        lines.append(line(number, book.now_ms, command, book.apply(command), previous))
+    return lines
+
+
+def test_a_ledger_of_an_older_form_goes_on(place: Path | str) -> None:
+    opening, escrow = an_escrow()
+    rest: list[Command] = [Redeem(a_voucher(escrow, NODES[0], amount)) for amount in range(1, 700)]
+    asked = a_close(escrow)
+    book = Book(LEDGER)
+    lines = lines_of(book, [Deposit(CLIENT.address, 5000, "mint"), opening, a_withdrawal(CLIENT, 5, 1), *rest, asked])
+    in_form_1(place, lines)
+    for _ in range(2):
+        ledger = SqlLedger.open(place, LEDGER, Wall(0))
+        assert ledger.balances() == {name: one for name, one in book.balances.items() if one}
+        for again in (asked, a_withdrawal(CLIENT, 5, 1), opening, rest[-1]):
+            with pytest.raises(ShoalError, match="already"):
+                ledger.apply(again)
+        ledger.close()
+    ledger = SqlLedger.open(place, LEDGER, Wall(100))
+    ledger.apply_all([])
+    assert ledger.balance(account(CLIENT.address)) == 5000 - 5 - 699, "the notice is over"
+    assert [type(one.command) for one in verified_lines(ledger)][-1] is Pass
+    ledger.close()
+
+
+def verified_lines(ledger: SqlLedger) -> list[Line]:
+    lines = list(ledger.lines())
+    verified(lines, LEDGER)
+    return lines
+
+
+def test_what_todays_rules_do_not_allow_is_not_gone_on_with(place: Path | str) -> None:
+    opening, escrow = an_escrow()
+    lines = lines_of(Book(LEDGER), [Deposit(CLIENT.address, 5000, "mint"), opening, a_close(escrow)])
+    twice = line(4, 0, a_close(escrow), (), lines[-1].hash)
+    in_form_1(place, [*lines, twice])
+    for _ in range(2):
+        with pytest.raises(LedgerFailed, match="tables of form 1, and those of form 2 cannot be made .* Line 4 .*rest"):
+            SqlLedger.open(place, LEDGER, HeldClock())
+
+
+def test_a_ledger_of_a_newer_form_is_left_alone(tmp_path: Path) -> None:
+    place = tmp_path / "ledger.sqlite"
+    ledger = SqlLedger.open(place, LEDGER, HeldClock())
+    with ledger._engine.begin() as connection:
+        connection.execute(sa.text("UPDATE ledger_about SET version = 99"))
+    ledger.close()
+    with pytest.raises(LedgerFailed, match="has tables of form 99, and this Shoal needs 2: use the version that wrote"):
+        SqlLedger.open(place, LEDGER, HeldClock())
+
+
+def test_an_escrow_ends_early_in_a_database_too(place: Path | str) -> None:
+    ledger = SqlLedger.open(place, LEDGER, HeldClock())
+    opening, escrow = an_escrow()
+    for command in (
+        Deposit(CLIENT.address, 5000, "mint"), opening, a_top_up(escrow, 500, 1),
+        Redeem(a_voucher(escrow, NODES[0], 300)),
+        *(a_finish(escrow, node, amount) for node, amount in zip(NODES, (300, 0), strict=True)),
+    ):  # fmt: skip
+        ledger.apply(command)
+    ledger.close()
+    ledger = SqlLedger.open(place, LEDGER, HeldClock())
+    assert [move.amount_micro for move in ledger.apply(a_close(escrow))] == [1200]
+    assert isinstance(verified_lines(ledger)[1].command, Open)
+    ledger.close()
 
 
 def test_a_withdrawal_is_not_carried_out_again_by_who_opens_the_ledger_anew(place: Path | str) -> None:

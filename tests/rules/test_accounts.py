@@ -26,13 +26,16 @@ from shoal.identity.accounts import (
 from shoal.identity.typed_data import StructType
 from shoal.protocol.messages import VersionMismatch, encode, sign
 from shoal.protocol.money import (
+    Admission,
     BadPayout,
     BadVoucher,
     ChainLedger,
+    Finished,
     HouseLedger,
     LedgerName,
     Payout,
     SignedVoucher,
+    ToppingUp,
     Voucher,
     Withdrawal,
     domain_of,
@@ -101,6 +104,28 @@ def test_a_withdrawal_is_signed_as_a_wallet_signs_it(
         },
     )  # fmt: skip
     assert Account.from_key(secret).sign_message(message).signature == key.sign(order.digest(ledger))
+
+
+AMOUNTS = st.integers(0, AMOUNT_MAX)
+COUNTS = st.integers(1, (1 << 53) - 1)
+
+
+@given(SECRETS, LEDGERS, BYTES_32, ADDRESSES, AMOUNTS, AMOUNTS, COUNTS, COUNTS)
+def test_what_becomes_of_an_escrow_is_signed_as_a_wallet_signs_it(
+    secret: bytes, ledger: LedgerName, escrow: bytes, account: bytes, amount: int, cap: int, expires: int, number: int
+) -> None:
+    where, whom = ("bytes32", escrow), ("address", address_text(account))
+    order = ToppingUp(escrow=escrow, amount_micro=amount, cap_micro=cap, expires_ms=expires, number=number)
+    for what, name, fields in (
+        (Admission(escrow, account, amount), "Admission",
+         {"escrow": where, "account": whom, "most": ("uint256", amount)}),
+        (order, "TopUp", {"escrow": where, "amount": ("uint256", amount), "cap": ("uint256", cap),
+                          "expires": ("uint256", expires), "number": ("uint256", number)}),
+        (Finished(escrow, account, amount), "Finished",
+         {"escrow": where, "payee": whom, "amount": ("uint256", amount)}),
+    ):  # fmt: skip
+        message = as_wallets_sign(ledger, name, fields)
+        assert Account.from_key(secret).sign_message(message).signature == AccountKey(secret).sign(what.digest(ledger))
 
 
 @given(SECRETS, LEDGERS, LEDGERS, VOUCHERS, st.integers(0, 64), st.integers(1, 255))

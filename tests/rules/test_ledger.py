@@ -16,19 +16,48 @@ from shoal.errors import ShoalError
 from shoal.identity import BadSignature, Envelope, KeyPair
 from shoal.identity.accounts import AccountKey
 from shoal.ledger.book import Book, NotSigned, SameEscrow, UnknownEscrow, WithdrawalOutOfTurn
-from shoal.ledger.commands import Close, Command, Deposit, Open, Pass, Redeem, Withdraw, Withhold
-from shoal.ledger.escrows import BadTerms, Escrow, EscrowOver, NotYours, OldVoucher, State, TooMuchPromised
+from shoal.ledger.commands import (
+    Admit,
+    Close,
+    Command,
+    Deposit,
+    Finish,
+    Open,
+    Pass,
+    Redeem,
+    TopUp,
+    Withdraw,
+    Withhold,
+)
+from shoal.ledger.escrows import (
+    BadTerms,
+    DoneAlready,
+    Escrow,
+    EscrowOver,
+    NotYours,
+    OldVoucher,
+    Paid,
+    State,
+    TooManyPayees,
+    TooMuchPromised,
+    TopUpOutOfTurn,
+)
 from shoal.ledger.journal import BEGINNING, BadJournal, Line, contradiction, line, verified
 from shoal.ledger.moves import FEES, ISSUED, MoneyRefused, Move, TooLittleMoney, account, escrowed, held, moved
 from shoal.protocol.messages import VersionMismatch, encode, sign
 from shoal.protocol.money import (
+    EXTENSION_MAX_MS,
+    PAYEES_MAX,
+    Admission,
     BadCheckpoint,
     Checkpoint,
     Closing,
     EscrowTerms,
+    Finished,
     HouseLedger,
     Payee,
     SignedVoucher,
+    ToppingUp,
     Voucher,
     Withdrawal,
     Withholding,
@@ -100,6 +129,24 @@ class Desk:
     def withhold(self, order: Withholding, signature: bytes) -> None:
         self.do(Withhold(order, signature))
 
+    def ask_for_the_rest(self, escrow: bytes, key: AccountKey | None = None) -> tuple[Move, ...]:
+        wish = Closing(escrow)
+        return self.close(wish, (key or CLIENT).sign(wish.digest(LEDGER)))
+
+    def admit(self, escrow: bytes, node: AccountKey, most: int, key: AccountKey) -> tuple[Move, ...]:
+        admission = Admission(escrow, node.address, most)
+        return self.do(Admit(admission, key.sign(admission.digest(LEDGER))))
+
+    def top_up(self, escrow: bytes, key: AccountKey | None = None, **order: int) -> tuple[Move, ...]:
+        """By 0, and to the end as it stands, where nothing else is said."""
+        usual = {"amount_micro": 0, "cap_micro": 0, "expires_ms": 10_000, "number": 1}
+        wanted = ToppingUp(escrow=escrow, **{**usual, **order})
+        return self.do(TopUp(wanted, (key or CLIENT).sign(wanted.digest(LEDGER))))
+
+    def finish(self, escrow: bytes, node: AccountKey, amount: int, key: AccountKey | None = None) -> tuple[Move, ...]:
+        word = Finished(escrow, node.address, amount)
+        return self.do(Finish(word, (key or node).sign(word.digest(LEDGER))))
+
 
 def a_book(money: int = 5000) -> Desk:
     book = Desk()
@@ -130,7 +177,10 @@ def test_an_escrow_from_its_opening_to_its_end() -> None:
     book.redeem(voucher(escrow, NODES[0], 500))
     book.redeem(voucher(escrow, NODES[1], 400))
     order = Withholding(escrow=escrow, payee=NODES[0].address, amount_micro=20, evidence=WORK)
-    book.withhold(order, AUDITOR.sign(order.digest(LEDGER)))
+    signed = AUDITOR.sign(order.digest(LEDGER))
+    book.withhold(order, signed)
+    with pytest.raises(TooMuchPromised, match="and 0.00002 of that are withheld already"):
+        book.withhold(order, signed)
     assert has(book, CLIENT) == 4020
     wish = Closing(escrow)
     assert book.close(wish, CLIENT.sign(wish.digest(LEDGER))) == (), "the payees have notice"
@@ -181,6 +231,136 @@ def test_who_may_not_moves_nothing() -> None:
     with pytest.raises(SameEscrow, match="draw another nonce"):
         opened(book, terms(cap_micro=500))
     assert book.balances == before
+
+
+def test_payees_come_to_an_open_escrow_and_get_more() -> None:
+    book = a_book()
+    escrow = opened(book, terms())
+    with pytest.raises(NotYours, match="is no payee"):
+        book.redeem(voucher(escrow, NODES[2], 10))
+    book.admit(escrow, NODES[2], 100, DRIVER)
+    book.redeem(voucher(escrow, NODES[2], 100, DRIVER))
+    with pytest.raises(TooMuchPromised, match="0.0001 its payee may get"):
+        book.redeem(voucher(escrow, NODES[2], 101))
+    book.admit(escrow, NODES[2], 101, CLIENT)
+    book.redeem(voucher(escrow, NODES[2], 101))
+    book.admit(escrow, NODES[0], 801, CLIENT)
+    book.redeem(voucher(escrow, NODES[0], 801))
+    for node, most, key, error, part in (
+        (NODES[2], 101, DRIVER, DoneAlready, "may get 0.000101 of Escrow .* already; an admission takes nothing away"),
+        (NODES[2], 100, CLIENT, DoneAlready, "takes nothing away"),
+        (NODES[1], 800, CLIENT, DoneAlready, "may get 0.0008"),
+        (RIVAL, 500, RIVAL, NotYours, "signed by 0x.*, who may not"),
+        (RIVAL, 500, AUDITOR, NotYours, "who may not"),
+    ):
+        with pytest.raises(error, match=part):
+            book.admit(escrow, node, most, key)
+    admission = Admission(escrow, RIVAL.address, 500)
+    for changed, signature, refused in (
+        (admission, bytes(65), NotSigned),
+        (admission, CLIENT.sign(admission.digest(OTHER)), NotYours),
+        (replace(admission, most_micro=600), CLIENT.sign(admission.digest(LEDGER)), NotYours),
+        (replace(admission, escrow=WORK), CLIENT.sign(replace(admission, escrow=WORK).digest(LEDGER)), UnknownEscrow),
+    ):
+        with pytest.raises(refused):
+            book.do(Admit(changed, signature))
+    book.at(10_000)
+    with pytest.raises(EscrowOver):
+        book.admit(escrow, RIVAL, 500, CLIENT)
+    book.at(10_500)
+    assert has(book, NODES[2]) == 101 - 1 and verified(book.lines, LEDGER).escrows == book.escrows
+
+
+def test_an_escrow_has_no_more_payees_than_its_line_has_room_for() -> None:
+    book = a_book()
+    payees = tuple(Payee(number.to_bytes(20), 1) for number in range(PAYEES_MAX - 1))
+    escrow = opened(book, terms(payees=payees))
+    book.admit(escrow, NODES[0], 1, DRIVER)
+    with pytest.raises(TooManyPayees, match="has 1024 payees"):
+        book.admit(escrow, NODES[1], 1, DRIVER)
+    book.admit(escrow, NODES[0], 2, DRIVER)
+
+
+def test_more_goes_into_an_escrow_and_it_lasts_longer_once_for_a_signature() -> None:
+    book = a_book()
+    escrow = opened(book, terms())
+    first = {"amount_micro": 500, "cap_micro": 200, "expires_ms": 20_000, "number": 1}
+    assert book.top_up(escrow, **first) == (Move(account(CLIENT.address), escrowed(escrow), 500),)
+    with pytest.raises(TopUpOutOfTurn, match="Top-up 1 of Escrow .* been done already; the next one is number 2"):
+        book.top_up(escrow, **first)
+    book.redeem(voucher(escrow, NODES[0], 800, DRIVER))
+    book.redeem(voucher(escrow, NODES[1], 400, DRIVER))
+    with pytest.raises(TooMuchPromised, match="0.0004 its signer may still promise"):
+        book.redeem(voucher(escrow, NODES[1], 401, DRIVER))
+    book.redeem(voucher(escrow, NODES[1], 700))
+    with pytest.raises(TooMuchPromised, match="0.0007 is left of it"):
+        book.redeem(voucher(escrow, NODES[1], 701))
+    last = 10_000 + EXTENSION_MAX_MS
+    second = {"amount_micro": 100, "cap_micro": 100, "expires_ms": last, "number": 2}
+    before = dict(book.balances)
+    for changed, key, error, part in (
+        ({"number": 3}, CLIENT, TopUpOutOfTurn, "comes before its turn; the next one is number 2"),
+        ({"expires_ms": 19_999}, CLIENT, BadTerms, "cannot end at 19999 ms: not before 20000 ms"),
+        ({"expires_ms": last + 1}, CLIENT, BadTerms, f"not after {last} ms, as payees wait"),
+        ({"cap_micro": 401}, CLIENT, BadTerms, "may go to 0.001601, which is more than is in it, 0.0016"),
+        ({"amount_micro": 3501}, CLIENT, TooLittleMoney, "0.000001 less than is to leave it"),
+        ({"amount_micro": AMOUNT_MAX}, CLIENT, BadTerms, "more in all than can be counted"),
+        ({}, DRIVER, NotSigned, "does not carry its signature"),
+        ({}, RIVAL, NotSigned, "does not carry its signature"),
+    ):
+        with pytest.raises(error, match=part):
+            book.top_up(escrow, key, **{**second, **changed})
+    assert book.balances == before
+    book.top_up(escrow, **second)
+    book.at(last - 1)
+    book.redeem(voucher(escrow, NODES[1], 750))
+    book.ask_for_the_rest(escrow)
+    with pytest.raises(EscrowOver, match="has asked for the rest of it; open another one"):
+        book.top_up(escrow, expires_ms=last, number=3)
+    book.at(last)
+    assert book.escrows[escrow].state is State.ENDED and has(book, CLIENT) == 5000 - 1550
+    assert verified(book.lines, LEDGER).escrows == book.escrows
+
+
+def test_an_escrow_ends_at_once_when_nobody_wants_more_of_it() -> None:
+    book = a_book()
+    escrow = opened(book, terms())
+    book.admit(escrow, NODES[2], 100, DRIVER)
+    book.redeem(voucher(escrow, NODES[0], 300))
+    for amount, key, error, part in (
+        (300, CLIENT, NotSigned, "does not carry its signature"),
+        (299, NODES[0], MoneyRefused, "wants 0.000299 of .* and has redeemed 0.0003; redeem the newest"),
+        (301, NODES[0], MoneyRefused, "wants 0.000301"),
+    ):
+        with pytest.raises(error, match=part):
+            book.finish(escrow, NODES[0], amount, key)
+    with pytest.raises(NotYours, match="is no payee"):
+        book.finish(escrow, RIVAL, 0)
+    assert book.finish(escrow, NODES[0], 300) == (), "the payer has not asked for the rest"
+    with pytest.raises(DoneAlready, match="said already"):
+        book.finish(escrow, NODES[0], 300)
+    with pytest.raises(EscrowOver, match="has said that it wants no more"):
+        book.redeem(voucher(escrow, NODES[0], 301))
+    assert book.ask_for_the_rest(escrow) == ()
+    with pytest.raises(DoneAlready, match="asked for the rest already; it ends at 100 ms"):
+        book.ask_for_the_rest(escrow)
+    book.at(50)
+    assert book.finish(escrow, NODES[1], 0) == (), "one is left, that has earned nothing yet"
+    book.redeem(voucher(escrow, NODES[2], 10))
+    assert book.finish(escrow, NODES[2], 10) == (Move(escrowed(escrow), account(CLIENT.address), 690),)
+    with pytest.raises(EscrowOver):
+        book.finish(escrow, NODES[2], 10)
+    assert book.at(549) == () and len(book.at(550)) == 2, "audits have their time from the end on"
+    assert has(book, NODES[0]) == 300 - 5 and book.escrows[escrow].state is State.SETTLED
+    assert verified(book.lines, LEDGER).escrows == book.escrows
+
+
+def test_who_asks_last_ends_it() -> None:
+    book = a_book()
+    escrow = opened(book, terms())
+    for node in NODES[:2]:
+        book.finish(escrow, node, 0)
+    assert book.ask_for_the_rest(escrow) == (Move(escrowed(escrow), account(CLIENT.address), 1000),)
 
 
 def withdrawal(key: AccountKey, amount: int, number: int) -> Withdrawal:
@@ -337,6 +517,46 @@ class Ledger(RuleBasedStateMachine):
             self.attempt(lambda: self.book.close(wish, key.sign(wish.digest(LEDGER))))
 
     @rule(
+        at=st.integers(0, 20), node=st.sampled_from(NODES), most=st.integers(0, 1600),
+        key=st.sampled_from([CLIENT, DRIVER, DRIVER, RIVAL]),
+    )  # fmt: skip
+    def admit(self, at: int, node: AccountKey, most: int, key: AccountKey) -> None:
+        if self.names:
+            self.attempt(lambda: self.book.admit(self.names[at % len(self.names)], node, most, key))
+
+    @rule(
+        at=st.integers(0, 20), amount=st.integers(0, 500), cap=st.integers(0, 500), longer=st.integers(-10, 300),
+        ahead=st.sampled_from([0, 0, 0, 1, -1]), key=st.sampled_from([CLIENT, CLIENT, CLIENT, DRIVER]),
+    )  # fmt: skip
+    def top_up(self, at: int, amount: int, cap: int, longer: int, ahead: int, key: AccountKey) -> None:
+        escrow = self.book.escrows.get(self.names[at % len(self.names)]) if self.names else None
+        if escrow is not None:
+            number, ends_ms = max(1, escrow.top_ups + 1 + ahead), max(0, escrow.ends_ms + longer)
+            self.attempt(lambda: self.book.top_up(
+                escrow.escrow_id, key, amount_micro=amount, cap_micro=cap, expires_ms=ends_ms, number=number
+            ))  # fmt: skip
+
+    @rule(
+        at=st.integers(0, 20), node=st.sampled_from(NODES), more=st.sampled_from([0, 0, 0, 1]),
+        signer=st.sampled_from([None, None, CLIENT]),
+    )  # fmt: skip
+    def finish(self, at: int, node: AccountKey, more: int, signer: AccountKey | None) -> None:
+        escrow = self.book.escrows.get(self.names[at % len(self.names)]) if self.names else None
+        if escrow is not None:
+            amount = more + (escrow.paid[node.address].redeemed_micro if node.address in escrow.paid else 0)
+            if self.attempt(lambda: self.book.finish(escrow.escrow_id, node, amount, signer)):
+                after = self.book.escrows[escrow.escrow_id]
+                wants = [one for one in after.payees if not after.paid.get(one, Paid()).finished]
+                assert (after.state is State.OPEN) == (not after.closing or bool(wants))
+
+    @rule(at=st.integers(0, 200))
+    def say_again(self, at: int) -> None:
+        """Whoever has read the journal hands in a line of it once more: nothing that was signed moves money twice."""
+        signed = [one for one in self.book.lines if not isinstance(one.command, Deposit | Pass)]
+        if signed:
+            assert not self.attempt(lambda: self.book.do(signed[at % len(signed)].command))
+
+    @rule(
         at=st.integers(0, 20), node=st.sampled_from(NODES), amount=st.integers(0, 300),
         key=st.sampled_from([AUDITOR, AUDITOR, CLIENT]),
     )  # fmt: skip
@@ -366,7 +586,9 @@ class Ledger(RuleBasedStateMachine):
         assert all(balance >= 0 for name, balance in self.book.balances.items() if name != ISSUED)
         for name, escrow in self.book.escrows.items():
             rest = self.book.balances.get(escrowed(name), 0)
-            assert rest == (escrow.terms.amount_micro - escrow.redeemed_micro) * (escrow.state is State.OPEN)
+            assert rest == (escrow.amount_micro - escrow.redeemed_micro) * (escrow.state is State.OPEN)
+            assert escrow.redeemed_micro <= escrow.amount_micro and escrow.cap_micro <= escrow.amount_micro
+            assert all(paid.redeemed_micro <= (escrow.most_of(payee) or 0) for payee, paid in escrow.paid.items())
             for payee, paid in escrow.paid.items():
                 waiting = self.book.balances.get(held(name, payee), 0)
                 assert waiting == paid.waiting_micro * (escrow.state is not State.SETTLED)

@@ -6,10 +6,32 @@ from dataclasses import dataclass, field
 
 from shoal.errors import BadRecord
 from shoal.identity.accounts import address_text, signer_of
-from shoal.ledger.commands import Close, Command, Deposit, Open, Pass, Redeem, Withdraw, Withhold
-from shoal.ledger.escrows import Escrow, closing, opened, passed, redeemed, withheld
+from shoal.ledger.commands import (
+    Admit,
+    Close,
+    Command,
+    Deposit,
+    Finish,
+    Open,
+    Pass,
+    Redeem,
+    TopUp,
+    Withdraw,
+    Withhold,
+)
+from shoal.ledger.escrows import (
+    Escrow,
+    admitted,
+    closing,
+    finished,
+    opened,
+    passed,
+    redeemed,
+    topped_up,
+    withheld,
+)
 from shoal.ledger.moves import ISSUED, MoneyRefused, Move, account, moved, moves_of
-from shoal.protocol.money import EscrowTerms, LedgerName, SignedVoucher, Withdrawal, Withholding
+from shoal.protocol.money import Admission, EscrowTerms, LedgerName, SignedVoucher, Withdrawal, Withholding
 
 
 class NotSigned(BadRecord):
@@ -65,12 +87,22 @@ class Book:
                 return self._withdraw(command.order, command.signature)
             case Open():
                 return self._open(command.terms, command.signature)
+            case Admit():
+                return self._admit(command.admission, command.signature)
+            case TopUp():
+                escrow = self._escrow(command.order.escrow)
+                _check_signer(command.order.digest(self.ledger), command.signature, escrow.terms.payer)
+                return self._become(*topped_up(escrow, command.order, self.now_ms))
             case Redeem():
                 return self._redeem(command.signed)
             case Close():
                 escrow = self._escrow(command.wish.escrow)
                 _check_signer(command.wish.digest(self.ledger), command.signature, escrow.terms.payer)
                 return self._become(*passed(closing(escrow, self.now_ms), self.now_ms))
+            case Finish():
+                _check_signer(command.word.digest(self.ledger), command.signature, command.word.payee)
+                escrow = finished(self._escrow(command.word.escrow), command.word, self.now_ms)
+                return self._become(*passed(escrow, self.now_ms))
             case Withhold():
                 return self._withhold(command.order, command.signature)
             case Pass():
@@ -95,6 +127,12 @@ class Book:
         if name in self.escrows:
             raise SameEscrow(f"{self.escrows[name].name} was opened already; draw another nonce for another one.")
         return self._become(*opened(terms, self.ledger, self.now_ms))
+
+    def _admit(self, admission: Admission, signature: bytes) -> tuple[Move, ...]:
+        signer = signer_of(admission.digest(self.ledger), signature)
+        if signer is None:
+            raise NotSigned("An admission carries no signature of an account.")
+        return self._become(admitted(self._escrow(admission.escrow), admission, signer, self.now_ms), ())
 
     def _redeem(self, signed: SignedVoucher) -> tuple[Move, ...]:
         """By whoever has it; what it pays goes to its payee."""
@@ -126,4 +164,4 @@ class Book:
 
 def _check_signer(digest: bytes, signature: bytes, wanted: bytes) -> None:
     if signer_of(digest, signature) != wanted:
-        raise NotSigned(f"This moves money of {address_text(wanted)} and does not carry its signature for this ledger.")
+        raise NotSigned(f"This is {address_text(wanted)}'s to sign, and does not carry its signature for this ledger.")

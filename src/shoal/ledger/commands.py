@@ -9,7 +9,18 @@ from msgspec import Meta
 
 from shoal.identity import Hash
 from shoal.identity.accounts import AccountSignature, Address
-from shoal.protocol.money import Amount, Closing, EscrowTerms, LedgerName, SignedVoucher, Withdrawal, Withholding
+from shoal.protocol.money import (
+    Admission,
+    Amount,
+    Closing,
+    EscrowTerms,
+    Finished,
+    LedgerName,
+    SignedVoucher,
+    ToppingUp,
+    Withdrawal,
+    Withholding,
+)
 
 
 class _Command(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="do", tag=str.lower):
@@ -37,12 +48,27 @@ class Open(_Command, frozen=True):
     signature: AccountSignature
 
 
+class Admit(_Command, frozen=True):
+    admission: Admission
+    signature: AccountSignature
+
+
+class TopUp(_Command, frozen=True):
+    order: ToppingUp
+    signature: AccountSignature
+
+
 class Redeem(_Command, frozen=True):
     signed: SignedVoucher
 
 
 class Close(_Command, frozen=True):
     wish: Closing
+    signature: AccountSignature
+
+
+class Finish(_Command, frozen=True):
+    word: Finished
     signature: AccountSignature
 
 
@@ -57,7 +83,7 @@ class Pass(_Command, frozen=True):
     escrow: Hash
 
 
-Command: TypeAlias = Deposit | Withdraw | Open | Redeem | Close | Withhold | Pass
+Command: TypeAlias = Deposit | Withdraw | Open | Admit | TopUp | Redeem | Close | Finish | Withhold | Pass
 
 
 def escrow_of(command: Command, ledger: LedgerName) -> bytes | None:
@@ -67,11 +93,15 @@ def escrow_of(command: Command, ledger: LedgerName) -> bytes | None:
             return None
         case Open():
             return command.terms.escrow_id(ledger)
+        case Admit():
+            return command.admission.escrow
         case Redeem():
             return command.signed.voucher.escrow
         case Close():
             return command.wish.escrow
-        case Withhold():
+        case Finish():
+            return command.word.escrow
+        case TopUp() | Withhold():
             return command.order.escrow
         case Pass():
             return command.escrow

@@ -45,10 +45,22 @@ WITHHOLDING = StructType(
 WITHDRAWAL = StructType(
     "Withdrawal", (("address", "account"), ("uint256", "amount"), ("string", "to"), ("uint256", "number"))
 )
+ADMISSION = StructType("Admission", (("bytes32", "escrow"), ("address", "account"), ("uint256", "most")))
+TOP_UP = StructType(
+    "TopUp",
+    (
+        ("bytes32", "escrow"), ("uint256", "amount"), ("uint256", "cap"), ("uint256", "expires"),
+        ("uint256", "number"),
+    ),
+)  # fmt: skip
+FINISHED = StructType("Finished", (("bytes32", "escrow"), ("address", "payee"), ("uint256", "amount")))
 PAYOUT = StructType("Payout", (("string", "network"), ("bytes32", "node"), ("address", "account")))
 PAYEES_MAX = 1024
 DAY_MS = 86_400_000
 NOTICE_MAX_MS, AUDIT_MAX_MS = 7 * DAY_MS, 30 * DAY_MS
+EXTENSION_MAX_MS = 30 * DAY_MS
+"""By which an escrow may come to end later than its terms say, however often it is topped up: payees know beforehand by
+when they have what is held back."""
 TIME_MAX_MS = (1 << 53) - 1
 DOMAIN_NAME, DOMAIN_VERSION = "Shoal", "1"
 
@@ -106,8 +118,7 @@ class Payee(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class EscrowTerms(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a payer sets aside, for whom, and what becomes of it; signed by the payer. By this signature and that of a
-    Withdrawal money leaves an account, and by no other."""
+    """What a payer sets aside, for whom, and what becomes of it; signed by the payer."""
 
     payer: Address
     signer: Address
@@ -193,12 +204,53 @@ class Closing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return domain_of(ledger).digest(CLOSING.hash_of((self.escrow,)))
 
 
+class Admission(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The payer or the signer of an escrow names a payee more, or lets one get more than before."""
+
+    escrow: Hash
+    account: Address
+    most_micro: Amount
+
+    def digest(self, ledger: LedgerName) -> bytes:
+        return domain_of(ledger).digest(ADMISSION.hash_of((self.escrow, self.account, self.most_micro)))
+
+
+class ToppingUp(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The payer puts more into an escrow, or lets it last longer, or both; good once, whoever hands it in."""
+
+    escrow: Hash
+    amount_micro: Amount
+    """More than there was."""
+    cap_micro: Amount
+    """So much further the escrow's signer may go."""
+    expires_ms: Annotated[int, Meta(ge=0, le=TIME_MAX_MS)]
+    """It ends then at the latest; not before the moment that was named until now."""
+    number: Annotated[int, Meta(ge=1, le=(1 << 53) - 1)]
+    """How many of this escrow there are with this one."""
+
+    def digest(self, ledger: LedgerName) -> bytes:
+        values = (self.escrow, self.amount_micro, self.cap_micro, self.expires_ms, self.number)
+        return domain_of(ledger).digest(TOP_UP.hash_of(values))
+
+
+class Finished(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A payee wants no more of an escrow than the amount that it has redeemed."""
+
+    escrow: Hash
+    payee: Address
+    amount_micro: Amount
+
+    def digest(self, ledger: LedgerName) -> bytes:
+        return domain_of(ledger).digest(FINISHED.hash_of((self.escrow, self.payee, self.amount_micro)))
+
+
 class Withholding(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The auditor withholds something of what was held back of a payee."""
 
     escrow: Hash
     payee: Address
     amount_micro: Amount
+    """In all, with what was withheld before: of several orders the one with the highest amount counts."""
     evidence: Hash
     """The id of the signed record that shows why."""
 

@@ -8,7 +8,7 @@ on SQLite as `storage.sqlite` opens it, on PostgreSQL with `synchronous_commit=o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,15 @@ from shoal.errors import ShoalError, StorageError
 from shoal.ledger.book import Book
 from shoal.ledger.commands import Command, Pass, Withdraw, escrow_of
 from shoal.ledger.escrows import Escrow
-from shoal.ledger.journal import BEGINNING, Line, line
+from shoal.ledger.journal import BEGINNING, BadJournal, Line, line, verified
 from shoal.ledger.moves import Move
 from shoal.protocol.money import LedgerName
 from shoal.storage.sqlite import sqlite_engine
 from shoal.world import Clock
 
-SCHEMA = 1
-"""The form of the tables. A database of another form is refused."""
+SCHEMA = 2
+"""The form of the tables. In a database of an older form they are made anew from the journal; one of a newer form is
+refused."""
 COMMANDS_MAX = 512
 """In one transaction."""
 DUE_MAX = 256
@@ -76,6 +77,10 @@ _DUE = (
     .limit(DUE_MAX)
 )  # fmt: skip
 _BALANCE = sa.select(_accounts.c.balance_micro).where(_accounts.c.name == sa.bindparam("one"))
+_PAGE = (
+    sa.select(_journal.c.line).where(_journal.c.number > sa.bindparam("after")).order_by(_journal.c.number)
+    .limit(PAGE_LINES)
+)  # fmt: skip
 _ESCROW = sa.select(_escrows.c.content).where(_escrows.c.escrow == sa.bindparam("one"))
 _WITHDRAWN = sa.select(_withdrawals.c.number).where(_withdrawals.c.account == sa.bindparam("one"))
 
@@ -224,8 +229,7 @@ class SqlLedger:
         """The journal, page by page."""
         while True:
             with self._transaction() as connection:
-                wanted = sa.select(_journal.c.line).where(_journal.c.number > after).order_by(_journal.c.number)
-                page = [_lines.decode(row) for row in connection.execute(wanted.limit(PAGE_LINES)).scalars()]
+                page = self._page(connection, after)
             yield from page
             if len(page) < PAGE_LINES:
                 return
@@ -241,6 +245,15 @@ class SqlLedger:
             return 0, BEGINNING, 0
         one = _lines.decode(last)
         return one.number, one.hash, one.at_ms
+
+    def _page(self, connection: sa.Connection, after: int) -> list[Line]:
+        return [_lines.decode(row) for row in connection.execute(_PAGE, {"after": after}).scalars()]
+
+    def _all_lines(self, connection: sa.Connection) -> Iterator[Line]:
+        after = 0
+        while page := self._page(connection, after):
+            yield from page
+            after = page[-1].number
 
     def _due(self, connection: sa.Connection, now_ms: int) -> Sequence[bytes]:
         return connection.execute(_DUE, {"now_ms": now_ms}).scalars().all()
@@ -258,12 +271,19 @@ class SqlLedger:
             return
         touched = {name for one in fresh for move in one.moves for name in (move.source, move.target)}
         drawn = {one.command.order.account for one in fresh if isinstance(one.command, Withdraw)}
-        escrows = [(name, book.escrows[name]) for name in changed]
+        self._put(connection, book, touched, changed, drawn)
+        connection.execute(_ADD_LINE, [{"number": one.number, "line": _encode(one)} for one in fresh])
+
+    def _put(
+        self, connection: sa.Connection, book: Book, accounts: Iterable[str], escrows: Iterable[bytes],
+        drawn: Iterable[bytes],
+    ) -> None:  # fmt: skip
+        """These rows as they are in the book."""
+        kept = [(name, book.escrows[name]) for name in escrows]
         for put, rows in (
-            (_PUT_BALANCE, [{"name": name, "balance_micro": book.balances[name]} for name in touched]),
-            (_PUT_ESCROW, [{"escrow": name, "due_ms": one.due_ms, "content": _encode(one)} for name, one in escrows]),
+            (_PUT_BALANCE, [{"name": name, "balance_micro": book.balances[name]} for name in accounts]),
+            (_PUT_ESCROW, [{"escrow": name, "due_ms": one.due_ms, "content": _encode(one)} for name, one in kept]),
             (_PUT_WITHDRAWN, [{"account": account, "number": book.withdrawals[account]} for account in drawn]),
-            (_ADD_LINE, [{"number": one.number, "line": _encode(one)} for one in fresh]),
         ):
             if rows:
                 connection.execute(put, rows)
@@ -273,13 +293,32 @@ class SqlLedger:
         about = connection.execute(sa.select(_about)).one_or_none()
         if about is None:
             connection.execute(_about.insert().values(version=SCHEMA, ledger=_encode(self.ledger)))
-        elif about.version != SCHEMA:
+        elif _ledger.decode(about.ledger) != self.ledger:
+            raise LedgerFailed(f"The ledger in {self._place} is another one: its operator or currency differs.")
+        elif about.version > SCHEMA:
             raise LedgerFailed(
                 f"The ledger in {self._place} has tables of form {about.version}, and this Shoal needs {SCHEMA}: "
                 "use the version that wrote it."
             )
-        elif _ledger.decode(about.ledger) != self.ledger:
-            raise LedgerFailed(f"The ledger in {self._place} is another one: its operator or currency differs.")
+        elif about.version < SCHEMA:
+            self._make_anew(connection, about.version)
+
+    def _make_anew(self, connection: sa.Connection, version: int) -> None:
+        """All tables but the journal, which the others follow from. Takes as long as it takes to verify that, and the
+        memory of a whole `Book`."""
+        connection.execute(_LOCK).scalar_one()
+        try:
+            book = verified(self._all_lines(connection), self.ledger)
+        except BadJournal as error:
+            raise LedgerFailed(
+                f"The ledger in {self._place} has tables of form {version}, and those of form {SCHEMA} cannot be made "
+                f"from its journal: {error.sentence} Use the version that wrote it."
+            ) from error
+        derived = [table for table in _tables.sorted_tables if table not in (_about, _journal)]
+        _tables.drop_all(connection, derived)
+        _tables.create_all(connection, derived)
+        self._put(connection, book, book.balances, book.escrows, book.withdrawals)
+        connection.execute(_about.update().values(version=SCHEMA))
 
     def _transaction(self) -> _Transaction:
         return _Transaction(self._engine, self._place)
