@@ -377,7 +377,9 @@ class Treasurer:
         except ShoalError as error:
             self._say(f"{format_money(amount)} could not be withheld of {known.name}: {error.sentence}")
             return
-        self._put(node, msgspec.structs.replace(known, withheld_micro=amount, reason=reason[:200]))
+        now = self._node(node)
+        assert now is not None
+        self._put(node, msgspec.structs.replace(now, withheld_micro=amount, reason=reason[:200]))
         await self._write()
 
     # ---- the end ----

@@ -1,0 +1,279 @@
+"""A job's money: places held together, vouchers after Commits, a bill that adds up, and what a kill leaves behind."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+from hub_world import a_key
+from money_world import LEDGER, Shop, Street, an_account
+
+from shoal.driver.bills import FILE, Payments, bill
+from shoal.driver.folder import RunFolder
+from shoal.driver.gang import LinkedNode
+from shoal.driver.treasurer import NoMoney, Purse, Treasurer
+from shoal.errors import StorageError
+from shoal.ledger.escrows import State
+from shoal.ledger.journal import verified
+from shoal.ledger.moves import ISSUED
+from shoal.world import Refused, SeededDice
+from shoal.world.quotes import NotSecured
+
+PAYER = an_account(50)
+WORK = bytes(32)
+
+
+def run(story: Callable[[Street], Awaitable[None]], deposit: int = 10_000_000) -> None:
+    async def whole() -> None:
+        street = Street()
+        street.ledger.give(PAYER.address, deposit)
+        try:
+            async with asyncio.timeout(60):
+                await story(street)
+        finally:
+            await street.close()
+        verified(street.ledger.lines, LEDGER)
+        assert sum(street.ledger.book.balances.values()) == 0
+
+    asyncio.run(whole())
+
+
+class Job:
+    """A driver's money, without the rest of the driver."""
+
+    def __init__(
+        self, street: Street, folder: Path | RunFolder, *, budget: int = 1_000_000, number: int = 60
+    ) -> None:
+        self.street, self.said = street, list[str]()
+        self.endpoint = street.client(number)
+        self.folder = RunFolder.create(folder) if isinstance(folder, Path) else folder
+        self.treasurer = Treasurer(
+            Purse(street.ledger, PAYER, budget, notice_ms=60_000, audit_ms=1000),
+            self.folder,
+            key=a_key(number),
+            link=street.linker(self.endpoint),
+            clock=street.clock,
+            dice=SeededDice(number),
+            say=self.said.append,
+        )
+
+    async def gang(self, *shops: Shop) -> list[LinkedNode]:
+        link = self.street.linker(self.endpoint)
+        return [LinkedNode(shop.node, shop.offer, await link(shop.node, shop.offer)) for shop in shops]
+
+    async def begin(self, *shops: Shop) -> None:
+        held = await self.treasurer.hold(await self.gang(*shops), len(shops))
+        assert {one.node for one in held} == {shop.node for shop in shops}
+        assert await self.treasurer.open(len(shops)) == {shop.node for shop in shops}
+        for shop in shops:
+            self.treasurer.ready(shop.node, 10.0, 100)  # 100 millionths a second
+
+    async def commit(self, *work: tuple[Shop, int]) -> None:
+        await self.treasurer.committed([(shop.node, tokens, WORK) for shop, tokens in work])
+        await settle(self.street)
+
+    @property
+    def written(self) -> Payments:
+        found = self.folder.read(FILE, Payments)
+        assert found is not None
+        return found
+
+
+async def settle(street: Street, seconds: float = 0.0) -> None:
+    await street.clock.advance(seconds)
+    for _ in range(5):
+        await asyncio.sleep(0.01)
+
+
+def test_each_is_paid_for_what_was_accepted_and_the_bill_adds_up(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shops = [await street.shop(number, tmp_path / str(number)) for number in (1, 2, 3)]
+        job = Job(street, tmp_path / "run")
+        await job.begin(*shops[:2])
+        works = [shop.sales.work_for(a_key(60).node_id) for shop in shops[:2]]
+        for work in works:
+            work.ready(10.0, 100)
+        await street.clock.advance(10.0)
+        await job.commit((shops[0], 10_000), (shops[1], 4_000))
+        assert works[0].accepted(10_000) is None and works[1].accepted(4_000) is None
+        (late,) = await job.gang(shops[2])
+        await job.treasurer.secure(late)
+        job.treasurer.ready(late.node, 20.0, 100)
+        await street.clock.advance(10.0)
+        await job.commit((shops[0], 12_000), (shops[2], 5_000))
+        job.treasurer.left(shops[1].node, "it died")
+        assert [one.paid_micro for one in job.written.terms[0].nodes.values()] == [2000, 400, 250]
+        await job.treasurer.close()
+        await settle(street)
+        made = bill(job.written)
+        assert made is not None
+        assert (made.quoted, made.charged, made.refunded, made.currency) == (1_000_000, 2650, 997_350, "USD")
+        assert [(line.name, line.paid, line.withheld, line.reason) for line in made.nodes] == [
+            ("shop-1", 2000, 0, "worked"), ("shop-2", 400, 0, "it died"), ("shop-3", 250, 0, "worked"),
+        ]  # fmt: skip
+        await settle(street, 62)
+        balances = [await street.ledger.balance(an_account(number).address) for number in (1, 2, 3)]
+        assert balances == [2000, 400, 250]
+        assert await street.ledger.balance(PAYER.address) == 10_000_000 - 2650
+        assert street.ledger.book.balances[ISSUED] == -10_000_000
+
+    run(story)
+
+
+def test_a_gang_is_held_whole_or_not_at_all(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shops = [await street.shop(number, tmp_path / str(number)) for number in (1, 2, 3)]
+        one, other = Job(street, tmp_path / "one"), Job(street, tmp_path / "other", number=61)
+        await one.begin(shops[2])
+        with pytest.raises(NotSecured, match="3 nodes are needed, and 2 would keep a place. shop-3: All 1 slots"):
+            await other.treasurer.hold(await other.gang(*shops), 3)
+        third = Job(street, tmp_path / "third", number=62)
+        await third.begin(*shops[:2])
+
+    run(story)
+
+
+def test_a_budget_that_is_used_up_stops_the_job_after_a_warning(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shop = await street.shop(1, tmp_path / "1")
+        job = Job(street, tmp_path / "run", budget=10_000)
+        await job.begin(shop)
+        stopped = None
+        for _ in range(100):
+            await street.clock.advance(10.0)
+            await job.commit((shop, 10_000))
+            stopped = job.treasurer.used_up()
+            if stopped is not None:
+                break
+        assert stopped is not None
+        assert "The budget of 0.01 USD is used up: 0.001 is left, and a round costs up to 0.001." in stopped
+        assert job.said == [
+            "0.001 USD of the budget is left, enough for about 10 s; then the job stops, to be resumed with a larger "
+            "--budget."
+        ] or "of the budget is left" in job.said[0]  # fmt: skip
+        assert job.treasurer.payments.spent_micro == 9000
+
+    run(story)
+
+
+def test_no_money_nothing_held(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shop = await street.shop(1, tmp_path / "1")
+        job = Job(street, tmp_path / "run")
+        with pytest.raises(NoMoney, match=r"sets 1.00 USD aside, and your account 0x\w+ has 0.0005: deposit more"):
+            await job.treasurer.check()
+        await job.treasurer.hold(await job.gang(shop), 1)
+        with pytest.raises(NoMoney):
+            await job.treasurer.open(1)
+        other = Job(street, tmp_path / "other", budget=400, number=61)
+        await other.begin(shop)
+
+    run(story, deposit=500)
+
+
+def test_what_is_held_back_of_a_liar_goes_back(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shops = [await street.shop(number, tmp_path / str(number)) for number in (1, 2)]
+        job = Job(street, tmp_path / "run")
+        await job.begin(*shops)
+        await street.clock.advance(10.0)
+        await job.commit((shops[0], 10_000), (shops[1], 10_000))
+        await job.treasurer.withhold(shops[1].node, "Found by replay of round 0", WORK)
+        await job.treasurer.withhold(shops[1].node, "Found by replay of round 0", WORK)
+        await job.treasurer.close()
+        made = bill(job.written)
+        assert made is not None
+        assert [(line.paid, line.withheld) for line in made.nodes] == [(1000, 0), (900, 100)]
+        assert made.charged + made.refunded == made.quoted
+        await settle(street, 62)
+        assert await street.ledger.balance(PAYER.address) == 10_000_000 - 1900
+        assert await street.ledger.balance(an_account(2).address) == 900
+
+    run(story)
+
+
+def test_nodes_of_one_owner_are_paid_at_one_account(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shops = [await street.shop(number, tmp_path / str(number), payee=9) for number in (1, 2)]
+        job = Job(street, tmp_path / "run")
+        await job.begin(*shops)
+        await street.clock.advance(10.0)
+        await job.commit((shops[0], 10_000), (shops[1], 4_000))
+        await job.commit((shops[1], 6_000))
+        await job.treasurer.close()
+        await settle(street, 62)
+        assert await street.ledger.balance(an_account(9).address) == 2000
+        made = bill(job.written)
+        assert made is not None and [line.paid for line in made.nodes] == [1000, 1000]
+
+    run(story)
+
+
+def test_a_killed_driver_signs_for_no_less_and_gets_the_rest_back(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shop = await street.shop(1, tmp_path / "1")
+        job = Job(street, tmp_path / "run")
+        await job.begin(shop)
+        await street.clock.advance(10.0)
+        await job.commit((shop, 10_000))
+        first = job.written.terms[0]
+        for task in job.treasurer._tasks:
+            task.cancel()  # killed
+        again = Job(street, job.folder, budget=1_500_000)
+        assert again.treasurer.left_micro == 1_499_000
+        with pytest.raises(StorageError):
+            street.ledger.fails = StorageError("away")
+            await again.treasurer.close_former()
+        street.ledger.fails = None
+        await again.treasurer.close_former()
+        assert street.ledger.book.escrows[first.escrow].redeemed_micro == 1000
+        await again.begin(shop)
+        await street.clock.advance(10.0)
+        await again.commit((shop, 10_000))
+        await again.treasurer.close()
+        made = bill(again.written)
+        assert made is not None and (made.quoted, made.charged) == (1_500_000, 2000)
+        await settle(street, 62)
+        assert await street.ledger.balance(PAYER.address) == 10_000_000 - 2000
+        assert {one.state for one in street.ledger.book.escrows.values()} == {State.SETTLED}
+
+    run(story)
+
+
+def test_places_last_while_the_driver_lives_and_no_longer(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shop = await street.shop(1, tmp_path / "1")
+        job, other = Job(street, tmp_path / "run"), Job(street, tmp_path / "other", number=61)
+        await job.begin(shop)
+        for _ in range(30):
+            await settle(street, 60)
+        with pytest.raises(NotSecured):
+            await other.treasurer.hold(await other.gang(shop), 1)
+        for task in job.treasurer._tasks:
+            task.cancel()
+        for _ in range(11):
+            await settle(street, 60)
+        await other.treasurer.hold(await other.gang(shop), 1)
+
+    run(story)
+
+
+def test_a_node_gone_between_hold_and_escrow_costs_nothing(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shops = [await street.shop(number, tmp_path / str(number)) for number in (1, 2)]
+        job = Job(street, tmp_path / "run")
+        await job.treasurer.hold(await job.gang(*shops), 2)
+        await shops[1].endpoint.close()
+        opening = asyncio.create_task(job.treasurer.open(1))
+        while not opening.done():
+            await settle(street, 1.0)
+        assert opening.result() == {shops[0].node}
+        assert any(said.startswith("Without shop-2") for said in job.said)
+        with pytest.raises(Refused):
+            other = Job(street, tmp_path / "other", number=61)
+            await other.treasurer._quotes.hold(shops[0].node, shops[0].offer)
+        shops.pop()
+
+    run(story)
