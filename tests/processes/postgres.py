@@ -12,30 +12,67 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import sqlalchemy as sa
+
 PROGRAMS = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda one: int(one.parent.name.split(".")[0]))
 """Of each version that is installed."""
 USER = "postgres" if os.geteuid() == 0 else None
 
 
+class Postgres:
+    """A new server with an empty database, which can be stopped and started again."""
+
+    def __enter__(self) -> Postgres:
+        self._folder = Path(tempfile.mkdtemp(prefix="shoal-postgres-"))
+        if USER is not None:
+            shutil.chown(self._folder, USER)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self._port = int(free.getsockname()[1])
+        self.url = f"postgresql+psycopg://shoal@127.0.0.1:{self._port}/postgres"
+        self._running = False
+        try:
+            _run("initdb", "-D", str(self._data), "-A", "trust", "-U", "shoal", "-E", "UTF8", "--no-sync")
+            self.start()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            if self._running:
+                self.stop()
+        finally:
+            shutil.rmtree(self._folder)
+
+    @property
+    def _data(self) -> Path:
+        return self._folder / "data"
+
+    def start(self) -> None:
+        options = f"-p {self._port} -k {self._folder} -c listen_addresses=127.0.0.1"
+        _run("pg_ctl", "-D", str(self._data), "-o", options, "-l", str(self._folder / "log"), "-w", "start")
+        self._running = True
+
+    def stop(self) -> None:
+        _run("pg_ctl", "-D", str(self._data), "-m", "immediate", "stop")
+        self._running = False
+
+
 @contextlib.contextmanager
 def postgres() -> Iterator[str]:
-    """A new server with an empty database; gives its URL."""
-    folder = Path(tempfile.mkdtemp(prefix="shoal-postgres-"))
-    try:
-        if USER is not None:
-            shutil.chown(folder, USER)
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = int(free.getsockname()[1])
-        data = folder / "data"
-        _run("initdb", "-D", str(data), "-A", "trust", "-U", "shoal", "-E", "UTF8", "--no-sync")
-        options = f"-p {port} -k {folder} -c listen_addresses=127.0.0.1"
-        _run("pg_ctl", "-D", str(data), "-o", options, "-l", str(folder / "log"), "-w", "start")
-        try:
-            yield f"postgresql+psycopg://shoal@127.0.0.1:{port}/postgres"
-        finally:
-            _run("pg_ctl", "-D", str(data), "-m", "immediate", "stop")
-    finally:
-        shutil.rmtree(folder)
+    """The URL of one."""
+    with Postgres() as server:
+        yield server.url
+
+
+def empty(url: str) -> None:
+    """Forget the ledger in it."""
+    engine = sa.create_engine(url)
+    with engine.begin() as connection:
+        for table in ("about", "accounts", "escrows", "withdrawals", "journal"):
+            connection.execute(sa.text(f"DROP TABLE IF EXISTS ledger_{table}"))
+    engine.dispose()
 
 
 def _run(program: str, *words: str) -> None:

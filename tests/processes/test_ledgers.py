@@ -27,7 +27,7 @@ from ledger_requests import (
     an_admission,
     an_escrow,
 )
-from postgres import PROGRAMS, postgres
+from postgres import PROGRAMS, empty, postgres
 
 from shoal.errors import ShoalError
 from shoal.ledger.book import Book
@@ -39,8 +39,6 @@ from shoal.protocol.money import HouseLedger
 from shoal.storage.group_commit import WAITING_MAX, GroupCommit, LedgerBusy
 from shoal.storage.ledgers import LedgerFailed, SqlLedger
 from shoal.world import HeldClock
-
-TABLES = ("ledger_about", "ledger_accounts", "ledger_escrows", "ledger_withdrawals", "ledger_journal")
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +56,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path | str
         return
     url = request.getfixturevalue("server")
     yield url
-    engine = sa.create_engine(url)
-    with engine.begin() as connection:
-        for table in TABLES:
-            connection.execute(sa.text(f"DROP TABLE IF EXISTS {table}"))
-    engine.dispose()
+    empty(url)
 
 
 class Wall(HeldClock):

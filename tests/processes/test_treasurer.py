@@ -43,9 +43,7 @@ def run(story: Callable[[Street], Awaitable[None]], deposit: int = 10_000_000) -
 class Job:
     """A driver's money, without the rest of the driver."""
 
-    def __init__(
-        self, street: Street, folder: Path | RunFolder, *, budget: int = 1_000_000, number: int = 60
-    ) -> None:
+    def __init__(self, street: Street, folder: Path | RunFolder, *, budget: int = 1_000_000, number: int = 60) -> None:
         self.street, self.said = street, list[str]()
         self.endpoint = street.client(number)
         self.folder = RunFolder.create(folder) if isinstance(folder, Path) else folder

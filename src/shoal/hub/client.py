@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from shoal.errors import BadRecord, LinkError, ShoalError
-from shoal.hub.rates import HubBusy, TooManyRequests
+from shoal.hub.rates import HubBusy
 from shoal.identity import Envelope, short_id
 from shoal.market import fits
 from shoal.protocol.hubs import PROBE_BYTES_MAX, AskHub, HubInfo, HubTicket, ProbeHub
@@ -27,6 +27,7 @@ from shoal.protocol.offers import (
     OfferPublish,
     OffersFound,
 )
+from shoal.transport.allowances import TooManyRequests
 from shoal.world import Address, Clock, DeadlineExceeded, Dice, Endpoint, Link, Refused, Request
 from shoal.world.directory import FoundOffer
 

@@ -1,76 +1,14 @@
-"""How often one peer may ask: a token bucket a peer, in a bounded map. And how much one address may ask at once."""
+"""How much one address may ask of a hub at once."""
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 from shoal.errors import LinkError
-from shoal.quantities import Bucket
-from shoal.world import Clock
 
-PEERS_MAX = 20_000
-"""Buckets kept; the one unused for longest makes room, and its peer starts with a full one again."""
-
-
-class TooManyRequests(LinkError):
-    """A peer asks more often than the hub allows."""
-
-    code = "SH-333"
+FINDS_PER_SOURCE = 8
+"""Searches under way at once from one address, over links and by HTTP each, whatever keys ask."""
 
 
 class HubBusy(LinkError):
     """More is being asked of the hub than it may queue."""
 
     code = "SH-332"
-
-
-class RateLimit:
-    """`burst` requests at once and `per_s` a second thereafter, for each peer by itself."""
-
-    def __init__(self, clock: Clock, per_s: float, burst: int, peers_max: int = PEERS_MAX) -> None:
-        self._clock = clock
-        self._per_s = per_s
-        self._burst = burst
-        self._peers_max = peers_max
-        self._buckets: OrderedDict[bytes, Bucket] = OrderedDict()
-
-    def spend(self, peer: bytes, what: str) -> None:
-        """Count one request. Raises TooManyRequests with the time to wait."""
-        now = self._clock.monotonic()
-        bucket = (self._buckets.pop(peer, None) or Bucket.full(self._burst, self._per_s, now)).seen(now)
-        wait_s = bucket.wait_s(1)
-        self._buckets[peer] = bucket if wait_s else bucket.less(1)
-        while len(self._buckets) > self._peers_max:
-            self._buckets.popitem(last=False)
-        if wait_s:
-            raise TooManyRequests(
-                f"{what} came too often: this hub allows {self._burst} at once and {self._per_s:g} a second; "
-                f"wait {wait_s:.1f} s."
-            )
-
-
-FINDS_PER_SOURCE = 8
-"""Searches under way at once from one address, over links and by HTTP each, whatever keys ask."""
-
-
-class AtOnce:
-    """So many requests under way for each source: keys cost nothing, addresses do."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._under_way: Counter[str] = Counter()
-
-    @contextmanager
-    def place(self, source: str, what: str) -> Iterator[None]:
-        """Hold a place while a request is answered. Raises HubBusy."""
-        if self._under_way[source] >= self._most:
-            raise HubBusy(f"{self._most} {what} from your address are under way at this hub; try again in a moment.")
-        self._under_way[source] += 1
-        try:
-            yield
-        finally:
-            self._under_way[source] -= 1
-            if not self._under_way[source]:
-                del self._under_way[source]

@@ -6,11 +6,12 @@ from importlib.metadata import version
 
 from shoal.errors import LinkError
 from shoal.hub.index import OFFERS_MAX, Arrival, OfferIndex
-from shoal.hub.rates import FINDS_PER_SOURCE, AtOnce, RateLimit
+from shoal.hub.rates import FINDS_PER_SOURCE, HubBusy
 from shoal.identity import short_id
 from shoal.protocol.hubs import TICKET_ADDRESSES_MAX, AskHub, HubInfo, ProbeHub
 from shoal.protocol.messages import DEFAULT_NETWORK, OLDEST_VERSION, PROTOCOL_VERSION, decode, encode
 from shoal.protocol.offers import DialMe, Done, Introduce, OfferFind, OfferKept, OfferPublish, OffersFound
+from shoal.transport.allowances import AtOnce, RateLimit
 from shoal.world import Clock, Endpoint, Request
 
 PUBLISH_PER_S, PUBLISH_BURST = 2.0, 20
@@ -50,7 +51,7 @@ class HubService:
         self._finding = RateLimit(clock, FIND_PER_S, FIND_BURST)
         self._introducing = RateLimit(clock, INTRODUCE_PER_S, INTRODUCE_BURST)
         self._probing = RateLimit(clock, PROBE_PER_S, PROBE_BURST)
-        self._searches = AtOnce(FINDS_PER_SOURCE)
+        self._searches = AtOnce(FINDS_PER_SOURCE, HubBusy)
         endpoint.handle(OfferPublish.KIND, self._publish)
         endpoint.handle(OfferFind.KIND, self._find)
         endpoint.handle(Introduce.KIND, self._introduce)

@@ -20,10 +20,11 @@ from litestar.params import Parameter
 
 from shoal.errors import BadInput, LinkError, ShoalError
 from shoal.hub.index import KeptOffer, OfferIndex
-from shoal.hub.rates import FINDS_PER_SOURCE, AtOnce, HubBusy, RateLimit, TooManyRequests
+from shoal.hub.rates import FINDS_PER_SOURCE, HubBusy
 from shoal.identity import node_id_from_hex, short_id
 from shoal.protocol.hubs import HubInfo
 from shoal.protocol.offers import FOUND_MAX, Capability, EngineOffer, OfferFind
+from shoal.transport.allowances import AtOnce, RateLimit, TooManyRequests
 from shoal.world import Clock, source_of
 
 READ_PER_S, READ_BURST = 20.0, 200
@@ -129,7 +130,7 @@ def _wanted(query: dict[str, Any]) -> OfferFind:
 def make_app(index: OfferIndex, info: Callable[[], Awaitable[HubInfo]], clock: Clock) -> Litestar:
     """The ASGI application over an index and what the hub says about itself."""
     reading = RateLimit(clock, READ_PER_S, READ_BURST)
-    searches = AtOnce(FINDS_PER_SOURCE)
+    searches = AtOnce(FINDS_PER_SOURCE, HubBusy)
 
     def source(request: Request[Any, Any, Any]) -> str:
         return source_of(request.client.host) if request.client else "?"

@@ -18,7 +18,7 @@ TICKET_ADDRESSES_MAX = 8
 
 
 class BadTicket(BadInput):
-    """A text is not the ticket of a hub."""
+    """A text is not the ticket of a hub or a ledger."""
 
     code = "SH-112"
 
@@ -36,28 +36,34 @@ class HubTicket(msgspec.Struct, frozen=True):
     @classmethod
     def parse(cls, text: str) -> HubTicket:
         """Text -> ticket. Raises BadTicket with what is wrong in it."""
-        shown = repr(text if len(text) <= 120 else text[:117] + "...")
         expected = "a hub's ticket looks like shoal://<64 hexadecimal digits>@host:port; the hub prints it at its start"
-        if len(text) > TICKET_CHARS_MAX:
-            raise BadTicket(f"{shown} is too long: {expected}.")
-        if not text.strip().startswith("shoal://"):
-            raise BadTicket(f"{shown} does not begin with shoal://; {expected}.")
-        identity, at, places = text.strip().removeprefix("shoal://").rstrip("/").partition("@")
-        if not at:
-            raise BadTicket(f"{shown} has no '@' between the hub's NodeId and its address; {expected}.")
-        try:
-            node = node_id_from_hex(identity)
-        except BadInput as error:
-            raise BadTicket(f"{shown} does not name a hub: {error} {expected[0].upper()}{expected[1:]}.") from error
-        hosts = places.split(",")
-        if len(hosts) > TICKET_ADDRESSES_MAX:
-            raise BadTicket(f"{shown} has {len(hosts)} addresses; at most {TICKET_ADDRESSES_MAX} may stand there.")
-        for host in hosts:
-            _refuse_bad_host(host, shown, expected)
-        return cls(node, tuple(f"tcp://{host}" for host in hosts))
+        return cls(*who_and_where(text.strip().rstrip("/"), "shoal://", "hub", expected))
 
     def __str__(self) -> str:
         return f"shoal://{self.node.hex()}@{','.join(address.removeprefix('tcp://') for address in self.addresses)}"
+
+
+def who_and_where(text: str, scheme: str, what: str, expected: str) -> tuple[NodeId, tuple[str, ...]]:
+    """`SCHEME<NodeId>@host:port[,host:port...]` -> the NodeId and the addresses. Raises BadTicket; `expected` says how
+    the ticket of such a `what` looks."""
+    shown = repr(text if len(text) <= 120 else text[:117] + "...")
+    if len(text) > TICKET_CHARS_MAX:
+        raise BadTicket(f"{shown} is too long: {expected}.")
+    if not text.startswith(scheme):
+        raise BadTicket(f"{shown} does not begin with {scheme}; {expected}.")
+    identity, at, places = text.removeprefix(scheme).partition("@")
+    if not at:
+        raise BadTicket(f"{shown} has no '@' between the {what}'s NodeId and its address; {expected}.")
+    try:
+        node = node_id_from_hex(identity)
+    except BadInput as error:
+        raise BadTicket(f"{shown} does not name a {what}: {error} {expected[0].upper()}{expected[1:]}.") from error
+    hosts = places.split(",")
+    if len(hosts) > TICKET_ADDRESSES_MAX:
+        raise BadTicket(f"{shown} has {len(hosts)} addresses; at most {TICKET_ADDRESSES_MAX} may stand there.")
+    for host in hosts:
+        _refuse_bad_host(host, shown, expected)
+    return node, tuple(f"tcp://{host}" for host in hosts)
 
 
 _HOST = re.compile(r"(?:\[[0-9A-Fa-f:.%a-z]{2,64}\]|[A-Za-z0-9](?:[A-Za-z0-9._-]{0,251}[A-Za-z0-9])?):([0-9]{1,5})\Z")

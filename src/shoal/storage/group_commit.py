@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
+from typing import TypeVar
 
 from shoal.errors import StorageError
 from shoal.ledger.commands import Command
-from shoal.ledger.moves import Move
+from shoal.ledger.escrows import Escrow
+from shoal.ledger.moves import Move, account
+from shoal.protocol.money import LedgerName
 from shoal.storage.ledgers import COMMANDS_MAX, SqlLedger
 
 WAITING_MAX = 8 * COMMANDS_MAX
+T = TypeVar("T")
 
 
 class LedgerBusy(StorageError):
@@ -24,12 +29,18 @@ class LedgerBusy(StorageError):
 
 
 class GroupCommit:
-    """A ledger for the tasks of one event loop. The ledger is its own from here on."""
+    """A ledger for the tasks of one event loop: `world.Ledger`. The ledger is its own from here on."""
 
     def __init__(self, ledger: SqlLedger) -> None:
         self.ledger = ledger
         self._waiting: deque[tuple[Command, asyncio.Future[tuple[Move, ...]]]] = deque()
         self._writing: asyncio.Task[None] | None = None
+        self._turn = asyncio.Lock()
+        self._readers = 0
+
+    @property
+    def name(self) -> LedgerName:
+        return self.ledger.ledger
 
     async def apply(self, command: Command) -> tuple[Move, ...]:
         """What it moved, once that is durable. Raises what `SqlLedger.apply` does, and LedgerBusy. A caller that is
@@ -42,18 +53,41 @@ class GroupCommit:
             self._writing = asyncio.create_task(self._write())
         return await future
 
+    async def balance(self, address: bytes) -> int:
+        return await self.ask(lambda ledger: ledger.balance(account(address)))
+
+    async def escrow(self, escrow_id: bytes) -> Escrow | None:
+        return await self.ask(lambda ledger: ledger.escrow(escrow_id))
+
+    async def ask(self, question: Callable[[SqlLedger], T]) -> T:
+        """Whatever the ledger answers, in its turn. Raises LedgerFailed, LedgerBusy."""
+        if self._readers >= WAITING_MAX:
+            raise LedgerBusy(f"{WAITING_MAX} questions wait for this ledger already; try again in a moment.")
+        self._readers += 1
+        try:
+            async with self._turn:
+                asking = asyncio.ensure_future(asyncio.to_thread(question, self.ledger))
+                try:
+                    return await asyncio.shield(asking)
+                finally:  # whoever asked may have gone: the thread has not, and the turn is its own until then
+                    await asyncio.gather(asking, return_exceptions=True)
+        finally:
+            self._readers -= 1
+
     async def close(self) -> None:
         """When what waits is written."""
         if self._writing is not None:
             await self._writing
-        self.ledger.close()
+        async with self._turn:
+            self.ledger.close()
 
     async def _write(self) -> None:
         while self._waiting:
             some = [self._waiting.popleft() for _ in range(min(COMMANDS_MAX, len(self._waiting)))]
             some = [(command, future) for command, future in some if not future.done()]  # whose caller still waits
-            writing = asyncio.to_thread(self.ledger.apply_all, [command for command, _ in some])
-            (found,) = await asyncio.gather(writing, return_exceptions=True)
+            async with self._turn:
+                writing = asyncio.to_thread(self.ledger.apply_all, [command for command, _ in some])
+                (found,) = await asyncio.gather(writing, return_exceptions=True)
             # Whatever went wrong, those who wait hear of it, and the next ones get their turn.
             outcomes = [found] * len(some) if isinstance(found, BaseException) else found
             for (_, future), outcome in zip(some, outcomes, strict=True):

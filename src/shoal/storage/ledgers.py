@@ -9,6 +9,7 @@ on SQLite as `storage.sqlite` opens it, on PostgreSQL with `synchronous_commit=o
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ COMMANDS_MAX = 512
 DUE_MAX = 256
 """Escrows that the time has brought something for, and that are seen to in one transaction before its commands."""
 PAGE_LINES = 512
+SEARCHED_LINES, SEARCHED_BYTES = 4096, 8 << 20
+"""Of the journal that is looked through for those of one account, for one page."""
 KNOWN_MAX = 10_000
 """Accounts and escrows that are kept in memory between transactions."""
 
@@ -110,6 +113,15 @@ class LedgerFailed(StorageError):
     code = "SH-445"
 
 
+@dataclass(frozen=True)
+class Page:
+    """Of a journal."""
+
+    lines: tuple[Line, ...]
+    seen: int | None
+    """Where there is more: the line up to which all was looked through."""
+
+
 class _Balances(dict[str, int]):
     """Of the accounts that were asked for; others are in the database."""
 
@@ -152,7 +164,7 @@ class SqlLedger:
     def open(cls, place: Path | str, ledger: LedgerName, clock: Clock) -> SqlLedger:
         """A file, or a `postgresql+psycopg://` URL. Raises LedgerFailed: also for a database of another ledger."""
         try:
-            engine = sqlite_engine(place) if isinstance(place, Path) else sa.create_engine(place)
+            engine = sqlite_engine(place) if isinstance(place, Path) else sa.create_engine(place, pool_pre_ping=True)
         except (SQLAlchemyError, ImportError, ValueError):  # what it says would show the URL's password
             raise LedgerFailed(
                 "The URL of the ledger's database cannot be used; write postgresql+psycopg://USER@HOST/DATABASE, and "
@@ -224,6 +236,41 @@ class SqlLedger:
             return {
                 row.name: row.balance_micro for row in connection.execute(sa.select(_accounts)) if row.balance_micro
             }
+
+    def withdrawals(self, account: bytes) -> int:
+        """How many an account has had."""
+        with self._transaction() as connection:
+            return self._withdrawn(connection, account)
+
+    def escrow(self, name: bytes) -> Escrow | None:
+        with self._transaction() as connection:
+            return self._escrow(connection, name).get(name)
+
+    def last(self) -> tuple[int, bytes]:
+        """Number and hash of the last line; 0 and BEGINNING where there is none."""
+        with self._transaction() as connection:
+            return self._head(connection)[:2]
+
+    def page(self, after: int, max_bytes: int, naming: str | None = None) -> Page:
+        """Lines after that one, of `max_bytes` together or a single one; with `naming`, those in which this account is
+        named."""
+        found: list[Line] = []
+        room, left = max_bytes, SEARCHED_BYTES
+        name = None if naming is None else naming.encode()
+        wanted = sa.select(_journal).where(_journal.c.number > after).order_by(_journal.c.number)
+        with self._transaction() as connection:
+            rows = connection.execute(wanted.limit(SEARCHED_LINES), execution_options={"stream_results": True})
+            with rows:  # one by one: all of them may be more than should be in memory
+                for count, row in enumerate(rows, start=1):
+                    if name is None or name in row.line:
+                        if found and len(row.line) > room:
+                            return Page(tuple(found), row.number - 1)
+                        found.append(_lines.decode(row.line))
+                        room -= len(row.line)
+                    left -= len(row.line)
+                    if count == SEARCHED_LINES or left <= 0:
+                        return Page(tuple(found), row.number)
+        return Page(tuple(found), None)
 
     def lines(self, after: int = 0) -> Iterator[Line]:
         """The journal, page by page."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from shoal.ledger.commands import Command
+from shoal.ledger.book import Book
+from shoal.ledger.commands import Command, Pass
 from shoal.ledger.escrows import Escrow
-from shoal.ledger.moves import Move
+from shoal.ledger.moves import Move, account
 from shoal.protocol.money import LedgerName
+from shoal.world.clock import Clock
 
 
 class Ledger(Protocol):
@@ -30,3 +32,32 @@ class Ledger(Protocol):
     async def escrow(self, escrow_id: bytes) -> Escrow | None:
         """As it stands after all that was acknowledged; None where there is none. Raises ShoalError."""
         ...
+
+
+class MemoryLedger:
+    """A ledger without a journal: for tests and simulations."""
+
+    def __init__(self, ledger: LedgerName, clock: Clock) -> None:
+        self.book, self._clock = Book(ledger), clock
+
+    @property
+    def name(self) -> LedgerName:
+        return self.book.ledger
+
+    async def apply(self, command: Command) -> tuple[Move, ...]:
+        self._pass()
+        return self.book.apply(command)
+
+    async def balance(self, address: bytes) -> int:
+        self._pass()
+        return self.book.balances.get(account(address), 0)
+
+    async def escrow(self, escrow_id: bytes) -> Escrow | None:
+        self._pass()
+        return self.book.escrows.get(escrow_id)
+
+    def _pass(self) -> None:
+        """What the time has brought comes first."""
+        self.book.at(self._clock.now_ms())
+        for name in self.book.due():
+            self.book.apply(Pass(name))
