@@ -51,9 +51,9 @@ class Desk:
     def ask(self, client: KeyPair, now_ms: int, unheld: int = 0, **changed: Any) -> Envelope:
         return self._sign(ask(self.slots, wish(**changed), client.node_id, self.terms, unheld, now_ms))
 
-    def take(self, client: KeyPair, hold: Envelope, now_ms: int, found: Escrow | None = None) -> Envelope:
+    def take(self, client: KeyPair, now_ms: int, found: Escrow | None = None) -> Envelope:
         found = found or escrow()
-        return self._sign(take(self.slots, hold.record_id, client.node_id, found, self.terms, now_ms))
+        return self._sign(take(self.slots, client.node_id, found, self.terms, now_ms))
 
     def give_back(self, client: KeyPair, hold: Envelope, now_ms: int) -> None:
         release = Release(node=NODE.node_id, slot=opened(hold).slot, number=opened(hold).number)
@@ -75,9 +75,9 @@ def test_a_slot_is_held_taken_and_made_to_last() -> None:
     desk = Desk()
     first = desk.ask(CLIENTS[0], 1000)
     assert opened(first).until_ms == 16_000 and opened(first).escrow is None
-    second = desk.take(CLIENTS[0], first, 2000)
+    second = desk.take(CLIENTS[0], 2000)
     assert opened(second).until_ms == 2000 + LEASE_STEP_MS and opened(second).escrow == b"e" * 32
-    third = desk.take(CLIENTS[0], second, 500_000)
+    third = desk.take(CLIENTS[0], 500_000)
     assert opened(third).until_ms == 500_000 + LEASE_STEP_MS
     assert [opened(one).number for one in desk.signed] == [1, 2, 3]
     with pytest.raises(HoldRefused, match="All 1 slots of this node are taken: 1 held, the next of them for 600 s"):
@@ -132,22 +132,22 @@ def test_what_is_not_held(changed: dict[str, Any], why: str) -> None:
 )
 def test_money_that_will_not_do(found: Escrow, why: str) -> None:
     desk = Desk()
-    hold = desk.ask(CLIENTS[0], 0)
+    desk.ask(CLIENTS[0], 0)
     with pytest.raises(HoldRefused, match=why):
-        desk.take(CLIENTS[0], hold, 1000, found)
+        desk.take(CLIENTS[0], 1000, found)
 
 
 def test_holds_are_their_clients_alone() -> None:
     desk = Desk()
     hold = desk.ask(CLIENTS[0], 0)
     with pytest.raises(HoldRefused, match="No slot is held for"):
-        desk.take(CLIENTS[1], hold, 0)
+        desk.take(CLIENTS[1], 0)
     with pytest.raises(HoldRefused, match="which is not the newest that it has"):
         desk.give_back(CLIENTS[1], hold, 0)
     with pytest.raises(HoldRefused, match="No slot is held for .* or not any more"):
-        desk.take(CLIENTS[0], hold, 15_000)
+        desk.take(CLIENTS[0], 15_000)
     with pytest.raises(HoldRefused, match="The ledger has no such escrow"):
-        take(desk.slots, hold.record_id, CLIENTS[0].node_id, None, TERMS, 0)
+        take(desk.slots, CLIENTS[0].node_id, None, TERMS, 0)
     with pytest.raises(BadHold):
         open_hold(hold, CLIENTS[0].node_id)
 
@@ -223,7 +223,7 @@ class Market(RuleBasedStateMachine):
         if client.node_id in self.newest:
             try:
                 found = escrow(ends_ms=self.now_ms + left_ms)
-                self.newest[client.node_id] = self.desk.take(client, self.newest[client.node_id], self.now_ms, found)
+                self.newest[client.node_id] = self.desk.take(client, self.now_ms, found)
             except HoldRefused:
                 pass
 

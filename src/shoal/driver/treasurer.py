@@ -148,7 +148,7 @@ class Treasurer:
                 f"left, and a round costs up to {format_money(self._dearest_micro)}. Nothing is lost: --resume goes on "
                 "from here with a larger --budget."
             )
-        if not self._warned and left < (1 - WARNED_AT) * self._budget_micro:
+        if not self._warned and left <= max((1 - WARNED_AT) * self._budget_micro, 4 * self._dearest_micro):
             self._warned = True
             lasts = lasts_s(left, self.micro_per_h)
             said = "" if math.isinf(lasts) else f", enough for about {format_duration_s(lasts)}"
@@ -289,7 +289,7 @@ class Treasurer:
                 try:
                     await self._take(held)
                 except ShoalError as error:
-                    _log.info("%s keeps its place no longer: %s", held.name, error)
+                    _log.warning("%s keeps its place no longer: %s", held.name, error)
 
     # ---- work ----
 

@@ -123,16 +123,12 @@ def ask(slots: Slots, wanted: HoldAsk, client: bytes, terms: Terms, unheld: int,
     )  # fmt: skip
 
 
-def take(
-    slots: Slots, hold_id: bytes, client: bytes, escrow: Escrow | None, terms: Terms, now_ms: int
-) -> Hold:  # fmt: skip
+def take(slots: Slots, client: bytes, escrow: Escrow | None, terms: Terms, now_ms: int) -> Hold:
     """The Hold to be signed once there is money for one, and again to make it last. Raises HoldRefused."""
     now_ms = _now(slots, now_ms)
-    known = next((one for one in held(slots, now_ms) if one.hold_id == hold_id and one.hold.client == client), None)
+    known = hold_of(slots, client, now_ms)
     if known is None:
-        raise HoldRefused(
-            f"No slot is held for {short_id(client)} under this hold, or not any more; ask for a new one."
-        )
+        raise HoldRefused(f"No slot is held for {short_id(client)}, or not any more; ask for one.")
     if escrow is None:
         raise HoldRefused("The ledger has no such escrow.")
     ends_ms = _check_escrow(escrow, known.hold, terms, now_ms)
@@ -192,8 +188,7 @@ def _check_escrow(escrow: Escrow, hold: Hold, terms: Terms, now_ms: int) -> int:
         raise HoldRefused(
             f"{said} is {address_text(asked.payer)}'s, and the slot is held for {address_text(hold.payer)}."
         )
-    most = next((payee.most_micro for payee in asked.payees if payee.account == hold.payee), 0)
-    if most == 0:
+    if not escrow.most_of(hold.payee):
         raise HoldRefused(f"{said} has nothing for {address_text(hold.payee)}, where this node is paid.")
     for what, value, most_allowed in (
         ("holds back", asked.holdback_ppm, terms.holdback_max_ppm),

@@ -203,7 +203,7 @@ class Sales:
         escrow = await self._ledger.escrow(wanted.escrow)
         async with self._deciding:
             now_ms = self.now_ms()
-            hold = take(self._slots, wanted.hold, request.peer, escrow, self.terms, now_ms)
+            hold = take(self._slots, request.peer, escrow, self.terms, now_ms)
             assert escrow is not None
             envelope = sign(self._key, hold, self._network)
             await self._store_account(self._known_or_new(escrow, request.peer, hold.price.micro_per_h, now_ms))
@@ -213,7 +213,7 @@ class Sales:
 
     def _known_or_new(self, escrow: Escrow, client: bytes, micro_per_h: int, now_ms: int) -> Account:
         terms = escrow.terms
-        most = next(payee.most_micro for payee in terms.payees if payee.account == self.terms.payee)
+        most = escrow.most_of(self.terms.payee) or 0
         known = self._accounts.get(escrow.escrow_id)
         if known is not None:
             return msgspec.structs.replace(known, ends_ms=escrow.ends_ms, most_micro=most)

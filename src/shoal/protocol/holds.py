@@ -98,13 +98,12 @@ class HoldGiven(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, 
 
 
 class HoldTake(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Request `hold.take`, client to node: there is money for this Hold. The node asks the ledger, and replies with
-    HoldGiven: the place is the client's for LEASE_STEP_MS more, or until the escrow ends."""
+    """Request `hold.take`, client to node: there is money for the place that it holds. The node asks the ledger, and
+    replies with HoldGiven: the place is the client's for LEASE_STEP_MS more, or until the escrow ends."""
 
     KIND: ClassVar[str] = "hold.take"
     MAX_BYTES: ClassVar[int] = 256
 
-    hold: Hash
     escrow: Hash
 
 

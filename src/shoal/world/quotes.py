@@ -29,7 +29,7 @@ from shoal.protocol.holds import (
 from shoal.protocol.messages import DEFAULT_NETWORK, Message, decode, encode, sign
 from shoal.protocol.money import LedgerName, SignedVoucher
 from shoal.protocol.offers import Done, Offer
-from shoal.world.network import Link
+from shoal.world.network import Link, Refused
 
 HOLD_MS = 15_000
 ASK_DEADLINE_S = 5.0
@@ -114,7 +114,7 @@ class Quotes:
 
     async def take(self, held: Held, escrow: bytes) -> Held:
         """There is money for it: the place is kept for longer; again, to make it last. Raises ShoalError."""
-        wanted = HoldTake(hold=held.envelope.record_id, escrow=escrow)
+        wanted = HoldTake(escrow=escrow)
         taken = self._opened(held.node, held.name, await self._ask(held.node, wanted, HoldGiven, TAKE_DEADLINE_S))
         if taken.hold.escrow != escrow or (taken.hold.price, taken.hold.payee) != (held.hold.price, held.hold.payee):
             raise BadHold(f"Node {held.name} took something else than was set aside for it.")
@@ -122,10 +122,17 @@ class Quotes:
 
     async def release(self, held: Held) -> None:
         """Give it back. A node that cannot be told keeps it until it is over."""
+        with contextlib.suppress(ShoalError):
+            try:
+                await self._release(held)
+            except Refused:  # an answer was lost that named a newer Hold
+                if held.hold.escrow is not None:
+                    await self._release(await self.take(held, held.hold.escrow))
+
+    async def _release(self, held: Held) -> None:
         release = Release(node=held.node, slot=held.hold.slot, number=held.hold.number)
         message = HoldRelease(release=sign(self._key, release, self._network).to_bytes())
-        with contextlib.suppress(ShoalError):
-            await self._ask(held.node, message, Done, ASK_DEADLINE_S)
+        await self._ask(held.node, message, Done, ASK_DEADLINE_S)
 
     async def release_all(self, held: Sequence[Held]) -> None:
         await asyncio.gather(*(self.release(one) for one in held))
