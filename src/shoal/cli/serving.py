@@ -14,7 +14,21 @@ import typer
 
 from shoal.cli import places
 from shoal.cli.app import HERE, MACHINES, Commands, Group, app
-from shoal.cli.output import BadFlag, HubFlag, JsonFlag, WithParent, err, out, print_json, run, shown, until_stopped
+from shoal.cli.output import (
+    BadFlag,
+    HubFlag,
+    JsonFlag,
+    LedgerFlag,
+    WithParent,
+    err,
+    out,
+    print_json,
+    run,
+    shown,
+    until_stopped,
+)
+from shoal.identity.accounts import parse_address
+from shoal.node.payout import PaidAt
 from shoal.protocol.offers import Place
 from shoal.protocol.prices import Price
 from shoal.quantities import format_bytes, parse_bytes
@@ -142,6 +156,11 @@ def node_start(
         str | None, typer.Option(metavar="PRICE", help="What an hour of it costs, such as 0.35/h.", show_default="free")
     ] = None,
     currency: Annotated[str, typer.Option(help="Of the price.")] = "USD",
+    account: Annotated[
+        str | None,
+        typer.Option(metavar="0x...", help="The account that it is paid at.", show_default="yours"),
+    ] = None,
+    ledger: LedgerFlag = None,
     country: Annotated[
         str | None, typer.Option(metavar="CC", help="Where it is, such as DE (ISO 3166-1).", show_default="not said")
     ] = None,
@@ -197,6 +216,7 @@ def node_start(
     memory_bytes = parse_bytes(memory) if memory is not None else None
     named, place = _price(price, currency), _place(country, region)
     tickets = places.find_hubs(hub)
+    paid = _paid_at(account, ledger) if named is not None and named.micro_per_h else None
     folder = data or shoal_home() / "node"
     if not json:
         err.print("Starting a node: it measures this machine for some seconds.", style="dim")
@@ -219,6 +239,7 @@ def node_start(
             memory_bytes=memory_bytes,
             dishonest=dishonest,
             price=named,
+            paid=paid,
             place=place,
             server=server,
             clock=SystemClock(),
@@ -255,6 +276,12 @@ def _price(text: str | None, currency: str) -> Price | None:
         return msgspec.convert({"micro_per_h": parse_price(text), "currency": currency}, Price)
     except msgspec.ValidationError as error:
         raise BadFlag(f"--price {text} {currency} cannot be used: {error}.") from error
+
+
+def _paid_at(account: str | None, ledger: str | None) -> PaidAt:
+    """Raises BadAccount, NoAccount, NoLedger."""
+    address = parse_address(account) if account is not None else places.account_key().address
+    return PaidAt(places.ledger_ticket(ledger), address)
 
 
 def _place(country: str | None, region: str | None) -> Place | None:

@@ -16,15 +16,26 @@ from rich.table import Table
 
 from shoal.cli import places
 from shoal.cli.app import JOBS, app
-from shoal.cli.output import BadFlag, HubFlag, Interrupted, JsonFlag, out, print_json, run, shoal_command, shown
+from shoal.cli.output import (
+    BadFlag,
+    HubFlag,
+    Interrupted,
+    JsonFlag,
+    LedgerFlag,
+    out,
+    print_json,
+    run,
+    shoal_command,
+    shown,
+)
 from shoal.cli.tables import RunView, print_completion, print_report
 from shoal.driver.report import Report
 from shoal.quantities import format_bytes, format_count, format_duration_s, format_flops, parse_duration_s
-from shoal.quantities.money import format_money
+from shoal.quantities.money import format_money, parse_money
 from shoal.sdk.costs import Costs, Way
 from shoal.sdk.documents import describe, show_default
 from shoal.sdk.jobfile import explain, parse_job, read_job_bytes, schema
-from shoal.sdk.train import Plan, TrainOptions, plan, resume, train
+from shoal.sdk.train import Plan, Spending, TrainOptions, plan, resume, train
 
 
 def print_fields() -> None:
@@ -62,6 +73,16 @@ def train_command(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Read the data, ask the hubs, print what would be done; start nothing.")
     ] = False,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MONEY",
+            help="What it may cost at most, such as 2.50, in the ledger's currency. Without one it takes only nodes "
+            "that work for nothing.",
+            show_default="the job file's",
+        ),
+    ] = None,
+    ledger: LedgerFlag = None,
     prompt: Annotated[str | None, typer.Option(help="Have the trained model continue this text.")] = None,
     listen: Annotated[
         str,
@@ -118,6 +139,7 @@ def train_command(
         listen=listen or None,
         replace=replace,
         prompt=prompt,
+        spending=_spending(parse_money(budget) if budget is not None else job_file.budget, ledger),
     )
     if dry_run:
         with tempfile.TemporaryDirectory(prefix="shoal-plan-") as scratch:
@@ -160,6 +182,13 @@ def train_command(
         out.print(f"Model: {folder / 'model'}   Report: {folder / 'report.html'}", markup=False, soft_wrap=True)
     if made_report.goal is not None and not made_report.goal.reached:
         raise typer.Exit(1)
+
+
+def _spending(budget_micro: int | None, ledger: str | None) -> Spending | None:
+    """Of this user's account. Raises NoAccount, NoLedger."""
+    if not budget_micro:
+        return None
+    return Spending(places.account_key(), places.ledger_ticket(ledger), budget_micro)
 
 
 @app.command("plan", rich_help_panel=JOBS)

@@ -18,8 +18,8 @@ from shoal.node.agent import NodeAgent, NodeSettings, Sale
 from shoal.node.dishonest import dishonest_member
 from shoal.node.member import EngineSettings, MemberRun
 from shoal.node.openai_server import ServerSettings
+from shoal.node.payout import PaidAt
 from shoal.protocol.hubs import HubTicket
-from shoal.protocol.ledgers import LedgerTicket
 from shoal.protocol.offers import Place
 from shoal.protocol.prices import Price
 from shoal.quantities import format_bytes, format_flops
@@ -32,14 +32,6 @@ class CannotSell(BadInput):
     """A node has a price and nowhere to be paid."""
 
     code = "SH-171"
-
-
-@dataclass(frozen=True)
-class PaidAt:
-    """Where a node gets its money."""
-
-    ledger: LedgerTicket
-    account: bytes
 
 
 @dataclass

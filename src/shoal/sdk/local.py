@@ -1,4 +1,4 @@
-"""A shoal on this machine: a hub and nodes as separate processes on loopback.
+"""A shoal on this machine: hubs, ledgers and nodes as separate processes on loopback.
 
 `shoal up`, the quickstart, the tests and the benchmarks all start theirs here. Every process keeps its data and its log
 under one folder; none outlives the process that started it.
@@ -26,7 +26,7 @@ _LOG_TAIL_BYTES = 2000
 
 
 class LocalProcessFailed(JobError):
-    """A hub or node of this machine's own shoal did not start."""
+    """A hub, ledger or node of this machine's own shoal did not start."""
 
     code = "SH-650"
 
@@ -38,7 +38,7 @@ def shoal_home() -> Path:
 
 @dataclass
 class LocalProcess:
-    """A running hub or node and what it said when it was ready."""
+    """A running hub, ledger or node and what it said when it was ready."""
 
     role: str
     name: str
@@ -84,6 +84,7 @@ class LocalShoal:
         self.folder = folder
         self.environment = dict(environment or {})
         self.hubs: list[LocalProcess] = []
+        self.ledgers: list[LocalProcess] = []
         self.nodes: dict[str, LocalProcess] = {}
 
     @property
@@ -97,6 +98,11 @@ class LocalShoal:
         hub = await self._start("hub", name, arguments, prefix)
         self.hubs.append(hub)
         return hub
+
+    async def start_ledger(self, name: str = "ledger", *, options: Sequence[str] = ()) -> LocalProcess:
+        ledger = await self._start("ledger", name, ["ledger", "start", "--data", str(self.folder / name), *options], ())
+        self.ledgers.append(ledger)
+        return ledger
 
     async def start_node(
         self,
@@ -158,11 +164,11 @@ class LocalShoal:
         return LocalProcess(role, name, process, log, ready, asyncio.create_task(_discard(process.stdout)))
 
     async def stop(self, say: Callable[[str], None] = lambda _: None) -> None:
-        """Stop the nodes, then the hubs."""
+        """Stop the nodes, which redeem their vouchers then; after them hubs and ledgers."""
         if self.nodes:
             say(f"Stopping {len(self.nodes)} nodes.")
         await asyncio.gather(*(node.stop() for node in self.nodes.values()))
-        await asyncio.gather(*(hub.stop() for hub in self.hubs))
+        await asyncio.gather(*(one.stop() for one in (*self.hubs, *self.ledgers)))
 
     async def __aenter__(self) -> LocalShoal:
         return self

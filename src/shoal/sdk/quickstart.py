@@ -22,12 +22,17 @@ from shoal.driver.folder import RunFolder
 from shoal.driver.report import Goal, NodeStatus, Report
 from shoal.driver.training import Progress
 from shoal.errors import BadInput, ShoalError
+from shoal.house import RemoteLedger
 from shoal.identity import KeyPair
+from shoal.identity.accounts import address_text, create_account
 from shoal.node.dishonest import LIES
 from shoal.protocol.hubs import HubTicket
+from shoal.protocol.ledgers import LedgerTicket
+from shoal.quantities.money import format_money, format_price
 from shoal.sdk.jobfile import JobFile, parse_job
 from shoal.sdk.local import LocalShoal
-from shoal.sdk.train import TrainOptions, train
+from shoal.sdk.train import Spending, TrainOptions, train
+from shoal.transport import TlsEndpoint
 from shoal.world import SystemClock, SystemDice
 
 NODES = (("amber", 1.0), ("birch", 1.0), ("cedar", 0.5), ("dune", 0.25))
@@ -37,6 +42,11 @@ KILLED_AT, JOINS_AT = 0.4, 0.45
 """Shares of the token budget. The late node starts a little before half, as it measures itself first."""
 GOAL_SHARE = 0.75
 TOKENS = 1_500_000
+MICRO_PER_H = 360_000
+"""What an hour of a node of full speed costs: of the others as much less as they are slower."""
+DEPOSIT_MICRO, BUDGET_MICRO = 5_000_000, 1_000_000
+NOTICE_MS = 30_000
+"""The least that nodes agree to."""
 PROMPT = "def read_file(path):\n"
 
 _JOB = """\
@@ -156,23 +166,47 @@ async def quickstart(options: QuickstartOptions) -> tuple[Report, Truth, Asked |
         job_file = parse_job(text, options.folder / "job.yaml")
         async with LocalShoal(folder.local) as shoal:
             await shoal.start_hub()
-            options.say(f"Starting a hub and {len(NODES)} nodes; each measures itself first.")
+            spending = await _open_account(shoal, folder.local)
+            options.say(f"Starting a hub, a ledger and {len(NODES)} nodes; each measures itself first.")
             await asyncio.gather(*(_start(shoal, name, speed, truth) for name, speed in NODES))
-            report = await _train(job_file, text, options, folder, shoal, truth)
+            report = await _train(job_file, text, options, folder, shoal, truth, spending)
             asked = await _ask(options, shoal, folder.local / "serve")
         (folder.local / "truth.json").write_bytes(msgspec.json.encode(truth.__dict__))
     return report, truth, asked
 
 
+async def _open_account(shoal: LocalShoal, folder: Path) -> Spending:
+    """A ledger with a mint, and an account of its own for the job, with money from there."""
+    started = await shoal.start_ledger(options=["--mint-max", format_money(DEPOSIT_MICRO)])
+    ticket = LedgerTicket.parse(started.ready["ticket"])
+    account = create_account(folder / "accounts" / "job.key")
+    clock = SystemClock()
+    endpoint = TlsEndpoint(KeyPair.generate(), clock=clock, dice=SystemDice())
+    try:
+        await RemoteLedger(endpoint, ticket, clock).mint(account.address, DEPOSIT_MICRO)
+    finally:
+        await endpoint.close()
+    return Spending(account, ticket, BUDGET_MICRO, notice_ms=NOTICE_MS, audit_ms=0)
+
+
 async def _start(shoal: LocalShoal, name: str, speed: float, truth: Truth) -> None:
+    account = create_account(shoal.folder / "accounts" / f"{name}.key")
     options = ["--threads", "1", "--storage", "4 GiB"]
+    options += ["--price", format_price(round(speed * MICRO_PER_H)), "--account", address_text(account.address)]
+    options += ["--ledger", shoal.ledgers[0].ready["ticket"]]
     if name == truth.liar and truth.lie is not None:
         options += ["--dishonest", truth.lie]
     await shoal.start_node(name, max_speed=speed, options=options)
 
 
 async def _train(
-    job_file: JobFile, text: bytes, options: QuickstartOptions, folder: RunFolder, shoal: LocalShoal, truth: Truth
+    job_file: JobFile,
+    text: bytes,
+    options: QuickstartOptions,
+    folder: RunFolder,
+    shoal: LocalShoal,
+    truth: Truth,
+    spending: Spending,
 ) -> Report:
     pending = {"kill", "join"}
     tasks: set[asyncio.Task[None]] = set()
@@ -193,6 +227,7 @@ async def _train(
             key=options.key,
             prompt=PROMPT,
             goal=reached_goal,
+            spending=spending,
             closing_audit=True,
         )
     )
