@@ -26,9 +26,11 @@ COMMANDS = {
     "hub": "serving",
     "node": "serving",
     "offers": "offers",
+    "account": "accounts",
+    "ledger": "ledger",
 }
 """As a newcomer meets them, and the file of each."""
-HERE, JOBS, MACHINES = "On this machine", "Jobs", "Several machines"
+HERE, JOBS, MACHINES, MONEY = "On this machine", "Jobs", "Several machines", "Money"
 """Headings of the list."""
 
 

@@ -42,6 +42,16 @@ HubFlag = Annotated[
         show_default=False,
     ),
 ]
+LedgerFlag = Annotated[
+    str | None,
+    typer.Option(
+        "--ledger",
+        metavar="TICKET",
+        help="A ledger's ticket, shoal-ledger://NODEID@HOST:PORT/USD, as it prints it. Without it: SHOAL_LEDGER, else "
+        "the one that `shoal account create --ledger` remembered.",
+        show_default=False,
+    ),
+]
 WithParent = Annotated[int, typer.Option("--with-parent", hidden=True, help="Stop when this process is gone.")]
 
 

@@ -7,11 +7,13 @@ from pathlib import Path
 from shoal.cli.output import BadFlag, err, shown
 from shoal.driver.folder import RunFolder, is_unsettled
 from shoal.errors import BadInput
+from shoal.quantities.money import parse_money
 from shoal.sdk.places import LocalRun, find_hubs, find_local, forget_local, local_folder, user_key, write_local
 
 __all__ = [
     "LocalRun",
     "NoRun",
+    "amount_of",
     "find_hubs",
     "find_local",
     "find_run",
@@ -58,6 +60,14 @@ def find_run(folder: Path) -> Path:
     named = ", ".join(str(path) for path in dict.fromkeys(near[:RUNS_NAMED_MAX]))
     hint = f"There is {named}." if named else "A run's folder is where `shoal train` put it: runs/<name>."
     raise NoRun(f"{folder} {what}. {hint}")
+
+
+def amount_of(text: str) -> int:
+    """An amount of money that is to move, in millionths. Raises BadQuantity, BadFlag."""
+    micro = parse_money(text)
+    if not micro:
+        raise BadFlag(f"{text} is nothing; name an amount, such as 25 or 0.35.")
+    return micro
 
 
 def refuse_wildcard(listen: str, instead: str) -> None:

@@ -1,4 +1,4 @@
-"""Where things are on this machine: the user's key, the shoal that runs here, and which hubs to ask."""
+"""Where things are on this machine: the user's keys, the shoal that runs here, which hubs and which ledger to ask."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ import psutil
 
 from shoal.errors import BadInput
 from shoal.identity import KeyPair, load_or_create_key
+from shoal.identity.accounts import AccountKey, load_account
 from shoal.protocol.hubs import HubTicket
+from shoal.protocol.ledgers import LedgerTicket
 from shoal.sdk.local import shoal_home
 
 
@@ -21,6 +23,18 @@ class NoHub(BadInput):
     """No hub was named and none runs on this machine."""
 
     code = "SH-102"
+
+
+class NoAccount(BadInput):
+    """This user has no account yet."""
+
+    code = "SH-135"
+
+
+class NoLedger(BadInput):
+    """No ledger was named, and none is remembered with the account."""
+
+    code = "SH-136"
 
 
 def user_key() -> KeyPair:
@@ -95,3 +109,43 @@ def find_hubs(named: list[str] | None) -> list[HubTicket]:
             )
         texts = local.hubs
     return [HubTicket.parse(text) for text in texts]
+
+
+def account_file() -> Path:
+    """The key of this user's account."""
+    return shoal_home() / "account.key"
+
+
+def account_key() -> AccountKey:
+    """Of this user's account: who pays for jobs and is paid for nodes. Raises NoAccount, BadAccountKey."""
+    if not account_file().exists():
+        raise NoAccount(f"There is no account at {account_file()}; make one with: shoal account create")
+    return load_account(account_file())
+
+
+def _ledger_file() -> Path:
+    return account_file().with_name("account.ledger")
+
+
+def remember_ledger(ticket: LedgerTicket) -> None:
+    """As the one to ask where none is named."""
+    _ledger_file().parent.mkdir(parents=True, exist_ok=True)
+    scratch = _ledger_file().with_suffix(".new")
+    scratch.write_text(f"{ticket}\n")
+    scratch.replace(_ledger_file())
+
+
+def ledger_ticket(named: str | None = None) -> LedgerTicket:
+    """The ledger to use: the one named, else that in SHOAL_LEDGER, else the one remembered with the account.
+
+    Raises BadTicket, and NoLedger when there is none.
+    """
+    text = named or os.environ.get("SHOAL_LEDGER", "")
+    if not text and _ledger_file().exists():
+        text = _ledger_file().read_text()
+    if not text.strip():
+        raise NoLedger(
+            "No ledger is known. Name one with --ledger shoal-ledger://NODEID@HOST:PORT/USD or in SHOAL_LEDGER, or "
+            "have it remembered with: shoal account create --ledger TICKET"
+        )
+    return LedgerTicket.parse(text)

@@ -1,0 +1,401 @@
+"""`shoal account`: money at a ledger, by whose it is."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import deque
+from collections.abc import Awaitable, Callable
+from datetime import datetime
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from shoal.cli import places
+from shoal.cli.app import MONEY, Commands, Group, app
+from shoal.cli.output import BadFlag, JsonFlag, LedgerFlag, err, out, print_json, run, shown
+from shoal.identity import Envelope, KeyPair, short_id
+from shoal.identity.accounts import address_text, create_account
+from shoal.ledger.commands import Close, Command, Deposit, Open, Pass, Redeem, Withdraw, Withhold
+from shoal.ledger.moves import ISSUED, Move
+from shoal.ledger.moves import account as account_name
+from shoal.protocol.ledgers import LedgerTicket
+from shoal.protocol.money import Checkpoint, HouseLedger, Withdrawal, open_checkpoint
+from shoal.quantities.money import format_money
+from shoal.sdk.local import shoal_home
+from shoal.sdk.places import account_file, account_key, ledger_ticket, remember_ledger
+from shoal.world import SystemClock
+
+if TYPE_CHECKING:
+    from shoal.house import RemoteLedger
+    from shoal.ledger.journal import Line
+
+T = TypeVar("T")
+LIMIT_MAX = 10_000
+SHORT = 10
+"""Hexadecimal digits of an escrow's name, for people."""
+
+account_app = Commands(cls=Group, help="Your money at a ledger: `shoal account create`.")
+app.add_typer(account_app, name="account", rich_help_panel=MONEY)
+NEGATIVE = {"ignore_unknown_options": True}
+"""So that -5 is an amount, which is refused as one, and not an option."""
+
+
+def ask(ticket: LedgerTicket, question: Callable[[RemoteLedger], Awaitable[T]]) -> T:
+    """Link to a ledger, ask it something, and leave. Who asks is nobody in particular: what moves money is signed."""
+    from shoal.house import RemoteLedger
+    from shoal.transport import TlsEndpoint
+
+    async def work() -> T:
+        endpoint = TlsEndpoint(KeyPair.generate())
+        try:
+            return await question(RemoteLedger(endpoint, ticket, SystemClock()))
+        finally:
+            await endpoint.close()
+
+    return run(work)
+
+
+@account_app.command("create")
+def create(ledger: LedgerFlag = None, json: JsonFlag = False) -> None:
+    """Make an account: a key in ~/.shoal/account.key, which is whose the money is. Keep a copy of it.
+
+    With `--ledger` the other commands find that ledger without a flag; so it is changed later, too. The key is one of
+    Ethereum's kind, and the same account can be had at several ledgers.
+    """  # fmt: skip
+    ticket = None if ledger is None else LedgerTicket.parse(ledger)
+    made = ticket is None or not account_file().exists()
+    key = create_account(account_file()) if made else account_key()
+    if ticket is not None:
+        remember_ledger(ticket)
+    address = address_text(key.address)
+    if json:
+        print_json({"account": address, "ledger": None if ticket is None else str(ticket), "made": made})
+        return
+    out.print(f"Account {address}{'' if made else ', as before'}.", markup=False, soft_wrap=True)
+    if ticket is None:
+        out.print("[dim]Its key is in[/] " + escape(str(account_file())), soft_wrap=True)
+    else:
+        out.print(f"Its ledger is that of {short_id(ticket.operator)}, in {ticket.currency}.", markup=False)
+
+
+@account_app.command("balance")
+def balance(ledger: LedgerFlag = None, json: JsonFlag = False) -> None:
+    """Show how much your account has. What is in escrows, or held back, is not in it."""
+    ticket, key = ledger_ticket(ledger), account_key()
+    micro = ask(ticket, lambda one: one.balance(key.address))
+    _print_balance(ticket, key.address, micro, json)
+
+
+@account_app.command("deposit", context_settings=NEGATIVE)
+def deposit(
+    amount: Annotated[str, typer.Argument(metavar="AMOUNT", help="How much, such as 25 or 0.35.")],
+    ledger: LedgerFlag = None,
+    json: JsonFlag = False,
+) -> None:
+    """Have money from the development mint of a ledger, where its operator started it with one.
+
+    Elsewhere the operator books what you paid it outside of the ledger; ask it how.
+    """  # fmt: skip
+    micro = places.amount_of(amount)
+    ticket, key = ledger_ticket(ledger), account_key()
+
+    async def work(one: RemoteLedger) -> int:
+        await one.mint(key.address, micro)
+        return await one.balance(key.address)
+
+    _print_balance(ticket, key.address, ask(ticket, work), json)
+
+
+@account_app.command("withdraw", context_settings=NEGATIVE)
+def withdraw(
+    amount: Annotated[str, typer.Argument(metavar="AMOUNT", help="How much, such as 25 or 0.35.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            metavar="TEXT",
+            help="Where the operator pays it, as you have agreed: an address on a chain, the number of a payment. The "
+            "journal shows it to strangers.",
+        ),
+    ],
+    number: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Which withdrawal of the account it is. The same number again is carried out once at most.",
+            show_default="the next",
+        ),
+    ] = None,
+    ledger: LedgerFlag = None,
+    json: JsonFlag = False,
+) -> None:
+    """Take money out of a ledger: its operator pays as much outside of it.
+
+    Where the answer is lost, the sentence says with which `--number` to run it again: it is carried out once at most.
+    """  # fmt: skip
+    from shoal.house import OutcomeUnknown
+
+    micro = places.amount_of(amount)
+    ticket, key = ledger_ticket(ledger), account_key()
+    if not (1 <= len(to) <= 128 and to.isascii() and to.isprintable()):
+        raise BadFlag(f"--to {to[:40]!r} cannot be used: 1 to 128 printable ASCII characters.")
+    if number is not None and not 1 <= number < 1 << 53:
+        raise BadFlag(f"--number {number} cannot be used: withdrawals are counted from 1.")
+
+    async def work(one: RemoteLedger) -> tuple[int, int]:
+        which = number or (await one.account(key.address)).withdrawals + 1
+        order = Withdrawal(account=key.address, amount_micro=micro, to=to, number=which)
+        try:
+            await one.apply(Withdraw(order, key.sign(order.digest(ticket.ledger))))
+        except OutcomeUnknown as error:
+            raise OutcomeUnknown(f"{error} The same again: the same command with --number {which}.") from error
+        return which, await one.balance(key.address)
+
+    which, left = ask(ticket, work)
+    if json:
+        print_json(
+            {"withdrawal": which, "amount_micro": micro, "to": to, "currency": ticket.currency, "balance_micro": left}
+        )
+    else:
+        out.print(
+            f"Withdrawal {which}: {format_money(micro)} {ticket.currency}, to {to}.", markup=False, soft_wrap=True
+        )
+        out.print(f"There are {format_money(left)} {ticket.currency} left.", markup=False)
+
+
+@account_app.command("statement")
+def statement(
+    limit: Annotated[int, typer.Option(metavar="N", help="The newest so many lines.")] = 50,
+    ledger: LedgerFlag = None,
+    json: JsonFlag = False,
+) -> None:
+    """Show what came to your account and what left it, as the ledger's journal has it.
+
+    Escrows are named by the beginning of their names. The lines are shown as the ledger gives them; `shoal account
+    verify` checks them.
+    """  # fmt: skip
+    if not 1 <= limit <= LIMIT_MAX:
+        raise BadFlag(f"--limit {limit} cannot be used: from 1 to {LIMIT_MAX}.")
+    ticket, key = ledger_ticket(ledger), account_key()
+    mine = account_name(key.address)
+
+    async def work(one: RemoteLedger) -> tuple[int, deque[tuple[Line, int, int]]]:
+        newest, after, count = deque[tuple["Line", int, int]](maxlen=limit), 0, 0
+        async for line in one.lines(account=key.address):
+            change = _change(line.moves, mine)
+            after, count = after + change, count + 1
+            newest.append((line, change, after))
+        return count, newest
+
+    count, newest = ask(ticket, work)
+    if json:
+        print_json(
+            {
+                "account": mine, "currency": ticket.currency, "lines": count,
+                "newest": [
+                    {
+                        "number": line.number, "at_ms": line.at_ms, "what": _what(line.command, mine, ticket.ledger),
+                        "change_micro": change, "held_micro": _held(line.moves, mine), "balance_micro": after,
+                    }
+                    for line, change, after in newest
+                ],
+            }
+        )  # fmt: skip
+        return
+    if not newest:
+        out.print(f"Nothing has come to {mine} yet.", markup=False)
+        return
+    table = Table("when", "what", "in", "out", "balance", box=None, pad_edge=False)
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for line, change, after in newest:
+        held = _held(line.moves, mine)
+        what = _what(line.command, mine, ticket.ledger) + (f", {format_money(held)} held back" if held > 0 else "")
+        table.add_row(
+            _when(line.at_ms), escape(shown(what)), format_money(change) if change > 0 else "",
+            format_money(-change) if change < 0 else "", format_money(after),
+        )  # fmt: skip
+    out.print(table)
+    if count > len(newest):
+        out.print(f"[dim]{count - len(newest)} older lines are left out; --limit shows more.[/]")
+
+
+@account_app.command("export")
+def export(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A new file.")],
+    ledger: LedgerFlag = None,
+    json: JsonFlag = False,
+) -> None:
+    """Write a ledger's whole journal to a file, with what its operator signed of it: JSON, a line each.
+
+    `shoal account verify FILE` checks it, on any machine.
+    """  # fmt: skip
+    ticket = ledger_ticket(ledger)
+    try:
+        target = file.open("xb")
+    except FileExistsError as error:
+        raise BadFlag(f"{file} is there already; name a new file.") from error
+    with target:
+        try:
+            count = _fetch(ticket, target)
+        except BaseException:
+            file.unlink()
+            raise
+    if json:
+        print_json({"file": str(file), "lines": count})
+    else:
+        out.print(f"{count} lines in {file}.", markup=False, soft_wrap=True)
+
+
+@account_app.command("verify")
+def verify(
+    file: Annotated[
+        Path | None, typer.Argument(metavar="FILE", help="A journal from `shoal account export`.", show_default=False)
+    ] = None,
+    ledger: LedgerFlag = None,
+    json: JsonFlag = False,
+) -> None:
+    """Check a ledger's journal from its beginning: every line by the rules and the signatures in it.
+
+    Without FILE it is fetched from the ledger. What the operator signed of it is kept in ~/.shoal/checkpoints, and
+    compared with the next time: so an operator that changes its history is found out. Exit code 1 where anything is
+    wrong.
+    """  # fmt: skip
+    from shoal.house.journals import checked, read_journal
+
+    with file.open("rb") if file is not None else tempfile.TemporaryFile() as source:
+        if file is None:
+            _fetch(ledger_ticket(ledger), source)
+            source.seek(0)
+        head, lines = read_journal(source, "The journal" if file is None else str(file))
+        kept = KeptCheckpoint(head.ledger)
+        newest, seen = head.signed, kept.read()
+        found = kept.or_say_where(newest, lambda: checked(lines, head.ledger, newest, seen, of_now=file is None))
+    now = None if newest is None else open_checkpoint(newest, head.ledger)
+    before = None if seen is None else open_checkpoint(seen, head.ledger)
+    if now is not None and (before is None or now.number > before.number):
+        kept.write(newest)
+    owed = -found.book.balances.get(ISSUED, 0)
+    if json:
+        print_json(
+            {
+                "ledger": head.ledger,
+                "lines": found.lines,
+                "owed_micro": owed,
+                "signed": now,
+                "seen_before": before,
+                "as_seen": found.as_seen,
+            }
+        )
+        return
+    who = f"the ledger of {short_id(head.ledger.operator)} in {head.ledger.currency}"
+    out.print(
+        f"{found.lines} lines of {who}: all follow from the rules and the signatures.", markup=False, soft_wrap=True
+    )
+    out.print(f"It owes {format_money(owed)} {head.ledger.currency} in all.", markup=False)
+    if now is not None:
+        out.print(f"Its operator has signed line {now.number}.", markup=False)
+    if before is not None and found.as_seen:
+        out.print(f"It is the history that was seen before, up to line {before.number}.", markup=False)
+    elif before is not None:
+        out.print(f"It is older than what was seen before, up to line {before.number}.", markup=False)
+
+
+class KeptCheckpoint:
+    """The newest checkpoint of a ledger that this user has seen, in a file."""
+
+    def __init__(self, ledger: HouseLedger) -> None:
+        self._path = shoal_home() / "checkpoints" / f"{ledger.operator.hex()}-{ledger.currency}"
+
+    def read(self) -> Envelope | None:
+        """Raises BadEnvelope."""
+        if not self._path.exists():
+            return None
+        with self._path.open("rb") as file:
+            return Envelope.from_bytes(file.read(Checkpoint.MAX_BYTES * 8), Checkpoint.MAX_BYTES)
+
+    def write(self, checkpoint: Envelope | None, path: Path | None = None) -> None:
+        if checkpoint is None:
+            return
+        path = path or self._path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_name(f"{path.name}.new")
+        scratch.write_bytes(checkpoint.to_bytes())
+        scratch.replace(path)
+
+    def or_say_where(self, newest: Envelope | None, check: Callable[[], T]) -> T:
+        """Where a check finds that history was changed, both checkpoints are kept: together they prove it."""
+        from shoal.house.journals import HistoryChanged
+
+        try:
+            return check()
+        except HistoryChanged as error:
+            other = self._path.with_name(f"{self._path.name}.changed")
+            self.write(newest, other)
+            raise HistoryChanged(
+                f"{error} Both checkpoints are kept, in {self._path} and {other}; keep the journal as well, with "
+                "`shoal account export`, and put no more money there."
+            ) from error
+
+
+def _fetch(ticket: LedgerTicket, file: IO[bytes]) -> int:
+    from shoal.house.journals import write_journal
+
+    err.print("[dim]Fetching the journal.[/]")
+
+    async def work(one: RemoteLedger) -> int:
+        checkpoint = await one.checkpoint()
+        return await write_journal(file, ticket.ledger, checkpoint, one.lines())
+
+    return ask(ticket, work)
+
+
+def _print_balance(ticket: LedgerTicket, address: bytes, micro: int, json: bool) -> None:
+    if json:
+        print_json({"account": address_text(address), "currency": ticket.currency, "balance_micro": micro})
+    else:
+        out.print(f"{format_money(micro)} {ticket.currency}", markup=False)
+
+
+def _change(moves: tuple[Move, ...], name: str) -> int:
+    return sum(one.amount_micro * ((one.target == name) - (one.source == name)) for one in moves)
+
+
+def _held(moves: tuple[Move, ...], name: str) -> int:
+    """How much more of it is held back than before."""
+    return sum(
+        one.amount_micro * (_is_held(one.target, name) - _is_held(one.source, name)) for one in moves
+    )  # fmt: skip
+
+
+def _is_held(pot: str, name: str) -> bool:
+    return pot.startswith("held ") and pot.endswith(f" {name}")
+
+
+def _when(at_ms: int) -> str:
+    """In the time of this machine."""
+    try:
+        return datetime.fromtimestamp(at_ms / 1000).strftime("%Y-%m-%d %H:%M")
+    except (OverflowError, ValueError, OSError):  # an operator may write what it likes
+        return f"{at_ms} ms"
+
+
+def _what(command: Command, mine: str, ledger: HouseLedger) -> str:
+    match command:
+        case Deposit():
+            return f"deposit, {command.reference}"
+        case Withdraw():
+            return f"withdrawal {command.order.number}, to {command.order.to}"
+        case Open():
+            return f"into escrow {command.terms.escrow_id(ledger).hex()[:SHORT]}"
+        case Redeem():
+            return f"earned of escrow {command.signed.voucher.escrow.hex()[:SHORT]}"
+        case Close():
+            return f"closing escrow {command.wish.escrow.hex()[:SHORT]}"
+        case Withhold():
+            back = account_name(command.order.payee) != mine
+            return f"withheld{' for you' if back else ''} of escrow {command.order.escrow.hex()[:SHORT]}"
+        case Pass():
+            return f"end of escrow {command.escrow.hex()[:SHORT]}"
