@@ -30,12 +30,24 @@ SURFACE = {
     "shoal node start": "--hub --name --max-speed --threads --device --processes --listen --storage --memory --price "
     "--currency --country --region --data "
     "--engine --engine-model --engine-key --engine-only --json",
+    "shoal account": "",
+    "shoal account create": "--ledger --json",
+    "shoal account balance": "--ledger --json",
+    "shoal account deposit": "AMOUNT --ledger --json",
+    "shoal account withdraw": "AMOUNT --to --number --ledger --json",
+    "shoal account statement": "--limit --ledger --json",
+    "shoal account export": "FILE --ledger --json",
+    "shoal account verify": "[FILE] --ledger --json",
+    "shoal ledger": "",
+    "shoal ledger start": "--listen --currency --database --mint-max --public --data --json",
+    "shoal ledger deposit": "ACCOUNT AMOUNT --reference --data --json",
     "shoal offers": "--hub --device --device-name --memory --flops --bandwidth --latency --country --without-country "
     "--region --without-region --tier --max-price --currency --idle --sort --limit --json",
 }
 HIDDEN = {
     "shoal serve": {"--with-parent"},
     "shoal hub": {"--with-parent"},
+    "shoal ledger start": {"--with-parent"},
     "shoal node start": {"--with-parent", "--dishonest"},
 }
 """For the processes that Shoal starts itself, and for trying its defences."""
@@ -76,7 +88,7 @@ def test_what_is_hidden_is_hidden_for_a_reason() -> None:
 
 
 def test_every_command_that_prints_data_has_json() -> None:
-    groups = {"shoal", "shoal node"}
+    groups = {"shoal", "shoal node", "shoal account", "shoal ledger"}
     assert [path for path, options in SURFACE.items() if path not in groups and "--json" not in options.split()] == []
 
 
