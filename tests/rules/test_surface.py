@@ -32,6 +32,8 @@ SURFACE = {
     "--engine --engine-model --engine-key --engine-only --json",
     "shoal offers": "--hub --device --device-name --memory --flops --bandwidth --latency --country --without-country "
     "--region --without-region --tier --max-price --currency --idle --sort --limit --json",
+    "shoal market": "",
+    "shoal market verify": "BATCH --order --json",
 }
 HIDDEN = {
     "shoal serve": {"--with-parent"},
@@ -76,7 +78,7 @@ def test_what_is_hidden_is_hidden_for_a_reason() -> None:
 
 
 def test_every_command_that_prints_data_has_json() -> None:
-    groups = {"shoal", "shoal node"}
+    groups = {"shoal", "shoal node", "shoal market"}
     assert [path for path, options in SURFACE.items() if path not in groups and "--json" not in options.split()] == []
 
 

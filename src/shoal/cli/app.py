@@ -26,6 +26,7 @@ COMMANDS = {
     "hub": "serving",
     "node": "serving",
     "offers": "offers",
+    "market": "market",
 }
 """As a newcomer meets them, and the file of each."""
 HERE, JOBS, MACHINES = "On this machine", "Jobs", "Several machines"
