@@ -17,7 +17,8 @@ SURFACE = {
     "shoal quickstart": "--seed --honest --tokens --files --runs --json",
     "shoal up": "--nodes --speeds --threads --json",
     "shoal down": "--json",
-    "shoal train": "[JOB.YAML] --hub --runs --resume --replace --dry-run --prompt --listen --fields --json",
+    "shoal train": "[JOB.YAML] --hub --runs --resume --replace --dry-run --budget --ledger "
+    "--prompt --listen --fields --json",
     "shoal plan": "JOB.YAML --hub --deadline --json",
     "shoal report": "RUN --json",
     "shoal replay": "RUN --round -r --node -n --threads --device --script --hub --listen --json",
@@ -28,7 +29,7 @@ SURFACE = {
     "shoal hub": "--listen --http --data --name --public --json",
     "shoal node": "",
     "shoal node start": "--hub --name --max-speed --threads --device --processes --listen --storage --memory --price "
-    "--currency --country --region --data "
+    "--currency --account --ledger --country --region --data "
     "--engine --engine-model --engine-key --engine-only --json",
     "shoal account": "",
     "shoal account create": "--ledger --json",
@@ -43,6 +44,8 @@ SURFACE = {
     "shoal ledger deposit": "ACCOUNT AMOUNT --reference --data --json",
     "shoal offers": "--hub --device --device-name --memory --flops --bandwidth --latency --country --without-country "
     "--region --without-region --tier --max-price --currency --idle --sort --limit --json",
+    "shoal market": "",
+    "shoal market verify": "BATCH --order --json",
 }
 HIDDEN = {
     "shoal serve": {"--with-parent"},
@@ -88,7 +91,7 @@ def test_what_is_hidden_is_hidden_for_a_reason() -> None:
 
 
 def test_every_command_that_prints_data_has_json() -> None:
-    groups = {"shoal", "shoal node", "shoal account", "shoal ledger"}
+    groups = {"shoal", "shoal node", "shoal account", "shoal ledger", "shoal market"}
     assert [path for path, options in SURFACE.items() if path not in groups and "--json" not in options.split()] == []
 
 

@@ -18,7 +18,19 @@ from shoal.cli.app import MONEY, Commands, Group, app
 from shoal.cli.output import BadFlag, JsonFlag, LedgerFlag, err, out, print_json, run, shown
 from shoal.identity import Envelope, KeyPair, short_id
 from shoal.identity.accounts import address_text, create_account
-from shoal.ledger.commands import Close, Command, Deposit, Open, Pass, Redeem, Withdraw, Withhold
+from shoal.ledger.commands import (
+    Admit,
+    Close,
+    Command,
+    Deposit,
+    Finish,
+    Open,
+    Pass,
+    Redeem,
+    TopUp,
+    Withdraw,
+    Withhold,
+)
 from shoal.ledger.moves import ISSUED, Move
 from shoal.ledger.moves import account as account_name
 from shoal.protocol.ledgers import LedgerTicket
@@ -390,6 +402,12 @@ def _what(command: Command, mine: str, ledger: HouseLedger) -> str:
             return f"withdrawal {command.order.number}, to {command.order.to}"
         case Open():
             return f"into escrow {command.terms.escrow_id(ledger).hex()[:SHORT]}"
+        case Admit():
+            return f"a payee more for escrow {command.admission.escrow.hex()[:SHORT]}"
+        case TopUp():
+            return f"more into escrow {command.order.escrow.hex()[:SHORT]}"
+        case Finish():
+            return f"no more wanted of escrow {command.word.escrow.hex()[:SHORT]}"
         case Redeem():
             return f"earned of escrow {command.signed.voucher.escrow.hex()[:SHORT]}"
         case Close():

@@ -28,6 +28,7 @@ COMMANDS = {
     "offers": "offers",
     "account": "accounts",
     "ledger": "ledger",
+    "market": "market",
 }
 """As a newcomer meets them, and the file of each."""
 HERE, JOBS, MACHINES, MONEY = "On this machine", "Jobs", "Several machines", "Money"
