@@ -13,10 +13,12 @@ from rich.table import Table
 from rich.text import Text
 
 from shoal.cli.output import err, out, shown
+from shoal.driver.bills import Bill
 from shoal.driver.lines import AuditLine, AuditVerdict, Event, EventKind
 from shoal.driver.report import NodeStatus, Report
 from shoal.driver.training import Progress as JobProgress
 from shoal.quantities import format_bytes, format_count, format_duration_s
+from shoal.quantities.money import format_money
 from shoal.sdk.quickstart import Asked
 
 _COLOURS = {
@@ -139,6 +141,27 @@ def print_report(report: Report, *, console: Console = out) -> None:
     loss = _loss_line(report)
     if loss:
         console.print(loss)
+    if report.bill is not None:
+        print_bill(report.bill, console=console)
+
+
+def print_bill(bill: Bill, *, console: Console = out) -> None:
+    """Who is paid what, and how it adds up."""
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("node", overflow="fold")
+    table.add_column(f"paid, {bill.currency}", justify="right", no_wrap=True)
+    table.add_column("withheld", justify="right", no_wrap=True)
+    table.add_column("why", overflow="fold")
+    for line in bill.nodes:
+        withheld = format_money(line.withheld) if line.withheld else ""
+        table.add_row(escape(shown(line.name)), format_money(line.paid), withheld, escape(shown(line.reason)))
+    console.print("[bold]The bill[/]")
+    console.print(table)
+    console.print(
+        f"Set aside {format_money(bill.quoted)} {bill.currency}: charged {format_money(bill.charged)}, "
+        f"and {format_money(bill.refunded)} comes back.",
+        markup=False,
+    )
 
 
 def print_completion(report: Report, *, console: Console = out) -> None:

@@ -18,10 +18,12 @@ from html import escape
 
 import msgspec
 
+from shoal.driver.bills import Bill
 from shoal.driver.lines import AuditVerdict, EventKind, Lane
 from shoal.driver.report import CurvePoint, ExclusionReport, LaneReport, Mark, NodeReport, NodeStatus, Report
 from shoal.driver.report_style import SCRIPT, STYLE
 from shoal.quantities import format_bytes, format_count, format_duration_s, format_rate_bps
+from shoal.quantities.money import format_money
 
 BARS_MAX = 32
 ROWS_MAX = 300
@@ -87,6 +89,7 @@ def render_page(report: Report) -> str:
             _lanes(report),
             _bars(report.nodes),
             _nodes(report),
+            _bill(report.bill),
             _exclusions(report),
             _audits(report),
             _completion(report),
@@ -416,6 +419,27 @@ def _nodes(report: Report) -> str:
 <th class="number">computing</th><th>what happened</th></tr></thead>
 <tbody>{"".join(rows)}</tbody></table>{_more(len(report.nodes), ROWS_MAX)}""",
         "Tokens are of accepted work only. Rounds in / out: contributions that were accepted and excluded.",
+    )
+
+
+def _bill(bill: Bill | None) -> str:
+    if bill is None:
+        return ""
+    rows = "".join(
+        f"""<tr><td><strong>{escape(line.name)}</strong> <span class="mono">{escape(line.node_id[:8])}</span></td>
+<td class="number" data-label="paid">{format_money(line.paid)}</td>
+<td class="number" data-label="withheld">{format_money(line.withheld) if line.withheld else "—"}</td>
+<td class="wide">{escape(line.reason)}</td></tr>"""
+        for line in bill.nodes[:ROWS_MAX]
+    )
+    return _section(
+        "bill",
+        "Bill",
+        f"""<table class="many"><thead><tr><th>node</th><th class="number">paid</th>
+<th class="number">withheld</th><th>why</th></tr></thead>
+<tbody>{rows}</tbody></table>{_more(len(bill.nodes), ROWS_MAX)}""",
+        f"{format_money(bill.quoted)} {escape(bill.currency)} was set aside: {format_money(bill.charged)} was charged, "
+        f"and {format_money(bill.refunded)} comes back. Nodes are paid for accepted work, never more than their price.",
     )
 
 
