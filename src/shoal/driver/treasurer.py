@@ -68,7 +68,7 @@ _log = logging.getLogger("shoal.driver")
 class NoMoney(BadInput):
     """An account has not what a job is to set aside."""
 
-    code = "SH-170"
+    code = "SH-163"
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ class NotHeld(JobError):
 class SalesDamaged(StorageError):
     """What a node has promised, or was paid with, cannot be read."""
 
-    code = "SH-447"
+    code = "SH-448"
 
 
 class Account(msgspec.Struct, frozen=True, kw_only=True):

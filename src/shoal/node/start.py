@@ -31,7 +31,7 @@ from shoal.world import Clock, Dice, Endpoint
 class CannotSell(BadInput):
     """A node has a price and nowhere to be paid."""
 
-    code = "SH-171"
+    code = "SH-164"
 
 
 @dataclass
