@@ -35,7 +35,9 @@ def shoal(*words: str) -> tuple[int, str]:
 
 
 def terms(limit: int) -> OrderTerms:
-    return OrderTerms(auctioneer=AUCTIONEER.node_id, batch=2, sequence=1, block=BLOCK, limit_micro=limit)
+    return OrderTerms(
+        auctioneer=AUCTIONEER.node_id, batch=2, expires_ms=BLOCK.start_ms, sequence=1, block=BLOCK, limit_micro=limit
+    )
 
 
 @pytest.fixture

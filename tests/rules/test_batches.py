@@ -73,6 +73,7 @@ class Auctioneer:
     def terms(self, limit: int, **changed: Any) -> OrderTerms:
         usual: dict[str, Any] = {
             "auctioneer": AUCTIONEER.node_id, "batch": self.number, "sequence": 1, "block": BLOCK, "limit_micro": limit,
+            "expires_ms": LATER.start_ms,
         }  # fmt: skip
         return OrderTerms(**{**usual, **changed})
 
@@ -179,6 +180,16 @@ def test_an_order_is_good_for_one_batch_of_one_auctioneer() -> None:
     published = market.close(elsewhere)
     assert why(published) == {elsewhere.record_id: "elsewhere"}
     assert reasons(published)[elsewhere.record_id].startswith("It is for the auctioneer ")
+
+
+def test_an_order_expires_also_while_its_batch_is_kept_open() -> None:
+    market = Auctioneer()
+    orders = [market.bid(ANN, 5, expires_ms=NOON + ahead) for ahead in (1999, 2000)]
+    published = market.close(*orders[:1], market.ask(BEN, 5), closed_ms=NOON + 2000)
+    assert why(published)[orders[0].record_id] == "expired"
+    assert reasons(published)[orders[0].record_id] == "It had expired 1 ms before the batch was closed."
+    market = Auctioneer()
+    assert why(market.close(orders[1], closed_ms=NOON + 2000)) == {orders[1].record_id: "limit"}
 
 
 def test_an_hour_that_has_begun_or_is_far_ahead_is_not_traded() -> None:
@@ -323,7 +334,9 @@ def test_there_is_room_for_all_that_a_batch_may_come_to() -> None:
     ids = tuple(number.to_bytes(32) for number in range(ORDERS_MAX))
     encode(Batch(number=1, previous=bytes(32), closed_ms=0, orders=ids, seed=bytes(32), next_seed_hash=bytes(32)))
     resale = Resale(
-        terms=OrderTerms(auctioneer=bytes(32), batch=1 << 53, sequence=1 << 53, block=block, limit_micro=10**12),
+        terms=OrderTerms(
+            auctioneer=bytes(32), batch=1 << 53, sequence=1 << 53, block=block, limit_micro=10**12, expires_ms=1 << 53
+        ),
         purchases=(Purchase(1 << 53, bytes(32)),) * RESALE_BLOCKS_MAX,
     )
     encode(resale)

@@ -127,7 +127,7 @@ def clear(carried: Carried, batch: Batch, auctioneer: bytes, orders: Iterable[Si
             in_market[one.order.terms.block].append(one)
 
     cleared, markets = [], {}
-    for block, there in sorted(in_market.items(), key=lambda item: names[item[0]]):
+    for block, there in sorted(in_market.items(), key=lambda item: (item[0].start_ms, names[item[0]])):
         lots = {one.id: lot_of(batch.seed, names[block], one.trader) for one in there}
         there.sort(key=lambda one: lots[one.id])
         bids, asks = ([one for one in there if isinstance(one.order, Bid) is buys] for buys in (True, False))
@@ -229,6 +229,8 @@ def _trouble(
         return "elsewhere", f"It is for the auctioneer {short_id(terms.auctioneer)}, not for {short_id(auctioneer)}."
     if terms.batch != batch.number:
         return "other-batch", f"It is for batch {terms.batch}; this is {batch.number}. Sign another one for the next."
+    if terms.expires_ms < batch.closed_ms:
+        return "expired", f"It had expired {batch.closed_ms - terms.expires_ms} ms before the batch was closed."
     if start_ms <= batch.closed_ms:
         return "begun", f"Its hour had begun {batch.closed_ms - start_ms} ms before the batch was closed."
     if start_ms > batch.closed_ms + HORIZON_MS:

@@ -1,10 +1,9 @@
 """Orders for hours of nodes, batches of them, and what a batch came to.
 
 What is traded is a `Block`: an hour of a node of some class, paid at some ledger. An order is good for one batch of one
-auctioneer, whose number it names: it cannot be used again, held back for later, or be put before another auctioneer. So
-an order needs no clock; whoever still wants to trade signs one for the next batch. The auctioneer signs the exact set
-of orders that it closes a batch with (`Batch`) and what follows from it (`Clearing`), and anybody can compute that
-again (`shoal.market.batches`).
+auctioneer, whose number it names: it cannot be used again, held back for later, or be put before another auctioneer.
+Whoever still wants to trade signs one for the next batch. The auctioneer signs the exact set of orders that it closes a
+batch with (`Batch`) and what follows from it (`Clearing`), and anybody can compute that again (`shoal.market`).
 """
 
 from __future__ import annotations
@@ -69,6 +68,8 @@ class OrderTerms(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     auctioneer: NodeId
     batch: BatchNumber
     """It is good for this one and no other."""
+    expires_ms: UnixMs
+    """And for this one if it is closed by then: an auctioneer that keeps it open does not get to wait for its price."""
     sequence: Annotated[int, Meta(ge=0, le=1 << 53)]
     """Of several that exclude one another the highest counts."""
     block: Block
@@ -160,7 +161,7 @@ class Cleared(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 Why = Literal[
-    "elsewhere", "other-batch", "begun", "too-far", "twice", "replaced", "sold", "not-held", "no-room",
+    "elsewhere", "other-batch", "expired", "begun", "too-far", "twice", "replaced", "sold", "not-held", "no-room",
     "limit", "sets-price", "lot",
 ]  # fmt: skip
 """Why an order got fewer blocks than it asked for. Up to `no-room` it did not count."""
