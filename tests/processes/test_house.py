@@ -15,6 +15,7 @@ from postgres import PROGRAMS, Postgres
 
 from shoal.errors import BadRecord, LinkError
 from shoal.house import LedgerServer, LedgerSettings, OtherLedger, OutcomeUnknown, RemoteLedger, deposit
+from shoal.house.journals import write_journal
 from shoal.house.messages import (
     PAGE_BYTES,
     Applied,
@@ -38,8 +39,8 @@ from shoal.ledger.journal import Line, line, verified
 from shoal.ledger.moves import ISSUED, Move, TooLittleMoney, account
 from shoal.protocol.hubs import BadTicket
 from shoal.protocol.ledgers import LedgerTicket
-from shoal.protocol.messages import encode
-from shoal.protocol.money import BadCheckpoint, HouseLedger, Payee, open_checkpoint
+from shoal.protocol.messages import encode, sign
+from shoal.protocol.money import BadCheckpoint, Checkpoint, HouseLedger, Payee, open_checkpoint
 from shoal.quantities.money import AMOUNT_MAX
 from shoal.storage.group_commit import LedgerBusy
 from shoal.storage.ledgers import LedgerFailed, SqlLedger
@@ -158,16 +159,16 @@ def test_what_was_handed_in_already_is_told_so(tmp_path: Path) -> None:
 def test_one_address_leaves_room_for_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gate, waiting = asyncio.Event(), 0
 
-    async def held(*_: Any) -> int:
+    async def held(*_: Any) -> tuple[int, int]:
         nonlocal waiting
         waiting += 1
         await gate.wait()
-        return 7
-
-    monkeypatch.setattr("shoal.house.server.GroupCommit.balance", held)
+        return 7, 0
 
     async def scene(house: House) -> None:
         other = RemoteLedger(house.network.endpoint(KeyPair.generate()), house.ticket, house.clock)
+        await asyncio.gather(other.about(), house.remote.about())
+        monkeypatch.setattr("shoal.house.server.GroupCommit.ask", held)
         flood = [asyncio.create_task(other.balance(ME)) for _ in range(AT_ONCE_PER_SOURCE)]
         while waiting < AT_ONCE_PER_SOURCE:
             await asyncio.sleep(0)
@@ -328,12 +329,18 @@ def test_pages_that_lead_nowhere_are_not_followed(page: LinesFound, words: str) 
     with_liar({AskLines.KIND: encode(page)}, scene)
 
 
-def test_a_checkpoint_of_somebody_else_is_none() -> None:
-    other = KeyPair.generate()
-    from shoal.protocol.messages import sign
-    from shoal.protocol.money import Checkpoint
+def test_a_journal_without_an_end_is_not_fetched_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shoal.house.journals.FILE_MAX_BYTES", 600)
 
-    forged = sign(other, Checkpoint(currency="USD", number=1, hash=bytes(32))).to_bytes()
+    async def scene(ledger: RemoteLedger) -> None:
+        with (tmp_path / "journal").open("xb") as file, pytest.raises(BadRecord, match="has no end"):
+            await write_journal(file, ledger.name, None, ledger.lines())
+
+    with_liar({AskLines.KIND: encode(LinesFound(lines=tuple(map(a_line, range(1, 9)))))}, scene)
+
+
+def test_a_checkpoint_of_somebody_else_is_none() -> None:
+    forged = sign(KeyPair.generate(), Checkpoint(currency="USD", number=1, hash=bytes(32))).to_bytes()
 
     async def scene(ledger: RemoteLedger) -> None:
         with pytest.raises(BadCheckpoint):

@@ -21,6 +21,8 @@ from shoal.protocol.money import Checkpoint, HouseLedger, open_checkpoint
 
 TEXT_MAX_BYTES = 4 << 20
 """Of one line of a file."""
+FILE_MAX_BYTES = 64 << 30
+"""Of a journal that is fetched: an operator may send lines for ever."""
 _encode = msgspec.json.Encoder().encode
 _line = msgspec.json.Decoder(Line)
 
@@ -53,13 +55,15 @@ class JournalOf(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 async def write_journal(
     file: IO[bytes], ledger: HouseLedger, checkpoint: Envelope | None, lines: AsyncIterator[Line]
 ) -> int:
-    """How many lines there were."""
+    """How many lines there were. Raises BadRecord beyond FILE_MAX_BYTES, and what `lines` does."""
     head = JournalOf(ledger, None if checkpoint is None else checkpoint.to_bytes())
     file.write(_encode(head) + b"\n")
     count = 0
     async for one in lines:
         file.write(_encode(one) + b"\n")
         count += 1
+        if file.tell() > FILE_MAX_BYTES:
+            raise BadRecord(f"After {count} lines this journal has no end; it takes more than {FILE_MAX_BYTES} bytes.")
     file.flush()
     return count
 

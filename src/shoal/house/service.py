@@ -28,7 +28,7 @@ from shoal.house.messages import (
 )
 from shoal.identity import KeyPair
 from shoal.ledger.commands import Deposit, Pass
-from shoal.ledger.moves import account
+from shoal.ledger.moves import account as account_name
 from shoal.protocol.messages import DEFAULT_NETWORK, decode, encode, sign
 from shoal.protocol.money import Checkpoint, HouseLedger
 from shoal.quantities.money import format_money
@@ -125,11 +125,12 @@ class LedgerService:
 
     async def _tell_account(self, request: Request) -> bytes:
         self._questions.spend(request.peer, "A question")
-        address = decode(AskAccount, request.body, request.version).account
+        account = decode(AskAccount, request.body, request.version).account
         with self._at_once.place(request.source, "requests"):
-            balance_micro = await self._ledger.balance(address)
-            withdrawals = await self._ledger.ask(lambda ledger: ledger.withdrawals(address))
-        return encode(AccountState(balance_micro=balance_micro, withdrawals=withdrawals), request.version)
+            balance, withdrawals = await self._ledger.ask(
+                lambda ledger: (ledger.balance(account_name(account)), ledger.withdrawals(account))
+            )
+        return encode(AccountState(balance_micro=balance, withdrawals=withdrawals), request.version)
 
     async def _tell_escrow(self, request: Request) -> bytes:
         self._questions.spend(request.peer, "A question")
@@ -140,7 +141,7 @@ class LedgerService:
     async def _give_lines(self, request: Request) -> bytes:
         self._pages.spend(request.peer, "A question for the journal")
         wanted = decode(AskLines, request.body, request.version)
-        naming = None if wanted.account is None else account(wanted.account)
+        naming = None if wanted.account is None else account_name(wanted.account)
         with self._at_once.place(request.source, "requests"):
             page = await self._ledger.ask(lambda ledger: ledger.page(wanted.after, PAGE_BYTES, naming))
         return encode(LinesFound(lines=page.lines, seen=page.seen), request.version)

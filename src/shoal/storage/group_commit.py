@@ -14,7 +14,8 @@ from typing import TypeVar
 from shoal.errors import StorageError
 from shoal.ledger.commands import Command
 from shoal.ledger.escrows import Escrow
-from shoal.ledger.moves import Move, account
+from shoal.ledger.moves import Move
+from shoal.ledger.moves import account as account_name
 from shoal.protocol.money import LedgerName
 from shoal.storage.ledgers import COMMANDS_MAX, SqlLedger
 
@@ -53,8 +54,8 @@ class GroupCommit:
             self._writing = asyncio.create_task(self._write())
         return await future
 
-    async def balance(self, address: bytes) -> int:
-        return await self.ask(lambda ledger: ledger.balance(account(address)))
+    async def balance(self, account: bytes) -> int:
+        return await self.ask(lambda ledger: ledger.balance(account_name(account)))
 
     async def escrow(self, escrow_id: bytes) -> Escrow | None:
         return await self.ask(lambda ledger: ledger.escrow(escrow_id))

@@ -7,7 +7,8 @@ from typing import Protocol
 from shoal.ledger.book import Book
 from shoal.ledger.commands import Command, Pass
 from shoal.ledger.escrows import Escrow
-from shoal.ledger.moves import Move, account
+from shoal.ledger.moves import Move
+from shoal.ledger.moves import account as account_name
 from shoal.protocol.money import LedgerName
 from shoal.world.clock import Clock
 
@@ -48,9 +49,9 @@ class MemoryLedger:
         self._pass()
         return self.book.apply(command)
 
-    async def balance(self, address: bytes) -> int:
+    async def balance(self, account: bytes) -> int:
         self._pass()
-        return self.book.balances.get(account(address), 0)
+        return self.book.balances.get(account_name(account), 0)
 
     async def escrow(self, escrow_id: bytes) -> Escrow | None:
         self._pass()
