@@ -28,7 +28,7 @@ from shoal.cli.output import (
     until_stopped,
 )
 from shoal.identity.accounts import parse_address
-from shoal.node.payout import PaidAt
+from shoal.protocol.ledgers import PaidAt
 from shoal.protocol.offers import Place
 from shoal.protocol.prices import Price
 from shoal.quantities import format_bytes, parse_bytes

@@ -6,6 +6,7 @@ from __future__ import annotations
 import msgspec
 
 from shoal.identity import NodeId
+from shoal.identity.accounts import Address
 from shoal.protocol.hubs import BadTicket, who_and_where
 from shoal.protocol.money import HouseLedger
 from shoal.protocol.prices import Currency
@@ -49,3 +50,10 @@ class LedgerTicket(msgspec.Struct, frozen=True):
     def __str__(self) -> str:
         places = ",".join(address.removeprefix("tcp://") for address in self.addresses)
         return f"{SCHEME}{self.operator.hex()}@{places}/{self.currency}"
+
+
+class PaidAt(msgspec.Struct, frozen=True):
+    """Where a node gets its money."""
+
+    ledger: LedgerTicket
+    account: Address

@@ -1,0 +1,167 @@
+"""Whole jobs on nodes that cost something: real processes, a real ledger, and not a millionth lost."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from job_world import PATIENCE_S, Watch, check_account, job_text, options_for, owner_key, parsed
+
+from shoal.driver.bills import FILE, Bill, Payments
+from shoal.driver.gang import TooFewNodes
+from shoal.driver.report import Report
+from shoal.driver.treasurer import NoMoney
+from shoal.house import RemoteLedger
+from shoal.identity import KeyPair
+from shoal.identity.accounts import AccountKey, address_text, create_account
+from shoal.ledger.journal import verified
+from shoal.protocol.ledgers import LedgerTicket
+from shoal.sdk.local import LocalShoal
+from shoal.sdk.train import Spending, TrainOptions, train
+from shoal.transport import TlsEndpoint
+from shoal.world import SystemClock, SystemDice
+
+NODES = ("amber", "birch")
+DEPOSIT = 50_000_000
+PRICES = {"amber": "36/h", "birch": "18/h"}
+"""Dear ones, as these jobs take seconds."""
+
+
+@dataclass
+class Town:
+    shoal: LocalShoal
+    ticket: LedgerTicket
+    account: AccountKey
+    accounts: dict[str, AccountKey]
+
+    async def ledger(self) -> tuple[RemoteLedger, TlsEndpoint]:
+        endpoint = TlsEndpoint(KeyPair.generate(), clock=SystemClock(), dice=SystemDice())
+        return RemoteLedger(endpoint, self.ticket, SystemClock()), endpoint
+
+    def options(self, at: Path, watch: Watch, budget: int) -> TrainOptions:
+        options = options_for(self.shoal, at / "run", owner_key(), watch)
+        options.spending = Spending(self.account, self.ticket, budget, notice_ms=30_000, audit_ms=0)
+        return options
+
+
+def in_town(tmp_path: Path, story: Any) -> None:
+    async def whole() -> None:
+        async with LocalShoal(tmp_path / "town") as shoal:
+            await shoal.start_hub()
+            started = await shoal.start_ledger(options=["--mint-max", "100"])
+            ticket = LedgerTicket.parse(started.ready["ticket"])
+            accounts = {name: create_account(tmp_path / "keys" / name) for name in NODES}
+            town = Town(shoal, ticket, create_account(tmp_path / "keys" / "account.key"), accounts)
+            await asyncio.gather(
+                *(
+                    shoal.start_node(
+                        name,
+                        options=["--threads", "1", "--storage", "1 GiB", "--price", PRICES[name], "--ledger",
+                                 str(ticket), "--account", address_text(accounts[name].address)],
+                    )
+                    for name in NODES
+                )
+            )  # fmt: skip
+            ledger, endpoint = await town.ledger()
+            try:
+                await ledger.mint(town.account.address, DEPOSIT)
+                await story(town, ledger)
+                book = verified([line async for line in ledger.lines()], ticket.ledger)
+                assert sum(book.balances.values()) == 0
+            finally:
+                await endpoint.close()
+
+    asyncio.run(whole())
+
+
+def check_bill(report: Report, folder: Path) -> Bill:
+    bill = report.bill
+    assert bill is not None and bill == msgspec.json.decode((folder / "report.json").read_bytes(), type=Report).bill
+    assert bill.charged + bill.refunded == bill.quoted
+    assert bill.charged == sum(line.paid for line in bill.nodes) > 0
+    return bill
+
+
+async def check_settled(town: Town, ledger: RemoteLedger, bill: Bill, folder: Path) -> None:
+    """All that was charged is redeemed at the ledger, node by node, and no more."""
+    payments = msgspec.json.decode((folder / FILE).read_bytes(), type=Payments)
+    redeemed = dict.fromkeys(NODES, 0)
+    for term in payments.terms:
+        escrow = await ledger.escrow(term.escrow)
+        assert escrow is not None and escrow.ends_ms < term.terms.expires_ms, "the payer has asked for the rest"
+        for name in NODES:
+            paid = escrow.paid.get(town.accounts[name].address)
+            redeemed[name] += paid.redeemed_micro if paid else 0
+    assert redeemed == {line.name: line.paid + line.withheld for line in bill.nodes}
+
+
+@pytest.mark.timeout(300)
+def test_a_job_pays_for_accepted_work_and_gets_the_rest_back(tmp_path: Path) -> None:
+    async def story(town: Town, ledger: RemoteLedger) -> None:
+        text = job_text(tmp_path)
+        free = options_for(town.shoal, tmp_path / "free", owner_key(), Watch())
+        hasty = text.replace(b"wait: 60 s", b"wait: 3 s")
+        with pytest.raises(TooFewNodes, match=r"budget \(free, as the job has no budget\) 2.*with a budget: 2 nodes"):
+            await train(parsed(hasty, tmp_path), hasty, free)
+        with pytest.raises(NoMoney, match=r"sets 60.00 USD aside, and your account .* has 50.00"):
+            await train(parsed(text, tmp_path), text, town.options(tmp_path, Watch(), 60_000_000))
+        report = await train(parsed(text, tmp_path), text, town.options(tmp_path, Watch(), 5_000_000))
+        check_account(report, tmp_path / "run")
+        bill = check_bill(report, tmp_path / "run")
+        await check_settled(town, ledger, bill, tmp_path / "run")
+        assert bill.quoted == 5_000_000 and {line.name for line in bill.nodes} == set(NODES)
+        hours = report.wall_s / 3600
+        assert all(line.paid <= int(PRICES[line.name].removesuffix("/h")) * 1e6 * hours + 1 for line in bill.nodes)
+
+    in_town(tmp_path, story)
+
+
+@pytest.mark.timeout(400)
+def test_money_that_runs_out_stops_the_job_and_a_killed_driver_loses_none(tmp_path: Path) -> None:
+    async def story(town: Town, ledger: RemoteLedger) -> None:
+        home, run = tmp_path / "keys", tmp_path / "runs" / "job"
+        (home / "account.ledger").write_text(str(town.ticket))
+        (tmp_path / "job.yaml").write_bytes(job_text(tmp_path, tokens=60_000))
+
+        async def driver(*arguments: str) -> asyncio.subprocess.Process:
+            return await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "shoal", "train", *arguments, "--json", "--hub", town.shoal.hub_tickets[0],
+                env={**os.environ, "SHOAL_HOME": str(home)}, cwd=tmp_path, stdout=asyncio.subprocess.PIPE,
+            )  # fmt: skip
+
+        async def report_of(process: asyncio.subprocess.Process) -> Report:
+            async with asyncio.timeout(PATIENCE_S):
+                said, _ = await process.communicate()
+            return msgspec.json.decode(said, type=Report)
+
+        report = await report_of(await driver("job.yaml", "--budget", "0.04"))
+        assert report.goal is not None and not report.goal.reached
+        assert re.search(r"The budget of 0.04 USD is used up: .* is left", report.goal.sentence)
+        first = check_bill(report, run)
+        assert 0 < first.charged <= 40_000
+
+        killed = await driver("runs/job", "--resume", "--budget", "20")
+        lines = (run / "metrics.jsonl").read_bytes().count(b"\n")
+        async with asyncio.timeout(PATIENCE_S):
+            while (run / "metrics.jsonl").read_bytes().count(b"\n") < lines + 3:
+                assert killed.returncode is None
+                await asyncio.sleep(0.02)
+        killed.kill()
+        await killed.communicate()
+        spent = msgspec.json.decode((run / FILE).read_bytes(), type=Payments).spent_micro
+        assert spent > first.charged
+
+        report = await report_of(await driver("runs/job", "--resume", "--budget", "20"))
+        assert report.goal is not None and report.goal.reached
+        bill = check_bill(report, run)
+        assert bill.quoted == 20_000_000 and bill.charged > spent
+        await check_settled(town, ledger, bill, run)
+
+    in_town(tmp_path, story)
