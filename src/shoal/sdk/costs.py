@@ -10,6 +10,7 @@ from importlib import resources
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from shoal.market.goodput import Mix, TrainingWork, best_mix
 from shoal.market.requirements import USUAL_CURRENCY
@@ -87,6 +88,42 @@ def flops_in(offer: Offer, dtype: str) -> float:
     return best.get(dtype, 0.0)
 
 
+@dataclass(frozen=True)
+class _Columns:
+    """Offers as the rules of the market want them."""
+
+    flops: NDArray[np.float64]
+    rates_bps: NDArray[np.float64]
+    micro_per_h: NDArray[np.int64]
+
+
+def _columns(offers: Sequence[Offer], dtype: str) -> _Columns:
+    return _Columns(
+        np.array([flops_in(offer, dtype) for offer in offers], dtype=float),
+        np.array([offer.capability.hub_rate_bps or math.inf for offer in offers], dtype=float),
+        np.array([offer.price.micro_per_h if offer.price else 0 for offer in offers], dtype=np.int64),
+    )
+
+
+def mix_for(
+    work: TrainingWork,
+    offers: Sequence[Offer],
+    *,
+    dtype: str,
+    tokens: int,
+    nodes_min: int,
+    nodes_max: int,
+    deadline_s: float | None,
+) -> Mix:
+    """Which of these a job that pays takes: the mix with the most work for its money, or with a deadline the cheapest
+    that keeps it. No members where none does, with the reason."""
+    columns = _columns(offers, dtype)
+    return best_mix(
+        work, columns.flops, columns.rates_bps, columns.micro_per_h, nodes_min=nodes_min, nodes_max=nodes_max,
+        tokens_per_s_min=tokens / deadline_s if deadline_s else 0.0,
+    )  # fmt: skip
+
+
 def costs_of(
     work: TrainingWork,
     offers: Sequence[Offer],
@@ -104,9 +141,8 @@ def costs_of(
     currency = currency or max(priced, key=lambda one: (priced[one], one), default=USUAL_CURRENCY)
     left_out = sum(priced.values()) - priced[currency]
     offers = [one for one in offers if not one.price or not one.price.micro_per_h or one.price.currency == currency]
-    flops = np.array([flops_in(offer, dtype) for offer in offers], dtype=float)
-    rates = np.array([offer.capability.hub_rate_bps or math.inf for offer in offers], dtype=float)
-    prices = np.array([offer.price.micro_per_h if offer.price else 0 for offer in offers], dtype=np.int64)
+    columns = _columns(offers, dtype)
+    flops, rates, prices = columns.flops, columns.rates_bps, columns.micro_per_h
 
     def way(what: str, members: Sequence[int]) -> Way:
         speed = work.tokens_per_s(flops[list(members)].tolist(), float(rates[list(members)].min()))
@@ -115,8 +151,9 @@ def costs_of(
     able = np.flatnonzero(flops > 0).tolist()
     best, single = Mix((), 0.0, 0, "No node was measured."), Mix((), 0.0, 0, "")
     if able:
-        speed = tokens / deadline_s if deadline_s else 0.0
-        best = best_mix(work, flops, rates, prices, nodes_min=nodes_min, nodes_max=nodes_max, tokens_per_s_min=speed)
+        best = mix_for(
+            work, offers, dtype=dtype, tokens=tokens, nodes_min=nodes_min, nodes_max=nodes_max, deadline_s=deadline_s
+        )
         single = best_mix(work, flops, rates, prices, nodes_max=1)
     names = [offer.name for offer in offers]
     public = sorted(

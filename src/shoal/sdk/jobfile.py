@@ -135,6 +135,9 @@ class JobFile(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     budget: Annotated[int, Meta(ge=0, le=AMOUNT_MAX, extra={"quantity": "money"})] | None = None
     """What the job may cost at most, such as 2.50, in the currency of your ledger. Without it, or `--budget`, it takes
     only nodes that work for nothing."""
+    deadline_s: Annotated[float, Meta(gt=0, le=365 * 86_400)] | None = None
+    """In how long it should be done. A job with a budget then takes the cheapest nodes that together are fast enough;
+    without a deadline those that do the most work for their money."""
     batch_samples: Annotated[int, Meta(ge=1, le=1 << 20)] = 16
     """Samples in one inner step."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

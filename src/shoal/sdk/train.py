@@ -49,9 +49,10 @@ from shoal.protocol.ledgers import LedgerTicket
 from shoal.protocol.messages import record_id_of, sign
 from shoal.protocol.offers import Offer, OfferFind
 from shoal.protocol.training import Commit, Contribution, Grant, Term, TrainJob
+from shoal.quantities.money import format_money
 from shoal.rounds.length import RoundLength, choose_round_length, exchange_takes_s, members_of_full_speed
 from shoal.rounds.standing import Standing, standing_at_start
-from shoal.sdk.costs import Costs, costs_of
+from shoal.sdk.costs import Costs, costs_of, mix_for
 from shoal.sdk.jobfile import JobFile
 from shoal.sdk.loop_script import ScriptFailed, engine_for, how_to_take_part, loop_kind, measure
 from shoal.sdk.preparation import Prepared, prepare
@@ -79,6 +80,8 @@ CPU_EFFICIENCY = 0.3
 plans."""
 BFLOAT16_AHEAD = 1.5
 """How much faster than float32 it has to have measured to be worth its rounding."""
+CANDIDATES_MAX = 256
+"""Nodes of which a job that pays chooses."""
 READING_SAID_S = 0.2
 """How often at most it is said how far reading data has come."""
 STEP_LEAST_S = 0.004
@@ -162,7 +165,7 @@ async def train(job_file: JobFile, yaml: bytes, options: TrainOptions, folder: R
             if session.treasurer is not None:
                 await session.treasurer.check()
             prepared, gang, length = await session.plan(job_file)
-            gang, length = await session.hold(job_file, prepared, gang, length)
+            gang, length = await session.secure(job_file, prepared, gang, length)
             job = session.sign_job(job_file, prepared, length, gang)
             session.keep_for_later(prepared, length, gang)
             records = session.first_term(job)
@@ -198,7 +201,7 @@ async def plan(job_file: JobFile, options: TrainOptions, scratch: Path, deadline
                 token_budget=job_file.tokens,
                 dtype=dtype,
                 caution=say_undecided(job_file),
-                costs=session.costs(job_file, prepared, gang, length, dtype, deadline_s),
+                costs=session.costs(job_file, prepared, gang, length, dtype, deadline_s or job_file.deadline_s),
             )
 
 
@@ -460,28 +463,57 @@ class _Session:
 
     # ---- money ----
 
-    async def hold(
+    async def secure(
         self, job_file: JobFile, prepared: Prepared, gang: list[LinkedNode], length: RoundLength
     ) -> tuple[list[LinkedNode], RoundLength]:
-        """Those of a gang that keep a place for this job, and the round length for them."""
-        held = await self.held(job_file, gang)
-        return held, length if len(held) == len(gang) else self._length(job_file, prepared, held)
-
-    async def held(self, job_file: JobFile, gang: list[LinkedNode]) -> list[LinkedNode]:
-        """While too few keep a place, others are looked for, as long as the job file says. Raises NotSecured."""
+        """Those of a gang that are worth their money and keep a place, and the round length for them. While too few
+        do, others are looked for, as long as the job file says. Raises NotSecured."""
         if self.treasurer is None:
-            return gang
+            return gang, length
         needs = job_file.requirements
         until = self.clock.monotonic() + needs.wait_s
         while True:
             try:
-                return await self.treasurer.hold(gang, min(len(gang), needs.nodes_min))
+                chosen = self._worth_it(job_file, prepared, gang, length)
+                held = await self.treasurer.hold(chosen, min(len(gang), needs.nodes_min))
+                return held, self._length(job_file, prepared, held)
             except NotSecured as error:
                 if self.clock.monotonic() >= until:
                     raise
                 self.options.say(error.sentence)
             await self.clock.sleep(LOOK_EVERY_S)
             gang = await self.gang(job_file)
+
+    def _worth_it(
+        self, job_file: JobFile, prepared: Prepared, gang: list[LinkedNode], length: RoundLength
+    ) -> list[LinkedNode]:
+        """The mix that does the most for its money, or is done by the deadline for the least. Raises NotSecured where
+        none is."""
+        needs, spending = job_file.requirements, self.options.spending
+        if job_file.model.script is not None or spending is None:
+            return gang
+        offers = [one.offer for one in gang]
+        mix = mix_for(
+            self._work(job_file, prepared, gang, length), offers,
+            dtype=choose_dtype(offers) if job_file.dtype == "auto" else job_file.dtype, tokens=job_file.tokens,
+            nodes_min=min(len(gang), needs.nodes_min), nodes_max=needs.nodes_max, deadline_s=job_file.deadline_s,
+        )  # fmt: skip
+        if not mix.members:
+            raise NotSecured(mix.reason)
+        expected, currency = mix.cost_micro(job_file.tokens), spending.ledger.currency
+        self.options.say(f"Chosen {mix.reason} Expected for the job: {format_money(expected)} {currency}.")
+        if expected > spending.budget_micro:
+            self.options.say(
+                f"That is more than its budget of {format_money(spending.budget_micro)} {currency}: it will stop when "
+                "that is used up, to be resumed with a larger one."
+            )
+        return [gang[at] for at in mix.members]
+
+    async def held(self, job_file: JobFile, gang: list[LinkedNode]) -> list[LinkedNode]:
+        """Of those with which a job goes on. Raises NotSecured."""
+        if self.treasurer is None:
+            return gang
+        return await self.treasurer.hold(gang, min(len(gang), job_file.requirements.nodes_min))
 
     async def set_aside(self, gang: list[LinkedNode], job_file: JobFile) -> None:
         """The money for those that keep a place; those that do not take it are left out of the gang."""
@@ -508,7 +540,7 @@ class _Session:
             self.wanted(job_file),
             self.wish(job_file, waiting=waiting),
             nodes_min=max(1, needs.nodes_min - len(without)) if waiting else 0,  # the retired are not waited for again
-            nodes_max=needs.nodes_max,
+            nodes_max=needs.nodes_max if self.treasurer is None else max(needs.nodes_max, CANDIDATES_MAX),
             wait_s=needs.wait_s,
             advice=advice,
             endpoint=self.endpoint,
@@ -541,6 +573,22 @@ class _Session:
             lag=rounds.settings.lag,
         )
 
+    def _work(
+        self, job_file: JobFile, prepared: Prepared, gang: Sequence[LinkedNode], length: RoundLength
+    ) -> TrainingWork:
+        settings = job_file.rounds.settings
+        size = update_bytes(settings.codec, prepared.model.parameters, settings.sparse_keep)
+        round_trip_s = (slowest_round_trip_ms(gang) or 0.0) / 1000
+        return TrainingWork(
+            flops_per_token=6.0 * prepared.model.parameters,
+            efficiency=CPU_EFFICIENCY,
+            step_tokens=job_file.batch_samples * prepared.data.sequence_tokens,
+            inner_steps=length.inner_steps,
+            exchange_s=lambda members, rate_bps: exchange_takes_s(size, members, round_trip_s, rate_bps),
+            hidden=settings.lag > 0,
+            step_least_s=STEP_LEAST_S,
+        )
+
     def costs(
         self,
         job_file: JobFile,
@@ -552,18 +600,8 @@ class _Session:
     ) -> Costs | None:
         if job_file.model.script is not None:
             return None
-        settings, needs = job_file.rounds.settings, job_file.requirements
-        size = update_bytes(settings.codec, prepared.model.parameters, settings.sparse_keep)
-        round_trip_s = (slowest_round_trip_ms(gang) or 0.0) / 1000
-        work = TrainingWork(
-            flops_per_token=6.0 * prepared.model.parameters,
-            efficiency=CPU_EFFICIENCY,
-            step_tokens=job_file.batch_samples * prepared.data.sequence_tokens,
-            inner_steps=length.inner_steps,
-            exchange_s=lambda members, rate_bps: exchange_takes_s(size, members, round_trip_s, rate_bps),
-            hidden=settings.lag > 0,
-            step_least_s=STEP_LEAST_S,
-        )
+        needs = job_file.requirements
+        work = self._work(job_file, prepared, gang, length)
         return costs_of(
             work, [one.offer for one in gang], dtype=dtype, tokens=job_file.tokens, currency=needs.each.currency,
             nodes_min=needs.nodes_min, nodes_max=needs.nodes_max, deadline_s=deadline_s,
@@ -657,7 +695,7 @@ class _Session:
             wish=self.wish(job_file),
             treasurer=self.treasurer,
             members_min=min(len(gang), job_file.requirements.nodes_min),
-            nodes_max=job_file.requirements.nodes_max,
+            nodes_max=job_file.requirements.nodes_max if self.treasurer is None else len(gang),
             retired=retired,
             known=known.nodes if known else (),
             watchers=Watchers(
