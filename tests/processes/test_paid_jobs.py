@@ -28,10 +28,11 @@ from shoal.sdk.train import Spending, TrainOptions, train
 from shoal.transport import TlsEndpoint
 from shoal.world import SystemClock, SystemDice
 
-NODES = ("amber", "birch")
+NODES = ("amber", "birch", "cedar")
 DEPOSIT = 50_000_000
-PRICES = {"amber": "36/h", "birch": "18/h"}
-"""Dear ones, as these jobs take seconds."""
+PRICES = {"amber": "36/h", "birch": "18/h", "cedar": "3600/h"}
+"""Dear ones, as these jobs take seconds; the last one is not worth its money."""
+WORTH_IT = {"amber", "birch"}
 
 
 @dataclass
@@ -99,7 +100,7 @@ async def check_settled(town: Town, ledger: RemoteLedger, bill: Bill, folder: Pa
         for name in NODES:
             paid = escrow.paid.get(town.accounts[name].address)
             redeemed[name] += paid.redeemed_micro if paid else 0
-    assert redeemed == {line.name: line.paid + line.withheld for line in bill.nodes}
+    assert redeemed == {"cedar": 0} | {line.name: line.paid + line.withheld for line in bill.nodes}
 
 
 @pytest.mark.timeout(300)
@@ -108,15 +109,17 @@ def test_a_job_pays_for_accepted_work_and_gets_the_rest_back(tmp_path: Path) -> 
         text = job_text(tmp_path)
         free = options_for(town.shoal, tmp_path / "free", owner_key(), Watch())
         hasty = text.replace(b"wait: 60 s", b"wait: 3 s")
-        with pytest.raises(TooFewNodes, match=r"budget \(free, as the job has no budget\) 2.*with a budget: 2 nodes"):
+        with pytest.raises(TooFewNodes, match=r"budget \(free, as the job has no budget\) 3.*with a budget: 3 nodes"):
             await train(parsed(hasty, tmp_path), hasty, free)
         with pytest.raises(NoMoney, match=r"sets 60.00 USD aside, and your account .* has 50.00"):
             await train(parsed(text, tmp_path), text, town.options(tmp_path, Watch(), 60_000_000))
-        report = await train(parsed(text, tmp_path), text, town.options(tmp_path, Watch(), 5_000_000))
+        watch = Watch()
+        report = await train(parsed(text, tmp_path), text, town.options(tmp_path, watch, 5_000_000))
+        assert any(said.startswith("Chosen 2 of 3 nodes: ") for said in watch.said)
         check_account(report, tmp_path / "run")
         bill = check_bill(report, tmp_path / "run")
         await check_settled(town, ledger, bill, tmp_path / "run")
-        assert bill.quoted == 5_000_000 and {line.name for line in bill.nodes} == set(NODES)
+        assert bill.quoted == 5_000_000 and {line.name for line in bill.nodes} == WORTH_IT
         hours = report.wall_s / 3600
         assert all(line.paid <= int(PRICES[line.name].removesuffix("/h")) * 1e6 * hours + 1 for line in bill.nodes)
 
