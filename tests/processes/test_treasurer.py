@@ -192,6 +192,22 @@ def test_what_is_held_back_of_a_liar_goes_back(tmp_path: Path) -> None:
     run(story)
 
 
+def test_two_liars_of_one_owner_lose_what_is_held_back_of_both(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shops = [await street.shop(number, tmp_path / str(number), payee=9) for number in (1, 2)]
+        job = Job(street, tmp_path / "run")
+        await job.begin(*shops)
+        await street.clock.advance(10.0)
+        await job.commit((shops[0], 10_000), (shops[1], 6_000))
+        for shop in shops:
+            await job.treasurer.withhold(shop.node, "Found by replay", WORK)
+        await job.treasurer.close()
+        await settle(street, 62)
+        assert await street.ledger.balance(an_account(9).address) == 1600 - 100 - 60
+
+    run(story)
+
+
 def test_nodes_of_one_owner_are_paid_at_one_account(tmp_path: Path) -> None:
     async def story(street: Street) -> None:
         shops = [await street.shop(number, tmp_path / str(number), payee=9) for number in (1, 2)]

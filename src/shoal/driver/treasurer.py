@@ -369,7 +369,8 @@ class Treasurer:
         amount = share(known.paid_micro, term.terms.holdback_ppm)
         if not amount:
             return
-        order = Withholding(escrow=term.escrow, payee=known.payee, amount_micro=amount, evidence=evidence)
+        before = sum(one.withheld_micro for one in term.nodes.values() if one.payee == known.payee)
+        order = Withholding(escrow=term.escrow, payee=known.payee, amount_micro=before + amount, evidence=evidence)
         signature = self.purse.account.sign(order.digest(term.ledger))
         try:
             await self._redeem(known)  # what is held back is only there once its voucher is redeemed
