@@ -29,7 +29,7 @@ from ledger_desk import (
     opened,
     terms,
     voucher,
-)  # fmt: skip
+)
 from msgspec.structs import replace
 
 from shoal.errors import ShoalError
@@ -37,12 +37,7 @@ from shoal.identity import BadSignature, Envelope, KeyPair
 from shoal.identity.accounts import AccountKey
 from shoal.ledger.bonds import Bond, BondState
 from shoal.ledger.book import Book, NotSigned, SameDeposit, SameEscrow, UnknownEscrow, WithdrawalOutOfTurn
-from shoal.ledger.commands import (
-    Admit,
-    Deposit,
-    Pass,
-    Redeem,
-)
+from shoal.ledger.commands import Admit, Deposit, Pass, Redeem
 from shoal.ledger.escrows import (
     BadTerms,
     DoneAlready,
