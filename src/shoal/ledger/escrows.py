@@ -35,7 +35,7 @@ class BadTerms(MoneyRefused):
 
 
 class EscrowOver(MoneyRefused):
-    """An escrow has ended."""
+    """An escrow has ended, or who would get or give more of it has said that it is enough."""
 
     code = "SH-193"
 
