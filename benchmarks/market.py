@@ -98,7 +98,7 @@ def database(name: str) -> Iterator[Path | str | None]:
 
 def payments(ledger: SqlLedger, count: int, nonce: int) -> list[Command]:
     """Vouchers that are signed beforehand: payers sign on machines of their own."""
-    ledger.apply(Deposit(CLIENT.address, DEPOSIT, "mint"))
+    ledger.apply(Deposit(CLIENT.address, DEPOSIT, f"mint {nonce}"))
     command, escrow = an_escrow(amount_micro=DEPOSIT, most_micro=AMOUNT_MAX, nonce=nonce)
     ledger.apply(command)
     return [Redeem(a_voucher(escrow, NODES[at % 2], 10 * at)) for at in range(1, count + 1)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -56,9 +57,17 @@ def server() -> Iterator[str]:
         yield url
 
 
+PAYMENTS = itertools.count(1)
+
+
+def a_payment() -> str:
+    """Each is booked once."""
+    return f"payment {next(PAYMENTS)}"
+
+
 @asynccontextmanager
 async def beside(made: GroupCommit | MemoryLedger, clock: HeldClock) -> AsyncIterator[World]:
-    yield World(made, clock, lambda address, amount: made.apply(Deposit(address, amount, "payment 7")))
+    yield World(made, clock, lambda address, amount: made.apply(Deposit(address, amount, a_payment())))
     if isinstance(made, GroupCommit):
         await made.close()
 
@@ -72,7 +81,7 @@ async def afar(data: Path, clock: HeldClock) -> AsyncIterator[World]:
     try:
 
         async def book(address: bytes, amount: int) -> None:
-            await asyncio.to_thread(deposit, data, address, amount, "payment 7", clock)
+            await asyncio.to_thread(deposit, data, address, amount, a_payment(), clock)
 
         yield World(RemoteLedger(endpoint, ticket, clock), clock, book)
     finally:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from shoal.identity import Envelope, KeyPair
 from shoal.identity.accounts import AccountKey
-from shoal.ledger.commands import Admit, Close, Finish, Open, TopUp, Withdraw
+from shoal.ledger.commands import Admit, Close, Finish, Open, PostBond, Slash, TopUp, Unbond, Withdraw
+from shoal.protocol.holds import Hold
+from shoal.protocol.messages import sign
 from shoal.protocol.money import (
+    DAY_MS,
     Admission,
+    BondTerms,
     Closing,
     EscrowTerms,
     Finished,
@@ -14,13 +19,17 @@ from shoal.protocol.money import (
     Payee,
     SignedVoucher,
     ToppingUp,
+    Unbonding,
     Voucher,
     Withdrawal,
     sign_voucher,
 )
+from shoal.protocol.prices import Price
+from shoal.quantities.money import MICRO
 
 LEDGER = HouseLedger(bytes(32), "USD")
 CLIENT, DRIVER, *NODES = (AccountKey(bytes([number] * 32)) for number in range(1, 5))
+SELLERS = [KeyPair.from_seed(bytes([number] * 32)) for number in (1, 2)]
 FOR_EVER_MS = 1 << 50
 
 
@@ -72,3 +81,30 @@ def a_top_up(escrow: bytes, amount: int, number: int, expires_ms: int = FOR_EVER
 def a_finish(escrow: bytes, node: AccountKey, amount: int) -> Finish:
     word = Finished(escrow, node.address, amount)
     return Finish(word, node.sign(word.digest(LEDGER)))
+
+
+def a_bond(node: KeyPair, nonce: int, amount_micro: int = MICRO) -> tuple[PostBond, bytes]:
+    terms = BondTerms(
+        account=CLIENT.address, network="shoal", node=node.node_id, amount_micro=amount_micro, notice_ms=DAY_MS,
+        nonce=nonce.to_bytes(32),
+    )  # fmt: skip
+    name = terms.bond_id(LEDGER)
+    return PostBond(terms, CLIENT.sign(name)), name
+
+
+def an_unbond(bond: bytes) -> Unbond:
+    wish = Unbonding(bond)
+    return Unbond(wish, CLIENT.sign(wish.digest(LEDGER)))
+
+
+def a_hold(node: KeyPair, client: int) -> Envelope:
+    """Of its only slot, for ever."""
+    hold = Hold(
+        slot=0, number=client, client=bytes([client] * 32), work="train", from_ms=0, until_ms=FOR_EVER_MS,
+        price=Price(1), ledger=LEDGER, payer=CLIENT.address, payee=NODES[0].address,
+    )  # fmt: skip
+    return sign(node, hold)
+
+
+def a_slash(bond: bytes, node: KeyPair) -> Slash:
+    return Slash(bond, a_hold(node, 1).to_bytes(), a_hold(node, 2).to_bytes())

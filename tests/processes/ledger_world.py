@@ -7,12 +7,13 @@ python ledger_world.py DATA LISTEN [dying]     serves a ledger until it is kille
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,12 @@ class House:
     remote: RemoteLedger
     endpoint: Endpoint
 
-    async def deposit(self, address: bytes, amount: int, reference: str = "payment 7") -> None:
-        """As its operator does it, on its machine."""
-        await asyncio.to_thread(deposit, self.data, address, amount, reference, self.clock)
+    payments: Iterator[int] = field(default_factory=lambda: itertools.count(7))
+
+    async def deposit(self, address: bytes, amount: int, reference: str | None = None) -> None:
+        """As its operator does it, on its machine; another payment each time."""
+        named = reference or f"payment {next(self.payments)}"
+        await asyncio.to_thread(deposit, self.data, address, amount, named, self.clock)
 
     async def link(self) -> Link:
         return await self.endpoint.dial(self.ticket.operator, self.ticket.addresses)

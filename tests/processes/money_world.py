@@ -11,7 +11,7 @@ from hub_world import a_key, an_offer
 
 from shoal.identity.accounts import AccountKey
 from shoal.ledger.book import Book
-from shoal.ledger.commands import Command, Deposit, Pass
+from shoal.ledger.commands import Command, Deposit
 from shoal.ledger.escrows import Escrow
 from shoal.ledger.journal import BEGINNING, Line, line
 from shoal.ledger.moves import Move, account
@@ -61,8 +61,8 @@ class BookLedger:
         if self.fails is not None:
             raise self.fails
         self.book.at(self.clock.now_ms())
-        for name in self.book.due():
-            self._apply(Pass(name))
+        for command in self.book.due():
+            self._apply(command)
 
     def _apply(self, command: Command) -> tuple[Move, ...]:
         moves = self.book.apply(command)

@@ -498,7 +498,7 @@ def test_the_operator_books_deposits_while_its_ledger_runs_or_not(tmp_path: Path
         assert await house.remote.balance(ME) == 18
 
     with_house(tmp_path, scene, mint_max_micro=10)
-    assert deposit(tmp_path, ME, 7, "payment 8", HeldClock()) == (Move(ISSUED, account(ME), 7),)
+    assert deposit(tmp_path, ME, 7, "payment 9", HeldClock()) == (Move(ISSUED, account(ME), 7),)
     for amount, reference in ((0, ""), (-1, ""), (AMOUNT_MAX + 1, ""), (1, "x" * 129)):
         with pytest.raises(BadDeposit, match="cannot be booked"):
             deposit(tmp_path, ME, amount, reference, HeldClock())

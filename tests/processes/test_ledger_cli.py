@@ -231,7 +231,7 @@ def test_an_operator_that_changes_its_history_is_found_out(shoal: Shoal, tmp_pat
 
     def book(*amounts: int) -> None:
         for amount in amounts:
-            deposit(data, parse_address(account), amount, "payment", SystemClock())
+            deposit(data, parse_address(account), amount, f"payment of {amount}", SystemClock())
 
     def honest(ticket: LedgerTicket) -> None:
         shoal("account", "create", "--ledger", str(ticket))

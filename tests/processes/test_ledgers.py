@@ -19,23 +19,42 @@ from ledger_requests import (
     CLIENT,
     LEDGER,
     NODES,
+    SELLERS,
+    a_bond,
     a_close,
     a_finish,
+    a_slash,
     a_top_up,
     a_voucher,
     a_withdrawal,
     an_admission,
     an_escrow,
+    an_unbond,
 )
 from postgres import PROGRAMS, empty, postgres
 
 from shoal.errors import ShoalError
-from shoal.ledger.book import Book
-from shoal.ledger.commands import Admit, Command, Deposit, Finish, Open, Pass, Redeem, TopUp
+from shoal.ledger.bonds import BondOver
+from shoal.ledger.book import Book, SameDeposit
+from shoal.ledger.commands import (
+    Admit,
+    Command,
+    Deposit,
+    Finish,
+    Open,
+    Pass,
+    PayBack,
+    PostBond,
+    Redeem,
+    Slash,
+    TopUp,
+    Unbond,
+)
 from shoal.ledger.escrows import EscrowOver, OldVoucher
 from shoal.ledger.journal import BEGINNING, Line, line, verified
 from shoal.ledger.moves import FEES, ISSUED, account
-from shoal.protocol.money import HouseLedger
+from shoal.protocol.money import DAY_MS, HouseLedger
+from shoal.quantities.money import MICRO
 from shoal.storage.group_commit import WAITING_MAX, GroupCommit, LedgerBusy
 from shoal.storage.ledgers import LedgerFailed, SqlLedger
 from shoal.world import HeldClock
@@ -74,6 +93,8 @@ def commands(dice: random.Random) -> Iterator[Command]:
     """Whatever comes to mind, some of it nonsense."""
     names: list[bytes] = []
     yield Deposit(CLIENT.address, 40_000, "mint")
+    yield Deposit(CLIENT.address, 20 * MICRO, "stake")
+    posted, bonds = zip(*(a_bond(dice.choice(SELLERS), nonce) for nonce in range(12)), strict=True)
     for number in range(600):
         what = dice.random()
         if what < 0.1 or not names:
@@ -82,6 +103,12 @@ def commands(dice: random.Random) -> Iterator[Command]:
             )
             names.append(name)
             yield command
+        elif what < 0.14:
+            yield dice.choice(posted)
+        elif what < 0.2:
+            yield dice.choice((an_unbond(dice.choice(bonds)), a_slash(dice.choice(bonds), dice.choice(SELLERS))))
+        elif what < 0.21:
+            yield Deposit(CLIENT.address, 1, f"payment {number % 5}")
         elif what < 0.65:
             yield Redeem(a_voucher(dice.choice(names), dice.choice(NODES), dice.randrange(0, 900)))
         elif what < 0.75:
@@ -99,8 +126,8 @@ def commands(dice: random.Random) -> Iterator[Command]:
 
 
 def passed(book: Book) -> None:
-    for name in sorted(book.due(), key=lambda one: book.escrows[one].due_ms or 0):
-        book.apply(Pass(name))
+    for command in book.due():
+        book.apply(command)
 
 
 @pytest.mark.parametrize("together", [1, 17])
@@ -126,12 +153,23 @@ def test_a_database_is_the_book_in_memory(place: Path | str, together: int) -> N
                 assert outcome == moves
         waiting.clear()
     done = [type(one.command) for one in ledger.lines()]
-    assert all(done.count(kind) > 1 for kind in (Admit, TopUp, Finish)) and sum(book.withdrawals.values()) > 3
+    assert all(done.count(kind) > 1 for kind in (Admit, TopUp, Finish, PostBond)) and {Unbond, Slash} <= set(done)
+    for node in SELLERS:
+        assert ledger.bond_of(node.node_id) == book.bond_of(node.node_id)
+    assert any(ledger.bond_of(node.node_id) for node in SELLERS) and ledger.bond_of(SELLERS[0].node_id, "testnet") == 0
+    clock.wall_ms += 2 * DAY_MS
+    book.at(clock.now_ms())
+    passed(book)
+    ledger.apply_all([])
+    assert PayBack in [type(one.command) for one in ledger.lines()]
+    assert sum(book.withdrawals.values()) > 3
     assert refused > 50 and ledger.balances() == {name: one for name, one in book.balances.items() if one}
     assert verified(ledger.lines(), LEDGER).balances == book.balances
     ledger.close()
     again = SqlLedger.open(place, LEDGER, clock)
-    assert verified(again.lines(), LEDGER).escrows == book.escrows and sum(again.balances().values()) == 0
+    anew = verified(again.lines(), LEDGER)
+    assert (anew.escrows, anew.bonds, anew.references) == (book.escrows, book.bonds, book.references)
+    assert sum(again.balances().values()) == 0
     again.close()
 
 
@@ -228,11 +266,44 @@ def test_an_escrow_ends_early_in_a_database_too(place: Path | str) -> None:
     ledger.close()
 
 
+def test_a_deposit_is_not_booked_again_by_who_opens_the_ledger_anew(place: Path | str) -> None:
+    for at in range(2):
+        ledger = SqlLedger.open(place, LEDGER, HeldClock())
+        outcomes = ledger.apply_all([Deposit(CLIENT.address, 500, "payment \0 7")] * 2)
+        assert sum(isinstance(one, SameDeposit) for one in outcomes) == (1, 2)[at]
+        assert ledger.balances() == {account(CLIENT.address): 500, ISSUED: -500}
+        ledger.close()
+
+
+def test_a_bond_outlives_who_keeps_it(place: Path | str) -> None:
+    ledger = SqlLedger.open(place, LEDGER, clock := Wall(0))
+    node = SELLERS[0].node_id
+    ledger.apply(Deposit(CLIENT.address, 5 * MICRO, "mint"))
+    bonds = []
+    for nonce in range(3):
+        command, bond = a_bond(SELLERS[0], nonce)
+        ledger.apply(command)
+        bonds.append(bond)
+    ledger.apply(an_unbond(bonds[0]))
+    ledger.apply(a_slash(bonds[1], SELLERS[0]))
+    ledger.close()
+    ledger = SqlLedger.open(place, LEDGER, clock)
+    assert (ledger.bond_of(node), ledger.bond_of(node, until_ms=DAY_MS)) == (2 * MICRO, MICRO)
+    with pytest.raises(BondOver, match="is lost"):
+        ledger.apply(a_slash(bonds[1], SELLERS[0]))
+    clock.wall_ms = DAY_MS
+    assert ledger.bond_of(node) == MICRO
+    ledger.apply_all([])
+    assert (ledger.balance(account(CLIENT.address)), ledger.balance(FEES)) == (3 * MICRO, MICRO)
+    assert isinstance(verified_lines(ledger)[-1].command, PayBack)
+    ledger.close()
+
+
 def test_a_withdrawal_is_not_carried_out_again_by_who_opens_the_ledger_anew(place: Path | str) -> None:
     ledger = SqlLedger.open(place, LEDGER, HeldClock())
     orders = [a_withdrawal(CLIENT, 100, number) for number in (1, 2, 2, 3)]
     for at in range(2):
-        outcomes = ledger.apply_all([Deposit(CLIENT.address, 500, "mint"), *orders])
+        outcomes = ledger.apply_all([Deposit(CLIENT.address, 500, f"mint {at}"), *orders])
         refused = [one.sentence for one in outcomes if isinstance(one, ShoalError)]
         assert len(refused) == (1, 4)[at] and all("already; the next one that it signs" in one for one in refused)
         ledger.close()
@@ -340,11 +411,11 @@ def test_a_database_that_fails_is_told_to_all_of_its_callers_and_loses_nothing(p
                 connection.execute(sa.text(f"ALTER TABLE {old} RENAME TO {new}"))
 
         rename("ledger_journal", "ledger_away")
-        several = [group.apply(Deposit(CLIENT.address, 7, "mint")) for _ in range(5)]
+        several = [group.apply(Deposit(CLIENT.address, 7, f"payment {number}")) for number in range(5)]
         for one in await asyncio.gather(*several, return_exceptions=True):
             assert isinstance(one, LedgerFailed) and "Nothing was acknowledged" in one.sentence
         rename("ledger_away", "ledger_journal")
-        await group.apply(Deposit(CLIENT.address, 1, "mint"))
+        await group.apply(Deposit(CLIENT.address, 1, "payment 0"))
         assert ledger.balance(account(CLIENT.address)) == 101
         assert verified(ledger.lines(), LEDGER).balances == ledger.balances()
         await group.close()
@@ -365,7 +436,7 @@ def test_a_damaged_row_is_told_and_holds_up_nobody(place: Path | str) -> None:
         several = [group.apply(Redeem(a_voucher(escrow, NODES[0], amount))) for amount in (1, 2)]
         for one in await asyncio.gather(*several, return_exceptions=True):
             assert isinstance(one, LedgerFailed)
-        await group.apply(Deposit(CLIENT.address, 1, "mint"))
+        await group.apply(Deposit(CLIENT.address, 1, "payment"))
         assert group.ledger.balance(account(CLIENT.address)) == 1
         await group.close()
 

@@ -26,9 +26,11 @@ from shoal.identity.accounts import (
 from shoal.identity.typed_data import StructType
 from shoal.protocol.messages import VersionMismatch, encode, sign
 from shoal.protocol.money import (
+    DAY_MS,
     Admission,
     BadPayout,
     BadVoucher,
+    BondTerms,
     ChainLedger,
     Finished,
     HouseLedger,
@@ -36,6 +38,7 @@ from shoal.protocol.money import (
     Payout,
     SignedVoucher,
     ToppingUp,
+    Unbonding,
     Voucher,
     Withdrawal,
     domain_of,
@@ -44,7 +47,7 @@ from shoal.protocol.money import (
     sign_payout,
     sign_voucher,
 )
-from shoal.quantities.money import AMOUNT_MAX
+from shoal.quantities.money import AMOUNT_MAX, MICRO
 
 SECRETS = st.integers(1, ORDER - 1).map(lambda number: number.to_bytes(32))
 BYTES_32 = st.binary(min_size=32, max_size=32)
@@ -126,6 +129,28 @@ def test_what_becomes_of_an_escrow_is_signed_as_a_wallet_signs_it(
     ):  # fmt: skip
         message = as_wallets_sign(ledger, name, fields)
         assert Account.from_key(secret).sign_message(message).signature == AccountKey(secret).sign(what.digest(ledger))
+
+
+@given(SECRETS, LEDGERS, BYTES_32, st.text("abc -", min_size=1, max_size=32), st.integers(MICRO, AMOUNT_MAX), BYTES_32)
+def test_a_bond_is_signed_as_a_wallet_signs_it(
+    secret: bytes, ledger: LedgerName, node: bytes, network: str, amount: int, nonce: bytes
+) -> None:
+    key, theirs = AccountKey(secret), Account.from_key(secret)
+    terms = BondTerms(
+        account=key.address, network=network, node=node, amount_micro=amount, notice_ms=DAY_MS, nonce=nonce
+    )
+    message = as_wallets_sign(
+        ledger,
+        "Bond",
+        {
+            "account": ("address", address_text(key.address)), "network": ("string", network),
+            "node": ("bytes32", node), "amount": ("uint256", amount), "notice": ("uint256", DAY_MS),
+            "nonce": ("bytes32", nonce),
+        },
+    )  # fmt: skip
+    assert theirs.sign_message(message).signature == key.sign(terms.bond_id(ledger))
+    message = as_wallets_sign(ledger, "Unbonding", {"bond": ("bytes32", nonce)})
+    assert theirs.sign_message(message).signature == key.sign(Unbonding(nonce).digest(ledger))
 
 
 @given(SECRETS, LEDGERS, LEDGERS, VOUCHERS, st.integers(0, 64), st.integers(1, 255))

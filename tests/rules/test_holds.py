@@ -127,6 +127,7 @@ def test_what_is_not_held(changed: dict[str, Any], why: str) -> None:
         (escrow(holdback_ppm=400_000), "holds back 40 %, and this node agrees to 30 %"),
         (escrow(fee_ppm=200_000), "takes a fee of 20 %, and this node agrees to 10 %"),
         (escrow(audit_ms=20 * 24 * HOUR_MS), "20.0 days after its end, and this node agrees to 7.0"),
+        (escrow(ends_ms=32 * 24 * HOUR_MS), "ends in 32.0 days, and this node agrees to 31.0"),
         (escrow(notice_ms=29_900), "may end 29.9 s after its payer asks"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from typing import Any
 
 import msgspec
@@ -10,29 +11,36 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from ledger_desk import (
+    AUDITOR,
+    CLIENT,
+    DRIVER,
+    LEDGER,
+    NODES,
+    OTHER,
+    RIVAL,
+    SPONSOR,
+    WORK,
+    Desk,
+    a_book,
+    a_hold,
+    bond_terms,
+    has,
+    opened,
+    terms,
+    voucher,
+)
 from msgspec.structs import replace
 
 from shoal.errors import ShoalError
 from shoal.identity import BadSignature, Envelope, KeyPair
 from shoal.identity.accounts import AccountKey
-from shoal.ledger.book import Book, NotSigned, SameEscrow, UnknownEscrow, WithdrawalOutOfTurn
-from shoal.ledger.commands import (
-    Admit,
-    Close,
-    Command,
-    Deposit,
-    Finish,
-    Open,
-    Pass,
-    Redeem,
-    TopUp,
-    Withdraw,
-    Withhold,
-)
+from shoal.ledger.bonds import Bond, BondState
+from shoal.ledger.book import Book, NotSigned, SameDeposit, SameEscrow, UnknownEscrow, WithdrawalOutOfTurn
+from shoal.ledger.commands import Admit, Deposit, Pass, Redeem
 from shoal.ledger.escrows import (
     BadTerms,
     DoneAlready,
-    Escrow,
     EscrowOver,
     NotYours,
     OldVoucher,
@@ -43,129 +51,26 @@ from shoal.ledger.escrows import (
     TopUpOutOfTurn,
 )
 from shoal.ledger.journal import BEGINNING, BadJournal, Line, contradiction, line, verified
-from shoal.ledger.moves import FEES, ISSUED, MoneyRefused, Move, TooLittleMoney, account, escrowed, held, moved
-from shoal.protocol.messages import VersionMismatch, encode, sign
+from shoal.ledger.moves import FEES, ISSUED, MoneyRefused, Move, TooLittleMoney, account, bonded, escrowed, held, moved
+from shoal.protocol.holds import Hold, sold_twice
+from shoal.protocol.messages import VersionMismatch, encode, open_record, sign
 from shoal.protocol.money import (
+    DAY_MS,
     EXTENSION_MAX_MS,
     PAYEES_MAX,
     Admission,
     BadCheckpoint,
     Checkpoint,
     Closing,
-    EscrowTerms,
-    Finished,
     HouseLedger,
     Payee,
     SignedVoucher,
-    ToppingUp,
-    Voucher,
     Withdrawal,
     Withholding,
     open_checkpoint,
     sign_voucher,
 )
-from shoal.quantities.money import AMOUNT_MAX
-
-LEDGER = HouseLedger(bytes(32), "USD")
-OTHER = HouseLedger(bytes(31) + b"\1", "USD")
-CLIENT, RIVAL, DRIVER, AUDITOR, *NODES = (AccountKey(bytes([number] * 32)) for number in range(1, 8))
-WORK = bytes(32)
-
-
-def terms(**changed: Any) -> EscrowTerms:
-    usual: dict[str, Any] = {
-        "payer": CLIENT.address, "signer": DRIVER.address, "cap_micro": 1000, "auditor": AUDITOR.address,
-        "amount_micro": 1000, "fee_ppm": 20_000, "holdback_ppm": 100_000, "notice_ms": 100, "audit_ms": 500,
-        "expires_ms": 10_000, "payees": tuple(Payee(node.address, 800) for node in NODES[:2]), "quote": bytes(32),
-        "nonce": bytes(32),
-    }  # fmt: skip
-    return EscrowTerms(**{**usual, **changed})
-
-
-class Desk:
-    """A book with its journal, and the requests that come to it."""
-
-    def __init__(self) -> None:
-        self.book = Book(LEDGER)
-        self.lines: list[Line] = []
-
-    @property
-    def balances(self) -> dict[str, int]:
-        return self.book.balances
-
-    @property
-    def escrows(self) -> dict[bytes, Escrow]:
-        return self.book.escrows
-
-    def do(self, command: Command) -> tuple[Move, ...]:
-        moves = self.book.apply(command)
-        previous = self.lines[-1].hash if self.lines else BEGINNING
-        self.lines.append(line(len(self.lines) + 1, self.book.now_ms, command, moves, previous))
-        return moves
-
-    def at(self, now_ms: int) -> tuple[Move, ...]:
-        self.book.at(now_ms)
-        moves: tuple[Move, ...] = ()
-        while due := self.book.due():
-            for name in due:
-                moves += self.do(Pass(name))
-        return moves
-
-    def deposit(self, address: bytes, amount: int) -> None:
-        self.do(Deposit(address, amount, "mint"))
-
-    def withdraw(self, order: Withdrawal, signature: bytes) -> None:
-        self.do(Withdraw(order, signature))
-
-    def open(self, terms: EscrowTerms, signature: bytes) -> None:
-        self.do(Open(terms, signature))
-
-    def redeem(self, signed: SignedVoucher) -> None:
-        self.do(Redeem(signed))
-
-    def close(self, wish: Closing, signature: bytes) -> tuple[Move, ...]:
-        return self.do(Close(wish, signature))
-
-    def withhold(self, order: Withholding, signature: bytes) -> None:
-        self.do(Withhold(order, signature))
-
-    def ask_for_the_rest(self, escrow: bytes, key: AccountKey | None = None) -> tuple[Move, ...]:
-        wish = Closing(escrow)
-        return self.close(wish, (key or CLIENT).sign(wish.digest(LEDGER)))
-
-    def admit(self, escrow: bytes, node: AccountKey, most: int, key: AccountKey) -> tuple[Move, ...]:
-        admission = Admission(escrow, node.address, most)
-        return self.do(Admit(admission, key.sign(admission.digest(LEDGER))))
-
-    def top_up(self, escrow: bytes, key: AccountKey | None = None, **order: int) -> tuple[Move, ...]:
-        """By 0, and to the end as it stands, where nothing else is said."""
-        usual = {"amount_micro": 0, "cap_micro": 0, "expires_ms": 10_000, "number": 1}
-        wanted = ToppingUp(escrow=escrow, **{**usual, **order})
-        return self.do(TopUp(wanted, (key or CLIENT).sign(wanted.digest(LEDGER))))
-
-    def finish(self, escrow: bytes, node: AccountKey, amount: int, key: AccountKey | None = None) -> tuple[Move, ...]:
-        word = Finished(escrow, node.address, amount)
-        return self.do(Finish(word, (key or node).sign(word.digest(LEDGER))))
-
-
-def a_book(money: int = 5000) -> Desk:
-    book = Desk()
-    book.deposit(CLIENT.address, money)
-    return book
-
-
-def opened(book: Desk, wanted: EscrowTerms) -> bytes:
-    name = wanted.escrow_id(book.book.ledger)
-    book.open(wanted, CLIENT.sign(name))
-    return name
-
-
-def voucher(escrow: bytes, node: AccountKey, amount: int, key: AccountKey = CLIENT) -> SignedVoucher:
-    return sign_voucher(key, LEDGER, Voucher(escrow=escrow, payee=node.address, amount_micro=amount, work=WORK))
-
-
-def has(book: Desk, key: AccountKey) -> int:
-    return book.balances.get(account(key.address), 0)
+from shoal.quantities.money import AMOUNT_MAX, MICRO
 
 
 def test_an_escrow_from_its_opening_to_its_end() -> None:
@@ -363,6 +268,27 @@ def test_who_asks_last_ends_it() -> None:
     assert book.ask_for_the_rest(escrow) == (Move(escrowed(escrow), account(CLIENT.address), 1000),)
 
 
+def test_a_deposit_is_booked_once() -> None:
+    book = Desk()
+    book.do(Deposit(CLIENT.address, 100, "payment 7"))
+    with pytest.raises(SameDeposit, match="with the reference 'payment 7' was booked already; this one changes"):
+        book.do(Deposit(CLIENT.address, 100, "payment 7"))
+    with pytest.raises(MoneyRefused, match="0 millionths cannot move from issued"):
+        book.do(Deposit(CLIENT.address, 0, "payment 8"))
+    book.do(Deposit(CLIENT.address, 5, "payment 8"))
+    assert has(book, CLIENT) == 105 and len(book.lines) == 2
+
+
+def test_time_that_brings_nothing_leaves_no_line() -> None:
+    book = a_book()
+    escrow = opened(book, terms())
+    with pytest.raises(MoneyRefused, match="The time has brought nothing for Escrow .* yet"):
+        book.do(Pass(escrow))
+    book.at(10**6)
+    with pytest.raises(MoneyRefused, match="or all that it brings"):
+        book.do(Pass(escrow))
+
+
 def withdrawal(key: AccountKey, amount: int, number: int) -> Withdrawal:
     return Withdrawal(account=key.address, amount_micro=amount, to="payment 7", number=number)
 
@@ -449,6 +375,15 @@ def test_moves_keep_the_sum_or_are_refused(balances: dict[str, int], moves: list
     assert all(0 <= balance <= AMOUNT_MAX for name, balance in after.items() if name != ISSUED)
 
 
+STAKE = 4 * MICRO
+SELLERS = [KeyPair.from_seed(bytes([number] * 32)) for number in (1, 2)]
+HOLDS = [
+    a_hold(seller, number=number, client=bytes([client] * 32), until_ms=until_ms)
+    for seller in SELLERS
+    for number, client, until_ms in ((1, 1, 500), (2, 2, 500), (3, 1, 1 << 50), (4, 2, 1 << 50), (4, 2, 1 << 51))
+]
+
+
 class Ledger(RuleBasedStateMachine):
     """Clients, drivers and nodes ask for whatever comes to mind, in any order and at any time."""
 
@@ -456,7 +391,8 @@ class Ledger(RuleBasedStateMachine):
     def begin(self, money: int) -> None:
         self.book = Desk()
         self.names: list[bytes] = []
-        self.paid_in = money
+        self.book.deposit(SPONSOR.address, STAKE)
+        self.paid_in = money + STAKE
         self.taken: dict[bytes, list[int]] = {}
         if money:
             self.book.deposit(CLIENT.address, money)
@@ -464,14 +400,17 @@ class Ledger(RuleBasedStateMachine):
     def attempt(self, what: Any) -> bool:
         """Either all of it happens, or nothing."""
         book = self.book.book
-        before = dict(book.balances), dict(book.escrows), dict(book.withdrawals)
+        before = self.all_of(book)
         try:
             what()
         except ShoalError as error:
             assert error.sentence and error.code != "SH-000"
-            assert (book.balances, book.escrows, book.withdrawals) == before
+            assert self.all_of(book) == before
             return False
         return True
+
+    def all_of(self, book: Book) -> Any:
+        return tuple(map(copy, (book.balances, book.escrows, book.withdrawals, book.bonds, book.references)))
 
     @rule(
         key=st.sampled_from([CLIENT, CLIENT, NODES[0]]), amount=st.integers(1, 1000),
@@ -552,9 +491,36 @@ class Ledger(RuleBasedStateMachine):
     @rule(at=st.integers(0, 200))
     def say_again(self, at: int) -> None:
         """Whoever has read the journal hands in a line of it once more: nothing that was signed moves money twice."""
-        signed = [one for one in self.book.lines if not isinstance(one.command, Deposit | Pass)]
-        if signed:
-            assert not self.attempt(lambda: self.book.do(signed[at % len(signed)].command))
+        signed = [one for one in self.book.lines if not isinstance(one.command, Pass)]
+        assert not self.attempt(lambda: self.book.do(signed[at % len(signed)].command))
+
+    @rule(
+        amount=st.integers(MICRO, 2 * MICRO), node=st.sampled_from(SELLERS), nonce=st.integers(0, 9),
+        key=st.sampled_from([SPONSOR, SPONSOR, SPONSOR, RIVAL]),
+    )  # fmt: skip
+    def post(self, amount: int, node: KeyPair, nonce: int, key: AccountKey) -> None:
+        wanted = bond_terms(node, amount_micro=amount, nonce=bytes([nonce] * 32))
+        may = key is SPONSOR and amount <= has(self.book, SPONSOR) and wanted.bond_id(LEDGER) not in self.book.bonds
+        assert self.attempt(lambda: self.book.post(wanted, key)) == may
+
+    def bond(self, at: int) -> Bond | None:
+        bonds = list(self.book.bonds.values())
+        return bonds[at % len(bonds)] if bonds else None
+
+    @rule(at=st.integers(0, 20), key=st.sampled_from([SPONSOR, SPONSOR, CLIENT]))
+    def unbond(self, at: int, key: AccountKey) -> None:
+        if (bond := self.bond(at)) is not None:
+            may = key is SPONSOR and bond.state is BondState.STANDING and bond.ends_ms is None
+            assert self.attempt(lambda: self.book.unbond(bond.bond_id, key)) == may
+
+    @rule(at=st.integers(0, 20), one=st.sampled_from(HOLDS), other=st.sampled_from(HOLDS))
+    def slash(self, at: int, one: Envelope, other: Envelope) -> None:
+        if (bond := self.bond(at)) is not None:
+            stands = bond.state is BondState.STANDING and (bond.ends_ms or 1 << 60) > self.book.book.now_ms
+            convicted = sold_twice(one, other) is not None and one.signer == bond.terms.node
+            lasts = all(open_record(each, Hold).until_ms > bond.posted_ms for each in (one, other))
+            may = stands and convicted and lasts
+            assert self.attempt(lambda: self.book.slash(bond.bond_id, one.to_bytes(), other.to_bytes())) == may
 
     @rule(
         at=st.integers(0, 20), node=st.sampled_from(NODES), amount=st.integers(0, 300),
@@ -567,7 +533,7 @@ class Ledger(RuleBasedStateMachine):
             )
             self.attempt(lambda: self.book.withhold(order, key.sign(order.digest(LEDGER))))
 
-    @rule(step=st.integers(-300, 300))
+    @rule(step=st.integers(-300, 300) | st.sampled_from([-DAY_MS, DAY_MS - 200]))
     def clock(self, step: int) -> None:
         before = self.book.book.now_ms
         self.book.at(before + step)
@@ -584,6 +550,13 @@ class Ledger(RuleBasedStateMachine):
             return
         assert sum(self.book.balances.values()) == 0 and self.book.balances.get(ISSUED, 0) == self.out - self.paid_in
         assert all(balance >= 0 for name, balance in self.book.balances.items() if name != ISSUED)
+        for name, bond in self.book.bonds.items():
+            assert self.book.balances.get(bonded(name), 0) == bond.at_stake_micro
+        for node in SELLERS:
+            standing = [one for one in self.book.bonds.values() if one.terms.node == node.node_id]
+            now_ms = self.book.book.now_ms
+            surely = sum(one.at_stake_micro for one in standing if one.ends_ms is None or one.ends_ms > now_ms)
+            assert self.book.book.bond_of(node.node_id) == surely
         for name, escrow in self.book.escrows.items():
             rest = self.book.balances.get(escrowed(name), 0)
             assert rest == (escrow.amount_micro - escrow.redeemed_micro) * (escrow.state is State.OPEN)
@@ -597,19 +570,24 @@ class Ledger(RuleBasedStateMachine):
         """However it went, the time alone ends all of it, and all money is with somebody."""
         if not hasattr(self, "book"):
             return
-        self.book.at(self.book.book.now_ms + 10**6)
+        for name, bond in self.book.bonds.items():
+            self.attempt(lambda: self.book.unbond(name, SPONSOR))  # noqa: B023
+            assert bond.state is not BondState.STANDING or self.book.bonds[name].ends_ms is not None
+        self.book.at(self.book.book.now_ms + 2 * DAY_MS)
+        lost = [one for one in self.book.bonds.values() if one.state is BondState.LOST]
+        assert all(one.state is not BondState.STANDING for one in self.book.bonds.values())
+        assert has(self.book, SPONSOR) == STAKE - sum(one.terms.amount_micro for one in lost)
         assert all(escrow.state is State.SETTLED for escrow in self.book.escrows.values())
-        owners = {account(key.address) for key in (CLIENT, *NODES)} | {FEES}
+        owners = {account(key.address) for key in (CLIENT, SPONSOR, *NODES)} | {FEES}
         assert sum(self.book.balances.get(name, 0) for name in owners) == self.paid_in - self.out
         cost = sum(
             paid.redeemed_micro - paid.withheld_micro
             for one in self.book.escrows.values()
             for paid in one.paid.values()
         )
-        assert has(self.book, CLIENT) == self.paid_in - cost - sum(self.taken.get(CLIENT.address, []))
+        assert has(self.book, CLIENT) == self.paid_in - STAKE - cost - sum(self.taken.get(CLIENT.address, []))
         again = verified(self.book.lines, LEDGER)
-        book = self.book.book
-        assert (again.balances, again.escrows, again.withdrawals) == (book.balances, book.escrows, book.withdrawals)
+        assert self.all_of(again) == self.all_of(self.book.book)
 
 
 def a_journal() -> list[Line]:
@@ -666,7 +644,7 @@ def deposits(*amounts: int) -> list[Line]:
     """A journal that the operator can make as it likes: nobody signs what comes in."""
     book, lines = Book(HOUSE), list[Line]()
     for number, amount in enumerate(amounts, start=1):
-        command = Deposit(CLIENT.address, amount, "mint")
+        command = Deposit(CLIENT.address, amount, f"mint {number}")
         lines.append(line(number, 0, command, book.apply(command), lines[-1].hash if lines else BEGINNING))
     return lines
 

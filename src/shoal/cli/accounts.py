@@ -26,8 +26,12 @@ from shoal.ledger.commands import (
     Finish,
     Open,
     Pass,
+    PayBack,
+    PostBond,
     Redeem,
+    Slash,
     TopUp,
+    Unbond,
     Withdraw,
     Withhold,
 )
@@ -417,3 +421,11 @@ def _what(command: Command, mine: str, ledger: HouseLedger) -> str:
             return f"withheld{' for you' if back else ''} of escrow {command.order.escrow.hex()[:SHORT]}"
         case Pass():
             return f"end of escrow {command.escrow.hex()[:SHORT]}"
+        case PostBond():
+            return f"bond behind node {short_id(command.terms.node)}"
+        case Unbond():
+            return f"asked for bond {command.wish.bond.hex()[:SHORT]} back"
+        case Slash():
+            return f"lost bond {command.bond.hex()[:SHORT]}: its node sold a slot twice"
+        case PayBack():
+            return f"bond {command.bond.hex()[:SHORT]} comes back"

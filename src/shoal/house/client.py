@@ -34,7 +34,7 @@ from shoal.protocol.money import Checkpoint, HouseLedger, open_checkpoint
 from shoal.storage.group_commit import LedgerBusy
 from shoal.storage.ledgers import LedgerFailed
 from shoal.transport.allowances import TooManyRequests
-from shoal.world import Clock, Endpoint, Link, LinkLost, Refused
+from shoal.world import Clock, Dice, Endpoint, Link, LinkLost, Refused, SystemDice
 
 DIAL_DEADLINE_S = 10.0
 REQUEST_DEADLINE_S = 20.0
@@ -74,10 +74,17 @@ class RemoteLedger:
     """One house ledger, dialled when it is first asked and again where the link broke. The endpoint is its maker's."""
 
     def __init__(
-        self, endpoint: Endpoint, ticket: LedgerTicket, clock: Clock, *, network: str = DEFAULT_NETWORK
+        self,
+        endpoint: Endpoint,
+        ticket: LedgerTicket,
+        clock: Clock,
+        *,
+        dice: Dice | None = None,
+        network: str = DEFAULT_NETWORK,
     ) -> None:
         self.ticket = ticket
         self._endpoint, self._clock, self._network = endpoint, clock, network
+        self._dice = dice or SystemDice()
         self._link: Link | None = None
 
     @property
@@ -90,7 +97,8 @@ class RemoteLedger:
 
     async def mint(self, account: bytes, amount_micro: int) -> tuple[Move, ...]:
         """Of a ledger with a development mint. Raises NoMint, and what `apply` does."""
-        return await self._move(Mint(account=account, amount_micro=amount_micro))
+        nonce = self._dice.bytes(16)
+        return await self._move(Mint(account=account, amount_micro=amount_micro, nonce=nonce))
 
     async def balance(self, account: bytes) -> int:
         return (await self.account(account)).balance_micro

@@ -61,6 +61,8 @@ class Mint(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_
 
     account: Address
     amount_micro: Annotated[int, Meta(ge=1, le=AMOUNT_MAX)]
+    nonce: Annotated[bytes, Meta(min_length=16, max_length=16)]
+    """Drawn anew for each wish: the same one is granted once."""
 
 
 class Applied(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):

@@ -119,8 +119,9 @@ class LedgerService:
                 f"The development mint of this ledger gives {format_money(self._mint_max_micro)} "
                 f"{self._name.currency} at a time, not {format_money(wish.amount_micro)}."
             )
+        reference = f"{MINTED} {wish.nonce.hex()}"
         with self._at_once.place(request.source, "requests"):
-            moves = await self._ledger.apply(Deposit(wish.account, wish.amount_micro, MINTED))
+            moves = await self._ledger.apply(Deposit(wish.account, wish.amount_micro, reference))
         return encode(Applied(moves=moves), request.version)
 
     async def _tell_account(self, request: Request) -> bytes:

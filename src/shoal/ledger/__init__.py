@@ -1,8 +1,10 @@
-"""The rules of money: what an escrow pays to whom, and when it ends. Pure: no IO, no clock.
+"""The rules of money: what an escrow pays to whom, when it ends, and how a bond is lost. Pure: no IO, no clock.
 
-- `commands`: what a ledger can be asked to do: money comes in, goes into escrows, to who earned it, and out.
+- `commands`: what a ledger can be asked to do: money comes in, goes into escrows and bonds, to who earned it, and out.
 - `escrows`: one escrow from its opening to its end, as decisions that return what becomes of it and the moves of money.
-- `book.Book`: all accounts and escrows of one ledger in memory: what a journal on a disk, or a contract, must equal.
+- `bonds`: what is at stake for a node's promises, and lost by two that contradict each other.
+- `book.Book`: all accounts, escrows and bonds of one ledger in memory: what a journal on a disk, or a contract, must
+  equal.
 
 Invariants: a move takes as much from one account as it gives to another, so that the sum of all is zero; no account but
 `issued` is ever below zero; a payee never gets more than its newest voucher says, nor a payer pay more than an escrow

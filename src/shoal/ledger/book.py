@@ -1,11 +1,13 @@
-"""All accounts and escrows of one ledger, in memory."""
+"""All accounts, escrows and bonds of one ledger, in memory."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from shoal.errors import BadRecord
 from shoal.identity.accounts import address_text, signer_of
+from shoal.ledger.bonds import Bond, lost, paid_back, posted, unbonding
 from shoal.ledger.commands import (
     Admit,
     Close,
@@ -14,8 +16,12 @@ from shoal.ledger.commands import (
     Finish,
     Open,
     Pass,
+    PayBack,
+    PostBond,
     Redeem,
+    Slash,
     TopUp,
+    Unbond,
     Withdraw,
     Withhold,
 )
@@ -30,14 +36,21 @@ from shoal.ledger.escrows import (
     topped_up,
     withheld,
 )
-from shoal.ledger.moves import ISSUED, MoneyRefused, Move, account, moved, moves_of
-from shoal.protocol.money import Admission, EscrowTerms, LedgerName, SignedVoucher, Withdrawal, Withholding
+from shoal.ledger.moves import ISSUED, MoneyRefused, Move, account, moved
+from shoal.protocol.messages import DEFAULT_NETWORK
+from shoal.protocol.money import Admission, BondTerms, EscrowTerms, LedgerName, SignedVoucher, Withdrawal, Withholding
 
 
 class NotSigned(BadRecord):
     """What would move money does not carry the signature of whom it names."""
 
     code = "SH-281"
+
+
+class SameDeposit(MoneyRefused):
+    """A deposit with this reference was booked already."""
+
+    code = "SH-189"
 
 
 class UnknownEscrow(MoneyRefused):
@@ -58,6 +71,18 @@ class WithdrawalOutOfTurn(MoneyRefused):
     code = "SH-199"
 
 
+class UnknownBond(MoneyRefused):
+    """A ledger has no bond of this name."""
+
+    code = "SH-184"
+
+
+class SameBond(MoneyRefused):
+    """These terms have been posted already: a bond is posted once."""
+
+    code = "SH-186"
+
+
 @dataclass
 class Book:
     """Every method moves all of its money or, when it raises, none."""
@@ -67,22 +92,39 @@ class Book:
     escrows: dict[bytes, Escrow] = field(default_factory=dict)
     withdrawals: dict[bytes, int] = field(default_factory=dict)
     """How many there were, by account."""
+    bonds: dict[bytes, Bond] = field(default_factory=dict)
+    references: set[str] = field(default_factory=set)
+    """Of deposits."""
     now_ms: int = 0
     """It never goes back, whatever the clock does."""
 
     def at(self, now_ms: int) -> None:
         self.now_ms = max(self.now_ms, now_ms)
 
-    def due(self) -> list[bytes]:
-        """Escrows that the time brings something for: a `Pass` for each of them is to follow."""
-        return [name for name, one in self.escrows.items() if one.due_ms is not None and one.due_ms <= self.now_ms]
+    def due(self) -> list[Command]:
+        """What the time brings, and is to follow: for escrows, then for bonds, and what was due first, first."""
+        return [*map(Pass, self._due(self.escrows)), *map(PayBack, self._due(self.bonds))]
+
+    def _due(self, ones: Mapping[bytes, Escrow] | Mapping[bytes, Bond]) -> list[bytes]:
+        due = [(one.due_ms, name) for name, one in ones.items() if one.due_ms is not None]
+        return [name for at_ms, name in sorted(due) if at_ms <= self.now_ms]
+
+    def bond_of(self, node: bytes, network: str = DEFAULT_NETWORK, until_ms: int = 0) -> int:
+        """Millionths that are at stake for what a node promises: of bonds that nobody has asked for, or that are paid
+        back after `until_ms`."""
+        until_ms = max(until_ms, self.now_ms)
+        return sum(
+            one.at_stake_micro
+            for one in self.bonds.values()
+            if (one.terms.node, one.terms.network) == (node, network) and (one.due_ms is None or one.due_ms > until_ms)
+        )
 
     def apply(self, command: Command) -> tuple[Move, ...]:
-        """The money that moves. Raises NotSigned, UnknownEscrow, WithdrawalOutOfTurn, and what the rules of an escrow
-        and of moves do."""
+        """The money that moves. Raises NotSigned, UnknownEscrow, UnknownBond, SameDeposit, WithdrawalOutOfTurn, and
+        what the rules of escrows, bonds and moves do."""
         match command:
             case Deposit():
-                return self._move(moves_of((ISSUED, account(command.account), command.amount_micro)))
+                return self._deposit(command)
             case Withdraw():
                 return self._withdraw(command.order, command.signature)
             case Open():
@@ -106,7 +148,26 @@ class Book:
             case Withhold():
                 return self._withhold(command.order, command.signature)
             case Pass():
-                return self._become(*passed(self._escrow(command.escrow), self.now_ms))
+                return self._pass(self._escrow(command.escrow))
+            case PostBond():
+                return self._post(command.terms, command.signature)
+            case Unbond():
+                bond = self._bond(command.wish.bond)
+                _check_signer(command.wish.digest(self.ledger), command.signature, bond.terms.account)
+                return self._bond_becomes(unbonding(bond, self.now_ms), ())
+            case Slash():
+                return self._bond_becomes(*lost(self._bond(command.bond), command.one, command.other, self.now_ms))
+            case PayBack():
+                return self._bond_becomes(*paid_back(self._bond(command.bond), self.now_ms))
+
+    def _deposit(self, deposit: Deposit) -> tuple[Move, ...]:
+        if deposit.reference in self.references:
+            raise SameDeposit(
+                f"A deposit with the reference {deposit.reference!r} was booked already; this one changes nothing."
+            )
+        moves = self._move((Move(ISSUED, account(deposit.account), deposit.amount_micro),))
+        self.references.add(deposit.reference)
+        return moves
 
     def _withdraw(self, order: Withdrawal, signature: bytes) -> tuple[Move, ...]:
         _check_signer(order.digest(self.ledger), signature, order.account)
@@ -147,6 +208,24 @@ class Book:
         _check_signer(order.digest(self.ledger), signature, auditor)
         return self._become(*withheld(escrow, order.payee, order.amount_micro, auditor, self.now_ms))
 
+    def _pass(self, before: Escrow) -> tuple[Move, ...]:
+        after, moves = passed(before, self.now_ms)
+        if after is before:
+            raise MoneyRefused(f"The time has brought nothing for {before.name} yet, or all that it brings.")
+        return self._become(after, moves)
+
+    def _post(self, terms: BondTerms, signature: bytes) -> tuple[Move, ...]:
+        name = terms.bond_id(self.ledger)
+        _check_signer(name, signature, terms.account)
+        if name in self.bonds:
+            raise SameBond(f"{self.bonds[name].name} was posted already; draw another nonce for another one.")
+        return self._bond_becomes(*posted(terms, self.ledger, self.now_ms))
+
+    def _bond(self, name: bytes) -> Bond:
+        if name not in self.bonds:
+            raise UnknownBond(f"This ledger has no bond {name.hex()[:12]}.")
+        return self.bonds[name]
+
     def _escrow(self, name: bytes) -> Escrow:
         if name not in self.escrows:
             raise UnknownEscrow(f"This ledger has no escrow {name.hex()[:12]}.")
@@ -155,6 +234,11 @@ class Book:
     def _become(self, escrow: Escrow, moves: tuple[Move, ...]) -> tuple[Move, ...]:
         self._move(moves)
         self.escrows[escrow.escrow_id] = escrow
+        return moves
+
+    def _bond_becomes(self, bond: Bond, moves: tuple[Move, ...]) -> tuple[Move, ...]:
+        self._move(moves)
+        self.bonds[bond.bond_id] = bond
         return moves
 
     def _move(self, moves: tuple[Move, ...]) -> tuple[Move, ...]:

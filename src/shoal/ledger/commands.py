@@ -1,4 +1,8 @@
-"""What a ledger can be asked to do; whoever signs what is said in `protocol.money`."""
+"""What a ledger can be asked to do; whoever signs what is said in `protocol.money`.
+
+Nobody signs a `Deposit`, which is the operator's alone to ask for, nor a `Slash`, whose evidence is signed, nor what
+time brings, `Pass` and `PayBack`.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +11,20 @@ from typing import Annotated, TypeAlias
 import msgspec
 from msgspec import Meta
 
-from shoal.identity import Hash
+from shoal.identity import ENVELOPE_OVERHEAD_BYTES, Hash
 from shoal.identity.accounts import AccountSignature, Address
+from shoal.protocol.holds import Hold
 from shoal.protocol.money import (
     Admission,
     Amount,
+    BondTerms,
     Closing,
     EscrowTerms,
     Finished,
     LedgerName,
     SignedVoucher,
     ToppingUp,
+    Unbonding,
     Withdrawal,
     Withholding,
 )
@@ -33,7 +40,8 @@ class Deposit(_Command, frozen=True):
     account: Address
     amount_micro: Amount
     reference: Annotated[str, Meta(max_length=128)]
-    """Where it came from: the number of a payment, or of a development mint."""
+    """Where it came from: the number of a payment, or of a development mint. Good once: a deposit whose answer was lost
+    can be asked for again."""
 
 
 class Withdraw(_Command, frozen=True):
@@ -78,18 +86,50 @@ class Withhold(_Command, frozen=True):
 
 
 class Pass(_Command, frozen=True):
-    """See what the time has brought for an escrow: nobody signs that."""
+    """See what the time has brought for an escrow."""
 
     escrow: Hash
 
 
-Command: TypeAlias = Deposit | Withdraw | Open | Admit | TopUp | Redeem | Close | Finish | Withhold | Pass
+class PostBond(_Command, frozen=True):
+    terms: BondTerms
+    signature: AccountSignature
+
+
+class Unbond(_Command, frozen=True):
+    wish: Unbonding
+    signature: AccountSignature
+
+
+HoldBytes = Annotated[bytes, Meta(max_length=Hold.MAX_BYTES + ENVELOPE_OVERHEAD_BYTES)]
+
+
+class Slash(_Command, frozen=True):
+    """By whoever has two Holds that contradict each other."""
+
+    bond: Hash
+    one: HoldBytes
+    """An Envelope."""
+    other: HoldBytes
+
+
+class PayBack(_Command, frozen=True):
+    """A bond whose notice is over."""
+
+    bond: Hash
+
+
+Command: TypeAlias = (
+    Deposit | Withdraw
+    | Open | Admit | TopUp | Redeem | Close | Finish | Withhold | Pass
+    | PostBond | Unbond | Slash | PayBack
+)  # fmt: skip
 
 
 def escrow_of(command: Command, ledger: LedgerName) -> bytes | None:
     """Which escrow a command speaks of, if any."""
     match command:
-        case Deposit() | Withdraw():
+        case Deposit() | Withdraw() | PostBond() | Unbond() | Slash() | PayBack():
             return None
         case Open():
             return command.terms.escrow_id(ledger)
@@ -105,3 +145,16 @@ def escrow_of(command: Command, ledger: LedgerName) -> bytes | None:
             return command.order.escrow
         case Pass():
             return command.escrow
+
+
+def bond_named_by(command: Command, ledger: LedgerName) -> bytes | None:
+    """Which bond a command speaks of, if any."""
+    match command:
+        case PostBond():
+            return command.terms.bond_id(ledger)
+        case Unbond():
+            return command.wish.bond
+        case Slash() | PayBack():
+            return command.bond
+        case _:
+            return None

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from shoal.identity.accounts import address_text
-from shoal.ledger.moves import FEES, MoneyRefused, Move, account, escrowed, held, moves_of
+from shoal.ledger.moves import FEES, DoneAlready, MoneyRefused, Move, account, escrowed, held, moves_of
 from shoal.protocol.money import (
     EXTENSION_MAX_MS,
     PAYEES_MAX,
@@ -35,7 +35,7 @@ class BadTerms(MoneyRefused):
 
 
 class EscrowOver(MoneyRefused):
-    """An escrow has ended."""
+    """An escrow has ended, or who would get or give more of it has said that it is enough."""
 
     code = "SH-193"
 
@@ -62,12 +62,6 @@ class TopUpOutOfTurn(MoneyRefused):
     """A top-up does not have the number that is its escrow's next."""
 
     code = "SH-181"
-
-
-class DoneAlready(MoneyRefused):
-    """What somebody signed has been done already, and would change nothing."""
-
-    code = "SH-182"
 
 
 class TooManyPayees(MoneyRefused):
@@ -308,7 +302,8 @@ def withheld(escrow: Escrow, payee: bytes, amount_micro: int, by: bytes, now_ms:
 
 
 def passed(escrow: Escrow, now_ms: int) -> Decision:
-    """What the time alone brings: the end, and then what was held back. Nothing, where it brings nothing yet."""
+    """What the time alone brings: the end, and then what was held back. The same escrow, where it brings nothing
+    yet."""
     moves: tuple[Move, ...] = ()
     if escrow.state is State.OPEN and now_ms >= escrow.ends_ms:
         rest = escrow.amount_micro - escrow.redeemed_micro

@@ -27,6 +27,12 @@ class TooLittleMoney(MoneyRefused):
     code = "SH-191"
 
 
+class DoneAlready(MoneyRefused):
+    """What somebody signed has been done already, and would change nothing."""
+
+    code = "SH-182"
+
+
 class Move(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`amount_micro` > 0 from one account to another."""
 
@@ -41,6 +47,10 @@ def account(address: bytes) -> str:
 
 def escrowed(escrow: bytes) -> str:
     return f"escrow {escrow.hex()}"
+
+
+def bonded(bond: bytes) -> str:
+    return f"bond {bond.hex()}"
 
 
 def held(escrow: bytes, payee: bytes) -> str:

@@ -72,6 +72,8 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
     notice_least_ms: int = 30_000
     """It redeems its newest voucher in less, when the client asks for the rest."""
     fee_max_ppm: int = 100_000
+    lasts_max_ms: int = 31 * DAY_MS
+    """Of an escrow: what is held back waits for its end."""
 
 
 def held(slots: Slots, now_ms: int) -> list[Kept]:
@@ -200,6 +202,11 @@ def _check_escrow(escrow: Escrow, hold: Hold, terms: Terms, now_ms: int) -> int:
         raise HoldRefused(
             f"{said} pays what it holds back {asked.audit_ms / DAY_MS:.1f} days after its end, and this node agrees to "
             f"{terms.audit_max_ms / DAY_MS:.1f}."
+        )
+    if escrow.ends_ms - now_ms > terms.lasts_max_ms:
+        raise HoldRefused(
+            f"{said} ends in {(escrow.ends_ms - now_ms) / DAY_MS:.1f} days, and this node agrees to "
+            f"{terms.lasts_max_ms / DAY_MS:.1f}, as what is held back waits for that."
         )
     if asked.notice_ms < terms.notice_least_ms:
         raise HoldRefused(

@@ -20,7 +20,7 @@ from shoal.identity.accounts import AccountKey, AccountSignature, Address, addre
 from shoal.identity.typed_data import Domain, StructType
 from shoal.protocol.messages import DEFAULT_NETWORK, Record, open_record, sign
 from shoal.protocol.prices import Currency
-from shoal.quantities.money import AMOUNT_MAX
+from shoal.quantities.money import AMOUNT_MAX, MICRO
 
 Amount = Annotated[int, Meta(ge=0, le=AMOUNT_MAX)]
 """Millionths of a currency's unit."""
@@ -54,6 +54,14 @@ TOP_UP = StructType(
     ),
 )  # fmt: skip
 FINISHED = StructType("Finished", (("bytes32", "escrow"), ("address", "payee"), ("uint256", "amount")))
+BOND = StructType(
+    "Bond",
+    (
+        ("address", "account"), ("string", "network"), ("bytes32", "node"), ("uint256", "amount"),
+        ("uint256", "notice"), ("bytes32", "nonce"),
+    ),
+)  # fmt: skip
+UNBONDING = StructType("Unbonding", (("bytes32", "bond"),))
 PAYOUT = StructType("Payout", (("string", "network"), ("bytes32", "node"), ("address", "account")))
 PAYEES_MAX = 1024
 DAY_MS = 86_400_000
@@ -61,6 +69,10 @@ NOTICE_MAX_MS, AUDIT_MAX_MS = 7 * DAY_MS, 30 * DAY_MS
 EXTENSION_MAX_MS = 30 * DAY_MS
 """By which an escrow may come to end later than its terms say, however often it is topped up: payees know beforehand by
 when they have what is held back."""
+BOND_LEAST_MICRO = MICRO
+"""So that nobody fills a ledger with bonds of next to nothing."""
+BOND_NOTICE_LEAST_MS, BOND_NOTICE_MAX_MS = DAY_MS, 30 * DAY_MS
+"""So long, at least, who was promised what another was promised too has for finding that out."""
 TIME_MAX_MS = (1 << 53) - 1
 DOMAIN_NAME, DOMAIN_VERSION = "Shoal", "1"
 
@@ -273,6 +285,35 @@ class Withdrawal(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     def digest(self, ledger: LedgerName) -> bytes:
         return domain_of(ledger).digest(WITHDRAWAL.hash_of((self.account, self.amount_micro, self.to, self.number)))
+
+
+class BondTerms(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An account puts money at stake for a node; signed by the account. The node need not agree: it is the account's
+    money that is lost."""
+
+    account: Address
+    network: Annotated[str, Meta(min_length=1, max_length=32)]
+    """On which the node's Holds count."""
+    node: NodeId
+    amount_micro: Annotated[int, Meta(ge=BOND_LEAST_MICRO, le=AMOUNT_MAX)]
+    notice_ms: Annotated[int, Meta(ge=BOND_NOTICE_LEAST_MS, le=BOND_NOTICE_MAX_MS)]
+    """From when the account asks for it until it is paid back."""
+    nonce: Hash
+    """Drawn anew for each bond."""
+
+    def bond_id(self, ledger: LedgerName) -> bytes:
+        """What is signed names the bond."""
+        values = (self.account, self.network, self.node, self.amount_micro, self.notice_ms, self.nonce)
+        return domain_of(ledger).digest(BOND.hash_of(values))
+
+
+class Unbonding(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An account asks for its bond."""
+
+    bond: Hash
+
+    def digest(self, ledger: LedgerName) -> bytes:
+        return domain_of(ledger).digest(UNBONDING.hash_of((self.bond,)))
 
 
 def sign_voucher(key: AccountKey, ledger: LedgerName, voucher: Voucher) -> SignedVoucher:

@@ -1,14 +1,14 @@
 """A ledger in a database: SQLite in a file, or PostgreSQL by a URL, through SQLAlchemy Core with one schema.
 
-The rules are those of `ledger.book`: of a command, the accounts and the escrow that it speaks of are read, `Book.apply`
-decides, and what has changed is written with the journal's line, in one transaction. Several commands may share one
-(group commit), each of them whole or not at all. What was answered survives a killed process and a lost power supply:
-on SQLite as `storage.sqlite` opens it, on PostgreSQL with `synchronous_commit=on`, its default.
+The rules are those of `ledger.book`: of a command, the accounts and the escrow or bond that it speaks of are read,
+`Book.apply` decides, and what has changed is written with the journal's line, in one transaction. Several commands may
+share one (group commit), each of them whole or not at all. What was answered survives a killed process and a lost power
+supply: on SQLite as `storage.sqlite` opens it, on PostgreSQL with `synchronous_commit=on`, its default.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,13 @@ import sqlalchemy as sa
 from sqlalchemy.exc import SQLAlchemyError
 
 from shoal.errors import ShoalError, StorageError
+from shoal.ledger.bonds import Bond
 from shoal.ledger.book import Book
-from shoal.ledger.commands import Command, Pass, Withdraw, escrow_of
+from shoal.ledger.commands import Command, Deposit, Pass, PayBack, Withdraw, bond_named_by, escrow_of
 from shoal.ledger.escrows import Escrow
 from shoal.ledger.journal import BEGINNING, BadJournal, Line, line, verified
 from shoal.ledger.moves import Move
+from shoal.protocol.messages import DEFAULT_NETWORK
 from shoal.protocol.money import LedgerName
 from shoal.storage.sqlite import sqlite_engine
 from shoal.world import Clock
@@ -33,12 +35,13 @@ refused."""
 COMMANDS_MAX = 512
 """In one transaction."""
 DUE_MAX = 256
-"""Escrows that the time has brought something for, and that are seen to in one transaction before its commands."""
+"""Escrows, and as many bonds, that the time has brought something for, and that are seen to in one transaction before
+its commands."""
 PAGE_LINES = 512
 SEARCHED_LINES, SEARCHED_BYTES = 4096, 8 << 20
 """Of the journal that is looked through for those of one account, for one page."""
 KNOWN_MAX = 10_000
-"""Accounts and escrows that are kept in memory between transactions."""
+"""Accounts, escrows and the like that are kept in memory between transactions."""
 
 _tables = sa.MetaData()
 _about = sa.Table(
@@ -66,6 +69,17 @@ _withdrawals = sa.Table(
     sa.Column("account", sa.LargeBinary(20), primary_key=True),
     sa.Column("number", sa.BigInteger, nullable=False),
 )
+_bonds = sa.Table(
+    "ledger_bonds",
+    _tables,
+    sa.Column("bond", sa.LargeBinary(32), primary_key=True),
+    sa.Column("node", sa.LargeBinary(32), nullable=False, index=True),
+    sa.Column("network", sa.LargeBinary, nullable=False),
+    sa.Column("at_stake_micro", sa.BigInteger, nullable=False),
+    sa.Column("due_ms", sa.BigInteger, nullable=True, index=True),
+    sa.Column("content", sa.LargeBinary, nullable=False),
+)
+_references = sa.Table("ledger_references", _tables, sa.Column("reference", sa.LargeBinary, primary_key=True))
 _journal = sa.Table(
     "ledger_journal",
     _tables,
@@ -75,16 +89,23 @@ _journal = sa.Table(
 
 _LOCK = sa.select(_about.c.version).with_for_update()
 _LAST = sa.select(_journal.c.line).order_by(_journal.c.number.desc()).limit(1)
-_DUE = (
-    sa.select(_escrows.c.escrow).where(_escrows.c.due_ms <= sa.bindparam("now_ms")).order_by(_escrows.c.due_ms)
-    .limit(DUE_MAX)
-)  # fmt: skip
+_DUE, _BONDS_DUE = (
+    sa.select(name).where(due_ms <= sa.bindparam("now_ms")).order_by(due_ms, name).limit(DUE_MAX)
+    for name, due_ms in ((_escrows.c.escrow, _escrows.c.due_ms), (_bonds.c.bond, _bonds.c.due_ms))
+)
 _BALANCE = sa.select(_accounts.c.balance_micro).where(_accounts.c.name == sa.bindparam("one"))
 _PAGE = (
     sa.select(_journal.c.line).where(_journal.c.number > sa.bindparam("after")).order_by(_journal.c.number)
     .limit(PAGE_LINES)
 )  # fmt: skip
 _ESCROW = sa.select(_escrows.c.content).where(_escrows.c.escrow == sa.bindparam("one"))
+_BOND = sa.select(_bonds.c.content).where(_bonds.c.bond == sa.bindparam("one"))
+_BOND_OF = sa.select(sa.func.sum(_bonds.c.at_stake_micro)).where(
+    _bonds.c.node == sa.bindparam("node"),
+    _bonds.c.network == sa.bindparam("network"),
+    sa.or_(_bonds.c.due_ms.is_(None), _bonds.c.due_ms > sa.bindparam("until_ms")),
+)
+_REFERENCE = sa.select(_references.c.reference).where(_references.c.reference == sa.bindparam("one"))
 _WITHDRAWN = sa.select(_withdrawals.c.number).where(_withdrawals.c.account == sa.bindparam("one"))
 
 
@@ -98,13 +119,24 @@ def _upsert(table: sa.Table) -> sa.TextClause:
     )
 
 
-_PUT_BALANCE, _PUT_ESCROW, _PUT_WITHDRAWN = _upsert(_accounts), _upsert(_escrows), _upsert(_withdrawals)
-_ADD_LINE = _journal.insert()
+_PUT_BALANCE, _PUT_ESCROW, _PUT_BOND, _PUT_WITHDRAWN = map(_upsert, (_accounts, _escrows, _bonds, _withdrawals))
+_ADD_REFERENCE, _ADD_LINE = _references.insert(), _journal.insert()
 
 _encode = msgspec.msgpack.Encoder().encode
 _lines = msgspec.msgpack.Decoder(Line)
-_kept = msgspec.msgpack.Decoder(Escrow)
+_kept_escrows, _kept_bonds = msgspec.msgpack.Decoder(Escrow), msgspec.msgpack.Decoder(Bond)
 _ledger = msgspec.msgpack.Decoder(LedgerName)
+
+
+def _escrow_row(one: Escrow) -> dict[str, Any]:
+    return {"escrow": one.escrow_id, "due_ms": one.due_ms, "content": _encode(one)}
+
+
+def _bond_row(one: Bond) -> dict[str, Any]:
+    return {
+        "bond": one.bond_id, "node": one.terms.node, "network": one.terms.network.encode(),
+        "at_stake_micro": one.at_stake_micro, "due_ms": one.due_ms, "content": _encode(one),
+    }  # fmt: skip
 
 
 class LedgerFailed(StorageError):
@@ -148,7 +180,9 @@ class _Known:
         self.book = Book(ledger, balances=self.balances)
 
     def __len__(self) -> int:
-        return len(self.balances) + len(self.book.escrows) + len(self.book.withdrawals)
+        book = self.book
+        kept: tuple[Sized, ...] = (self.balances, book.escrows, book.bonds, book.withdrawals, book.references)
+        return sum(map(len, kept))
 
 
 class SqlLedger:
@@ -204,24 +238,22 @@ class SqlLedger:
             known.balances.connection, book = connection, known.book
             book.at(self._latest_ms)
             fresh, outcomes = list[Line](), list[tuple[Move, ...] | ShoalError]()
-            changed: set[bytes] = set()
-            due = [Pass(name) for name in self._due(connection, book.now_ms)]
+            escrows, bonds = set[bytes](), set[bytes]()
+            due = self._due(connection, book.now_ms)
             for command in (*due, *commands):
-                name = escrow_of(command, self.ledger)
-                if name is not None and name not in book.escrows:
-                    book.escrows.update(self._escrow(connection, name))
-                if isinstance(command, Withdraw) and command.order.account not in book.withdrawals:
-                    book.withdrawals[command.order.account] = self._withdrawn(connection, command.order.account)
+                escrow, bond = escrow_of(command, self.ledger), bond_named_by(command, self.ledger)
+                self._read(connection, book, command, escrow, bond)
                 try:
                     moves = book.apply(command)
                 except ShoalError as error:
                     outcomes.append(error)
                     continue
                 outcomes.append(moves)
-                changed |= {name} if name is not None else set()
+                escrows |= {escrow} if escrow is not None else set()
+                bonds |= {bond} if bond is not None else set()
                 fresh.append(line(number + 1, book.now_ms, command, moves, previous))
                 number, previous = number + 1, fresh[-1].hash
-            self._write(connection, book, changed, fresh)
+            self._write(connection, book, escrows, bonds, fresh)
             known.last, known.balances.connection = previous, None
         self._known = known
         return outcomes[len(due) :]
@@ -229,6 +261,13 @@ class SqlLedger:
     def balance(self, name: str) -> int:
         with self._transaction() as connection:
             return int(connection.execute(_BALANCE, {"one": name}).scalar() or 0)
+
+    def bond_of(self, node: bytes, network: str = DEFAULT_NETWORK, until_ms: int = 0) -> int:
+        """As `Book.bond_of`. Raises LedgerFailed."""
+        until_ms = max(until_ms, self._latest_ms, self._clock.now_ms())
+        wanted = {"node": node, "network": network.encode(), "until_ms": until_ms}
+        with self._transaction() as connection:
+            return int(connection.execute(_BOND_OF, wanted).scalar() or 0)
 
     def balances(self) -> dict[str, int]:
         """All that are not zero: for checking."""
@@ -240,11 +279,12 @@ class SqlLedger:
     def withdrawals(self, account: bytes) -> int:
         """How many an account has had."""
         with self._transaction() as connection:
-            return self._withdrawn(connection, account)
+            return int(connection.execute(_WITHDRAWN, {"one": account}).scalar() or 0)
 
     def escrow(self, name: bytes) -> Escrow | None:
         with self._transaction() as connection:
-            return self._escrow(connection, name).get(name)
+            found = connection.execute(_ESCROW, {"one": name}).scalar()
+            return None if found is None else _kept_escrows.decode(found)
 
     def last(self) -> tuple[int, bytes]:
         """Number and hash of the last line; 0 and BEGINNING where there is none."""
@@ -302,35 +342,50 @@ class SqlLedger:
             yield from page
             after = page[-1].number
 
-    def _due(self, connection: sa.Connection, now_ms: int) -> Sequence[bytes]:
-        return connection.execute(_DUE, {"now_ms": now_ms}).scalars().all()
+    def _due(self, connection: sa.Connection, now_ms: int) -> list[Command]:
+        """As `Book.due`."""
+        escrows, bonds = (connection.execute(one, {"now_ms": now_ms}).scalars() for one in (_DUE, _BONDS_DUE))
+        return [*map(Pass, escrows), *map(PayBack, bonds)]
 
-    def _escrow(self, connection: sa.Connection, name: bytes) -> dict[bytes, Escrow]:
-        found = connection.execute(_ESCROW, {"one": name}).scalar()
-        return {} if found is None else {name: _kept.decode(found)}
+    def _read(
+        self, connection: sa.Connection, book: Book, command: Command, escrow: bytes | None, bond: bytes | None
+    ) -> None:
+        """What a command speaks of, into the book, where it is not there yet. Accounts are read as they are needed."""
 
-    def _withdrawn(self, connection: sa.Connection, account: bytes) -> int:
-        """How many withdrawals it has had."""
-        return connection.execute(_WITHDRAWN, {"one": account}).scalar() or 0
+        def row(query: sa.Select[Any], one: bytes) -> Any:
+            return connection.execute(query, {"one": one}).scalar()
 
-    def _write(self, connection: sa.Connection, book: Book, changed: set[bytes], fresh: Sequence[Line]) -> None:
+        if escrow is not None and escrow not in book.escrows and (found := row(_ESCROW, escrow)) is not None:
+            book.escrows[escrow] = _kept_escrows.decode(found)
+        if bond is not None and bond not in book.bonds and (found := row(_BOND, bond)) is not None:
+            book.bonds[bond] = _kept_bonds.decode(found)
+        if isinstance(command, Withdraw) and command.order.account not in book.withdrawals:
+            book.withdrawals[command.order.account] = row(_WITHDRAWN, command.order.account) or 0
+        if isinstance(command, Deposit) and row(_REFERENCE, command.reference.encode()) is not None:
+            book.references.add(command.reference)
+
+    def _write(
+        self, connection: sa.Connection, book: Book, escrows: set[bytes], bonds: set[bytes], fresh: Sequence[Line]
+    ) -> None:
         if not fresh:
             return
         touched = {name for one in fresh for move in one.moves for name in (move.source, move.target)}
         drawn = {one.command.order.account for one in fresh if isinstance(one.command, Withdraw)}
-        self._put(connection, book, touched, changed, drawn)
+        references = {one.command.reference for one in fresh if isinstance(one.command, Deposit)}
+        self._put(connection, book, touched, escrows, bonds, drawn, references)
         connection.execute(_ADD_LINE, [{"number": one.number, "line": _encode(one)} for one in fresh])
 
     def _put(
         self, connection: sa.Connection, book: Book, accounts: Iterable[str], escrows: Iterable[bytes],
-        drawn: Iterable[bytes],
+        bonds: Iterable[bytes], drawn: Iterable[bytes], references: Iterable[str],
     ) -> None:  # fmt: skip
-        """These rows as they are in the book."""
-        kept = [(name, book.escrows[name]) for name in escrows]
+        """These rows as they are in the book; no such references are there yet."""
         for put, rows in (
             (_PUT_BALANCE, [{"name": name, "balance_micro": book.balances[name]} for name in accounts]),
-            (_PUT_ESCROW, [{"escrow": name, "due_ms": one.due_ms, "content": _encode(one)} for name, one in kept]),
+            (_PUT_ESCROW, [_escrow_row(book.escrows[name]) for name in escrows]),
+            (_PUT_BOND, [_bond_row(book.bonds[name]) for name in bonds]),
             (_PUT_WITHDRAWN, [{"account": account, "number": book.withdrawals[account]} for account in drawn]),
+            (_ADD_REFERENCE, [{"reference": one.encode()} for one in references]),
         ):
             if rows:
                 connection.execute(put, rows)
@@ -364,7 +419,9 @@ class SqlLedger:
         derived = [table for table in _tables.sorted_tables if table not in (_about, _journal)]
         _tables.drop_all(connection, derived)
         _tables.create_all(connection, derived)
-        self._put(connection, book, book.balances, book.escrows, book.withdrawals)
+        self._put(
+            connection, book, book.balances, book.escrows, book.bonds, book.withdrawals, book.references
+        )  # fmt: skip
         connection.execute(_about.update().values(version=SCHEMA))
 
     def _transaction(self) -> _Transaction:

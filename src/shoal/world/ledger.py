@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from shoal.ledger.book import Book
-from shoal.ledger.commands import Command, Pass
+from shoal.ledger.commands import Command
 from shoal.ledger.escrows import Escrow
 from shoal.ledger.moves import Move
 from shoal.ledger.moves import account as account_name
@@ -60,5 +60,5 @@ class MemoryLedger:
     def _pass(self) -> None:
         """What the time has brought comes first."""
         self.book.at(self._clock.now_ms())
-        for name in self.book.due():
-            self.book.apply(Pass(name))
+        for command in self.book.due():
+            self.book.apply(command)
