@@ -213,7 +213,7 @@ async def _measured(
                 )  # fmt: skip
             except ShoalError:
                 return one
-        return Listing(one.node, one.offer, one.coordinate, took_ms)
+        return Listing(one.node, one.offer, took_ms)
 
     return list(await asyncio.gather(*(measured(one) for one in listings)))
 

@@ -40,8 +40,6 @@ class Listing:
 
     node: bytes
     offer: Offer
-    coordinate: Coordinate | None = None
-    """None: at its hub's place, as far from everybody as from the hub."""
     latency_ms: float | None = None
     """There and back to whoever asks; None where it was not measured."""
 
@@ -124,7 +122,7 @@ class Board:
             self._listings[row] = listing
             self._live[row], self._busy[row] = True, offer.busy
             self._tier[row], self._owner[row] = TIERS.index(offer.tier), rows[0]
-            at = listing.coordinate or Coordinate(height_ms=max(offer.capability.hub_round_trip_ms, 0.1))
+            at = Coordinate.of(offer)
             self._position[row] = at.position_ms
             price, place = offer.price, offer.place
             numbers = (

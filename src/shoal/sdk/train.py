@@ -21,6 +21,7 @@ from shoal.driver.audit import FINISH_S, Auditor
 from shoal.driver.folder import FolderWriteFailed, RunFolder, saying_room
 from shoal.driver.gang import LOOK_EVERY_S, LinkedNode, fastest_float32, find_gang, link_to, link_to_former, why_not
 from shoal.driver.lines import AuditLine, AuditVerdict, Evaluation, Event
+from shoal.driver.nearness import near_gang
 from shoal.driver.replay import CHAIN_ELSEWHERE_MAX
 from shoal.driver.report import (
     AuditCount,
@@ -249,7 +250,7 @@ async def resume(job_file: JobFile, options: TrainOptions) -> Report:
             # Killed after its last Commit, it may still have to measure the model and write the report.
             if taken.standing.tokens_total < session.job.token_budget:
                 gang = await session.gang(job_file, without=taken.retired.keys(), former=taken.records.former)
-                gang = await session.held(job_file, gang)
+                gang = await session.resumed(job_file, gang)
                 await session.set_aside(gang, job_file)
             return await session.drive(
                 taken.records, taken.standing, taken.state, gang, taken.retired, job_file, wanted=wanted
@@ -466,16 +467,18 @@ class _Session:
     async def secure(
         self, job_file: JobFile, prepared: Prepared, gang: list[LinkedNode], length: RoundLength
     ) -> tuple[list[LinkedNode], RoundLength]:
-        """Those of a gang that are worth their money and keep a place, and the round length for them. While too few
-        do, others are looked for, as long as the job file says. Raises NotSecured."""
-        if self.treasurer is None:
-            return gang, length
+        """Those of a gang that are near to one another, worth their money and keep a place, and the round length for
+        them. While too few do, others are looked for, as long as the job file says. Raises NotSecured."""
         needs = job_file.requirements
+        if self.treasurer is None and needs.latency_within_ms is None:
+            return gang, length
         until = self.clock.monotonic() + needs.wait_s
         while True:
             try:
+                if needs.latency_within_ms is not None:
+                    gang = await near_gang(gang, needs.latency_within_ms, needs.nodes_min)
                 chosen = self._worth_it(job_file, prepared, gang, length)
-                held = await self.treasurer.hold(chosen, min(len(gang), needs.nodes_min))
+                held = await self._held(job_file, chosen)
                 return held, self._length(job_file, prepared, held)
             except NotSecured as error:
                 if self.clock.monotonic() >= until:
@@ -509,8 +512,14 @@ class _Session:
             )
         return [gang[at] for at in mix.members]
 
-    async def held(self, job_file: JobFile, gang: list[LinkedNode]) -> list[LinkedNode]:
+    async def resumed(self, job_file: JobFile, gang: list[LinkedNode]) -> list[LinkedNode]:
         """Of those with which a job goes on. Raises NotSecured."""
+        within_ms = job_file.requirements.latency_within_ms
+        if within_ms is not None:
+            gang = await near_gang(gang, within_ms, 1)
+        return await self._held(job_file, gang)
+
+    async def _held(self, job_file: JobFile, gang: list[LinkedNode]) -> list[LinkedNode]:
         if self.treasurer is None:
             return gang
         return await self.treasurer.hold(gang, min(len(gang), job_file.requirements.nodes_min))
@@ -693,6 +702,7 @@ class _Session:
             clock=self.clock,
             wanted=wanted or self.wanted(job_file),
             wish=self.wish(job_file),
+            within_ms=job_file.requirements.latency_within_ms,
             treasurer=self.treasurer,
             members_min=min(len(gang), job_file.requirements.nodes_min),
             nodes_max=job_file.requirements.nodes_max if self.treasurer is None else len(gang),
