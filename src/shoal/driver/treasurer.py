@@ -113,6 +113,8 @@ class Treasurer:
         self._tasks: set[asyncio.Task[None]] = set()
         self._sending: set[bytes] = set()
         self._working: set[bytes] = set()
+        self.absent: set[bytes] = set()
+        """Nodes that kept a place and did not take what was set aside for them."""
         self._dearest_micro = 0
         """What the dearest of this term's Commits cost."""
         self._warned = False
@@ -210,6 +212,7 @@ class Treasurer:
             await self._take(held)
         except ShoalError as error:
             self._held.pop(held.node, None)
+            self.absent.add(held.node)
             await self._quotes.release(held)
             return error.sentence
         return None
