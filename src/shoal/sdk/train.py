@@ -876,7 +876,8 @@ class _Session:
             if self.treasurer is not None:
                 signer = bytes.fromhex(line.node)
                 evidence = record_id_of(contribution, signer)
-                task = asyncio.create_task(self.treasurer.withhold(signer, reason, evidence))
+                short = f"a replay of round {line.round} showed other work than it claimed"
+                task = asyncio.create_task(self.treasurer.withhold(signer, short, evidence))
                 self._withholding.add(task)
                 task.add_done_callback(self._withholding.discard)
 
