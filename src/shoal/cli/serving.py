@@ -161,6 +161,14 @@ def node_start(
         typer.Option(metavar="0x...", help="The account that it is paid at.", show_default="yours"),
     ] = None,
     ledger: LedgerFlag = None,
+    serve_free: Annotated[
+        bool,
+        typer.Option(
+            "--serve-free",
+            help="Serve models for nothing though training costs --price: serving is not paid for yet, and a node with "
+            "a price does not take part in it otherwise.",
+        ),
+    ] = False,
     country: Annotated[
         str | None, typer.Option(metavar="CC", help="Where it is, such as DE (ISO 3166-1).", show_default="not said")
     ] = None,
@@ -240,6 +248,7 @@ def node_start(
             dishonest=dishonest,
             price=named,
             paid=paid,
+            serve_free=serve_free,
             place=place,
             server=server,
             clock=SystemClock(),
