@@ -173,7 +173,7 @@ def test_money_that_runs_out_stops_the_job_and_a_killed_driver_loses_none(tmp_pa
         spent = msgspec.json.decode((run / FILE).read_bytes(), type=Payments).spent_micro
         assert spent > first.charged
 
-        report = await report_of(await driver("runs/job", "--resume", "--budget", "20"))
+        report = await report_of(await driver("runs/job", "--resume"))
         assert report.goal is not None and report.goal.reached
         bill = check_bill(report, run)
         assert bill.quoted == 20_000_000 and bill.charged > spent

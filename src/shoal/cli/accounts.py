@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 LIMIT_MAX = 10_000
 SHORT = 10
+REFERENCE_SHOWN = 28
 """Hexadecimal digits of an escrow's name, for people."""
 
 account_app = Commands(cls=Group, help="Your money at a ledger: `shoal account create`.")
@@ -398,10 +399,14 @@ def _when(at_ms: int) -> str:
         return f"{at_ms} ms"
 
 
+def _shortened(reference: str) -> str:
+    return reference if len(reference) <= REFERENCE_SHOWN else f"{reference[: REFERENCE_SHOWN - 3]}..."
+
+
 def _what(command: Command, mine: str, ledger: HouseLedger) -> str:
     match command:
         case Deposit():
-            return f"deposit, {command.reference}"
+            return f"deposit, {_shortened(command.reference)}"
         case Withdraw():
             return f"withdrawal {command.order.number}, to {command.order.to}"
         case Open():

@@ -27,12 +27,12 @@ from shoal.cli.output import (
     shown,
     until_stopped,
 )
-from shoal.identity.accounts import parse_address
+from shoal.identity.accounts import address_text, parse_address
 from shoal.protocol.ledgers import PaidAt
 from shoal.protocol.offers import Place
 from shoal.protocol.prices import Price
 from shoal.quantities import format_bytes, parse_bytes
-from shoal.quantities.money import parse_price
+from shoal.quantities.money import format_price, parse_price
 from shoal.sdk.local import LocalProcessFailed, LocalShoal, shoal_home
 from shoal.world import SystemClock, SystemDice
 from shoal.world.processes import die_with_parent
@@ -267,6 +267,12 @@ def node_start(
                 out.print(f"Node [bold]{ready['name']}[/] ({ready['node'][:8]}) is up{offered}.")
                 for line in ready["devices"]:
                     out.print(f"  {line}", markup=False)
+                if paid is not None and named is not None:
+                    out.print(
+                        f"  price: {format_price(named.micro_per_h)} in {named.currency}, paid at "
+                        f"{address_text(paid.account)}",
+                        markup=False, soft_wrap=True,
+                    )  # fmt: skip
                 if ready["engine"]:
                     out.print(f"  engine: {shown(ready['engine'])}", markup=False)
                 out.print(f"  blobs: up to {format_bytes(storage_bytes)} in {folder}", markup=False)
