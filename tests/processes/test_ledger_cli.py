@@ -239,6 +239,7 @@ MISTAKES = [
     pytest.param(
         [["account", "slash", "/dev/null", "/dev/null", *TICKET]], "SH-138", "/dev/null is no", id="no record"
     ),
+    pytest.param([["node", "earnings"]], "SH-108", "holds no sales", id="no node that sells"),
     pytest.param([["account", "export", "home", *TICKET]], "SH-103", "is there already", id="a file that is there"),
     pytest.param([["account", "verify", "nowhere"]], "SH-420", "nowhere", id="no file"),
     pytest.param([["ledger", "deposit", "0x12", "5", "--reference", "x"]], "SH-119", "'0x12'", id="no address"),

@@ -31,6 +31,7 @@ SURFACE = {
     "shoal node start": "--hub --name --max-speed --threads --device --processes --listen --storage --memory --price "
     "--currency --account --ledger --country --region --data "
     "--engine --engine-model --engine-key --engine-only --json",
+    "shoal node earnings": "--data --ledger --json",
     "shoal account": "",
     "shoal account create": "--ledger --json",
     "shoal account balance": "--ledger --json",

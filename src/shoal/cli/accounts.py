@@ -6,7 +6,6 @@ import secrets
 import tempfile
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, TypeVar
 
@@ -16,7 +15,7 @@ from rich.table import Table
 
 from shoal.cli import places
 from shoal.cli.app import MONEY, Commands, Group, app
-from shoal.cli.output import BadFlag, JsonFlag, LedgerFlag, err, out, print_json, run, shown
+from shoal.cli.output import BadFlag, JsonFlag, LedgerFlag, err, out, print_json, run, shown, when
 from shoal.errors import BadInput, BadRecord
 from shoal.identity import ENVELOPE_OVERHEAD_BYTES, Envelope, KeyPair, load_key, node_id_from_hex, short_id
 from shoal.identity.accounts import address_text, create_account
@@ -378,7 +377,7 @@ def _plain_bond(one: Bond) -> dict[str, object]:
 def _say_bond(one: Bond, currency: str) -> str:
     told = one.state.value
     if one.state is BondState.STANDING and one.ends_ms is not None:
-        told = f"comes back {_when(one.ends_ms)}"
+        told = f"comes back {when(one.ends_ms)}"
     elif one.state is BondState.STANDING:
         told = f"stands, with {format_duration_s(one.terms.notice_ms / 1000)} of notice"
     return (
@@ -437,7 +436,7 @@ def statement(
         held = _held(line.moves, mine)
         what = _what(line.command, mine, ticket.ledger) + (f", {format_money(held)} held back" if held > 0 else "")
         table.add_row(
-            _when(line.at_ms), escape(shown(what)), format_money(change) if change > 0 else "",
+            when(line.at_ms), escape(shown(what)), format_money(change) if change > 0 else "",
             format_money(-change) if change < 0 else "", format_money(after),
         )  # fmt: skip
     out.print(table)
@@ -600,14 +599,6 @@ def _held(moves: tuple[Move, ...], name: str) -> int:
 
 def _is_held(pot: str, name: str) -> bool:
     return pot.startswith("held ") and pot.endswith(f" {name}")
-
-
-def _when(at_ms: int) -> str:
-    """In the time of this machine."""
-    try:
-        return datetime.fromtimestamp(at_ms / 1000).strftime("%Y-%m-%d %H:%M")
-    except (OverflowError, ValueError, OSError):  # an operator may write what it likes
-        return f"{at_ms} ms"
 
 
 def _what(command: Command, mine: str, ledger: HouseLedger) -> str:
