@@ -200,6 +200,8 @@ class Treasurer:
             for one, trouble in zip(held, await asyncio.gather(*map(self._taken, held)), strict=True):
                 if trouble is not None:
                     self._say(f"Without {one.name}: {trouble}")
+            if held:
+                await self._write()
             if len(self._held) < min(nodes_min, len(held)):
                 raise NotSecured(f"Only {len(self._held)} of {len(held)} nodes took what was set aside for them.")
         except BaseException:
@@ -232,6 +234,7 @@ class Treasurer:
             else:
                 await self._admit(held)
             await self._take(held)
+            await self._write()
         except BaseException:
             await self._quotes.release(held)
             raise
@@ -268,7 +271,10 @@ class Treasurer:
             raise self._no_money(amount, has) from error
 
     def _paid_node(self, held: Held, now_ms: int) -> PaidNode:
-        return PaidNode(name=held.name, payee=held.hold.payee, micro_per_h=held.hold.price.micro_per_h, since_ms=now_ms)
+        return PaidNode(
+            name=held.name, payee=held.hold.payee, micro_per_h=held.hold.price.micro_per_h, since_ms=now_ms,
+            hold=held.envelope.to_bytes(),
+        )  # fmt: skip
 
     async def _admit(self, held: Held) -> None:
         term, payee = self._open_term(), held.hold.payee
@@ -283,7 +289,11 @@ class Treasurer:
         await self._write()
 
     async def _take(self, held: Held) -> None:
-        self._held[held.node] = await self._quotes.take(held, self._open_term().escrow)
+        taken = await self._quotes.take(held, self._open_term().escrow)
+        self._held[held.node] = taken
+        known = self._node(held.node)
+        if known is not None:
+            self._put(held.node, msgspec.structs.replace(known, hold=taken.envelope.to_bytes()))
 
     async def _renew(self) -> None:
         """Places are kept for some minutes; while the driver lives it asks for more."""
@@ -294,6 +304,8 @@ class Treasurer:
                     await self._take(held)
                 except ShoalError as error:
                     _log.warning("%s keeps its place no longer: %s", held.name, error)
+            with contextlib.suppress(ShoalError):  # of a disk that is full the next Commit tells
+                await self._write()
 
     # ---- work ----
 
