@@ -41,7 +41,7 @@ from shoal.ledger.commands import (
 from shoal.ledger.moves import ISSUED, Move
 from shoal.ledger.moves import account as account_name
 from shoal.protocol.holds import Hold, sold_twice
-from shoal.protocol.ledgers import LedgerTicket
+from shoal.protocol.ledgers import MINTED, LedgerTicket
 from shoal.protocol.messages import DEFAULT_NETWORK, open_record
 from shoal.protocol.money import (
     BOND_LEAST_MICRO,
@@ -603,6 +603,9 @@ def _is_held(pot: str, name: str) -> bool:
 
 
 def _shortened(reference: str) -> str:
+    """Where a deposit came from; what a mint has drawn to tell its deposits apart says nothing to people."""
+    if reference.startswith(MINTED):
+        return MINTED
     return reference if len(reference) <= REFERENCE_SHOWN else f"{reference[: REFERENCE_SHOWN - 3]}..."
 
 
