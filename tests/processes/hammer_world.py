@@ -56,7 +56,7 @@ from shoal.world.directory import FoundOffer
 from shoal.world.quotes import Held, NotSecured, Quotes
 from shoal.world.reach import reach
 
-SLOTS = (1, 2, 4, 8, 16)
+SLOTS = (1, 4, 16, 32)
 """Of the nodes, in turn."""
 GANG_MAX = 4
 PRICE = Price(360_000)
