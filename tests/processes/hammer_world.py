@@ -65,7 +65,7 @@ NOTICE_MS = 15_000
 """Nodes redeem every ten seconds."""
 LASTS_MS = 90_000
 """An escrow at most: nodes want a minute at least."""
-GOES_EVERY = 20
+GOES_EVERY = 10
 """Of so many clients one is gone after its first gang."""
 WAYS = {"honest": 60, "vanishes": 2, "takes twice": 3, "replays": 3, "late": 2}
 PATIENCE_S = 120.0
