@@ -10,6 +10,9 @@ latency; and gangs beside those of an exact solver.
 **journal**: transactions a second that are durable before the reply, on SQLite and on PostgreSQL: one writer that waits
 for each, and 64 that share transactions (group commit); beside each, the same number of bare one-row transactions.
 
+**hammer**: 200 clients that buy and pay at once, from 16 nodes, through two hubs of which one is killed: what was sold
+twice, what was lost, and how long a quote takes.
+
 Prints a table, and last one JSON object.
 """
 
@@ -25,6 +28,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import sqlalchemy as sa
+from hammer import hammer
 from results_form import chosen, figure, report, show
 from selection import selection
 
@@ -146,7 +150,7 @@ def rows_alone(place: Path | str, count: int) -> float:
     return rate
 
 
-PARTS = {"selection": selection, "vouchers": vouchers, "journal": journal}
+PARTS = {"selection": selection, "vouchers": vouchers, "journal": journal, "hammer": hammer}
 
 
 def main() -> None:

@@ -41,6 +41,8 @@ from shoal.storage.faults import disk_faults
 from shoal.world import Clock, Disk, Endpoint, Ledger, Request
 
 REDEEM_EVERY_S = 10.0
+REDEEMED_AT_ONCE = 16
+"""One after the other, vouchers of many escrows would outlast the notice of some."""
 ENDS_EARLY_MS = 10_000
 """Before an escrow ends, the work for it does: its last vouchers have to come and be redeemed."""
 ACCOUNTS_MAX = 256
@@ -321,8 +323,13 @@ class Sales:
                 _log.warning("%s: what was redeemed could not be written down: %s", self._name, error)
 
     async def _redeem_all(self) -> None:
-        for escrow in list(self._accounts):
-            await self._redeem(escrow)
+        waiting = iter(list(self._accounts))
+
+        async def some() -> None:
+            for escrow in waiting:
+                await self._redeem(escrow)
+
+        await asyncio.gather(*(some() for _ in range(REDEEMED_AT_ONCE)))
 
     async def _redeem(self, escrow: bytes) -> None:
         """Bring the newest voucher to the ledger; an escrow that has ended is forgotten. What fails is tried again."""
