@@ -14,7 +14,7 @@ from msgspec import Meta
 from shoal.errors import JobError
 from shoal.identity import Hash, short_id
 from shoal.identity.accounts import Address, address_text
-from shoal.ledger.escrows import Escrow, State
+from shoal.ledger.escrows import Escrow, Paid, State
 from shoal.protocol.holds import LEASE_STEP_MS, RELEASES_MAX, SLOTS_MAX, Hold, HoldAsk, Release
 from shoal.protocol.money import DAY_MS, LedgerName
 from shoal.protocol.offers import UnixMs
@@ -190,7 +190,7 @@ def _check_escrow(escrow: Escrow, hold: Hold, terms: Terms, now_ms: int) -> int:
         raise HoldRefused(
             f"{said} is {address_text(asked.payer)}'s, and the slot is held for {address_text(hold.payer)}."
         )
-    if not escrow.most_of(hold.payee):
+    if escrow.most_for(hold.payee) <= escrow.paid.get(hold.payee, Paid()).redeemed_micro:
         raise HoldRefused(f"{said} has nothing for {address_text(hold.payee)}, where this node is paid.")
     for what, value, most_allowed in (
         ("holds back", asked.holdback_ppm, terms.holdback_max_ppm),

@@ -8,6 +8,7 @@ client says that there will be no more, and when the node stops.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, TypeVar
@@ -20,9 +21,11 @@ from shoal.identity import Envelope, Hash, KeyPair, NodeId, short_id
 from shoal.identity.accounts import Address, address_text, signer_of
 from shoal.ledger.commands import Redeem
 from shoal.ledger.escrows import Escrow, EscrowOver, OldVoucher, State
+from shoal.ledger.moves import MoneyRefused
 from shoal.market.earnings import Earnings, say_unpaid
-from shoal.market.holds import Slots, Terms, ask, give_back, held, hold_of, keep, take
+from shoal.market.holds import HoldRefused, Slots, Terms, ask, give_back, held, hold_of, keep, take
 from shoal.protocol.holds import (
+    Hold,
     HoldAsk,
     HoldGiven,
     HoldRelease,
@@ -32,13 +35,16 @@ from shoal.protocol.holds import (
     Release,
 )
 from shoal.protocol.messages import DEFAULT_NETWORK, decode, encode, open_record, sign
-from shoal.protocol.money import Amount, BadVoucher, SignedVoucher
+from shoal.protocol.money import Amount, BadVoucher, LedgerName, SignedVoucher
 from shoal.protocol.offers import Done, UnixMs
 from shoal.quantities.money import format_money
 from shoal.storage.faults import disk_faults
 from shoal.world import Clock, Disk, Endpoint, Ledger, Request
+from shoal.world.clock import within
 
 REDEEM_EVERY_S = 10.0
+LAST_ROUND_S = 8.0
+"""How long a stopping node tries to redeem what it has."""
 ENDS_EARLY_MS = 10_000
 """Before an escrow ends, the work for it does: its last vouchers have to come and be redeemed."""
 ACCOUNTS_MAX = 256
@@ -66,49 +72,72 @@ class Account(msgspec.Struct, frozen=True, kw_only=True):
     """One escrow that this node is paid out of."""
 
     escrow: Hash
+    ledger: LedgerName
     client: NodeId
     payer: Address
     signer: Address
+    payee: Address
     most_micro: Amount
+    """The highest voucher that could be redeemed, as the ledger said when it was last asked."""
     ends_ms: UnixMs
     micro_per_h: Annotated[int, Meta(ge=0)]
-    taken_ms: UnixMs
     newest: SignedVoucher | None = None
     redeemed_micro: Amount = 0
-    last: bool = False
-    """The client has said that no more vouchers will come."""
+    refused: bool = False
+    """The ledger has paid nothing for a voucher: none counts until one is redeemed."""
+
+    @property
+    def voucher_micro(self) -> int:
+        return self.newest.voucher.amount_micro if self.newest else 0
 
     @property
     def paid_micro(self) -> int:
-        return self.newest.voucher.amount_micro if self.newest else 0
+        return self.redeemed_micro if self.refused else max(self.redeemed_micro, self.voucher_micro)
+
+    @property
+    def waits(self) -> bool:
+        """Something is to be redeemed."""
+        return self.voucher_micro > self.redeemed_micro
 
 
 class Work:
-    """What one member of a job earns here. It lives as long as the member does."""
+    """What is earned here out of one escrow, however often its client invites the node anew: what was not paid is not
+    forgotten by that."""
 
-    def __init__(self, sales: Sales, escrow: bytes) -> None:
-        self._sales, self._escrow = sales, escrow
+    def __init__(self, sales: Sales, account: Account) -> None:
+        self._sales, self._escrow = sales, account.escrow
+        self._began_micro = account.paid_micro
         self._earnings = Earnings()
         self._earned_lately = [0, 0, 0]
         """After the last three accepted contributions, the newest last."""
-        account = sales.account(escrow)
-        self._began_micro = account.paid_micro if account else 0
+        self._ready_s = sales.monotonic()
 
     def ready(self, samples_per_s: float, tokens_per_sample: int) -> None:
-        account = self._sales.account(self._escrow)
-        if account is not None:
-            self._earnings = self._earnings.measured(account.micro_per_h, samples_per_s, tokens_per_sample)
+        self._ready_s = self._sales.monotonic()
+        self._earnings = self._earnings.measured(self._earned_lately[-1], samples_per_s, tokens_per_sample)
 
     def accepted(self, tokens: int) -> str | None:
         """A contribution counts. Gives why the node should work no longer, if it should not."""
-        account, now_ms = self._sales.account(self._escrow), self._sales.now_ms()
-        if account is None or account.ends_ms <= now_ms + ENDS_EARLY_MS:
+        account = self._sales.account(self._escrow)
+        if account is not None:
+            self._earnings = self._earnings.accepted(tokens)
+            ready_ms = round(1000 * (self._sales.monotonic() - self._ready_s))
+            most = max(0, account.most_micro - self._began_micro)
+            earned = self._earnings.earned_micro(account.micro_per_h, ready_ms, most)
+            self._earned_lately = [*self._earned_lately[1:], max(self._earned_lately[-1], earned)]
+        return self.over()
+
+    def over(self) -> str | None:
+        """Why the node should not work for it, if it should not."""
+        account = self._sales.account(self._escrow)
+        if account is None or account.ends_ms <= self._sales.now_ms() + ENDS_EARLY_MS:
             return "the money set aside for it goes back to its client now"
-        self._earnings = self._earnings.accepted(tokens)
-        kept_ms = max(0, now_ms - account.taken_ms)
-        earned = self._earnings.earned_micro(account.micro_per_h, kept_ms, account.most_micro)
-        self._earned_lately = [*self._earned_lately[1:], earned]
-        return say_unpaid(account.paid_micro - self._began_micro, self._earned_lately[0], earned)
+        if not self._sales.keeps_for(account.client):
+            return "no slot is kept for its client any more"
+        before, _, earned = self._earned_lately
+        if self._began_micro + earned >= account.most_micro:
+            return f"it has earned what was set aside for it, {format_money(account.most_micro)}"
+        return say_unpaid(account.paid_micro - self._began_micro, before, earned)
 
 
 class Sales:
@@ -136,8 +165,17 @@ class Sales:
         self._unheld, self._changed = unheld, changed
         self._slots = self._read(SLOTS, Slots) or Slots()
         self._accounts = {one.escrow: one for one in self._read(ACCOUNTS, list[Account]) or ()}
+        self._works: dict[bytes, Work] = {}
+        """Of these, those that work was done for since the node started."""
         self._deciding = asyncio.Lock()
-        self._redeeming: set[asyncio.Task[None]] = set()
+        self._redeeming: dict[bytes, asyncio.Task[None]] = {}
+        """Beside the rounds, at a client's word that nothing more will come."""
+        for one in self._accounts.values():
+            if one.ledger != ledger.name and one.waits:
+                _log.warning(
+                    "%s: %s of escrow %s wait at another ledger than the one at which this node is paid now; start it "
+                    "with that one to have them", name, format_money(one.voucher_micro), one.escrow.hex()[:12],
+                )  # fmt: skip
         for kind, handler in (
             (HoldAsk.KIND, self._asked),
             (HoldTake.KIND, self._taken),
@@ -149,6 +187,9 @@ class Sales:
 
     def now_ms(self) -> int:
         return self._clock.now_ms()
+
+    def monotonic(self) -> float:
+        return self._clock.monotonic()
 
     # ---- what the agent asks ----
 
@@ -163,13 +204,18 @@ class Sales:
     def work_for(self, client: bytes) -> Work:
         """For a client that has a slot and money for it. Raises NotHeld."""
         kept = hold_of(self._slots, client, self.now_ms())
-        if kept is None or kept.hold.escrow is None:
+        account = self._accounts.get(kept.hold.escrow) if kept and kept.hold.escrow else None
+        if account is None:
             raise NotHeld(
                 f"Node {self._name} costs {format_money(self.terms.price.micro_per_h)} {self.terms.price.currency} an "
                 f"hour, and keeps no slot for {short_id(client)} that there is money for: hold one, set the money "
                 "aside, and take it before inviting."
             )
-        return Work(self, kept.hold.escrow)
+        work = self._works.setdefault(account.escrow, Work(self, account))
+        over = work.over()
+        if over is not None:
+            raise NotHeld(f"Node {self._name} works for {short_id(client)} no longer: {over}.")
+        return work
 
     def account(self, escrow: bytes) -> Account | None:
         """None once it is over."""
@@ -180,10 +226,13 @@ class Sales:
         return list(self._accounts.values())
 
     async def close(self) -> None:
-        """Redeem what is there."""
-        self._rounds.cancel()
-        await asyncio.gather(self._rounds, *self._redeeming, return_exceptions=True)
-        await self._redeem_all()
+        """Redeem what is there. What the ledger does not answer in time for is redeemed by the node's next start."""
+        tasks = [self._rounds, *self._redeeming.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        with contextlib.suppress(TimeoutError):
+            await within(self._clock, LAST_ROUND_S, self._redeem_all())
 
     # ---- what clients ask ----
 
@@ -206,23 +255,39 @@ class Sales:
             hold = take(self._slots, request.peer, escrow, self.terms, now_ms)
             assert escrow is not None
             envelope = sign(self._key, hold, self._network)
-            await self._store_account(self._known_or_new(escrow, request.peer, hold.price.micro_per_h, now_ms))
+            await self._store_accounts(self._with(escrow, hold))
             await self._store_slots(keep(self._slots, hold, envelope.record_id))
         await self._changed()
         return encode(HoldGiven(hold=envelope.to_bytes()), request.version)
 
-    def _known_or_new(self, escrow: Escrow, client: bytes, micro_per_h: int, now_ms: int) -> Account:
-        terms = escrow.terms
-        most = escrow.most_of(self.terms.payee) or 0
-        known = self._accounts.get(escrow.escrow_id)
-        if known is not None:
-            return msgspec.structs.replace(known, ends_ms=escrow.ends_ms, most_micro=most)
-        if len(self._accounts) >= ACCOUNTS_MAX:
-            raise NotHeld(f"Node {self._name} is paid out of {ACCOUNTS_MAX} escrows that are not over yet.")
-        return Account(
-            escrow=escrow.escrow_id, client=client, payer=terms.payer, signer=terms.signer, most_micro=most,
-            ends_ms=escrow.ends_ms, micro_per_h=micro_per_h, taken_ms=now_ms,
+    def _with(self, escrow: Escrow, hold: Hold) -> dict[bytes, Account]:
+        """The accounts, once a slot is held for this escrow. Raises HoldRefused."""
+        terms, known = escrow.terms, self._accounts.get(escrow.escrow_id)
+        if known is not None and known.client != hold.client:
+            raise HoldRefused(
+                f"{escrow.name} pays for what node {self._name} does for {short_id(known.client)}: each client sets "
+                "money aside of its own."
+            )
+        account = known or Account(
+            escrow=escrow.escrow_id, ledger=self._ledger.name, client=hold.client, payer=terms.payer,
+            signer=terms.signer, payee=hold.payee, most_micro=0, ends_ms=0, micro_per_h=hold.price.micro_per_h,
         )  # fmt: skip
+        accounts = {**self._accounts, escrow.escrow_id: _as_at(escrow, account)}
+        while len(accounts) > ACCOUNTS_MAX:
+            idle = next(
+                (name for name, one in self._accounts.items() if name in accounts and not self._needed(one)), None
+            )
+            if idle is None:
+                raise HoldRefused(
+                    f"Node {self._name} has vouchers of {ACCOUNTS_MAX} escrows to redeem; ask again later."
+                )
+            del accounts[idle]
+        return accounts
+
+    def _needed(self, account: Account) -> bool:
+        """Money would be lost without it."""
+        kept = hold_of(self._slots, account.client, self.now_ms())
+        return account.waits or (kept is not None and kept.hold.escrow == account.escrow)
 
     async def _released(self, request: Request) -> bytes:
         packed = decode(HoldRelease, request.body, request.version).release
@@ -245,7 +310,7 @@ class Sales:
                     f"Node {self._name} is not paid out of escrow {voucher.escrow.hex()[:12]} by its peer."
                 )
             signer = signer_of(voucher.digest(self._ledger.name), signed.signature)
-            if signer not in (account.payer, account.signer) or voucher.payee != self.terms.payee:
+            if signer not in (account.payer, account.signer) or voucher.payee != account.payee:
                 raise BadVoucher(
                     f"A voucher for {address_text(voucher.payee)} came to node {self._name} that nobody signed who "
                     "may; it pays nothing."
@@ -255,19 +320,20 @@ class Sales:
                     f"A voucher for {format_money(voucher.amount_micro)} came to node {self._name}, which has one for "
                     f"{format_money(account.paid_micro)} and may get {format_money(account.most_micro)} at most."
                 )
-            newest = signed if voucher.amount_micro > account.paid_micro else account.newest
-            account = msgspec.structs.replace(account, newest=newest, last=account.last or message.last)
-            await self._store_account(account)
-        if message.last:
-            self._beside(self._redeem(account.escrow))
+            if voucher.amount_micro > account.paid_micro:
+                account = msgspec.structs.replace(account, newest=signed)
+                await self._store_account(account)
+        if message.last and account.waits and account.escrow not in self._redeeming:
+            self._redeeming[account.escrow] = asyncio.create_task(self._redeem_beside(account.escrow))
         return encode(Paid(amount_micro=account.paid_micro), request.version)
 
     # ---- redeeming ----
 
-    def _beside(self, work: Any) -> None:
-        task = asyncio.create_task(work)
-        self._redeeming.add(task)
-        task.add_done_callback(self._redeeming.discard)
+    async def _redeem_beside(self, escrow: bytes) -> None:
+        try:
+            await self._redeem(escrow)
+        finally:
+            del self._redeeming[escrow]
 
     async def _redeem_now_and_then(self) -> None:
         while True:
@@ -275,40 +341,57 @@ class Sales:
             await self._redeem_all()
 
     async def _redeem_all(self) -> None:
-        for escrow in list(self._accounts):
-            await self._redeem(escrow)
+        """Those that money is to come from; the others, and what ends, are looked at when their time is over."""
+        for account in self.accounts:
+            if account.ledger == self._ledger.name and (self._needed(account) or account.ends_ms <= self.now_ms()):
+                await self._redeem(account.escrow)
 
     async def _redeem(self, escrow: bytes) -> None:
         """Bring the newest voucher to the ledger; an escrow that has ended is forgotten. What fails is tried again."""
-        account = self._accounts.get(escrow)
-        if account is None:
-            return
         try:
-            if account.newest is not None and account.paid_micro > account.redeemed_micro:
-                try:
-                    await self._ledger.apply(Redeem(account.newest))
-                except (OldVoucher, EscrowOver):
-                    pass  # it was redeemed already, and the answer was lost; or it came too late
-            found = await self._ledger.escrow(escrow)
+            account = self._accounts.get(escrow)
+            if account is not None:
+                refused = await self._bring(account) if account.waits else None
+                await self._look_at(account, await self._ledger.escrow(escrow), refused)
         except ShoalError as error:
             _log.warning("%s: a voucher of escrow %s waits: %s", self._name, escrow.hex()[:12], error)
-            return
-        async with self._deciding:
-            newer = self._accounts[escrow]
-            if found is None or found.state is not State.OPEN:
-                if newer.paid_micro > account.paid_micro or (found and self._redeemed(found) < newer.paid_micro):
-                    _log.error(
-                        "%s: escrow %s ended before its last voucher was redeemed", self._name, escrow.hex()[:12]
-                    )
-                await self._forget_account(escrow)
-                return
-            await self._store_account(
-                msgspec.structs.replace(newer, redeemed_micro=self._redeemed(found), ends_ms=found.ends_ms)
-            )
 
-    def _redeemed(self, escrow: Escrow) -> int:
-        paid = escrow.paid.get(self.terms.payee)
-        return paid.redeemed_micro if paid else 0
+    async def _bring(self, account: Account) -> str | None:
+        """Why the ledger pays nothing for the newest voucher, if it does not. Raises ShoalError where it cannot be
+        asked."""
+        assert account.newest is not None
+        try:
+            await self._ledger.apply(Redeem(account.newest))
+        except (OldVoucher, EscrowOver):
+            pass  # it was redeemed already, and the answer was lost; or it came too late
+        except MoneyRefused as error:
+            return error.sentence
+        return None
+
+    async def _look_at(self, asked: Account, found: Escrow | None, refused: str | None) -> None:
+        """How an escrow stands now. One that the ledger does not know was there when it was taken: its vouchers are
+        kept until it would have ended."""
+        async with self._deciding:
+            account = self._accounts.get(asked.escrow)
+            if account is None:
+                return
+            if found is not None and found.state is State.OPEN:
+                if refused is not None:
+                    _log.error("%s: a voucher is worth nothing: %s", self._name, refused)
+                now = _as_at(found, account)
+                now = msgspec.structs.replace(now, refused=refused is not None or (now.refused and now.waits))
+                if now != account:
+                    await self._store_account(now)
+            elif found is not None or account.ends_ms <= self.now_ms():
+                if account.voucher_micro > (_as_at(found, account) if found else account).redeemed_micro:
+                    _log.error(
+                        "%s: escrow %s ended before its last voucher was redeemed",
+                        self._name,
+                        account.escrow.hex()[:12],
+                    )
+                await self._store_accounts(
+                    {name: one for name, one in self._accounts.items() if name != account.escrow}
+                )
 
     # ---- the disk ----
 
@@ -329,14 +412,12 @@ class Sales:
         await asyncio.to_thread(self._write, SLOTS, slots)
 
     async def _store_account(self, account: Account) -> None:
-        accounts = {**self._accounts, account.escrow: account}
-        await asyncio.to_thread(self._write, ACCOUNTS, list(accounts.values()))
-        self._accounts = accounts
+        await self._store_accounts({**self._accounts, account.escrow: account})
 
-    async def _forget_account(self, escrow: bytes) -> None:
-        accounts = {name: one for name, one in self._accounts.items() if name != escrow}
+    async def _store_accounts(self, accounts: dict[bytes, Account]) -> None:
         await asyncio.to_thread(self._write, ACCOUNTS, list(accounts.values()))
         self._accounts = accounts
+        self._works = {name: work for name, work in self._works.items() if name in accounts}
 
     def _write(self, name: str, content: Any) -> None:
         packed, scratch = msgspec.msgpack.encode(content), f"{name}.new"
@@ -346,3 +427,12 @@ class Sales:
             self._disk.sync(scratch)
             self._disk.rename(scratch, name)
             self._disk.sync(name)
+
+
+def _as_at(escrow: Escrow, account: Account) -> Account:
+    """With what the ledger says of its escrow."""
+    paid = escrow.paid.get(account.payee)
+    return msgspec.structs.replace(
+        account, most_micro=escrow.most_for(account.payee), ends_ms=escrow.ends_ms,
+        redeemed_micro=max(account.redeemed_micro, paid.redeemed_micro if paid else 0),
+    )  # fmt: skip
