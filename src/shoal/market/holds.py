@@ -86,6 +86,14 @@ def hold_of(slots: Slots, client: bytes, now_ms: int) -> Kept | None:
     return next((one for one in held(slots, now_ms) if one.hold.client == client), None)
 
 
+def promised(slots: Slots, client: bytes, now_ms: int) -> Kept:
+    """What is held for a client. Raises HoldRefused."""
+    known = hold_of(slots, client, now_ms)
+    if known is None:
+        raise HoldRefused(f"No slot is held for {short_id(client)}, or not any more; ask for one.")
+    return known
+
+
 def ask(slots: Slots, wanted: HoldAsk, client: bytes, terms: Terms, unheld: int, now_ms: int) -> Hold:
     """The Hold to be signed for whoever asks; the one it has, where it has one. `unheld` slots are taken by work that
     nobody holds a place for. Raises HoldRefused."""
@@ -119,7 +127,7 @@ def ask(slots: Slots, wanted: HoldAsk, client: bytes, terms: Terms, unheld: int,
         )
     slot = free[0]
     return Hold(
-        slot=slot, number=slots.number + 1, client=client, work=wanted.work, from_ms=now_ms,
+        slot=slot, number=_number(slots, now_ms), client=client, work=wanted.work, from_ms=now_ms,
         until_ms=now_ms + wanted.lifetime_ms, price=terms.price, ledger=terms.ledger, payer=wanted.payer,
         payee=terms.payee, released=_released(slots, slot, now_ms),
     )  # fmt: skip
@@ -128,14 +136,12 @@ def ask(slots: Slots, wanted: HoldAsk, client: bytes, terms: Terms, unheld: int,
 def take(slots: Slots, client: bytes, escrow: Escrow | None, terms: Terms, now_ms: int) -> Hold:
     """The Hold to be signed once there is money for one, and again to make it last. Raises HoldRefused."""
     now_ms = _now(slots, now_ms)
-    known = hold_of(slots, client, now_ms)
-    if known is None:
-        raise HoldRefused(f"No slot is held for {short_id(client)}, or not any more; ask for one.")
+    known = promised(slots, client, now_ms)
     if escrow is None:
         raise HoldRefused("The ledger has no such escrow.")
     ends_ms = _check_escrow(escrow, known.hold, terms, now_ms)
     return msgspec.structs.replace(
-        known.hold, number=slots.number + 1, from_ms=now_ms,
+        known.hold, number=_number(slots, now_ms), from_ms=now_ms,
         until_ms=max(known.hold.until_ms, min(now_ms + LEASE_STEP_MS, ends_ms)),
         escrow=escrow.escrow_id, released=_released(slots, known.hold.slot, now_ms),
     )  # fmt: skip
@@ -164,6 +170,11 @@ def give_back(slots: Slots, release: Release, client: bytes, packed: bytes, now_
     others = tuple(one for one in slots.kept if one is not known)
     more = PendingRelease(release.slot, known.hold.until_ms, packed)
     return Slots(slots.number, now_ms, others, (*slots.pending, more))
+
+
+def _number(slots: Slots, now_ms: int) -> int:
+    """Also where what was signed before is lost: two Holds of one number convict."""
+    return max(slots.number + 1, now_ms)
 
 
 def _now(slots: Slots, now_ms: int) -> int:
