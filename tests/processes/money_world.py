@@ -46,6 +46,7 @@ class BookLedger:
         self.fails: Exception | None = None
         self.silent = False
         self.loses = 0
+        self.asked = 0
 
     async def apply(self, command: Command) -> tuple[Move, ...]:
         await self._asked()
@@ -67,6 +68,7 @@ class BookLedger:
         self._apply(Deposit(address, micro, f"payment {len(self.lines)}"))
 
     async def _asked(self) -> None:
+        self.asked += 1
         if self.silent:
             await asyncio.get_running_loop().create_future()
         if self.fails is not None:
@@ -90,6 +92,8 @@ class Shop:
     sales: Sales
     offer: Offer
     unheld: list[int] = field(default_factory=lambda: [0])
+    told: list[int] = field(default_factory=list)
+    """How many slots were held, each time that its offer followed."""
 
     @property
     def node(self) -> bytes:
@@ -111,8 +115,10 @@ class Street:
         endpoint = self.network.endpoint(key)
         unheld = [0]
 
+        told = list[int]()
+
         async def changed() -> None:
-            pass
+            told.append(sales.held)
 
         usual: dict[str, Any] = {"price": PRICE, "ledger": LEDGER, "payee": an_account(payee or number).address}
         terms = {**usual, **terms}
@@ -132,12 +138,13 @@ class Street:
             key, 1, name=f"shop-{number}", addresses=tuple(endpoint.addresses), price=terms["price"],
             ledger=terms["ledger"], slots=terms.get("slots", 1),
         )  # fmt: skip
-        shop = Shop(endpoint, sales, open_record(envelope, Offer), unheld)
+        shop = Shop(endpoint, sales, open_record(envelope, Offer), unheld, told)
         self.shops.append(shop)
         return shop
 
     def client(self, number: int) -> MemoryEndpoint:
-        endpoint = self.network.endpoint(a_key(number))
+        """All on one machine."""
+        endpoint = self.network.endpoint(a_key(number), machine="clients")
         self.ends.append(endpoint)
         return endpoint
 

@@ -17,7 +17,17 @@ from shoal.identity import KeyPair
 from shoal.ledger.commands import Close, Open
 from shoal.ledger.escrows import State
 from shoal.ledger.journal import verified
-from shoal.node.sales import LAST_ROUND_S, REDEEM_EVERY_S, NotHeld, SalesDamaged, Work
+from shoal.node.sales import (
+    ASKS_BURST,
+    LAST_ROUND_S,
+    PAYS_BURST,
+    REDEEM_EVERY_S,
+    UNTAKEN_S,
+    UNTAKEN_SHARE,
+    NotHeld,
+    SalesDamaged,
+    Work,
+)
 from shoal.protocol.money import (
     BadVoucher,
     Closing,
@@ -234,6 +244,61 @@ def test_a_voucher_that_the_ledger_refuses_counts_for_nothing(tmp_path: Path) ->
         await client.quotes.pay(shop.node, voucher(escrow, shop, 400), last=False, deadline_s=5)
         await settle(street, REDEEM_EVERY_S)
         assert work.accepted(0) is None and street.ledger.book.escrows[escrow].redeemed_micro == 400
+
+    run(story)
+
+
+def test_a_slot_is_not_kept_for_ever_for_keys_that_cost_nothing(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shop = await street.shop(1, tmp_path / "one")
+        kept_s, began_s = 0.0, street.clock.monotonic()
+        for number in range(60, 120):
+            client = Client(street, number)
+            try:
+                await client.quotes.hold(shop.node, shop.offer)
+                kept_s += HOLD_MS / 1000
+                assert shop.told[-1] == 1
+            except Refused as refused:
+                assert "were held from your address for longer than 120 s and not taken; ask again in" in str(refused)
+            await settle(street, HOLD_MS / 1000)
+        passed_s = street.clock.monotonic() - began_s
+        assert UNTAKEN_S <= kept_s <= UNTAKEN_S + UNTAKEN_SHARE * passed_s
+        await settle(street, REDEEM_EVERY_S)
+        assert shop.told[-1] == 0, "the offer says so, too"
+        await settle(street, 200)
+        for number in range(120, 140):  # whoever takes or gives back what it holds has done nothing
+            client = Client(street, number)
+            held = await client.quotes.hold(shop.node, shop.offer)
+            if number % 2:
+                held = await client.quotes.take(held, await client.escrow(shop))
+            await client.quotes.release(held)
+            await settle(street, 2)
+
+    run(story)
+
+
+def test_questions_of_strangers_cost_a_node_little(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shop = await street.shop(1, tmp_path / "one")
+        client = Client(street)
+        held = await client.quotes.hold(shop.node, shop.offer)
+        await client.quotes.release(held)
+        asked = street.ledger.asked
+        for _ in range(ASKS_BURST - 2):
+            with pytest.raises(Refused, match="No slot is held for"):
+                await client.quotes.take(held, bytes(32))
+        with pytest.raises(Refused, match="came too often"):
+            await client.quotes.take(held, bytes(32))
+        assert street.ledger.asked == asked
+        await street.clock.advance(60)
+        held = await client.quotes.hold(shop.node, shop.offer)
+        escrow = await client.escrow(shop)
+        await client.quotes.take(held, escrow)
+        signed = voucher(escrow, shop, 40)
+        for _ in range(PAYS_BURST):
+            await client.quotes.pay(shop.node, signed, last=True, deadline_s=5)
+        with pytest.raises(Refused, match="A voucher came too often"):
+            await client.quotes.pay(shop.node, signed, last=True, deadline_s=5)
 
     run(story)
 

@@ -304,13 +304,13 @@ def test_clocks_that_are_put_right_change_nobodys_pay(tmp_path: Path) -> None:
         await job.begin(shop)
         work = shop.sales.work_for(a_key(60).node_id)
         work.ready(10.0, 100)
-        for jump_ms in (-HOUR_MS, HOUR_MS + 300_000):
+        for jump_ms, spent in ((-HOUR_MS, 4000), (HOUR_MS + 300_000, 8000)):
             street.clock.jump(jump_ms)
             for _ in range(4):
                 await street.clock.advance(10.0)
                 await job.commit((shop, 10_000))
                 assert work.accepted(10_000) is None
-        assert job.treasurer.payments.spent_micro == 8000
+            assert job.treasurer.payments.spent_micro == spent
         await job.treasurer.close()
 
     run(story)

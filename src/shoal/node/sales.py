@@ -23,7 +23,7 @@ from shoal.ledger.commands import Redeem
 from shoal.ledger.escrows import Escrow, EscrowOver, OldVoucher, State
 from shoal.ledger.moves import MoneyRefused
 from shoal.market.earnings import Earnings, say_unpaid
-from shoal.market.holds import HoldRefused, Slots, Terms, ask, give_back, held, hold_of, keep, take
+from shoal.market.holds import HoldRefused, Slots, Terms, ask, give_back, held, hold_of, keep, promised, take
 from shoal.protocol.holds import (
     Hold,
     HoldAsk,
@@ -39,10 +39,18 @@ from shoal.protocol.money import Amount, BadVoucher, LedgerName, SignedVoucher
 from shoal.protocol.offers import Done, UnixMs
 from shoal.quantities.money import format_money
 from shoal.storage.faults import disk_faults
+from shoal.transport.allowances import RateLimit
 from shoal.world import Clock, Disk, Endpoint, Ledger, Request
 from shoal.world.clock import within
 
 REDEEM_EVERY_S = 10.0
+ASKS_PER_S, ASKS_BURST = 2.0, 64
+"""Questions for slots, from one address."""
+PAYS_PER_S, PAYS_BURST = 10.0, 100
+"""Vouchers, of one client."""
+UNTAKEN_SHARE, UNTAKEN_S = 0.1, 120
+"""Of the time, for how much one address may hold slots that it sets no money aside for, and how long at once. Keys cost
+nothing: a client that lets its Hold lapse could ask with the next one."""
 LAST_ROUND_S = 8.0
 """How long a stopping node tries to redeem what it has."""
 ENDS_EARLY_MS = 10_000
@@ -165,6 +173,10 @@ class Sales:
         self._unheld, self._changed = unheld, changed
         self._slots = self._read(SLOTS, Slots) or Slots()
         self._accounts = {one.escrow: one for one in self._read(ACCOUNTS, list[Account]) or ()}
+        self._asks = RateLimit(clock, ASKS_PER_S, ASKS_BURST)
+        self._pays = RateLimit(clock, PAYS_PER_S, PAYS_BURST)
+        self._untaken = RateLimit(clock, UNTAKEN_SHARE, UNTAKEN_S)
+        self._held_as_told = 0
         self._works: dict[bytes, Work] = {}
         """Of these, those that work was done for since the node started."""
         self._deciding = asyncio.Lock()
@@ -237,27 +249,43 @@ class Sales:
     # ---- what clients ask ----
 
     async def _asked(self, request: Request) -> bytes:
+        self._asks.spend(request.source.encode(), "A question for a slot")
         wanted = decode(HoldAsk, request.body, request.version)
         async with self._deciding:
             known = hold_of(self._slots, request.peer, self.now_ms())
             hold = ask(self._slots, wanted, request.peer, self.terms, self._unheld(), self.now_ms())
             envelope = sign(self._key, hold, self._network)
             if known is None or known.hold_id != envelope.record_id:
+                self._count_untaken(request, wanted.lifetime_ms / 1000)
                 await self._store_slots(keep(self._slots, hold, envelope.record_id))
-        await self._changed()
+        await self._tell()
         return encode(HoldGiven(hold=envelope.to_bytes()), request.version)
 
+    def _count_untaken(self, request: Request, lifetime_s: float) -> None:
+        """Raises HoldRefused."""
+        wait_s = self._untaken.take(request.source.encode(), lifetime_s)
+        if wait_s:
+            raise HoldRefused(
+                f"Slots of node {self._name} were held from your address for longer than {UNTAKEN_S} s and not taken; "
+                f"ask again in {wait_s:.0f} s, and give back at once what you do not take."
+            )
+
     async def _taken(self, request: Request) -> bytes:
+        self._asks.spend(request.source.encode(), "A question for a slot")
         wanted = decode(HoldTake, request.body, request.version)
+        promised(self._slots, request.peer, self.now_ms())  # before the ledger is asked
         escrow = await self._ledger.escrow(wanted.escrow)
         async with self._deciding:
-            now_ms = self.now_ms()
-            hold = take(self._slots, request.peer, escrow, self.terms, now_ms)
-            assert escrow is not None
+            known = hold_of(self._slots, request.peer, self.now_ms())
+            hold = take(self._slots, request.peer, escrow, self.terms, self.now_ms())
+            assert escrow is not None and known is not None
             envelope = sign(self._key, hold, self._network)
             await self._store_accounts(self._with(escrow, hold))
             await self._store_slots(keep(self._slots, hold, envelope.record_id))
-        await self._changed()
+            if known.hold.escrow is None:
+                lifetime_ms = known.hold.until_ms - known.hold.from_ms
+                self._untaken.give_back(request.source.encode(), lifetime_ms / 1000)
+        await self._tell()
         return encode(HoldGiven(hold=envelope.to_bytes()), request.version)
 
     def _with(self, escrow: Escrow, hold: Hold) -> dict[bytes, Account]:
@@ -290,14 +318,18 @@ class Sales:
         return account.waits or (kept is not None and kept.hold.escrow == account.escrow)
 
     async def _released(self, request: Request) -> bytes:
+        self._asks.spend(request.source.encode(), "A question for a slot")
         packed = decode(HoldRelease, request.body, request.version).release
         envelope = Envelope.from_bytes(packed, Release.MAX_BYTES)
         release = open_record(envelope, Release, self._network)
         if envelope.signer != request.peer or release.node != self._key.node_id:
             raise BadRecord(f"A slot of node {self._name} is given back by who signs for it, at this node alone.")
         async with self._deciding:
+            known = hold_of(self._slots, request.peer, self.now_ms())
             await self._store_slots(give_back(self._slots, release, request.peer, packed, self.now_ms()))
-        await self._changed()
+            if known is not None and known.hold.escrow is None and not self.keeps_for(request.peer):
+                self._untaken.give_back(request.source.encode(), (known.hold.until_ms - self.now_ms()) / 1000)
+        await self._tell()
         return encode(Done(), request.version)
 
     async def _paid(self, request: Request) -> bytes:
@@ -309,6 +341,7 @@ class Sales:
                 raise BadVoucher(
                     f"Node {self._name} is not paid out of escrow {voucher.escrow.hex()[:12]} by its peer."
                 )
+            self._pays.spend(request.peer, "A voucher")
             signer = signer_of(voucher.digest(self._ledger.name), signed.signature)
             if signer not in (account.payer, account.signer) or voucher.payee != account.payee:
                 raise BadVoucher(
@@ -327,6 +360,10 @@ class Sales:
             self._redeeming[account.escrow] = asyncio.create_task(self._redeem_beside(account.escrow))
         return encode(Paid(amount_micro=account.paid_micro), request.version)
 
+    async def _tell(self) -> None:
+        self._held_as_told = self.held
+        await self._changed()
+
     # ---- redeeming ----
 
     async def _redeem_beside(self, escrow: bytes) -> None:
@@ -339,6 +376,8 @@ class Sales:
         while True:
             await self._clock.sleep(REDEEM_EVERY_S)
             await self._redeem_all()
+            if self.held != self._held_as_told:
+                await self._tell()  # a Hold has lapsed: the offer says that the node is busy
 
     async def _redeem_all(self) -> None:
         """Those that money is to come from; the others, and what ends, are looked at when their time is over."""
