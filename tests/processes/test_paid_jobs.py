@@ -22,7 +22,9 @@ from shoal.house import RemoteLedger
 from shoal.identity import KeyPair
 from shoal.identity.accounts import AccountKey, address_text, create_account
 from shoal.ledger.journal import verified
+from shoal.market.reputation import Outcome
 from shoal.protocol.ledgers import LedgerTicket
+from shoal.sdk.acquaintances import Acquaintances
 from shoal.sdk.local import LocalShoal
 from shoal.sdk.train import Spending, TrainOptions, train
 from shoal.transport import TlsEndpoint
@@ -49,6 +51,7 @@ class Town:
     def options(self, at: Path, watch: Watch, budget: int) -> TrainOptions:
         options = options_for(self.shoal, at / "run", owner_key(), watch)
         options.spending = Spending(self.account, self.ticket, budget, notice_ms=30_000, audit_ms=0)
+        options.acquaintances = Acquaintances(at / "nodes.json")
         return options
 
 
@@ -121,6 +124,15 @@ def test_a_job_pays_for_accepted_work_and_gets_the_rest_back(tmp_path: Path) -> 
         await check_settled(town, ledger, bill, tmp_path / "run")
         assert bill.quoted == 5_000_000 and {line.name for line in bill.nodes} == WORTH_IT
         hours = report.wall_s / 3600
+        nodes = {one.name: bytes.fromhex(one.node_id) for one in report.nodes}
+        seen = Acquaintances(tmp_path / "nodes.json")
+        assert {node: one.kept for node, one in seen.read().items()} == dict.fromkeys(nodes.values(), 1)
+        seen.add({nodes["amber"]: Outcome(lied=True)}, 0)
+        again = town.options(tmp_path / "again", Watch(), 5_000_000)
+        again.acquaintances = seen
+        with pytest.raises(TooFewNodes, match=r"reputation_min \(at least 0.1\) 1"):
+            wanted = hasty.replace(b"nodes_min: 2", b"nodes_min: 3")
+            await train(parsed(wanted, tmp_path), wanted, again)
         assert all(line.paid <= int(PRICES[line.name].removesuffix("/h")) * 1e6 * hours + 1 for line in bill.nodes)
 
     in_town(tmp_path, story)

@@ -43,7 +43,7 @@ SURFACE = {
     "shoal ledger start": "--listen --currency --database --mint-max --public --data --json",
     "shoal ledger deposit": "ACCOUNT AMOUNT --reference --data --json",
     "shoal offers": "--hub --device --device-name --memory --flops --bandwidth --latency --country --without-country "
-    "--region --without-region --tier --max-price --currency --idle --sort --limit --json",
+    "--region --without-region --tier --reputation --max-price --currency --idle --sort --limit --json",
     "shoal market": "",
     "shoal market verify": "BATCH --order --json",
 }

@@ -139,6 +139,7 @@ def train_command(
         listen=listen or None,
         replace=replace,
         prompt=prompt,
+        acquaintances=places.acquaintances(),
         spending=_spending(parse_money(budget) if budget is not None else job_file.budget, ledger),
     )
     if dry_run:
@@ -216,7 +217,8 @@ def plan_job(
         raise BadFlag(f"--deadline {deadline} cannot be kept: write for example --deadline '2 h'.")
     tickets = places.find_hubs(hub)
     with tempfile.TemporaryDirectory(prefix="shoal-plan-") as scratch:
-        options = TrainOptions(folder=Path(scratch), hubs=tickets, key=places.user_key(), listen="tcp://127.0.0.1:0")
+        options = TrainOptions(folder=Path(scratch), hubs=tickets, key=places.user_key(), listen="tcp://127.0.0.1:0",
+                               acquaintances=places.acquaintances())  # fmt: skip
         made = run(lambda: plan(job_file, options, Path(scratch) / "plan", deadline_s))
     if json:
         print_json(_plan_fields(made))

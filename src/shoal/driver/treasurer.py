@@ -115,6 +115,8 @@ class Treasurer:
         self._working: set[bytes] = set()
         self._ready_s: dict[bytes, float] = {}
         """By the clock that only grows: the wall clock may be put right while a job runs."""
+        self.absent: set[bytes] = set()
+        """Nodes that kept a place and did not take what was set aside for them."""
         self._dearest_micro = 0
         """What the dearest of this term's Commits cost."""
         self._warned = False
@@ -212,6 +214,7 @@ class Treasurer:
             await self._take(held)
         except ShoalError as error:
             self._held.pop(held.node, None)
+            self.absent.add(held.node)
             await self._quotes.release(held)
             return error.sentence
         return None

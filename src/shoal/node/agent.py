@@ -29,6 +29,7 @@ from shoal.node.member import (
 from shoal.node.openai_server import ServerSettings
 from shoal.node.sales import Sales
 from shoal.node.stages import StageHost
+from shoal.node.surveying import Surveyor
 from shoal.protocol.messages import DEFAULT_NETWORK, decode, encode, sign
 from shoal.protocol.offers import Capability, Device, Done, Offer, Place
 from shoal.protocol.prices import Price
@@ -202,6 +203,8 @@ class NodeAgent:
         self._publishing = asyncio.Lock()
         self._sequence = 0
         self._sales: Sales | None = None
+        self._surveyor = Surveyor(endpoint, hubs, clock, dice, self._changed)
+        self._surveying: asyncio.Task[None] | None = None
 
     @property
     def engine(self) -> str | None:
@@ -282,6 +285,7 @@ class NodeAgent:
         self._refuse_twin()
         await self._measure_hub_link()
         await self._publish()
+        self._surveying = asyncio.create_task(self._surveyor.run())
 
     def _start_selling(self, sale: Sale) -> Sales:
         terms = Terms(
@@ -314,6 +318,8 @@ class NodeAgent:
     async def close(self) -> None:
         """Leave all jobs, saying so, and stop."""
         self._closing = True
+        if self._surveying is not None:
+            self._surveying.cancel()
         for member in list(self._members.values()):
             member.end("The node is stopping.", tell=True)
         tasks = list(self._tasks.values())
@@ -358,6 +364,7 @@ class NodeAgent:
                 busy=len(self._unheld()) + (self._sales.held if self._sales else 0) >= self.settings.members_max,
                 engine=self._engine.offer if self._engine else None,
                 place=self.settings.place,
+                coordinate=self._surveyor.coordinate.told() if self._surveyor.coordinate else None,
                 price=sale.price if sale else None,
                 ledger=sale.ledger.name if sale else None,
                 slots=self.settings.members_max,
