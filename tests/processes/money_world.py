@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from hub_world import a_key, an_offer
 
+from shoal.house import OutcomeUnknown
 from shoal.identity.accounts import AccountKey
 from shoal.ledger.book import Book
 from shoal.ledger.commands import Command, Deposit
@@ -33,7 +35,8 @@ def an_account(number: int) -> AccountKey:
 
 
 class BookLedger:
-    """The rules themselves, with a journal. What an error is put into `fails` is raised instead of an answer."""
+    """The rules themselves, with a journal. An error in `fails` is raised instead of an answer; a `silent` one gives
+    none; so many answers to commands as `loses` says are lost when all is done."""
 
     def __init__(self, clock: Clock, name: LedgerName = LEDGER) -> None:
         self.name: LedgerName = name
@@ -41,23 +44,33 @@ class BookLedger:
         self.book = Book(name)
         self.lines: list[Line] = []
         self.fails: Exception | None = None
+        self.silent = False
+        self.loses = 0
+        self.asked = 0
 
     async def apply(self, command: Command) -> tuple[Move, ...]:
-        self._pass()
-        return self._apply(command)
+        await self._asked()
+        moves = self._apply(command)
+        if self.loses:
+            self.loses -= 1
+            raise OutcomeUnknown("The answer was lost.")
+        return moves
 
     async def balance(self, address: bytes) -> int:
-        self._pass()
+        await self._asked()
         return self.book.balances.get(account(address), 0)
 
     async def escrow(self, escrow_id: bytes) -> Escrow | None:
-        self._pass()
+        await self._asked()
         return self.book.escrows.get(escrow_id)
 
     def give(self, address: bytes, micro: int) -> None:
         self._apply(Deposit(address, micro, f"payment {len(self.lines)}"))
 
-    def _pass(self) -> None:
+    async def _asked(self) -> None:
+        self.asked += 1
+        if self.silent:
+            await asyncio.get_running_loop().create_future()
         if self.fails is not None:
             raise self.fails
         self.book.at(self.clock.now_ms())
@@ -79,6 +92,8 @@ class Shop:
     sales: Sales
     offer: Offer
     unheld: list[int] = field(default_factory=lambda: [0])
+    told: list[int] = field(default_factory=list)
+    """How many slots were held, each time that its offer followed."""
 
     @property
     def node(self) -> bytes:
@@ -100,8 +115,10 @@ class Street:
         endpoint = self.network.endpoint(key)
         unheld = [0]
 
+        told = list[int]()
+
         async def changed() -> None:
-            pass
+            told.append(sales.held)
 
         usual: dict[str, Any] = {"price": PRICE, "ledger": LEDGER, "payee": an_account(payee or number).address}
         terms = {**usual, **terms}
@@ -121,12 +138,13 @@ class Street:
             key, 1, name=f"shop-{number}", addresses=tuple(endpoint.addresses), price=terms["price"],
             ledger=terms["ledger"], slots=terms.get("slots", 1),
         )  # fmt: skip
-        shop = Shop(endpoint, sales, open_record(envelope, Offer), unheld)
+        shop = Shop(endpoint, sales, open_record(envelope, Offer), unheld, told)
         self.shops.append(shop)
         return shop
 
     def client(self, number: int) -> MemoryEndpoint:
-        endpoint = self.network.endpoint(a_key(number))
+        """All on one machine."""
+        endpoint = self.network.endpoint(a_key(number), machine="clients")
         self.ends.append(endpoint)
         return endpoint
 

@@ -26,6 +26,7 @@ from shoal.world.quotes import NotSecured
 
 PAYER = an_account(50)
 WORK = bytes(32)
+HOUR_MS = 3_600_000
 
 
 def run(story: Callable[[Street], Awaitable[None]], deposit: int = 10_000_000) -> None:
@@ -325,5 +326,46 @@ def test_a_node_gone_between_hold_and_escrow_costs_nothing(tmp_path: Path) -> No
             other = Job(street, tmp_path / "other", number=61)
             await other.treasurer._quotes.hold(shops[0].node, shops[0].offer)
         shops.pop()
+
+    run(story)
+
+
+def test_clocks_that_are_put_right_change_nobodys_pay(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shop = await street.shop(1, tmp_path / "1")
+        job = Job(street, tmp_path / "run")
+        await job.begin(shop)
+        work = shop.sales.work_for(a_key(60).node_id)
+        work.ready(10.0, 100)
+        for jump_ms, spent in ((-HOUR_MS, 4000), (HOUR_MS + 300_000, 8000)):
+            street.clock.jump(jump_ms)
+            for _ in range(4):
+                await street.clock.advance(10.0)
+                await job.commit((shop, 10_000))
+                assert work.accepted(10_000) is None
+            assert job.treasurer.payments.spent_micro == spent
+        await job.treasurer.close()
+
+    run(story)
+
+
+def test_an_absurd_speed_is_paid_by_time_and_time_away_is_not_paid(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shop = await street.shop(1, tmp_path / "1")
+        job = Job(street, tmp_path / "run")
+        await job.begin(shop)
+        job.treasurer.ready(shop.node, 1e-9, 100)
+        await street.clock.advance(10.0)
+        await job.commit((shop, 10**9))
+        assert job.treasurer.payments.spent_micro == 1000, "ten seconds"
+        job.treasurer.left(shop.node, "it went away")
+        await settle(street, 3600)
+        (again,) = await job.gang(shop)
+        await job.treasurer.secure(again)
+        job.treasurer.ready(shop.node, 1e-9, 100)
+        await street.clock.advance(1.0)
+        await job.commit((shop, 10**9))
+        assert job.treasurer.payments.spent_micro == 1100, "and one"
+        await job.treasurer.close()
 
     run(story)

@@ -117,6 +117,8 @@ class Treasurer:
         self._tasks: set[asyncio.Task[None]] = set()
         self._sending: set[bytes] = set()
         self._working: set[bytes] = set()
+        self._ready_s: dict[bytes, float] = {}
+        """By the clock that only grows: the wall clock may be put right while a job runs."""
         self.absent: set[bytes] = set()
         """Nodes that kept a place and did not take what was set aside for them."""
         self._dearest_micro = 0
@@ -332,7 +334,8 @@ class Treasurer:
         known = self._node(node)
         if known is not None:
             self._working.add(node)
-            earnings = known.earnings.measured(known.micro_per_h, samples_per_s, tokens_per_sample)
+            self._ready_s[node] = self._clock.monotonic()
+            earnings = known.earnings.measured(known.paid_micro, samples_per_s, tokens_per_sample)
             self._put(node, msgspec.structs.replace(known, earnings=earnings, reason="worked"))
 
     async def committed(self, work: Iterable[tuple[bytes, int, bytes]]) -> None:
@@ -343,7 +346,7 @@ class Treasurer:
             known = self._node(node)
             if known is None or not tokens:
                 continue
-            self._put(node, self._earned(known, tokens))
+            self._put(node, self._earned(node, known, tokens))
             self._put_voucher(node, contribution)
             earned_by.append(node)
         if not earned_by:
@@ -354,11 +357,12 @@ class Treasurer:
             if node not in self._sending:
                 self._beside(self._send(node))
 
-    def _earned(self, known: PaidNode, tokens: int) -> PaidNode:
+    def _earned(self, node: bytes, known: PaidNode, tokens: int) -> PaidNode:
         earnings = known.earnings.accepted(tokens)
-        kept_ms = max(0, self._clock.now_ms() - known.since_ms)
+        now_s = self._clock.monotonic()
+        ready_ms = round(1000 * (now_s - self._ready_s.get(node, now_s)))
         most = known.paid_micro + self.left_micro
-        earned = max(known.paid_micro, earnings.earned_micro(known.micro_per_h, kept_ms, most))
+        earned = max(known.paid_micro, earnings.earned_micro(known.micro_per_h, ready_ms, most))
         return msgspec.structs.replace(known, earnings=earnings, paid_micro=earned)
 
     def _put_voucher(self, node: bytes, work: bytes) -> None:

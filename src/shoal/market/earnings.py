@@ -1,8 +1,8 @@
 """What a node has earned in a training job: for accepted tokens, at the speed that it measured when it joined.
 
 The price of an hour, divided by the tokens that the node does in an hour of work, is the price of a token: a node that
-becomes slower earns less in an hour, and waiting earns nothing. Whatever its speed, it never earns more than its price
-for the time that it was kept, nor more than was set aside for it.
+becomes slower earns less in an hour, and waiting earns nothing. Whatever speed it says, it never earns more than its
+price for the time since it was ready, nor more than was set aside for it.
 """
 
 from __future__ import annotations
@@ -24,25 +24,24 @@ class Earnings(msgspec.Struct, frozen=True):
     """Of one node in one job."""
 
     before_micro: Annotated[int, Meta(ge=0)] = 0
-    """Earned by the tokens before it last measured its speed."""
+    """Earned before it last measured its speed."""
     tokens: Annotated[int, Meta(ge=0)] = 0
     """Accepted since then."""
     tokens_per_h: Annotated[int, Meta(ge=1, le=TOKENS_PER_H_MAX)] = 1
     """As it measured."""
 
-    def measured(self, micro_per_h: int, samples_per_s: float, tokens_per_sample: int) -> Earnings:
-        """It has joined, maybe anew, and measured its speed on the job."""
+    def measured(self, earned_micro: int, samples_per_s: float, tokens_per_sample: int) -> Earnings:
+        """It is ready, maybe anew, with so much earned, and has measured its speed on the job."""
         per_h = min(TOKENS_PER_H_MAX, max(1, round(samples_per_s * tokens_per_sample * 3600)))
-        return Earnings(self._for_tokens(micro_per_h), 0, per_h)
+        return Earnings(earned_micro, 0, per_h)
 
     def accepted(self, tokens: int) -> Earnings:
         return msgspec.structs.replace(self, tokens=self.tokens + tokens)
 
-    def earned_micro(self, micro_per_h: int, kept_ms: int, most_micro: int) -> int:
-        return min(self._for_tokens(micro_per_h), owed(micro_per_h, kept_ms), most_micro)
-
-    def _for_tokens(self, micro_per_h: int) -> int:
-        return self.before_micro + self.tokens * micro_per_h // self.tokens_per_h
+    def earned_micro(self, micro_per_h: int, ready_ms: int, most_micro: int) -> int:
+        """In all, `ready_ms` after it was ready."""
+        for_tokens = self.tokens * micro_per_h // self.tokens_per_h
+        return min(self.before_micro + min(for_tokens, owed(micro_per_h, ready_ms)), most_micro)
 
 
 def say_unpaid(paid_micro: int, earned_before_micro: int, earned_micro: int) -> str | None:
