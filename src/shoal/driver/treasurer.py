@@ -59,6 +59,7 @@ lasts while all nodes work."""
 ENDS_AFTER = 4
 ENDS_SOON_MS = 120_000
 """Before an escrow ends, the job stops: nodes need some time for their last vouchers."""
+REASON_MAX = 160
 WARNED_AT = 0.8
 """Of the budget: it is said then for how long the rest does."""
 
@@ -113,6 +114,8 @@ class Treasurer:
         self._tasks: set[asyncio.Task[None]] = set()
         self._sending: set[bytes] = set()
         self._working: set[bytes] = set()
+        self.absent: set[bytes] = set()
+        """Nodes that kept a place and did not take what was set aside for them."""
         self._dearest_micro = 0
         """What the dearest of this term's Commits cost."""
         self._warned = False
@@ -212,6 +215,7 @@ class Treasurer:
             await self._take(held)
         except ShoalError as error:
             self._held.pop(held.node, None)
+            self.absent.add(held.node)
             await self._quotes.release(held)
             return error.sentence
         return None
@@ -367,7 +371,7 @@ class Treasurer:
         self._working.discard(node)
         known = self._node(node)
         if known is not None:
-            self._put(node, msgspec.structs.replace(known, reason=reason[:200]))
+            self._put(node, msgspec.structs.replace(known, reason=_in_short(reason)))
         held = self._held.pop(node, None)
         if held is not None:
             self._beside(self._quotes.release(held))
@@ -392,7 +396,7 @@ class Treasurer:
             return
         now = self._node(node)
         assert now is not None
-        self._put(node, msgspec.structs.replace(now, withheld_micro=amount, reason=reason[:200]))
+        self._put(node, msgspec.structs.replace(now, withheld_micro=amount, reason=_in_short(reason)))
         await self._write()
 
     # ---- the end ----
@@ -469,3 +473,9 @@ async def _redeem(one: PaidNode, ledger: Ledger) -> None:
     if one.voucher is not None:
         with contextlib.suppress(OldVoucher):  # the node has brought it already
             await ledger.apply(Redeem(one.voucher))
+
+
+def _in_short(reason: str) -> str:
+    """For a line of a bill: the first sentence."""
+    first = reason.strip().split(". ")[0].rstrip(".")
+    return first if len(first) <= REASON_MAX else f"{first[: REASON_MAX - 3]}..."

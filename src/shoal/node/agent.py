@@ -29,6 +29,7 @@ from shoal.node.member import (
 from shoal.node.openai_server import ServerSettings
 from shoal.node.sales import Sales
 from shoal.node.stages import StageHost
+from shoal.node.surveying import Prober, Surveyor
 from shoal.protocol.messages import DEFAULT_NETWORK, decode, encode, sign
 from shoal.protocol.offers import Capability, Device, Done, Offer, Place
 from shoal.protocol.prices import Price
@@ -202,6 +203,8 @@ class NodeAgent:
         self._publishing = asyncio.Lock()
         self._sequence = 0
         self._sales: Sales | None = None
+        self._surveyor = Surveyor(endpoint, hubs, clock, dice, self._changed)
+        self._surveying: asyncio.Task[None] | None = None
 
     @property
     def engine(self) -> str | None:
@@ -250,6 +253,7 @@ class NodeAgent:
             self._ended |= {owner: None for owner in holding.owners if owner.startswith(PIN_PREFIX)}
         self._forget_ended()
         serve(self._endpoint, self._store)
+        Prober(self._endpoint, self._clock)
         if self.settings.sale is not None:
             self._sales = self._start_selling(self.settings.sale)
         for kind, handler in (
@@ -282,6 +286,7 @@ class NodeAgent:
         self._refuse_twin()
         await self._measure_hub_link()
         await self._publish()
+        self._surveying = asyncio.create_task(self._surveyor.run())
 
     def _start_selling(self, sale: Sale) -> Sales:
         terms = Terms(
@@ -314,6 +319,8 @@ class NodeAgent:
     async def close(self) -> None:
         """Leave all jobs, saying so, and stop."""
         self._closing = True
+        if self._surveying is not None:
+            self._surveying.cancel()
         for member in list(self._members.values()):
             member.end("The node is stopping.", tell=True)
         tasks = list(self._tasks.values())
@@ -358,6 +365,7 @@ class NodeAgent:
                 busy=len(self._unheld()) + (self._sales.held if self._sales else 0) >= self.settings.members_max,
                 engine=self._engine.offer if self._engine else None,
                 place=self.settings.place,
+                coordinate=self._surveyor.coordinate.told() if self._surveyor.coordinate else None,
                 price=sale.price if sale else None,
                 ledger=sale.ledger.name if sale else None,
                 slots=self.settings.members_max,
