@@ -411,7 +411,7 @@ class Treasurer:
         order = Withholding(escrow=term.escrow, payee=known.payee, amount_micro=before + amount, evidence=evidence)
         signature = self.purse.account.sign(order.digest(term.ledger))
         try:
-            await self._redeem(known)  # what is held back is only there once its voucher is redeemed
+            await _redeem(known, self.purse.ledger)  # what is held back is only there once its voucher is redeemed
             await self.purse.ledger.apply(Withhold(order, signature))
         except ShoalError as error:
             self._say(f"{format_money(amount)} could not be withheld of {known.name}: {error.sentence}")
@@ -427,7 +427,7 @@ class Treasurer:
         """What earlier terms of a driver that was killed have left goes back. Raises ShoalError."""
         closed = list[TermPayments]()
         for term in self._former:
-            closed.append(term if term.closed else await self._close(term))
+            closed.append(term if term.closed else await close_escrow(term, self.purse.ledger, self.purse.account))
         self._former = tuple(closed)
         if closed:
             await self._write()
@@ -446,7 +446,7 @@ class Treasurer:
         await asyncio.gather(*(self._quotes.release(one) for one in held))
         self._held.clear()
         try:
-            self._term = await self._close(self._term)
+            self._term = await close_escrow(self._term, self.purse.ledger, self.purse.account)
         except ShoalError as error:
             ends_s = (self._term.terms.expires_ms - self._clock.now_ms()) / 1000
             self._say(
@@ -454,22 +454,6 @@ class Treasurer:
                 f"{format_duration_s(ends_s)}; --resume asks again."
             )
         await self._write()
-
-    async def _close(self, term: TermPayments) -> TermPayments:
-        wish = Closing(term.escrow)
-        try:
-            for one in newest_vouchers(term):
-                await self._redeem(one)
-            await self.purse.ledger.apply(Close(wish, self.purse.account.sign(wish.digest(term.ledger))))
-        except (UnknownEscrow, EscrowOver):
-            pass  # it never came to be, or is over by itself
-        return msgspec.structs.replace(term, closed=True)
-
-    async def _redeem(self, one: PaidNode) -> None:
-        """On behalf of a node that may be gone: whoever brings a voucher, its payee gets the money."""
-        if one.voucher is not None:
-            with contextlib.suppress(OldVoucher):  # the node has brought it already
-                await self.purse.ledger.apply(Redeem(one.voucher))
 
     # ---- small things ----
 
@@ -492,6 +476,25 @@ class Treasurer:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+async def close_escrow(term: TermPayments, ledger: Ledger, account: AccountKey) -> TermPayments:
+    """The nodes get what they have vouchers for, and the rest is asked back. Raises ShoalError."""
+    wish = Closing(term.escrow)
+    try:
+        for one in newest_vouchers(term):
+            await _redeem(one, ledger)
+        await ledger.apply(Close(wish, account.sign(wish.digest(term.ledger))))
+    except (UnknownEscrow, EscrowOver):
+        pass  # it never came to be, or is over by itself
+    return msgspec.structs.replace(term, closed=True)
+
+
+async def _redeem(one: PaidNode, ledger: Ledger) -> None:
+    """On behalf of a node that may be gone: whoever brings a voucher, its payee gets the money."""
+    if one.voucher is not None:
+        with contextlib.suppress(OldVoucher):  # the node has brought it already
+            await ledger.apply(Redeem(one.voucher))
 
 
 def _in_short(reason: str) -> str:
