@@ -13,6 +13,8 @@ for each, and 64 that share transactions (group commit); beside each, the same n
 **hammer**: 200 clients that buy and pay at once, from 16 nodes, through two hubs of which one is killed: what was sold
 twice, what was lost, and how long a quote takes.
 
+**start**: from `shoal train` to the first inner step, on nodes that cost something, and what of it the market takes.
+
 Prints a table, and last one JSON object.
 """
 
@@ -31,6 +33,7 @@ import sqlalchemy as sa
 from hammer import hammer
 from results_form import chosen, figure, report, show
 from selection import selection
+from starting import start
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "processes"))
 from ledger_requests import CLIENT, DRIVER, LEDGER, NODES, a_voucher, an_escrow
@@ -150,7 +153,7 @@ def rows_alone(place: Path | str, count: int) -> float:
     return rate
 
 
-PARTS = {"selection": selection, "vouchers": vouchers, "journal": journal, "hammer": hammer}
+PARTS = {"selection": selection, "vouchers": vouchers, "journal": journal, "hammer": hammer, "start": start}
 
 
 def main() -> None:
