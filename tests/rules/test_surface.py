@@ -20,6 +20,10 @@ SURFACE = {
     "shoal train": "[JOB.YAML] --hub --runs --resume --replace --dry-run --budget --ledger "
     "--prompt --listen --fields --json",
     "shoal plan": "JOB.YAML --hub --deadline --json",
+    "shoal jobs": "",
+    "shoal jobs list": "--runs --json",
+    "shoal jobs show": "RUN --json",
+    "shoal jobs cancel": "RUN --ledger --json",
     "shoal report": "RUN --json",
     "shoal replay": "RUN --round -r --node -n --threads --device --script --hub --listen --json",
     "shoal serve": "MODEL --name --http --api-keys --threads --device --hub --here --listen --sessions "
@@ -31,11 +35,15 @@ SURFACE = {
     "shoal node start": "--hub --name --max-speed --threads --device --processes --listen --storage --memory --price "
     "--currency --account --ledger --country --region --data "
     "--engine --engine-model --engine-key --engine-only --json",
+    "shoal node earnings": "--data --ledger --json",
     "shoal account": "",
     "shoal account create": "--ledger --json",
     "shoal account balance": "--ledger --json",
     "shoal account deposit": "AMOUNT --ledger --json",
     "shoal account withdraw": "AMOUNT --to --number --ledger --json",
+    "shoal account bond": "AMOUNT [NODE] --notice --data --ledger --json",
+    "shoal account unbond": "BOND --ledger --json",
+    "shoal account slash": "HOLD_A HOLD_B --ledger --json",
     "shoal account statement": "--limit --ledger --json",
     "shoal account export": "FILE --ledger --json",
     "shoal account verify": "[FILE] --ledger --json",
@@ -91,7 +99,7 @@ def test_what_is_hidden_is_hidden_for_a_reason() -> None:
 
 
 def test_every_command_that_prints_data_has_json() -> None:
-    groups = {"shoal", "shoal node", "shoal account", "shoal ledger", "shoal market"}
+    groups = {"shoal", "shoal jobs", "shoal node", "shoal account", "shoal ledger", "shoal market"}
     assert [path for path, options in SURFACE.items() if path not in groups and "--json" not in options.split()] == []
 
 

@@ -8,6 +8,7 @@ import msgspec
 from msgspec import Meta
 
 from shoal.identity.accounts import AccountSignature, Address
+from shoal.ledger.commands import HoldBytes
 from shoal.market.earnings import Earnings
 from shoal.protocol.money import Amount, EscrowTerms, LedgerName, SignedVoucher
 from shoal.protocol.offers import UnixMs
@@ -49,6 +50,8 @@ class PaidNode(msgspec.Struct, frozen=True, kw_only=True):
     voucher: SignedVoucher | None = None
     withheld_micro: Amount = 0
     reason: str = "worked"
+    hold: HoldBytes = b""
+    """The node's newest Hold for this job, as it signed it: one half of the proof if it has sold the place twice."""
 
 
 class TermPayments(msgspec.Struct, frozen=True, kw_only=True):

@@ -201,6 +201,8 @@ class Treasurer:
             for one, trouble in zip(held, await asyncio.gather(*map(self._taken, held)), strict=True):
                 if trouble is not None:
                     self._say(f"Without {one.name}: {trouble}")
+            if held:
+                await self._write()
             if len(self._held) < min(nodes_min, len(held)):
                 raise NotSecured(f"Only {len(self._held)} of {len(held)} nodes took what was set aside for them.")
         except BaseException:
@@ -233,6 +235,7 @@ class Treasurer:
             else:
                 await self._admit(held)
             await self._take(held)
+            await self._write()
         except BaseException:
             await self._quotes.release(held)
             raise
@@ -269,7 +272,10 @@ class Treasurer:
             raise self._no_money(amount, has) from error
 
     def _paid_node(self, held: Held, now_ms: int) -> PaidNode:
-        return PaidNode(name=held.name, payee=held.hold.payee, micro_per_h=held.hold.price.micro_per_h, since_ms=now_ms)
+        return PaidNode(
+            name=held.name, payee=held.hold.payee, micro_per_h=held.hold.price.micro_per_h, since_ms=now_ms,
+            hold=held.envelope.to_bytes(),
+        )  # fmt: skip
 
     async def _admit(self, held: Held) -> None:
         term, payee = self._open_term(), held.hold.payee
@@ -284,7 +290,11 @@ class Treasurer:
         await self._write()
 
     async def _take(self, held: Held) -> None:
-        self._held[held.node] = await self._quotes.take(held, self._open_term().escrow)
+        taken = await self._quotes.take(held, self._open_term().escrow)
+        self._held[held.node] = taken
+        known = self._node(held.node)
+        if known is not None:
+            self._put(held.node, msgspec.structs.replace(known, hold=taken.envelope.to_bytes()))
 
     async def _renew(self) -> None:
         """Places are kept for some minutes; while the driver lives it asks for more."""
@@ -295,6 +305,8 @@ class Treasurer:
                     await self._take(held)
                 except ShoalError as error:
                     _log.warning("%s keeps its place no longer: %s", held.name, error)
+            with contextlib.suppress(ShoalError):  # of a disk that is full the next Commit tells
+                await self._write()
 
     # ---- work ----
 
@@ -380,7 +392,7 @@ class Treasurer:
         order = Withholding(escrow=term.escrow, payee=known.payee, amount_micro=before + amount, evidence=evidence)
         signature = self.purse.account.sign(order.digest(term.ledger))
         try:
-            await self._redeem(known)  # what is held back is only there once its voucher is redeemed
+            await _redeem(known, self.purse.ledger)  # what is held back is only there once its voucher is redeemed
             await self.purse.ledger.apply(Withhold(order, signature))
         except ShoalError as error:
             self._say(f"{format_money(amount)} could not be withheld of {known.name}: {error.sentence}")
@@ -396,7 +408,7 @@ class Treasurer:
         """What earlier terms of a driver that was killed have left goes back. Raises ShoalError."""
         closed = list[TermPayments]()
         for term in self._former:
-            closed.append(term if term.closed else await self._close(term))
+            closed.append(term if term.closed else await close_escrow(term, self.purse.ledger, self.purse.account))
         self._former = tuple(closed)
         if closed:
             await self._write()
@@ -415,7 +427,7 @@ class Treasurer:
         await asyncio.gather(*(self._quotes.release(one) for one in held))
         self._held.clear()
         try:
-            self._term = await self._close(self._term)
+            self._term = await close_escrow(self._term, self.purse.ledger, self.purse.account)
         except ShoalError as error:
             ends_s = (self._term.terms.expires_ms - self._clock.now_ms()) / 1000
             self._say(
@@ -423,22 +435,6 @@ class Treasurer:
                 f"{format_duration_s(ends_s)}; --resume asks again."
             )
         await self._write()
-
-    async def _close(self, term: TermPayments) -> TermPayments:
-        wish = Closing(term.escrow)
-        try:
-            for one in newest_vouchers(term):
-                await self._redeem(one)
-            await self.purse.ledger.apply(Close(wish, self.purse.account.sign(wish.digest(term.ledger))))
-        except (UnknownEscrow, EscrowOver):
-            pass  # it never came to be, or is over by itself
-        return msgspec.structs.replace(term, closed=True)
-
-    async def _redeem(self, one: PaidNode) -> None:
-        """On behalf of a node that may be gone: whoever brings a voucher, its payee gets the money."""
-        if one.voucher is not None:
-            with contextlib.suppress(OldVoucher):  # the node has brought it already
-                await self.purse.ledger.apply(Redeem(one.voucher))
 
     # ---- small things ----
 
@@ -461,3 +457,22 @@ class Treasurer:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+async def close_escrow(term: TermPayments, ledger: Ledger, account: AccountKey) -> TermPayments:
+    """The nodes get what they have vouchers for, and the rest is asked back. Raises ShoalError."""
+    wish = Closing(term.escrow)
+    try:
+        for one in newest_vouchers(term):
+            await _redeem(one, ledger)
+        await ledger.apply(Close(wish, account.sign(wish.digest(term.ledger))))
+    except (UnknownEscrow, EscrowOver):
+        pass  # it never came to be, or is over by itself
+    return msgspec.structs.replace(term, closed=True)
+
+
+async def _redeem(one: PaidNode, ledger: Ledger) -> None:
+    """On behalf of a node that may be gone: whoever brings a voucher, its payee gets the money."""
+    if one.voucher is not None:
+        with contextlib.suppress(OldVoucher):  # the node has brought it already
+            await ledger.apply(Redeem(one.voucher))

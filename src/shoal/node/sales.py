@@ -21,6 +21,7 @@ from shoal.identity import Envelope, Hash, KeyPair, NodeId, short_id
 from shoal.identity.accounts import Address, address_text, signer_of
 from shoal.ledger.commands import Redeem
 from shoal.ledger.escrows import Escrow, EscrowOver, OldVoucher, State
+from shoal.ledger.escrows import Paid as PaidOut
 from shoal.ledger.moves import MoneyRefused
 from shoal.market.earnings import Earnings, say_unpaid
 from shoal.market.holds import HoldRefused, Slots, Terms, ask, give_back, held, hold_of, keep, promised, take
@@ -37,6 +38,7 @@ from shoal.protocol.holds import (
 from shoal.protocol.messages import DEFAULT_NETWORK, decode, encode, open_record, sign
 from shoal.protocol.money import Amount, BadVoucher, LedgerName, SignedVoucher
 from shoal.protocol.offers import Done, UnixMs
+from shoal.protocol.prices import Currency
 from shoal.quantities.money import format_money
 from shoal.storage.faults import disk_faults
 from shoal.transport.allowances import RateLimit
@@ -57,7 +59,9 @@ ENDS_EARLY_MS = 10_000
 """Before an escrow ends, the work for it does: its last vouchers have to come and be redeemed."""
 ACCOUNTS_MAX = 256
 """Escrows with something that is not redeemed, or not yet over."""
-SLOTS, ACCOUNTS = "slots", "accounts"
+SLOTS, ACCOUNTS, ENDED = "slots", "accounts", "ended"
+ENDED_MAX = 4096
+"""Escrows that are over and whose payments are remembered; the oldest go."""
 FILE_MAX_BYTES = 8 << 20
 
 _log = logging.getLogger("shoal.node")
@@ -91,8 +95,15 @@ class Account(msgspec.Struct, frozen=True, kw_only=True):
     micro_per_h: Annotated[int, Meta(ge=0)]
     newest: SignedVoucher | None = None
     redeemed_micro: Amount = 0
+    held_micro: Amount = 0
+    """Of that, held back and not withheld."""
+    withheld_micro: Amount = 0
     refused: bool = False
     """The ledger has paid nothing for a voucher: none counts until one is redeemed."""
+
+    @property
+    def currency(self) -> Currency:
+        return self.ledger.currency
 
     @property
     def voucher_micro(self) -> int:
@@ -106,6 +117,40 @@ class Account(msgspec.Struct, frozen=True, kw_only=True):
     def waits(self) -> bool:
         """Something is to be redeemed."""
         return self.voucher_micro > self.redeemed_micro
+
+
+class Ended(msgspec.Struct, frozen=True, kw_only=True):
+    """An escrow that is over and has paid this node something: what it paid, its ledger's fee included."""
+
+    escrow: Hash
+    client: NodeId
+    payer: Address
+    payee: Address
+    currency: Currency
+    paid_micro: Amount
+    """What the vouchers say."""
+    redeemed_micro: Amount
+    held_micro: Amount
+    """Of that, still held back when it ended; it comes at `settles_ms`, less what is withheld until then."""
+    withheld_micro: Amount
+    """Before it ended."""
+    ended_ms: UnixMs
+    settles_ms: UnixMs
+
+
+def read_kept(disk: Disk, name: str, kind: type[T], whose: str) -> T | None:
+    """A file of the folder in which node `whose` keeps its sales; None where it was never written. Raises
+    SalesDamaged."""
+    if disk.info(name) is None:
+        return None
+    try:
+        return msgspec.msgpack.decode(disk.read(name, length=FILE_MAX_BYTES), type=kind)
+    except (msgspec.DecodeError, OSError) as error:
+        raise SalesDamaged(
+            f"{disk.place}/{name}, in which node {whose} keeps what it has promised and was paid with, cannot be read: "
+            f"{error}. Restore it from a copy; without one, move it away once what was promised is over, ten minutes "
+            "after the node stopped."
+        ) from error
 
 
 class Work:
@@ -171,8 +216,9 @@ class Sales:
         self._key, self._name, self._network = key, name, network
         self._disk, self._ledger, self._clock = disk, ledger, clock
         self._unheld, self._changed = unheld, changed
-        self._slots = self._read(SLOTS, Slots) or Slots()
-        self._accounts = {one.escrow: one for one in self._read(ACCOUNTS, list[Account]) or ()}
+        self._slots = read_kept(disk, SLOTS, Slots, name) or Slots()
+        self._accounts = {one.escrow: one for one in read_kept(disk, ACCOUNTS, list[Account], name) or ()}
+        self._ended = read_kept(disk, ENDED, list[Ended], name) or []
         self._asks = RateLimit(clock, ASKS_PER_S, ASKS_BURST)
         self._pays = RateLimit(clock, PAYS_PER_S, PAYS_BURST)
         self._untaken = RateLimit(clock, UNTAKEN_SHARE, UNTAKEN_S)
@@ -280,7 +326,10 @@ class Sales:
             hold = take(self._slots, request.peer, escrow, self.terms, self.now_ms())
             assert escrow is not None and known is not None
             envelope = sign(self._key, hold, self._network)
-            await self._store_accounts(self._with(escrow, hold))
+            accounts = self._with(escrow, hold)
+            for gone in self._accounts.keys() - accounts.keys():
+                await self._remember(self._accounts[gone], 0)
+            await self._store_accounts(accounts)
             await self._store_slots(keep(self._slots, hold, envelope.record_id))
             if known.hold.escrow is None:
                 lifetime_ms = known.hold.until_ms - known.hold.from_ms
@@ -380,9 +429,11 @@ class Sales:
                 await self._tell()  # a Hold has lapsed: the offer says that the node is busy
 
     async def _redeem_all(self) -> None:
-        """Those that money is to come from; the others, and what ends, are looked at when their time is over."""
-        for account in self.accounts:
-            if account.ledger == self._ledger.name and (self._needed(account) or account.ends_ms <= self.now_ms()):
+        """Those that money is to come from first; whether others are over, as far as there is time."""
+        until_s = self.monotonic() + REDEEM_EVERY_S
+        here = [one for one in self.accounts if one.ledger == self._ledger.name]
+        for account in sorted(here, key=self._needed, reverse=True):
+            if self._needed(account) or self.monotonic() < until_s:
                 await self._redeem(account.escrow)
 
     async def _redeem(self, escrow: bytes) -> None:
@@ -414,37 +465,36 @@ class Sales:
             account = self._accounts.get(asked.escrow)
             if account is None:
                 return
+            now = _as_at(found, account) if found is not None else account
             if found is not None and found.state is State.OPEN:
                 if refused is not None:
                     _log.error("%s: a voucher is worth nothing: %s", self._name, refused)
-                now = _as_at(found, account)
                 now = msgspec.structs.replace(now, refused=refused is not None or (now.refused and now.waits))
                 if now != account:
                     await self._store_account(now)
-            elif found is not None or account.ends_ms <= self.now_ms():
-                if account.voucher_micro > (_as_at(found, account) if found else account).redeemed_micro:
-                    _log.error(
-                        "%s: escrow %s ended before its last voucher was redeemed",
-                        self._name,
-                        account.escrow.hex()[:12],
-                    )
-                await self._store_accounts(
-                    {name: one for name, one in self._accounts.items() if name != account.escrow}
-                )
+            elif found is not None or now.ends_ms <= self.now_ms():
+                if now.waits:
+                    escrow = now.escrow.hex()[:12]
+                    _log.error("%s: escrow %s ended before its last voucher was redeemed", self._name, escrow)
+                await self._remember(now, found.terms.audit_ms if found else 0)
+                others = {name: one for name, one in self._accounts.items() if name != now.escrow}
+                await self._store_accounts(others)
 
     # ---- the disk ----
 
-    def _read(self, name: str, kind: type[T]) -> T | None:
-        if self._disk.info(name) is None:
-            return None
-        try:
-            return msgspec.msgpack.decode(self._disk.read(name, length=FILE_MAX_BYTES), type=kind)
-        except (msgspec.DecodeError, OSError) as error:
-            raise SalesDamaged(
-                f"{self._disk.place}/{name}, in which node {self._name} keeps what it has promised and was paid with, "
-                f"cannot be read: {error}. Restore it from a copy; without one, move it away once what was promised is "
-                "over, ten minutes after the node stopped."
-            ) from error
+    async def _remember(self, account: Account, audit_ms: int) -> None:
+        """What an escrow that is over has paid; again, where the node was killed before it forgot it."""
+        if not account.redeemed_micro:
+            return
+        ended = Ended(
+            escrow=account.escrow, client=account.client, payer=account.payer, payee=account.payee,
+            currency=account.currency, paid_micro=max(account.voucher_micro, account.redeemed_micro),
+            redeemed_micro=account.redeemed_micro, held_micro=account.held_micro,
+            withheld_micro=account.withheld_micro, ended_ms=account.ends_ms, settles_ms=account.ends_ms + audit_ms,
+        )  # fmt: skip
+        others = [one for one in self._ended if one.escrow != ended.escrow]
+        self._ended = [*others, ended][-ENDED_MAX:]
+        await asyncio.to_thread(self._write, ENDED, self._ended)
 
     async def _store_slots(self, slots: Slots) -> None:
         self._slots = slots  # also where the disk fails: what may stand on it is promised
@@ -470,8 +520,8 @@ class Sales:
 
 def _as_at(escrow: Escrow, account: Account) -> Account:
     """With what the ledger says of its escrow."""
-    paid = escrow.paid.get(account.payee)
+    paid = escrow.paid.get(account.payee, PaidOut())
     return msgspec.structs.replace(
         account, most_micro=escrow.most_for(account.payee), ends_ms=escrow.ends_ms,
-        redeemed_micro=max(account.redeemed_micro, paid.redeemed_micro if paid else 0),
+        redeemed_micro=paid.redeemed_micro, held_micro=paid.waiting_micro, withheld_micro=paid.withheld_micro,
     )  # fmt: skip
