@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import sys
@@ -21,14 +22,17 @@ from shoal.driver.treasurer import NoMoney
 from shoal.house import RemoteLedger
 from shoal.identity import KeyPair
 from shoal.identity.accounts import AccountKey, address_text, create_account
+from shoal.ledger.commands import PostBond
 from shoal.ledger.journal import verified
 from shoal.market.reputation import Outcome
 from shoal.protocol.ledgers import LedgerTicket
+from shoal.protocol.money import BondTerms
 from shoal.sdk.acquaintances import Acquaintances
 from shoal.sdk.local import LocalShoal
 from shoal.sdk.train import Spending, TrainOptions, train
 from shoal.transport import TlsEndpoint
 from shoal.world import SystemClock, SystemDice
+from shoal.world.quotes import NotSecured
 
 NODES = ("amber", "birch", "cedar")
 DEPOSIT = 50_000_000
@@ -117,6 +121,14 @@ def test_a_job_pays_for_accepted_work_and_gets_the_rest_back(tmp_path: Path) -> 
         with pytest.raises(NoMoney, match=r"sets 60.00 USD aside, and your account .* has 50.00"):
             await train(parsed(text, tmp_path), text, town.options(tmp_path, Watch(), 60_000_000))
         watch = Watch()
+        stake = BondTerms(
+            account=town.account.address, node=bytes.fromhex(town.shoal.nodes["birch"].ready["node"]),
+            network="shoal", amount_micro=2_000_000, notice_ms=24 * 3_600_000, nonce=bytes(32),
+        )  # fmt: skip
+        await ledger.apply(PostBond(stake, town.account.sign(stake.bond_id(town.ticket.ledger))))
+        bonded = hasty.replace(b"wait: 3 s", b"wait: 3 s\n  bond_min: 1.50")
+        with pytest.raises(NotSecured, match=r"1 of 3 nodes have a bond of 1.50 .*, and 2 are needed; with 0.00 there"):
+            await train(parsed(bonded, tmp_path), bonded, town.options(tmp_path, Watch(), 5_000_000))
         report = await train(parsed(text, tmp_path), text, town.options(tmp_path, watch, 5_000_000))
         assert any(said.startswith("Chosen 2 of 3 nodes: ") for said in watch.said)
         check_account(report, tmp_path / "run")
@@ -139,11 +151,84 @@ def test_a_job_pays_for_accepted_work_and_gets_the_rest_back(tmp_path: Path) -> 
 
 
 @pytest.mark.timeout(400)
+def test_jobs_are_looked_at_and_cancelled_from_the_command_line(tmp_path: Path) -> None:
+    async def story(town: Town, ledger: RemoteLedger) -> None:
+        home, run = tmp_path / "keys", tmp_path / "runs" / "job"
+        (home / "account.ledger").write_text(str(town.ticket))
+        (tmp_path / "job.yaml").write_bytes(job_text(tmp_path, tokens=1_000_000))
+
+        async def shoal(*words: str) -> asyncio.subprocess.Process:
+            return await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "shoal", *words, "--json", env={**os.environ, "SHOAL_HOME": str(home)},
+                cwd=tmp_path, stdout=asyncio.subprocess.PIPE,
+            )  # fmt: skip
+
+        async def said(*words: str) -> Any:
+            process = await shoal(*words)
+            async with asyncio.timeout(PATIENCE_S):
+                out, _ = await process.communicate()
+            assert process.returncode == 0, out
+            return json.loads(out)
+
+        async def driver(*words: str) -> asyncio.subprocess.Process:
+            """A driver that has committed three rounds more."""
+            metrics = run / "metrics.jsonl"
+            before = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+            process = await shoal("train", *words, "--hub", town.shoal.hub_tickets[0], "--budget", "20")
+            async with asyncio.timeout(PATIENCE_S):
+                while not metrics.exists() or metrics.read_bytes().count(b"\n") < before + 3:
+                    assert process.returncode is None
+                    await asyncio.sleep(0.02)
+            return process
+
+        async def earned() -> int:
+            """What the ledger has paid to the nodes, with what it holds back."""
+            book = verified([line async for line in ledger.lines()], town.ticket.ledger)
+            return sum(one.redeemed_micro for one in book.escrows.values())
+
+        killed = await driver("job.yaml")
+        assert (await said("jobs"))["runs"][0]["state"] == "running"
+        killed.kill()
+        await killed.communicate()
+        shown = await said("jobs", "show", "runs/job")
+        assert shown["state"] == "died" and 0 < shown["spent_micro"] < 20_000_000
+        assert shown["open_micro"] == 20_000_000 - shown["spent_micro"]
+        assert shown["forecast"]["seconds"] > 0 and shown["forecast"]["micro"] > 0
+        back = await said("jobs", "cancel", "runs/job")
+        assert back["stopped"] is None and back["closed"]["micro"] == shown["open_micro"]
+        assert await earned() == shown["spent_micro"]
+        shown = await said("jobs", "show", "runs/job")
+        assert (shown["state"], shown["open_micro"]) == ("stopped", 0)
+
+        running = await driver("runs/job", "--resume")
+        stopped = await said("jobs", "cancel", "runs/job")
+        assert stopped == {"stopped": running.pid, "closed": None}
+        async with asyncio.timeout(PATIENCE_S):
+            out, _ = await running.communicate()
+        assert running.returncode == 130 and json.loads(out)["error"]["code"] == "SH-601"
+        (shown,) = (await said("jobs", "list", "--runs", "runs"))["runs"]
+        assert (shown["state"], shown["open_micro"]) == ("stopped", 0)
+        assert await earned() == shown["spent_micro"]
+        assert sum(one["earned_micro"] for one in shown["nodes"]) == shown["spent_micro"]
+        assert await said("jobs", "cancel", "runs/job") == {"stopped": None, "closed": None}
+
+        of_nodes = dict[str, Any]()
+        for name in WORTH_IT:
+            of_nodes[name] = await said("node", "earnings", "--data", str(tmp_path / "town" / "nodes" / name))
+            assert of_nodes[name]["balances"][0]["account"] == address_text(town.accounts[name].address)
+        earnings = [one for made in of_nodes.values() for one in made["escrows"]]
+        assert sum(one["redeemed_micro"] for one in earnings) == shown["spent_micro"]
+        assert sum(one["paid_micro"] + one["coming_micro"] for one in earnings) == shown["spent_micro"]
+
+    in_town(tmp_path, story)
+
+
+@pytest.mark.timeout(400)
 def test_money_that_runs_out_stops_the_job_and_a_killed_driver_loses_none(tmp_path: Path) -> None:
     async def story(town: Town, ledger: RemoteLedger) -> None:
         home, run = tmp_path / "keys", tmp_path / "runs" / "job"
         (home / "account.ledger").write_text(str(town.ticket))
-        (tmp_path / "job.yaml").write_bytes(job_text(tmp_path, tokens=60_000))
+        (tmp_path / "job.yaml").write_bytes(job_text(tmp_path, tokens=150_000))
 
         async def driver(*arguments: str) -> asyncio.subprocess.Process:
             return await asyncio.create_subprocess_exec(
@@ -173,7 +258,7 @@ def test_money_that_runs_out_stops_the_job_and_a_killed_driver_loses_none(tmp_pa
         spent = msgspec.json.decode((run / FILE).read_bytes(), type=Payments).spent_micro
         assert spent > first.charged
 
-        report = await report_of(await driver("runs/job", "--resume", "--budget", "20"))
+        report = await report_of(await driver("runs/job", "--resume"))
         assert report.goal is not None and report.goal.reached
         bill = check_bill(report, run)
         assert bill.quoted == 20_000_000 and bill.charged > spent

@@ -79,8 +79,8 @@ def payments_of(story: Story) -> Payments:
     def term(nonce: int, closed: bool, **nodes: PaidNode) -> TermPayments:
         terms = EscrowTerms(
             payer=bytes(20), signer=bytes(20), cap_micro=0, auditor=bytes(20), amount_micro=3 * MICRO, fee_ppm=0,
-            holdback_ppm=100_000, notice_ms=60_000, audit_ms=0, expires_ms=1 << 50, payees=(Payee(bytes(20), MICRO),), quote=bytes(32),
-            nonce=bytes([nonce] * 32),
+            holdback_ppm=100_000, notice_ms=60_000, audit_ms=0, expires_ms=1 << 50, payees=(Payee(bytes(20), MICRO),),
+            quote=bytes(32), nonce=bytes([nonce] * 32),
         )  # fmt: skip
         return TermPayments(terms=terms, ledger=ledger, signature=bytes(65), nodes=nodes, closed=closed)
 

@@ -33,7 +33,7 @@ SURFACE = {
     "shoal hub": "--listen --http --data --name --public --json",
     "shoal node": "",
     "shoal node start": "--hub --name --max-speed --threads --device --processes --listen --storage --memory --price "
-    "--currency --account --ledger --country --region --data "
+    "--currency --account --ledger --serve-free --country --region --data "
     "--engine --engine-model --engine-key --engine-only --json",
     "shoal node earnings": "--data --ledger --json",
     "shoal account": "",

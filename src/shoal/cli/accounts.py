@@ -41,7 +41,7 @@ from shoal.ledger.commands import (
 from shoal.ledger.moves import ISSUED, Move
 from shoal.ledger.moves import account as account_name
 from shoal.protocol.holds import Hold, sold_twice
-from shoal.protocol.ledgers import LedgerTicket
+from shoal.protocol.ledgers import MINTED, LedgerTicket
 from shoal.protocol.messages import DEFAULT_NETWORK, open_record
 from shoal.protocol.money import (
     BOND_LEAST_MICRO,
@@ -70,6 +70,7 @@ T = TypeVar("T")
 LIMIT_MAX = 10_000
 SHORT = 10
 """Hexadecimal digits of an escrow's or bond's name, for people."""
+REFERENCE_SHOWN = 28
 
 
 class NoHold(BadInput):
@@ -601,10 +602,17 @@ def _is_held(pot: str, name: str) -> bool:
     return pot.startswith("held ") and pot.endswith(f" {name}")
 
 
+def _shortened(reference: str) -> str:
+    """Where a deposit came from; what a mint has drawn to tell its deposits apart says nothing to people."""
+    if reference.startswith(MINTED):
+        return MINTED
+    return reference if len(reference) <= REFERENCE_SHOWN else f"{reference[: REFERENCE_SHOWN - 3]}..."
+
+
 def _what(command: Command, mine: str, ledger: HouseLedger) -> str:
     match command:
         case Deposit():
-            return f"deposit, {command.reference}"
+            return f"deposit, {_shortened(command.reference)}"
         case Withdraw():
             return f"withdrawal {command.order.number}, to {command.order.to}"
         case Open():

@@ -36,7 +36,7 @@ from shoal.protocol.ledgers import PaidAt
 from shoal.protocol.offers import Place
 from shoal.protocol.prices import Price
 from shoal.quantities import format_bytes, parse_bytes
-from shoal.quantities.money import format_money, parse_price
+from shoal.quantities.money import format_money, format_price, parse_price
 from shoal.sdk.local import LocalProcessFailed, LocalShoal, shoal_home
 from shoal.world import SystemClock, SystemDice
 from shoal.world.processes import die_with_parent
@@ -173,6 +173,14 @@ def node_start(
         typer.Option(metavar="0x...", help="The account that it is paid at.", show_default="yours"),
     ] = None,
     ledger: LedgerFlag = None,
+    serve_free: Annotated[
+        bool,
+        typer.Option(
+            "--serve-free",
+            help="Serve models for nothing though training costs --price: serving is not paid for yet, and a node with "
+            "a price does not take part in it otherwise.",
+        ),
+    ] = False,
     country: Annotated[
         str | None, typer.Option(metavar="CC", help="Where it is, such as DE (ISO 3166-1).", show_default="not said")
     ] = None,
@@ -252,6 +260,7 @@ def node_start(
             dishonest=dishonest,
             price=named,
             paid=paid,
+            serve_free=serve_free,
             place=place,
             server=server,
             clock=SystemClock(),
@@ -270,6 +279,12 @@ def node_start(
                 out.print(f"Node [bold]{ready['name']}[/] ({ready['node'][:8]}) is up{offered}.")
                 for line in ready["devices"]:
                     out.print(f"  {line}", markup=False)
+                if paid is not None and named is not None:
+                    out.print(
+                        f"  price: {format_price(named.micro_per_h)} in {named.currency}, paid at "
+                        f"{address_text(paid.account)}",
+                        markup=False, soft_wrap=True,
+                    )  # fmt: skip
                 if ready["engine"]:
                     out.print(f"  engine: {shown(ready['engine'])}", markup=False)
                 out.print(f"  blobs: up to {format_bytes(storage_bytes)} in {folder}", markup=False)

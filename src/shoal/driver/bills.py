@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from pathlib import Path
 from typing import Annotated
 
 import msgspec
@@ -83,6 +85,14 @@ class Payments(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def spent_micro(self) -> int:
         return sum(one.charged_micro for one in self.terms)
+
+
+def budget_of(folder: Path) -> int | None:
+    """What the run in a folder may cost, as it was begun; None for one that costs nothing, and where that cannot be
+    read: whoever opens the folder says so."""
+    with contextlib.suppress(OSError, msgspec.DecodeError):
+        return msgspec.json.decode((folder / FILE).read_bytes(), type=Payments).budget_micro
+    return None
 
 
 def bill(payments: Payments) -> Bill | None:

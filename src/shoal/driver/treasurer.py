@@ -59,6 +59,7 @@ lasts while all nodes work."""
 ENDS_AFTER = 4
 ENDS_SOON_MS = 120_000
 """Before an escrow ends, the job stops: nodes need some time for their last vouchers."""
+REASON_MAX = 160
 WARNED_AT = 0.8
 """Of the budget: it is said then for how long the rest does."""
 
@@ -374,7 +375,7 @@ class Treasurer:
         self._working.discard(node)
         known = self._node(node)
         if known is not None:
-            self._put(node, msgspec.structs.replace(known, reason=reason[:200]))
+            self._put(node, msgspec.structs.replace(known, reason=_in_short(reason)))
         held = self._held.pop(node, None)
         if held is not None:
             self._beside(self._quotes.release(held))
@@ -399,7 +400,7 @@ class Treasurer:
             return
         now = self._node(node)
         assert now is not None
-        self._put(node, msgspec.structs.replace(now, withheld_micro=amount, reason=reason[:200]))
+        self._put(node, msgspec.structs.replace(now, withheld_micro=amount, reason=_in_short(reason)))
         await self._write()
 
     # ---- the end ----
@@ -476,3 +477,9 @@ async def _redeem(one: PaidNode, ledger: Ledger) -> None:
     if one.voucher is not None:
         with contextlib.suppress(OldVoucher):  # the node has brought it already
             await ledger.apply(Redeem(one.voucher))
+
+
+def _in_short(reason: str) -> str:
+    """For a line of a bill: the first sentence."""
+    first = reason.strip().split(". ")[0].rstrip(".")
+    return first if len(first) <= REASON_MAX else f"{first[: REASON_MAX - 3]}..."

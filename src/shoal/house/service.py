@@ -31,6 +31,7 @@ from shoal.house.messages import (
 from shoal.identity import KeyPair
 from shoal.ledger.commands import Deposit, Pass
 from shoal.ledger.moves import account as account_name
+from shoal.protocol.ledgers import MINTED
 from shoal.protocol.messages import DEFAULT_NETWORK, decode, encode, sign
 from shoal.protocol.money import Checkpoint, HouseLedger
 from shoal.quantities.money import format_money
@@ -45,7 +46,6 @@ MINTS_PER_S, MINTS_BURST = 0.5, 10
 """What one peer may ask for."""
 AT_ONCE_PER_SOURCE = 128
 """Requests under way from one address, whatever keys ask."""
-MINTED = "development mint"
 
 
 class NotOverLinks(BadInput):
