@@ -575,8 +575,6 @@ def test_escrows_that_are_over_are_remembered(tmp_path: Path, monkeypatch: pytes
             await client.quotes.release(held)
             wish = Closing(escrow)
             await street.ledger.apply(Close(wish, PAYER.sign(wish.digest(LEDGER))))
-            if not amount:  # nobody asks about it before it would end
-                await settle(street, 3600)
             await until(street, lambda: shop.sales.accounts == [])
             escrows.append(escrow)
         await settle(street, 2)

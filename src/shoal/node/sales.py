@@ -328,7 +328,10 @@ class Sales:
             hold = take(self._slots, request.peer, escrow, self.terms, self.now_ms())
             assert escrow is not None and known is not None
             envelope = sign(self._key, hold, self._network)
-            await self._store_accounts(self._with(escrow, hold))
+            accounts = self._with(escrow, hold)
+            for gone in self._accounts.keys() - accounts.keys():
+                await self._remember(self._accounts[gone], 0)
+            await self._store_accounts(accounts)
             await self._store_slots(keep(self._slots, hold, envelope.record_id))
             if known.hold.escrow is None:
                 lifetime_ms = known.hold.until_ms - known.hold.from_ms
@@ -339,15 +342,17 @@ class Sales:
     def _with(self, escrow: Escrow, hold: Hold) -> dict[bytes, Account]:
         """The accounts, once a slot is held for this escrow. Raises HoldRefused."""
         terms, known = escrow.terms, self._accounts.get(escrow.escrow_id)
-        if known is not None and known.client != hold.client:
+        if known is not None and (known.client, known.payee) != (hold.client, hold.payee):
             raise HoldRefused(
-                f"{escrow.name} pays for what node {self._name} does for {short_id(known.client)}: each client sets "
-                "money aside of its own."
+                f"{escrow.name} pays for what node {self._name} does for {short_id(known.client)}, at "
+                f"{address_text(known.payee)}: each client sets money aside of its own, and another one where a node "
+                "is paid at another account."
             )
         account = known or Account(
             escrow=escrow.escrow_id, ledger=self._ledger.name, client=hold.client, payer=terms.payer,
-            signer=terms.signer, payee=hold.payee, most_micro=0, ends_ms=0, micro_per_h=hold.price.micro_per_h,
+            signer=terms.signer, payee=hold.payee, most_micro=0, ends_ms=0, micro_per_h=0,
         )  # fmt: skip
+        account = msgspec.structs.replace(account, micro_per_h=hold.price.micro_per_h)
         accounts = {**self._accounts, escrow.escrow_id: _as_at(escrow, account)}
         while len(accounts) > ACCOUNTS_MAX:
             idle = next(
@@ -428,14 +433,15 @@ class Sales:
                 await self._tell()  # a Hold has lapsed: the offer says that the node is busy
 
     async def _redeem_all(self) -> None:
-        """Those that money comes from, or has come from; the others are looked at when their time is over."""
+        """Those that money is to come from first; whether others are over, as far as there is time."""
+        until_s = self.monotonic() + REDEEM_EVERY_S
         here = [one for one in self.accounts if one.ledger == self._ledger.name]
-        now_ms = self.now_ms()
-        wanted = iter([one.escrow for one in here if self._needed(one) or one.redeemed_micro or one.ends_ms <= now_ms])
+        waiting = iter(sorted(here, key=self._needed, reverse=True))
 
         async def some() -> None:
-            for escrow in wanted:
-                await self._redeem(escrow)
+            for account in waiting:
+                if self._needed(account) or self.monotonic() < until_s:
+                    await self._redeem(account.escrow)
 
         await asyncio.gather(*(some() for _ in range(REDEEMED_AT_ONCE)))
 
@@ -468,38 +474,32 @@ class Sales:
             account = self._accounts.get(asked.escrow)
             if account is None:
                 return
+            now = _as_at(found, account) if found is not None else account
             if found is not None and found.state is State.OPEN:
                 if refused is not None:
                     _log.error("%s: a voucher is worth nothing: %s", self._name, refused)
-                now = _as_at(found, account)
                 now = msgspec.structs.replace(now, refused=refused is not None or (now.refused and now.waits))
                 if now != account:
                     await self._store_account(now)
-            elif found is not None or account.ends_ms <= self.now_ms():
-                if account.voucher_micro > (_as_at(found, account) if found else account).redeemed_micro:
-                    _log.error(
-                        "%s: escrow %s ended before its last voucher was redeemed",
-                        self._name,
-                        account.escrow.hex()[:12],
-                    )
-                await self._remember(_as_at(found, account) if found else account, found)
-                await self._store_accounts(
-                    {name: one for name, one in self._accounts.items() if name != account.escrow}
-                )
+            elif found is not None or now.ends_ms <= self.now_ms():
+                if now.waits:
+                    escrow = now.escrow.hex()[:12]
+                    _log.error("%s: escrow %s ended before its last voucher was redeemed", self._name, escrow)
+                await self._remember(now, found.terms.audit_ms if found else 0)
+                others = {name: one for name, one in self._accounts.items() if name != now.escrow}
+                await self._store_accounts(others)
 
     # ---- the disk ----
 
-    async def _remember(self, account: Account, found: Escrow | None) -> None:
+    async def _remember(self, account: Account, audit_ms: int) -> None:
         """What an escrow that is over has paid; again, where the node was killed before it forgot it."""
         if not account.redeemed_micro:
             return
-        ended_ms = found.ends_ms if found else account.ends_ms
         ended = Ended(
             escrow=account.escrow, client=account.client, payer=account.payer, payee=account.payee,
             currency=account.currency, paid_micro=max(account.voucher_micro, account.redeemed_micro),
             redeemed_micro=account.redeemed_micro, held_micro=account.held_micro,
-            withheld_micro=account.withheld_micro, ended_ms=ended_ms,
-            settles_ms=ended_ms + (found.terms.audit_ms if found else 0),
+            withheld_micro=account.withheld_micro, ended_ms=account.ends_ms, settles_ms=account.ends_ms + audit_ms,
         )  # fmt: skip
         others = [one for one in self._ended if one.escrow != ended.escrow]
         self._ended = [*others, ended][-ENDED_MAX:]
@@ -532,6 +532,5 @@ def _as_at(escrow: Escrow, account: Account) -> Account:
     paid = escrow.paid.get(account.payee, PaidOut())
     return msgspec.structs.replace(
         account, most_micro=escrow.most_for(account.payee), ends_ms=escrow.ends_ms,
-        redeemed_micro=max(account.redeemed_micro, paid.redeemed_micro), held_micro=paid.waiting_micro,
-        withheld_micro=paid.withheld_micro,
+        redeemed_micro=paid.redeemed_micro, held_micro=paid.waiting_micro, withheld_micro=paid.withheld_micro,
     )  # fmt: skip
