@@ -246,9 +246,9 @@ async def a_scene(
     async def link(node: bytes, offer: Offer) -> Any:
         return await endpoint.dial(node, offer.addresses)
 
-    treasurer = (
-        Treasurer(purse, folder, key=OWNER, link=link, clock=CLOCK, dice=DICE, say=sentences.append) if purse else None
-    )
+    def treasurer(purse: Purse) -> Treasurer:
+        return Treasurer(purse, folder, key=OWNER, link=link, clock=CLOCK, dice=DICE, say=sentences.append)
+
     driver = TrainingDriver(
         JobRecords(envelope, grant, term, 1),
         standing_at_start(setting.job, envelope.record_id),
@@ -264,7 +264,7 @@ async def a_scene(
         members_min=peers,
         known=known,
         watchers=Watchers(event=lambda event: sentences.append(event.sentence)),
-        treasurer=treasurer,
+        treasurer=treasurer(purse) if purse else None,
     )
     made: list[Peer] = []
     gang: list[LinkedNode] = []

@@ -425,9 +425,8 @@ def test_money_that_may_have_been_set_aside_is_asked_back(tmp_path: Path) -> Non
 
 def test_nodes_that_come_first_and_at_once_share_an_escrow(tmp_path: Path) -> None:
     async def story(street: Street) -> None:
-        shops = [
-            await street.shop(number, tmp_path / str(number), payee=9 if number > 1 else 1) for number in (1, 2, 3)
-        ]
+        payees = {1: 1, 2: 9, 3: 9}
+        shops = [await street.shop(number, tmp_path / str(number), payee=payee) for number, payee in payees.items()]
         job = Job(street, tmp_path / "run")
         await asyncio.gather(*(job.treasurer.secure(node) for node in await job.gang(*shops)))
         (escrow,) = street.ledger.book.escrows.values()
