@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,12 +12,13 @@ from typing import Any
 from hub_world import a_key, an_offer
 
 from shoal.house import OutcomeUnknown
+from shoal.identity import KeyPair
 from shoal.identity.accounts import AccountKey
 from shoal.ledger.book import Book
 from shoal.ledger.commands import Command, Deposit
 from shoal.ledger.escrows import Escrow
 from shoal.ledger.journal import BEGINNING, Line, line
-from shoal.ledger.moves import Move, account
+from shoal.ledger.moves import MoneyRefused, Move, account
 from shoal.market.holds import Terms
 from shoal.node.sales import Sales
 from shoal.protocol.messages import open_record
@@ -50,11 +52,12 @@ class BookLedger:
 
     async def apply(self, command: Command) -> tuple[Move, ...]:
         await self._asked()
-        moves = self._apply(command)
-        if self.loses:
-            self.loses -= 1
-            raise OutcomeUnknown("The answer was lost.")
-        return moves
+        if not self.loses:
+            return self._apply(command)
+        self.loses -= 1
+        with contextlib.suppress(MoneyRefused):
+            self._apply(command)
+        raise OutcomeUnknown("The answer was lost.")
 
     async def balance(self, address: bytes) -> int:
         await self._asked()
@@ -100,6 +103,27 @@ class Shop:
         return self.endpoint.node_id
 
 
+async def a_shop(
+    network: MemoryNetwork, key: KeyPair, ledger: BookLedger, clock: Clock, disk: Disk, name: str = "shop", **terms: Any
+) -> Shop:
+    endpoint, unheld, told = network.endpoint(key), [0], list[int]()
+
+    async def changed() -> None:
+        told.append(sales.held)
+
+    sells = Terms(**{"price": PRICE, "ledger": LEDGER, "payee": an_account(1).address, **terms})
+    sales = Sales(
+        sells, key=key, name=name, disk=disk, endpoint=endpoint, ledger=ledger, clock=clock, unheld=lambda: unheld[0],
+        changed=changed,
+    )  # fmt: skip
+    await endpoint.listen(f"tcp://{name}:0")
+    envelope = an_offer(
+        key, 1, name=name, addresses=tuple(endpoint.addresses), price=sells.price, ledger=sells.ledger,
+        slots=sells.slots,
+    )  # fmt: skip
+    return Shop(endpoint, sales, open_record(envelope, Offer), unheld, told)
+
+
 class Street:
     """Shops, and clients that go to them."""
 
@@ -111,34 +135,9 @@ class Street:
         self.ends: list[MemoryEndpoint] = []
 
     async def shop(self, number: int, disk: Disk | Path, *, payee: int | None = None, **terms: Any) -> Shop:
-        key = a_key(number)
-        endpoint = self.network.endpoint(key)
-        unheld = [0]
-
-        told = list[int]()
-
-        async def changed() -> None:
-            told.append(sales.held)
-
-        usual: dict[str, Any] = {"price": PRICE, "ledger": LEDGER, "payee": an_account(payee or number).address}
-        terms = {**usual, **terms}
-        sales = Sales(
-            Terms(**terms),
-            key=key,
-            name=f"shop-{number}",
-            disk=DirectoryDisk(disk) if isinstance(disk, Path) else disk,
-            endpoint=endpoint,
-            ledger=self.ledger,
-            clock=self.clock,
-            unheld=lambda: unheld[0],
-            changed=changed,
-        )
-        await endpoint.listen(f"tcp://shop-{number}:0")
-        envelope = an_offer(
-            key, 1, name=f"shop-{number}", addresses=tuple(endpoint.addresses), price=terms["price"],
-            ledger=terms["ledger"], slots=terms.get("slots", 1),
-        )  # fmt: skip
-        shop = Shop(endpoint, sales, open_record(envelope, Offer), unheld, told)
+        on = DirectoryDisk(disk) if isinstance(disk, Path) else disk
+        terms = {"payee": an_account(payee or number).address, **terms}
+        shop = await a_shop(self.network, a_key(number), self.ledger, self.clock, on, f"shop-{number}", **terms)
         self.shops.append(shop)
         return shop
 

@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 from engine_pieces import Setting, make_setting, with_shards
 from hub_world import a_key, an_offer
-from money_world import PRICE, BookLedger, an_account
+from money_world import PRICE, BookLedger, a_shop, an_account
 
 from shoal.driver.folder import RunFolder
 from shoal.driver.gang import LinkedNode
 from shoal.driver.lines import RoundMetrics
 from shoal.driver.report import NodeFigures
 from shoal.driver.training import JobRecords, Outcome, TrainingDriver, Watchers
+from shoal.driver.treasurer import Purse, Treasurer
 from shoal.errors import LinkError
 from shoal.hub import HubClient
 from shoal.identity import KeyPair, blake3_hash
@@ -62,6 +63,7 @@ from shoal.protocol.training import (
 )
 from shoal.rounds.standing import standing_at_start
 from shoal.storage import BlobStore, Fetcher, serve
+from shoal.storage.ledgers import LedgerFailed
 from shoal.training.updates import encode_update
 from shoal.transport.memory import MemoryEndpoint, MemoryNetwork
 from shoal.world import MemoryDisk, Refused, Request, SeededDice, SystemClock
@@ -222,7 +224,9 @@ class Scene:
         self.folder.close()
 
 
-async def a_scene(tmp_path: Path, peers: int = 2, known: Sequence[NodeFigures] = (), **rounds: Any) -> Scene:
+async def a_scene(
+    tmp_path: Path, peers: int = 2, known: Sequence[NodeFigures] = (), purse: Purse | None = None, **rounds: Any
+) -> Scene:
     rounds = {"codec": Codec.NONE, "lag": 0, "grace_ms": 3_600_000, "deadline_ms": 3_600_000} | rounds
     setting = make_setting(tmp_path / "setting", **rounds)
     network = MemoryNetwork(CLOCK, dice=DICE)
@@ -238,6 +242,13 @@ async def a_scene(tmp_path: Path, peers: int = 2, known: Sequence[NodeFigures] =
     serve(endpoint, store)
     store.put(setting.start.to_bytes(), setting.start.MEDIA_TYPE)
     sentences: list[str] = []
+
+    async def link(node: bytes, offer: Offer) -> Any:
+        return await endpoint.dial(node, offer.addresses)
+
+    def treasurer(purse: Purse) -> Treasurer:
+        return Treasurer(purse, folder, key=OWNER, link=link, clock=CLOCK, dice=DICE, say=sentences.append)
+
     driver = TrainingDriver(
         JobRecords(envelope, grant, term, 1),
         standing_at_start(setting.job, envelope.record_id),
@@ -253,6 +264,7 @@ async def a_scene(tmp_path: Path, peers: int = 2, known: Sequence[NodeFigures] =
         members_min=peers,
         known=known,
         watchers=Watchers(event=lambda event: sentences.append(event.sentence)),
+        treasurer=treasurer(purse) if purse else None,
     )
     made: list[Peer] = []
     gang: list[LinkedNode] = []
@@ -309,6 +321,25 @@ def test_each_contribution_that_cannot_count_is_refused_with_its_own_sentence(tm
             await one.deliver(one.contribution(0, one.update(4)), one.update(4))
         kept = list(scene.folder.records(Contribution))
         assert len(kept) == 2  # nothing that was refused fills the disk
+        await scene.stop()
+
+    play(story())
+
+
+def test_a_ledger_that_fails_a_node_that_comes_ends_no_job(tmp_path: Path) -> None:
+    async def story() -> None:
+        ledger = BookLedger(CLOCK)
+        scene = await a_scene(tmp_path, peers=1, purse=Purse(ledger, an_account(50), 1000))
+        shop = await a_shop(scene.peers[0].network, a_key(150), ledger, CLOCK, MemoryDisk())
+        link = await scene.driver._endpoint.dial(shop.node, shop.endpoint.addresses)
+        ledger.fails = LedgerFailed("Its disk is full.")
+        for said in ("Its disk is full.", "deposit more"):
+            await scene.driver._invite(LinkedNode(shop.node, shop.offer, link))
+            assert "shop did not join" in scene.sentences[-1] and said in scene.sentences[-1]
+            ledger.fails = None
+        assert not scene.running.done()
+        await shop.sales.close()
+        await shop.endpoint.close()
         await scene.stop()
 
     play(story())

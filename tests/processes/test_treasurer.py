@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
+from typing import Any, TypeVar
 
+import msgspec
 import pytest
 from hub_world import a_key
 from money_world import LEDGER, Shop, Street, an_account
@@ -13,18 +15,21 @@ from money_world import LEDGER, Shop, Street, an_account
 from shoal.driver.bills import FILE, Payments, bill
 from shoal.driver.folder import RunFolder
 from shoal.driver.gang import LinkedNode
-from shoal.driver.treasurer import RENEW_EVERY_S, NoMoney, Purse, Treasurer
+from shoal.driver.treasurer import ASKED_AGAIN_S, RENEW_EVERY_S, NoMoney, Purse, Treasurer
 from shoal.errors import StorageError
+from shoal.house import OutcomeUnknown
 from shoal.identity import Envelope
 from shoal.ledger.escrows import State
 from shoal.ledger.journal import verified
 from shoal.ledger.moves import ISSUED
 from shoal.protocol.holds import Hold, open_hold
+from shoal.protocol.prices import Price
 from shoal.world import Refused, SeededDice
 from shoal.world.quotes import NotSecured
 
 PAYER = an_account(50)
 WORK = bytes(32)
+T = TypeVar("T")
 HOUR_MS = 3_600_000
 
 
@@ -363,5 +368,106 @@ def test_an_absurd_speed_is_paid_by_time_and_time_away_is_not_paid(tmp_path: Pat
         await job.commit((shop, 10**9))
         assert job.treasurer.payments.spent_micro == 1100, "and one"
         await job.treasurer.close()
+
+    run(story)
+
+
+async def through(street: Street, work: Coroutine[Any, Any, T]) -> T:
+    """Its outcome, with all the time that it takes."""
+    task = asyncio.create_task(work)
+    while not task.done():
+        await settle(street, 0.5)
+    return task.result()
+
+
+def test_answers_of_a_ledger_that_are_lost_open_no_second_escrow_and_hold_no_money(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shops = [await street.shop(number, tmp_path / str(number)) for number in (1, 2)]
+        job = Job(street, tmp_path / "run")
+        street.ledger.loses = 1
+        await through(street, job.begin(shops[0]))
+        assert len(street.ledger.book.escrows) == 1
+        street.ledger.loses = 1
+        (late,) = await job.gang(shops[1])
+        await through(street, job.treasurer.secure(late))
+        (escrow,) = street.ledger.book.escrows.values()
+        assert escrow.payees == {shop.sales.terms.payee for shop in shops}
+        street.ledger.loses = 1
+        await job.treasurer.close()
+        again = Job(street, job.folder)
+        await again.treasurer.close_former()
+        assert [one.closed for one in again.written.terms] == [True]
+        await settle(street, 62)
+        assert await street.ledger.balance(PAYER.address) == 10_000_000
+
+    run(story)
+
+
+def test_money_that_may_have_been_set_aside_is_asked_back(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shop = await street.shop(1, tmp_path / "1")
+        job = Job(street, tmp_path / "run")
+        await job.treasurer.hold(await job.gang(shop), 1)
+        street.ledger.loses = 1 + len(ASKED_AGAIN_S)
+        with pytest.raises(OutcomeUnknown):
+            await through(street, job.treasurer.open(1))
+        assert [one.closed for one in job.written.terms] == [True]
+        await settle(street, 62)
+        assert await street.ledger.balance(PAYER.address) == 10_000_000
+        await Job(street, tmp_path / "other", number=61).begin(shop)
+
+    run(story)
+
+
+def test_nodes_that_come_first_and_at_once_share_an_escrow(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        payees = {1: 1, 2: 9, 3: 9}
+        shops = [await street.shop(number, tmp_path / str(number), payee=payee) for number, payee in payees.items()]
+        job = Job(street, tmp_path / "run")
+        await asyncio.gather(*(job.treasurer.secure(node) for node in await job.gang(*shops)))
+        (escrow,) = street.ledger.book.escrows.values()
+        assert escrow.payees == {an_account(1).address, an_account(9).address}
+        assert len(job.written.terms[0].nodes) == 3
+
+    run(story)
+
+
+def test_a_node_that_comes_where_there_is_no_money_is_without_and_another_is_not(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shop = await street.shop(1, tmp_path / "1")
+        job = Job(street, tmp_path / "run")
+        (node,) = await job.gang(shop)
+        with pytest.raises(NoMoney):
+            await job.treasurer.secure(node)
+        street.ledger.give(PAYER.address, 1_000_000)
+        await job.treasurer.secure(node)
+        assert len(street.ledger.book.escrows) == 1
+        await job.treasurer.close()
+        assert all(one.closed for one in job.written.terms)
+
+    run(story, deposit=500)
+
+
+def test_a_node_that_comes_back_at_another_price_or_account(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shop = await street.shop(1, tmp_path / "1")
+        job = Job(street, tmp_path / "run")
+        await job.begin(shop)
+        await street.clock.advance(10.0)
+        await job.commit((shop, 10_000))
+        job.treasurer.left(shop.node, "it was started anew")
+        await settle(street)
+        shop.sales.terms = msgspec.structs.replace(shop.sales.terms, price=Price(720_000))
+        shop.offer = msgspec.structs.replace(shop.offer, price=Price(720_000))
+        await job.treasurer.secure((await job.gang(shop))[0])
+        job.treasurer.ready(shop.node, 10.0, 100)
+        await street.clock.advance(10.0)
+        await job.commit((shop, 10_000))
+        assert job.treasurer.payments.spent_micro == 1000 + 2000
+        job.treasurer.left(shop.node, "it was started anew")
+        await settle(street)
+        shop.sales.terms = msgspec.structs.replace(shop.sales.terms, payee=an_account(9).address)
+        with pytest.raises(NotSecured, match="shop-1 is paid at 0x.* now, and was paid at 0x"):
+            await job.treasurer.secure((await job.gang(shop))[0])
 
     run(story)

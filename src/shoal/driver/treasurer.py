@@ -21,13 +21,13 @@ import msgspec
 from shoal.driver.bills import FILE, PaidNode, Payments, TermPayments, newest_vouchers
 from shoal.driver.folder import RunFolder
 from shoal.driver.gang import LinkedNode
-from shoal.errors import BadInput, ShoalError
+from shoal.errors import BadInput, LinkError, ShoalError
 from shoal.identity import KeyPair
 from shoal.identity.accounts import AccountKey, address_text
-from shoal.ledger.book import UnknownEscrow
+from shoal.ledger.book import SameEscrow, UnknownEscrow
 from shoal.ledger.commands import Admit, Close, Open, Redeem, Withhold
 from shoal.ledger.escrows import EscrowOver, OldVoucher
-from shoal.ledger.moves import TooLittleMoney
+from shoal.ledger.moves import DoneAlready, TooLittleMoney
 from shoal.market.earnings import lasts_s
 from shoal.protocol.holds import LEASE_STEP_MS, quote_id
 from shoal.protocol.messages import DEFAULT_NETWORK
@@ -50,6 +50,8 @@ from shoal.world.quotes import Held, NotSecured, Quotes, is_free
 
 PAY_DEADLINE_S = 5.0
 LAST_PAY_DEADLINE_S = 15.0
+ASKED_AGAIN_S = (0.5, 1.0, 2.0, 4.0)
+"""After so long each, when an answer of the ledger was lost; places are held for longer."""
 RENEW_EVERY_S = LEASE_STEP_MS / 1000 / 3
 NOTICE_MS, AUDIT_MS = 60_000, 3_600_000
 HOLDBACK_PPM = 100_000
@@ -110,6 +112,7 @@ class Treasurer:
         self._budget_micro = purse.budget_micro
         self._term: TermPayments | None = None
         self._held: dict[bytes, Held] = {}
+        self._opening = asyncio.Lock()
         self._writing = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._sending: set[bytes] = set()
@@ -223,18 +226,20 @@ class Treasurer:
         return None
 
     async def secure(self, node: LinkedNode) -> None:
-        """A node that comes later is held, admitted and taken. Raises ShoalError."""
+        """A node that comes later is held, admitted and taken. Raises NotSecured, NoMoney, and what nodes and the
+        ledger do."""
         if is_free(node.offer) or node.node in self._held:
             return
         if not self.left_micro:
             raise NotSecured(f"Nothing of the budget is left for {node.name}.")
         held = await self._quotes.hold(node.node, node.offer)
         try:
-            if self._term is None:
-                await self._open([held])
-                self._beside(self._renew())
-            else:
-                await self._admit(held)
+            async with self._opening:
+                if self._term is None:
+                    await self._open([held])
+                    self._beside(self._renew())
+                else:
+                    await self._admit(held)
             await self._take(held)
             await self._write()
         except BaseException:
@@ -267,10 +272,35 @@ class Treasurer:
         self._term = TermPayments(terms=terms, ledger=ledger, signature=signature, nodes=nodes)
         await self._write()
         try:
-            await purse.ledger.apply(Open(terms, signature))
+            await self._have_done(Open(terms, signature))
         except TooLittleMoney as error:
+            await self._take_back()
             has = await purse.ledger.balance(purse.account.address)
             raise self._no_money(amount, has) from error
+        except BaseException:
+            await self._take_back()
+            raise
+
+    async def _have_done(self, command: Open | Admit) -> None:
+        """Where an answer is lost, the ledger is asked again: what is signed is done once. Raises what it does."""
+        for wait_s in (*ASKED_AGAIN_S, None):
+            try:
+                await self.purse.ledger.apply(command)
+                return
+            except (SameEscrow, DoneAlready):
+                return
+            except LinkError:
+                if wait_s is None:
+                    raise
+            await self._clock.sleep(wait_s)
+
+    async def _take_back(self) -> None:
+        """Of an escrow of which it is not known that it was opened: another one is opened for whoever comes next."""
+        term, self._term = self._open_term(), None
+        with contextlib.suppress(ShoalError):  # --resume asks again
+            term = await close_escrow(term, self.purse.ledger, self.purse.account)
+        self._former = (*self._former, term)
+        await self._write()
 
     def _paid_node(self, held: Held, now_ms: int) -> PaidNode:
         return PaidNode(
@@ -280,13 +310,20 @@ class Treasurer:
 
     async def _admit(self, held: Held) -> None:
         term, payee = self._open_term(), held.hold.payee
-        if held.node.hex() in term.nodes:
+        known = self._node(held.node)
+        if known is not None and known.payee != payee:
+            raise NotSecured(
+                f"{held.name} is paid at {address_text(payee)} now, and was paid at {address_text(known.payee)} for "
+                "this job: it may come back with that account, or for a job that begins or is resumed later."
+            )
+        if known is not None:
+            self._put(held.node, msgspec.structs.replace(known, micro_per_h=held.hold.price.micro_per_h))
             return
         named = {one.payee for one in term.nodes.values()}
         if payee not in named:
             admission = Admission(term.escrow, payee, term.terms.amount_micro)
             signature = self.purse.account.sign(admission.digest(term.ledger))
-            await self.purse.ledger.apply(Admit(admission, signature))
+            await self._have_done(Admit(admission, signature))
         self._put(held.node, self._paid_node(held, self._clock.now_ms()))
         await self._write()
 
@@ -467,8 +504,8 @@ async def close_escrow(term: TermPayments, ledger: Ledger, account: AccountKey) 
         for one in newest_vouchers(term):
             await _redeem(one, ledger)
         await ledger.apply(Close(wish, account.sign(wish.digest(term.ledger))))
-    except (UnknownEscrow, EscrowOver):
-        pass  # it never came to be, or is over by itself
+    except (UnknownEscrow, EscrowOver, DoneAlready):
+        pass  # it never came to be, is over by itself, or was asked for and the answer was lost
     return msgspec.structs.replace(term, closed=True)
 
 

@@ -340,15 +340,17 @@ class Sales:
     def _with(self, escrow: Escrow, hold: Hold) -> dict[bytes, Account]:
         """The accounts, once a slot is held for this escrow. Raises HoldRefused."""
         terms, known = escrow.terms, self._accounts.get(escrow.escrow_id)
-        if known is not None and known.client != hold.client:
+        if known is not None and (known.client, known.payee) != (hold.client, hold.payee):
             raise HoldRefused(
-                f"{escrow.name} pays for what node {self._name} does for {short_id(known.client)}: each client sets "
-                "money aside of its own."
+                f"{escrow.name} pays for what node {self._name} does for {short_id(known.client)}, at "
+                f"{address_text(known.payee)}: each client sets money aside of its own, and another one where a node "
+                "is paid at another account."
             )
         account = known or Account(
             escrow=escrow.escrow_id, ledger=self._ledger.name, client=hold.client, payer=terms.payer,
-            signer=terms.signer, payee=hold.payee, most_micro=0, ends_ms=0, micro_per_h=hold.price.micro_per_h,
+            signer=terms.signer, payee=hold.payee, most_micro=0, ends_ms=0, micro_per_h=0,
         )  # fmt: skip
+        account = msgspec.structs.replace(account, micro_per_h=hold.price.micro_per_h)
         accounts = {**self._accounts, escrow.escrow_id: _as_at(escrow, account)}
         while len(accounts) > ACCOUNTS_MAX:
             idle = next(
