@@ -43,13 +43,14 @@ def listings(count: int, seed: int) -> list[Listing]:
         device = Device(kind="cuda", name=name, memory_bytes=gib << 30, memory_bytes_per_s=5e11,
                         throughput=(Throughput(dtype="bfloat16", flops=flops * dice.uniform(0.7, 1)),))  # fmt: skip
         city = dice.randrange(60)
+        position = tuple((cities[city] + near[at]).tolist())
         offer = Offer(
             name=f"node{at}", sequence=1, issued_ms=0, lifetime_ms=60_000, price=Price(int(prices[at])),
             capability=Capability(devices=(device,), hub_rate_bps=dice.lognormvariate(18.5, 1)),
             place=Place(country=COUNTRIES[city % len(COUNTRIES)]),
+            coordinate=Coordinate(position, float(heights[at])).told(),
         )  # fmt: skip
-        place = tuple((cities[city] + near[at]).tolist())
-        found.append(Listing(at.to_bytes(32), offer, Coordinate(place, float(heights[at]))))
+        found.append(Listing(at.to_bytes(32), offer))
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.market.coordinates import DIMENSIONS, Coordinate
-from shoal.market.gangs import cheapest_gang
+from shoal.market.gangs import cheapest_gang, near_one_another
 
 
 def drawn(seed: int, count: int, spread: float = 50.0) -> tuple[Costs, Places, Places]:
@@ -110,3 +111,44 @@ def test_coordinates_stay_finite_whatever_is_measured(steps: list[tuple[int, flo
     for node in nodes:
         assert np.isfinite([*node.position_ms, node.height_ms, node.error]).all()
         assert node.height_ms > 0
+
+
+@given(
+    count=st.integers(0, 12),
+    seed=st.integers(0, 10_000),
+    limit=st.sampled_from([5.0, 20.0, 60.0]),
+    at_least=st.integers(1, 6),
+)
+def test_those_that_measured_to_be_near_are_and_the_advice_does(
+    count: int, seed: int, limit: float, at_least: int
+) -> None:
+    numbers = np.random.default_rng(seed)
+    whole = numbers.uniform(1, 100, (count, count))
+    whole[numbers.uniform(size=(count, count)) < 0.1] = np.inf
+    distances = np.minimum(whole, whole.T)
+    costs = numbers.integers(0, 5, count)
+    found = near_one_another(distances, costs, limit_ms=limit, at_least=at_least)
+    assert all(distances[a, b] <= limit for a, b in itertools.combinations(found.members, 2))
+    assert f"{len(found.members)} of {count} nodes are within" in found.reason
+    if len(found.members) < at_least and "would be" in found.reason:
+        told = float(re.search(r"within ([0-9.]+) ms [0-9]+ would be", found.reason)[1])  # type: ignore[index]
+        assert len(near_one_another(distances, costs, limit_ms=told, at_least=at_least).members) >= at_least
+    if count and not found.members:
+        raise AssertionError("one node alone is near to all others that there are")
+
+
+def test_the_far_one_is_left_out_and_of_two_alike_the_dearer() -> None:
+    distances = np.array([[0.0, 5, 90], [5, 0, 80], [90, 80, 0]])
+    free = np.zeros(3, dtype=np.int64)
+    assert near_one_another(distances, free, limit_ms=20, at_least=2).members == (0, 1)
+    assert near_one_another(distances, free, limit_ms=20, at_least=3).reason == (
+        "2 of 3 nodes are within 20 ms of one another, and 3 are needed; within 90 ms 3 would be."
+    )
+    pair = np.array([[0.0, 50], [50, 0]])
+    assert near_one_another(pair, np.array([7, 3]), limit_ms=20, at_least=1).members == (1,)
+
+
+def test_a_coordinate_is_told_in_an_offer_and_understood() -> None:
+    mine = Coordinate((1.23, -4.56, 1e9), 0.01, 0.777)
+    told = mine.told()
+    assert (told.position_ms, told.height_ms, told.error) == ((1.2, -4.6, 1e5), 0.0, 0.78)

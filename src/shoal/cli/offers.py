@@ -53,6 +53,7 @@ FLAGS = {
     "regions": ("--region", REGION),
     "regions_without": ("--without-region", REGION),
     "tier": ("--tier", "open, sandboxed or attested"),
+    "reputation_min": ("--reputation", "from 0 to 1"),
     "price_max": ("--max-price", "at most a million an hour"),
     "currency": ("--currency", "capitals and digits, such as USD"),
 }
@@ -100,6 +101,14 @@ def offers(
     tier: Annotated[
         str, typer.Option(help="What keeps work apart from the owner: open, sandboxed, attested.")
     ] = "open",
+    reputation: Annotated[
+        float,
+        typer.Option(
+            metavar="SHARE",
+            help="How a node kept its word in your own jobs, at least: from 0 to 1, and 0.5 for one that had no part in "
+            "any. Jobs take none below 0.1, which is who was found lying.",
+        ),
+    ] = 0.0,
     max_price: Annotated[
         str | None, typer.Option(metavar="PRICE", help="At most this, such as 0.35/h.", show_default=False)
     ] = None,
@@ -127,6 +136,7 @@ def offers(
     """  # fmt: skip
     from shoal.hub import HubClient
     from shoal.market import Board, Listing, Wish, match
+    from shoal.market.reputation import NEW
     from shoal.protocol.offers import OfferFind
     from shoal.transport import TlsEndpoint
     from shoal.world.lookout import all_offers
@@ -142,10 +152,12 @@ def offers(
             "latency_max_ms": None if latency is None else 1000 * parse_duration_s(latency),
             "countries": country or (), "countries_without": without_country or (), "regions": region or (),
             "regions_without": without_region or (), "tier": tier,
+            "reputation_min": reputation,
             "price_max": None if max_price is None else parse_price(max_price), "currency": currency,
         }
     )  # fmt: skip
     tickets = places.find_hubs(hub)
+    scores = places.acquaintances().scores()
 
     async def work() -> None:
         clock, dice = SystemClock(), SystemDice()
@@ -153,7 +165,8 @@ def offers(
         client = HubClient(endpoint, tickets, clock=clock, dice=dice)
         try:
             await client.start()
-            listings = [Listing(one.node, one.offer) for one in await all_offers(client, OfferFind())]
+            offers = await all_offers(client, OfferFind())
+            listings = [Listing(one.node, one.offer, None, scores.get(one.node, NEW)) for one in offers]
             if wanted.latency_max_ms is not None:
                 listings = await _measured(listings, wanted, endpoint, client, clock)
         finally:
@@ -213,7 +226,7 @@ async def _measured(
                 )  # fmt: skip
             except ShoalError:
                 return one
-        return Listing(one.node, one.offer, one.coordinate, took_ms)
+        return Listing(one.node, one.offer, took_ms, one.reputation)
 
     return list(await asyncio.gather(*(measured(one) for one in listings)))
 
@@ -293,7 +306,7 @@ def _print_json(board: Board, found: Match, rows: list[int]) -> None:
     listed = [board.listing(row) for row in rows]
     print_json(
         {
-            "offers": [{"node": one.node, "offer": one.offer, "latency_ms": one.latency_ms} for one in listed],
+            "offers": [{"node": one.node, "offer": one.offer, "latency_ms": one.latency_ms, "reputation": one.reputation} for one in listed],
             "considered": found.considered,
             "fit": found.nodes,
             "excluded": found.excluded,

@@ -11,6 +11,7 @@ from shoal.quantities.money import parse_money
 from shoal.sdk.places import (
     LocalRun,
     account_key,
+    acquaintances,
     find_hubs,
     find_local,
     forget_local,
@@ -24,6 +25,7 @@ __all__ = [
     "LocalRun",
     "NoRun",
     "account_key",
+    "acquaintances",
     "amount_of",
     "find_hubs",
     "find_local",

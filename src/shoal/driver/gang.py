@@ -68,7 +68,7 @@ async def link_to(
     )
     if wish.asks_for_latency:
         took_ms = await echo_ms(link, clock, DIAL_DEADLINE_S)
-        if not fitting([Listing(node, offer, latency_ms=took_ms)], wish):
+        if not fitting([Listing(node, offer, took_ms, wish.reputation_of(node))], wish):
             raise TooFar(f"It is {took_ms:.1f} ms away, there and back, which is more than the job allows.")
     return LinkedNode(node, offer, link)
 
@@ -169,7 +169,9 @@ async def find_gang(
             if clock.monotonic() >= until:
                 break
             if not told:
-                say(f"{len(dials.linked)} of {nodes_min} nodes are there; waiting up to {wait_s:.0f} s for more.")
+                why = await why_not(directory, wanted, wish, nodes_min) if wish != ANYTHING else ""
+                there = f"{len(dials.linked)} of {nodes_min} nodes are there; waiting up to {wait_s:.0f} s for more."
+                say(f"{there} {why}".rstrip())
                 told = True
             await clock.sleep(max(0.0, look_again - clock.monotonic()))
     finally:
@@ -187,7 +189,7 @@ async def why_not(directory: Directory, wanted: OfferFind, wish: Wish, needed: i
     board = Board()
     with contextlib.suppress(LinkError):
         for one in await all_offers(directory, OfferFind(accepts=wanted.accepts)):
-            board.put(Listing(one.node, one.offer, latency_ms=0.0))
+            board.put(Listing(one.node, one.offer, 0.0, wish.reputation_of(one.node)))
     found = match(board, wish, accepts=wanted.accepts, idle_only=wanted.idle_only, needed=max(1, needed))
     return "" if found.nodes >= needed else found.reason
 

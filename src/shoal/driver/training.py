@@ -20,6 +20,7 @@ from shoal.driver.gang import DIALS_AT_ONCE, REST_MAX_S, REST_S, LinkedNode, lin
 from shoal.driver.lanes import NodeLane
 from shoal.driver.lines import Event, EventKind, Lane, RoundMetrics
 from shoal.driver.members import MemberLine, MemberLines, NotOfThisJob
+from shoal.driver.nearness import refuse_far
 from shoal.driver.report import NodeFigures, NodeStatus
 from shoal.driver.treasurer import Treasurer
 from shoal.errors import BadRecord, LinkError, ShoalError
@@ -186,6 +187,7 @@ class TrainingDriver:
         clock: Clock,
         wanted: OfferFind,
         wish: Wish = ANYTHING,
+        within_ms: float | None = None,
         members_min: int = 1,
         nodes_max: int = 1024,
         retired: Mapping[bytes, str] | None = None,
@@ -193,7 +195,8 @@ class TrainingDriver:
         watchers: Watchers | None = None,
         treasurer: Treasurer | None = None,
     ) -> None:
-        """Without a treasurer only nodes that work for nothing take part."""
+        """Without a treasurer only nodes that work for nothing take part. Those that join later are to be `within_ms`
+        of each member."""
         self.records = records
         self.network = records.job.network
         self.job = open_record(records.job, TrainJob, self.network)
@@ -206,7 +209,7 @@ class TrainingDriver:
         self._store = store
         self._fetcher = fetcher
         self._clock = clock
-        self._wanted, self._wish = wanted, wish
+        self._wanted, self._wish, self._within_ms = wanted, wish, within_ms
         self._nodes_max = nodes_max
         self._watchers = watchers or Watchers()
         self._treasurer = treasurer
@@ -740,6 +743,8 @@ class TrainingDriver:
                 one.node, one.offer, endpoint=self._endpoint, directory=self._directory, clock=self._clock,
                 wish=self._wish,
             )  # fmt: skip
+            if self._within_ms is not None:
+                await refuse_far(node, [line.node for line in self._lines.by_member.values()], self._within_ms)
         except ShoalError as error:  # whatever is wrong with one offer, the job goes on
             self._unreached.tried(one.node)
             _log.info("%s could not be reached: %s", one.offer.name, error)

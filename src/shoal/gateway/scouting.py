@@ -9,17 +9,16 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from shoal.errors import ShoalError
 from shoal.gateway.meeting import Meetings
 from shoal.gateway.remote import Loss
 from shoal.protocol.blobs import BlobHolder
-from shoal.protocol.messages import decode, encode
 from shoal.protocol.offers import Offer, OfferFind
-from shoal.protocol.serving import STAGES_MAX, LinkProbe, LinksProbed
+from shoal.protocol.serving import STAGES_MAX
 from shoal.sharding import GATEWAY, Links, ModelNeeds, Presence, ServingNode
 from shoal.world import Clock, Endpoint, FoundOffer, Link
 from shoal.world.directory import Directory
 from shoal.world.lookout import Lookout
+from shoal.world.reach import probe
 
 KNOWN_MAX = 256
 REMEMBERED_MAX = 4096
@@ -134,18 +133,10 @@ class Scout:
     async def _probe_from(self, node: bytes, others: Sequence[bytes]) -> None:
         known = self._known[node]
         holders = tuple(BlobHolder(other, self._known[other].offer.addresses) for other in others)
-        times: Sequence[float | None]
-        try:
-            reply = await known.link.request(
-                LinkProbe.KIND, encode(LinkProbe(nodes=holders), known.link.version), deadline_s=PROBE_DEADLINE_S
-            )
-            times = decode(LinksProbed, reply, known.link.version).round_trip_ms
-        except ShoalError as error:
-            _log.info("%s did not say how far others are: %s", known.offer.name, error)
-            times = ()
+        times = await probe(known.link, holders, PROBE_DEADLINE_S)
         now = self._clock.monotonic()
         for at, other in enumerate(others):
-            time_ms = times[at] if at < len(times) else None
+            time_ms = times[at]
             self._between[node, other] = (math.inf if time_ms is None else time_ms / 2, now)
 
     # --- what the planner is told ------------------------------------------------------------------------------------

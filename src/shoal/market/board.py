@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from shoal.market.coordinates import DIMENSIONS, Coordinate
 from shoal.market.filters import best_flops
+from shoal.market.reputation import NEW
 from shoal.protocol.money import ledger_text
 from shoal.protocol.offers import Offer, Tier
 
@@ -25,7 +26,7 @@ ROWS_FIRST = 256
 TIERS: tuple[str, ...] = get_args(Tier)
 NUMBERS = (
     "memory_bytes", "flops", "memory_bytes_per_s", "bandwidth_bytes_per_s", "latency_ms", "price_micro_per_h",
-    "height_ms",
+    "height_ms", "reputation",
 )  # fmt: skip
 WORKS = ("train", "serve", "engine", "run")
 """Kinds of work that many nodes take."""
@@ -40,10 +41,10 @@ class Listing:
 
     node: bytes
     offer: Offer
-    coordinate: Coordinate | None = None
-    """None: at its hub's place, as far from everybody as from the hub."""
     latency_ms: float | None = None
     """There and back to whoever asks; None where it was not measured."""
+    reputation: float = NEW
+    """With whoever asks."""
 
 
 class Texts:
@@ -124,13 +125,13 @@ class Board:
             self._listings[row] = listing
             self._live[row], self._busy[row] = True, offer.busy
             self._tier[row], self._owner[row] = TIERS.index(offer.tier), rows[0]
-            at = listing.coordinate or Coordinate(height_ms=max(offer.capability.hub_round_trip_ms, 0.1))
+            at = Coordinate.of(offer)
             self._position[row] = at.position_ms
             price, place = offer.price, offer.place
             numbers = (
                 device.memory_bytes, best_flops(device), device.memory_bytes_per_s,
                 offer.capability.hub_rate_bps / 8, np.inf if listing.latency_ms is None else listing.latency_ms,
-                price.micro_per_h if price else 0, at.height_ms,
+                price.micro_per_h if price else 0, at.height_ms, listing.reputation,
             )  # fmt: skip
             for name, number in zip(NUMBERS, numbers, strict=True):
                 self._numbers[name][row] = number

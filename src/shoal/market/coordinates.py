@@ -11,6 +11,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from shoal.protocol.offers import NetworkCoordinate, Offer
+
 DIMENSIONS = 3
 HEIGHT_MIN_MS = 0.1
 STEP, ERROR_STEP = 0.25, 0.25
@@ -25,6 +27,22 @@ class Coordinate:
     height_ms: float = HEIGHT_MIN_MS
     error: float = 1.0
     """What a distance is off, in parts of it, about."""
+
+    @classmethod
+    def of(cls, offer: Offer) -> Coordinate:
+        """As the node says; of one that does not, at its hub's place: as far from everybody as from the hub."""
+        said = offer.coordinate
+        if said is None:
+            return cls(height_ms=max(offer.capability.hub_round_trip_ms, HEIGHT_MIN_MS))
+        return cls(said.position_ms, max(said.height_ms, HEIGHT_MIN_MS), said.error)
+
+    def told(self) -> NetworkCoordinate:
+        """For an offer, in tenths of a millisecond."""
+        near = [round(min(1e5, max(-1e5, one)), 1) for one in self.position_ms]
+        return NetworkCoordinate(
+            position_ms=(near[0], near[1], near[2]), height_ms=round(min(6e4, self.height_ms), 1),
+            error=round(self.error, 2),
+        )  # fmt: skip
 
     def distance_ms(self, other: Coordinate) -> float:
         """There and back, as expected."""

@@ -330,3 +330,52 @@ def _least(costs: list[int], open_ones: int, count: int) -> int:
         total += costs[lowest.bit_length() - 1]
         open_ones ^= lowest
     return total
+
+
+# --- by what was measured ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Near:
+    """Candidates of which any two are near enough, as places in what was given, and why not more."""
+
+    members: tuple[int, ...]
+    reason: str
+
+
+def near_one_another(
+    distances_ms: NDArray[np.float64], costs: NDArray[np.int64], *, limit_ms: float, at_least: int
+) -> Near:
+    """As many as are found of the candidates whose round trips were measured ([n, n], symmetric, infinite where nobody
+    could say), any two at most `limit_ms` apart: whoever is too far from most is left out, of those alike the dearer.
+    Where they are fewer than `at_least` the reason says at which limit they would be enough."""
+    members = _near(distances_ms, costs, limit_ms)
+    said = f"{len(members)} of {len(costs)} nodes are within {limit_ms:.4g} ms of one another"
+    if len(members) >= at_least:
+        return Near(members, f"{said}.")
+    pairs = distances_ms[np.triu_indices(len(costs), 1)]
+    further = np.unique(pairs[np.isfinite(pairs) & (pairs > limit_ms)])
+    low, high = 0, len(further)  # more are near at a higher limit, as a rule: good enough for a piece of advice
+    while low < high:
+        middle = (low + high) // 2
+        if len(_near(distances_ms, costs, float(further[middle]))) >= at_least:
+            high = middle
+        else:
+            low = middle + 1
+    would = "no limit would do"
+    if low < len(further):
+        enough = float(np.ceil(further[low] * 10) / 10)
+        would = f"within {enough:.4g} ms {len(_near(distances_ms, costs, enough))} would be"
+    return Near(members, f"{said}, and {at_least} are needed; {would}.")
+
+
+def _near(distances_ms: NDArray[np.float64], costs: NDArray[np.int64], limit_ms: float) -> tuple[int, ...]:
+    far = ~(distances_ms <= limit_ms)
+    np.fill_diagonal(far, False)
+    left = np.arange(len(costs))
+    while len(left):
+        many = far[np.ix_(left, left)].sum(axis=1)
+        if not many.any():
+            break
+        left = np.delete(left, np.lexsort((left, costs[left], many))[-1])
+    return tuple(int(one) for one in left)

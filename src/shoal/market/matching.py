@@ -150,6 +150,10 @@ def demands(board: Board, wanted: Requirements) -> Iterator[Demand]:
             yield Demand(f"{name}_without", f"not {', '.join(without)}", ~board.among(column, ("", *without)))
     if wanted.tier != "open":
         yield Demand("tier", f"{wanted.tier} at least", board.tier >= TIERS.index(wanted.tier))
+    values = board.number("reputation")
+    if (values < wanted.reputation_min).any():
+        asked, limit = f"at least {_share(wanted.reputation_min)}", wanted.reputation_min
+        yield Demand("reputation_min", asked, values >= limit, values, limit, show=_share)
     same = board.among("currency", ["", wanted.currency or USUAL_CURRENCY])
     if wanted.price_max is not None:
         priced = board.number("price_micro_per_h")
@@ -264,6 +268,10 @@ def _read_ms(text: str) -> float:
 
 def _ms(value: float) -> str:
     return f"{value:.3g} ms" if value < 100 else f"{value:.0f} ms"
+
+
+def _share(value: float) -> str:
+    return f"{value:.2g}"
 
 
 def _price(value: float) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, TypeAlias
 
 import msgspec
 from msgspec import Meta
 
+from shoal.market.reputation import NEW, REPUTATION_LEAST
 from shoal.protocol.money import LedgerName
 from shoal.protocol.offers import Country, Region, Tier
 from shoal.protocol.prices import Currency, PricePerHour
@@ -50,6 +52,9 @@ class Requirements(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """In none of these; nor a node that does not say where it is."""
     tier: Tier = "open"
     """What must keep the work apart from the node's owner: `open`, `sandboxed` or `attested`."""
+    reputation_min: Annotated[float, Meta(ge=0, le=1)] = REPUTATION_LEAST
+    """From 0 to 1: how a node has kept its word in your own earlier jobs; 0.5 for one that had no part in any. Those
+    that were found lying are below the default."""
     price_max: MaximumPrice | None = None
     """What a node may cost, such as 0.35/h."""
     currency: Currency | None = None
@@ -74,6 +79,11 @@ class Wish:
     """At least one of these must be met, too; none: nothing more is asked."""
     means: Means | None = None
     """None: whoever asks only looks."""
+    seen: Mapping[bytes, float] = field(default_factory=dict)
+    """NodeId -> what whoever asks thinks of it (`reputation`); the others are new."""
+
+    def reputation_of(self, node: bytes) -> float:
+        return self.seen.get(node, NEW)
 
     @property
     def asks_for_latency(self) -> bool:

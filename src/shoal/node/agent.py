@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeAlias
 
 import msgspec
 
@@ -30,8 +31,9 @@ from shoal.node.member import (
 from shoal.node.openai_server import ServerSettings
 from shoal.node.sales import Sales
 from shoal.node.stages import StageHost
+from shoal.node.surveying import Prober, Surveyor
 from shoal.protocol.messages import DEFAULT_NETWORK, decode, encode, sign
-from shoal.protocol.offers import Capability, Device, Done, EngineOffer, Offer, Place
+from shoal.protocol.offers import Capability, Device, Done, EngineOffer, NetworkCoordinate, Offer, Place
 from shoal.protocol.prices import Price
 from shoal.protocol.serving import LinkEcho
 from shoal.protocol.training import (
@@ -65,6 +67,9 @@ take no more."""
 HEAD_DEADLINE_S = 8.0
 INVITED_ANEW = "It was invited anew."
 """The reason with which a membership ends that another one of the same job follows at once."""
+
+_Said: TypeAlias = tuple[bool, EngineOffer | None, NetworkCoordinate | None]
+"""What of an offer changes while the node runs: busy, its engine, where it is."""
 
 _log = logging.getLogger("shoal.node")
 
@@ -208,8 +213,10 @@ class NodeAgent:
         self._news = asyncio.Event()
         """Something changed that the offer may say."""
         self._telling: asyncio.Task[None] | None = None
-        self._said: tuple[bool, EngineOffer | None] | None = None
+        self._said: _Said | None = None
         self._sales: Sales | None = None
+        self._surveyor = Surveyor(endpoint, hubs, clock, dice, self._changed)
+        self._surveying: asyncio.Task[None] | None = None
 
     @property
     def engine(self) -> str | None:
@@ -258,6 +265,7 @@ class NodeAgent:
             self._ended |= {owner: None for owner in holding.owners if owner.startswith(PIN_PREFIX)}
         self._forget_ended()
         serve(self._endpoint, self._store)
+        Prober(self._endpoint, self._clock)
         if self.settings.sale is not None:
             self._sales = self._start_selling(self.settings.sale)
         for kind, handler in (
@@ -291,6 +299,7 @@ class NodeAgent:
         await self._measure_hub_link()
         await self._publish()
         self._telling = asyncio.create_task(self._tell_hubs())
+        self._surveying = asyncio.create_task(self._surveyor.run())
 
     def _start_selling(self, sale: Sale) -> Sales:
         terms = Terms(
@@ -323,8 +332,9 @@ class NodeAgent:
     async def close(self) -> None:
         """Leave all jobs, saying so, and stop."""
         self._closing = True
-        if self._telling is not None:
-            self._telling.cancel()
+        for task in (self._telling, self._surveying):
+            if task is not None:
+                task.cancel()
         for member in list(self._members.values()):
             member.end("The node is stopping.", tell=True)
         tasks = list(self._tasks.values())
@@ -357,7 +367,7 @@ class NodeAgent:
         assert self.capability is not None
         async with self._publishing:
             now, sale = self._clock.now_ms(), self.settings.sale
-            self._said = busy, engine = self._to_say()
+            self._said = busy, engine, coordinate = self._to_say()
             self._sequence = max(self._sequence + 1, now)
             offer = Offer(
                 name=self.settings.name,
@@ -370,6 +380,7 @@ class NodeAgent:
                 busy=busy,
                 engine=engine,
                 place=self.settings.place,
+                coordinate=coordinate,
                 price=sale.price if sale else None,
                 ledger=sale.ledger.name if sale else None,
                 slots=self.settings.members_max,
@@ -379,10 +390,10 @@ class NodeAgent:
             except LinkError as error:
                 _log.warning("%s: the offer was not taken: %s", self.settings.name, error)
 
-    def _to_say(self) -> tuple[bool, EngineOffer | None]:
-        """What of the offer changes while the node runs."""
+    def _to_say(self) -> _Said:
         taken = len(self._unheld()) + (self._sales.held if self._sales else 0)
-        return taken >= self.settings.members_max, self._engine.offer if self._engine else None
+        coordinate = self._surveyor.said.told() if self._surveyor.said else None
+        return taken >= self.settings.members_max, self._engine.offer if self._engine else None, coordinate
 
     async def _tell_hubs(self) -> None:
         """Whoever asks something of this node does not wait until hubs have heard what changed by it. Some of it nobody

@@ -85,6 +85,18 @@ class Place(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     region: Region | None = None
 
 
+CoordinateMs = Annotated[float, Meta(ge=-1e5, le=1e5)]
+
+
+class NetworkCoordinate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where a node has found itself to be in a space in which distance is round-trip time (`market.coordinates`)."""
+
+    position_ms: tuple[CoordinateMs, CoordinateMs, CoordinateMs]
+    height_ms: Annotated[float, Meta(ge=0, le=6e4)]
+    error: Annotated[float, Meta(ge=0, le=2)]
+    """What a distance is off, in parts of it, about."""
+
+
 class Offer(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """A node's signed word about itself: what it measured, where it can be dialled, and until when this holds.
 
@@ -106,6 +118,8 @@ class Offer(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_
     engine: EngineOffer | None = None
     """None also while its server does not answer."""
     place: Place | None = None
+    coordinate: NetworkCoordinate | None = None
+    """None while it has measured nobody."""
     price: Price | None = None
     """None: for nothing."""
     ledger: LedgerName | None = None

@@ -16,6 +16,7 @@ from shoal.identity import KeyPair, load_or_create_key
 from shoal.identity.accounts import AccountKey, load_account
 from shoal.protocol.hubs import HubTicket
 from shoal.protocol.ledgers import LedgerTicket
+from shoal.sdk.acquaintances import Acquaintances
 from shoal.sdk.local import shoal_home
 
 
@@ -109,6 +110,11 @@ def find_hubs(named: list[str] | None) -> list[HubTicket]:
             )
         texts = local.hubs
     return [HubTicket.parse(text) for text in texts]
+
+
+def acquaintances() -> Acquaintances:
+    """What this user has seen of nodes."""
+    return Acquaintances(shoal_home() / "nodes.json")
 
 
 def account_file() -> Path:

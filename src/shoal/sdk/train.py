@@ -21,18 +21,22 @@ from shoal.driver.audit import FINISH_S, Auditor
 from shoal.driver.folder import FolderWriteFailed, RunFolder, saying_room
 from shoal.driver.gang import LOOK_EVERY_S, LinkedNode, fastest_float32, find_gang, link_to, link_to_former, why_not
 from shoal.driver.lines import AuditLine, AuditVerdict, Evaluation, Event
+from shoal.driver.nearness import near_gang
 from shoal.driver.replay import CHAIN_ELSEWHERE_MAX
 from shoal.driver.report import (
     AuditCount,
     Completion,
     Figures,
     Goal,
+    NodeFigures,
+    NodeStatus,
     ReplayCost,
     Report,
     RoundChoice,
 )
 from shoal.driver.takeover import CannotTakeOver, take_over
-from shoal.driver.training import JobRecords, Outcome, Progress, TrainingDriver, Watchers
+from shoal.driver.training import NOT_BACK, JobRecords, Progress, TrainingDriver, Watchers
+from shoal.driver.training import Outcome as Ending
 from shoal.driver.treasurer import AUDIT_MS, NOTICE_MS, Purse, Treasurer
 from shoal.driver.write_report import make_report, write_missing_page, write_report
 from shoal.engines import EngineFailed
@@ -43,7 +47,9 @@ from shoal.identity import Envelope, KeyPair, load_key, load_or_create_key
 from shoal.identity.accounts import AccountKey
 from shoal.market import Wish
 from shoal.market.goodput import TrainingWork
+from shoal.market.reputation import Outcome
 from shoal.market.requirements import Means
+from shoal.protocol.holds import LEASE_STEP_MS
 from shoal.protocol.hubs import HubTicket
 from shoal.protocol.ledgers import LedgerTicket
 from shoal.protocol.messages import record_id_of, sign
@@ -52,6 +58,7 @@ from shoal.protocol.training import Commit, Contribution, Grant, Term, TrainJob
 from shoal.quantities.money import format_money
 from shoal.rounds.length import RoundLength, choose_round_length, exchange_takes_s, members_of_full_speed
 from shoal.rounds.standing import Standing, standing_at_start
+from shoal.sdk.acquaintances import Acquaintances, AcquaintancesDamaged
 from shoal.sdk.costs import Costs, costs_of, mix_for
 from shoal.sdk.jobfile import JobFile
 from shoal.sdk.loop_script import ScriptFailed, engine_for, how_to_take_part, loop_kind, measure
@@ -119,6 +126,8 @@ class TrainOptions:
     goal: Callable[[Report], Goal] | None = None
     spending: Spending | None = None
     """None: only nodes that work for nothing take part."""
+    acquaintances: Acquaintances | None = None
+    """What nodes did for earlier jobs, and where it is kept what they do for this one; none: all are new."""
     audits: bool = True
     closing_audit: bool = False
     """Replay one contribution of every member before the members are let go."""
@@ -249,7 +258,7 @@ async def resume(job_file: JobFile, options: TrainOptions) -> Report:
             # Killed after its last Commit, it may still have to measure the model and write the report.
             if taken.standing.tokens_total < session.job.token_budget:
                 gang = await session.gang(job_file, without=taken.retired.keys(), former=taken.records.former)
-                gang = await session.held(job_file, gang)
+                gang = await session.resumed(job_file, gang)
                 await session.set_aside(gang, job_file)
             return await session.drive(
                 taken.records, taken.standing, taken.state, gang, taken.retired, job_file, wanted=wanted
@@ -347,6 +356,8 @@ class _Session:
         self.engine: EngineProcess | None = None
         self.driver: TrainingDriver | None = None
         self.treasurer: Treasurer | None = None
+        self.ledger: RemoteLedger | None = None
+        self._scores = options.acquaintances.scores() if options.acquaintances is not None else {}
         self._withholding: set[asyncio.Task[None]] = set()
         self._measuring = asyncio.Lock()
         self._figures_s = -FIGURES_EVERY_S
@@ -374,8 +385,9 @@ class _Session:
             found = await link_to(node, offer, endpoint=self.endpoint, directory=self.hubs, clock=self.clock)
             return found.link
 
+        self.ledger = RemoteLedger(self.endpoint, spending.ledger, self.clock)
         purse = Purse(
-            RemoteLedger(self.endpoint, spending.ledger, self.clock),
+            self.ledger,
             spending.account,
             spending.budget_micro,
             notice_ms=spending.notice_ms,
@@ -450,32 +462,35 @@ class _Session:
 
     def wish(self, job_file: JobFile, *, waiting: bool = True) -> Wish:
         """Who only plans may look at what it could not pay for."""
+        wish = dataclasses.replace(job_file.requirements.wish, seen=self._scores)
         if not waiting:
-            return job_file.requirements.wish
+            return wish
         spending = self.options.spending
-        return dataclasses.replace(
-            job_file.requirements.wish, means=Means(spending.ledger.ledger if spending is not None else None)
-        )
+        return dataclasses.replace(wish, means=Means(spending.ledger.ledger if spending is not None else None))
 
     async def why_not(self, job_file: JobFile) -> str:
         needs = job_file.requirements
-        return await why_not(self.hubs, self.wanted(job_file), needs.wish, needs.nodes_min)
+        return await why_not(self.hubs, self.wanted(job_file), self.wish(job_file, waiting=False), needs.nodes_min)
 
     # ---- money ----
 
     async def secure(
         self, job_file: JobFile, prepared: Prepared, gang: list[LinkedNode], length: RoundLength
     ) -> tuple[list[LinkedNode], RoundLength]:
-        """Those of a gang that are worth their money and keep a place, and the round length for them. While too few
-        do, others are looked for, as long as the job file says. Raises NotSecured."""
-        if self.treasurer is None:
-            return gang, length
+        """Those of a gang that have a bond, are near to one another, worth their money and keep a place, as far as the
+        job asks for it, and the round length for them. While too few do, others are looked for, as long as the job file says. Raises NotSecured."""
         needs = job_file.requirements
+        if self.treasurer is None and needs.latency_within_ms is None and not needs.bond_min:
+            return gang, length
         until = self.clock.monotonic() + needs.wait_s
         while True:
             try:
+                if needs.bond_min:
+                    gang = await self._bonded(gang, needs.bond_min, needs.nodes_min)
+                if needs.latency_within_ms is not None:
+                    gang = await near_gang(gang, needs.latency_within_ms, needs.nodes_min)
                 chosen = self._worth_it(job_file, prepared, gang, length)
-                held = await self.treasurer.hold(chosen, min(len(gang), needs.nodes_min))
+                held = await self._held(job_file, chosen)
                 return held, self._length(job_file, prepared, held)
             except NotSecured as error:
                 if self.clock.monotonic() >= until:
@@ -483,6 +498,22 @@ class _Session:
                 self.options.say(error.sentence)
             await self.clock.sleep(LOOK_EVERY_S)
             gang = await self.gang(job_file)
+
+    async def _bonded(self, gang: list[LinkedNode], least_micro: int, nodes_min: int) -> list[LinkedNode]:
+        """Those for whose word so much is at stake while a place of theirs is held. Raises NotSecured, and what the
+        ledger does."""
+        if self.ledger is None:
+            raise NotSecured("requirements.bond_min asks what is at stake at a ledger; name yours with a --budget.")
+        ledger, until_ms = self.ledger, self.clock.now_ms() + LEASE_STEP_MS
+        stakes = await asyncio.gather(*(ledger.bond_of(one.node, until_ms) for one in gang))
+        bonded = [one for one, stake in zip(gang, stakes, strict=True) if stake >= least_micro]
+        if len(bonded) < nodes_min:
+            most = format_money(sorted(stakes)[-nodes_min]) if len(stakes) >= nodes_min else "nothing"
+            raise NotSecured(
+                f"{len(bonded)} of {len(gang)} nodes have a bond of {format_money(least_micro)} "
+                f"(requirements.bond_min), and {nodes_min} are needed; with {most} there would be enough."
+            )
+        return bonded
 
     def _worth_it(
         self, job_file: JobFile, prepared: Prepared, gang: list[LinkedNode], length: RoundLength
@@ -509,8 +540,14 @@ class _Session:
             )
         return [gang[at] for at in mix.members]
 
-    async def held(self, job_file: JobFile, gang: list[LinkedNode]) -> list[LinkedNode]:
+    async def resumed(self, job_file: JobFile, gang: list[LinkedNode]) -> list[LinkedNode]:
         """Of those with which a job goes on. Raises NotSecured."""
+        within_ms = job_file.requirements.latency_within_ms
+        if within_ms is not None:
+            gang = await near_gang(gang, within_ms, 1)
+        return await self._held(job_file, gang)
+
+    async def _held(self, job_file: JobFile, gang: list[LinkedNode]) -> list[LinkedNode]:
         if self.treasurer is None:
             return gang
         return await self.treasurer.hold(gang, min(len(gang), job_file.requirements.nodes_min))
@@ -693,6 +730,7 @@ class _Session:
             clock=self.clock,
             wanted=wanted or self.wanted(job_file),
             wish=self.wish(job_file),
+            within_ms=job_file.requirements.latency_within_ms,
             treasurer=self.treasurer,
             members_min=min(len(gang), job_file.requirements.nodes_min),
             nodes_max=job_file.requirements.nodes_max if self.treasurer is None else len(gang),
@@ -715,13 +753,32 @@ class _Session:
             if standing.tokens_total < self.job.token_budget:
                 outcome = await self.driver.run(gang)
             else:
-                outcome = Outcome(True, f"{standing.tokens_total} tokens were accepted before.", state)
+                outcome = Ending(True, f"{standing.tokens_total} tokens were accepted before.", state)
         finally:
             cost = await auditor.close()
             await asyncio.gather(*self._evaluations, self._starting_engine, *self._withholding, return_exceptions=True)
             if self.treasurer is not None:
                 await self.treasurer.close()
+            self._remember(self.driver.nodes)
         return await self._finish(outcome, cost, auditor.count)
+
+    def _remember(self, nodes: Mapping[bytes, NodeFigures]) -> None:
+        """What this term has shown of its nodes. A node's word is a matter of those that have somebody to say it to:
+        one's own processes are left out."""
+        if self.options.acquaintances is None or self.script is not None:
+            return
+        outcomes = {
+            node: Outcome(
+                kept=figures.status in (NodeStatus.FINISHED, NodeStatus.WORKING),
+                left=figures.status in (NodeStatus.DIED, NodeStatus.LEFT) and figures.reason != NOT_BACK,
+                lied=figures.status is NodeStatus.EXCLUDED,
+            )
+            for node, figures in nodes.items()
+        } | {node: Outcome(absent=True) for node in (self.treasurer.absent if self.treasurer else ())}
+        try:
+            self.options.acquaintances.add(outcomes, self.clock.now_ms())
+        except AcquaintancesDamaged as error:
+            self.options.say(error.sentence)
 
     async def _start_state(self) -> SharedState:
         return await asyncio.to_thread(SharedState.read, self.store.path(self.job.model.start.hash))
@@ -840,13 +897,14 @@ class _Session:
             if self.treasurer is not None:
                 signer = bytes.fromhex(line.node)
                 evidence = record_id_of(contribution, signer)
-                task = asyncio.create_task(self.treasurer.withhold(signer, reason, evidence))
+                short = f"a replay of round {line.round} showed other work than it claimed"
+                task = asyncio.create_task(self.treasurer.withhold(signer, short, evidence))
                 self._withholding.add(task)
                 task.add_done_callback(self._withholding.discard)
 
     # ---- afterwards ----
 
-    async def _finish(self, outcome: Outcome, cost: ReplayCost, count: AuditCount) -> Report:
+    async def _finish(self, outcome: Ending, cost: ReplayCost, count: AuditCount) -> Report:
         assert self.driver is not None
         await self._starting_engine
         self.options.say("Measuring the model and writing the report.")

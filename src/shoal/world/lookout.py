@@ -68,7 +68,8 @@ class Lookout:
                 found |= {one.node: one for one in await offers_of(self._directory, self._wanted, node)}
         if self._wish == ANYTHING:
             return list(found.values())
-        fit = fitting((Listing(one.node, one.offer, latency_ms=0.0) for one in found.values()), self._wish)
+        reputation = self._wish.reputation_of
+        fit = fitting((Listing(one.node, one.offer, 0.0, reputation(one.node)) for one in found.values()), self._wish)
         return [one for one in found.values() if one.node in fit]
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from shoal.errors import LinkError
+from collections.abc import Sequence
+
+from shoal.errors import LinkError, ShoalError
 from shoal.identity import short_id
+from shoal.protocol.blobs import BlobHolder
 from shoal.protocol.messages import decode, encode
 from shoal.protocol.offers import Done, Offer
-from shoal.protocol.serving import LinkEcho
+from shoal.protocol.serving import LinkEcho, LinkProbe, LinksProbed
 from shoal.world.clock import Clock
 from shoal.world.directory import Directory
 from shoal.world.network import Endpoint, Link, Request
@@ -66,3 +69,15 @@ async def echo_ms(link: Link, clock: Clock, deadline_s: float) -> float:
         await link.request(LinkEcho.KIND, encode(LinkEcho(), link.version), deadline_s=deadline_s)
         times.append((clock.monotonic() - began) * 1000)
     return min(times)
+
+
+async def probe(link: Link, peers: Sequence[BlobHolder], deadline_s: float) -> list[float | None]:
+    """How far a node has measured these to be from itself, in milliseconds; None for whom it did not reach, and for all
+    where it does not answer."""
+    try:
+        body = encode(LinkProbe(nodes=tuple(peers)), link.version)
+        reply = await link.request(LinkProbe.KIND, body, deadline_s=deadline_s)
+        times = list(decode(LinksProbed, reply, link.version).round_trip_ms)
+    except ShoalError:
+        times = []
+    return [times[at] if at < len(times) else None for at in range(len(peers))]
