@@ -8,6 +8,7 @@ come, which ties those seconds to this process's clock.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import re
 import statistics
@@ -140,5 +141,5 @@ def _read(run: Path, said: list[tuple[float, str]]) -> Start:
     times = next(found for _, line in said if (found := _TIMES.search(line)))
     told = (moment("Reading data"), moment("Chosen"), moment("inner steps a round"))
     moments = (0.0, *told, zero_s, zero_s + ready_s, first_s)
-    stages = tuple(later - earlier for earlier, later in zip(moments, moments[1:], strict=False))
+    stages = tuple(later - earlier for earlier, later in itertools.pairwise(moments))
     return Start(first_s, stages, tuple(map(int, times.groups())))

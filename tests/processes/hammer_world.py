@@ -61,8 +61,8 @@ SLOTS = (1, 4, 16, 32)
 GANG_MAX = 4
 PRICE = Price(360_000)
 DEPOSIT_MICRO, ESCROW_MICRO = 100_000_000, 100_000
-NOTICE_MS = 15_000
-"""Nodes redeem every ten seconds."""
+NOTICE_MS = 30_000
+"""The least that nodes agree to."""
 LASTS_MS = 90_000
 """An escrow at most: nodes want a minute at least."""
 GOES_EVERY = 10
@@ -159,8 +159,6 @@ async def start_seller(plan: Plan, number: int) -> NodeAgent:
         measure=measured,
     )
     await agent.start()
-    assert agent._sales is not None
-    agent._sales.terms = msgspec.structs.replace(agent._sales.terms, notice_least_ms=NOTICE_MS)
     return agent
 
 

@@ -68,6 +68,9 @@ HEAD_DEADLINE_S = 8.0
 INVITED_ANEW = "It was invited anew."
 """The reason with which a membership ends that another one of the same job follows at once."""
 
+_Said: TypeAlias = tuple[bool, EngineOffer | None, NetworkCoordinate | None]
+"""What of an offer changes while the node runs: busy, its engine, where it is."""
+
 _log = logging.getLogger("shoal.node")
 
 
@@ -166,9 +169,6 @@ def check_device(name: str, capability: Capability) -> None:
     if kind not in known or (index and not (index.isdecimal() and int(index) < known.count(kind))):
         there = ", ".join(f"{one}:{known[:at].count(one)}" for at, one in enumerate(known))
         raise DeviceMissing(f"This machine has no device {name!r} that works; it has {there}.")
-
-
-_Said: TypeAlias = tuple[bool, EngineOffer | None, NetworkCoordinate | None]
 
 
 class NodeAgent:
@@ -332,10 +332,9 @@ class NodeAgent:
     async def close(self) -> None:
         """Leave all jobs, saying so, and stop."""
         self._closing = True
-        if self._surveying is not None:
-            self._surveying.cancel()
-        if self._telling is not None:
-            self._telling.cancel()
+        for task in (self._telling, self._surveying):
+            if task is not None:
+                task.cancel()
         for member in list(self._members.values()):
             member.end("The node is stopping.", tell=True)
         tasks = list(self._tasks.values())
