@@ -270,14 +270,11 @@ def test_a_slot_is_not_kept_for_ever_for_keys_that_cost_nothing(tmp_path: Path) 
             try:
                 await client.quotes.hold(shop.node, shop.offer)
                 kept_s += HOLD_MS / 1000
-                assert shop.told[-1] == 1
             except Refused as refused:
                 assert "were held from your address for longer than 120 s and not taken; ask again in" in str(refused)
             await settle(street, HOLD_MS / 1000)
         passed_s = street.clock.monotonic() - began_s
         assert UNTAKEN_S <= kept_s <= UNTAKEN_S + UNTAKEN_SHARE * passed_s
-        await settle(street, REDEEM_EVERY_S)
-        assert shop.told[-1] == 0, "the offer says so, too"
         await settle(street, 200)
         for number in range(120, 140):  # whoever takes or gives back what it holds has done nothing
             client = Client(street, number)
