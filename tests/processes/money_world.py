@@ -95,8 +95,6 @@ class Shop:
     sales: Sales
     offer: Offer
     unheld: list[int] = field(default_factory=lambda: [0])
-    told: list[int] = field(default_factory=list)
-    """How many slots were held, each time that its offer followed."""
 
     @property
     def node(self) -> bytes:
@@ -106,10 +104,10 @@ class Shop:
 async def a_shop(
     network: MemoryNetwork, key: KeyPair, ledger: BookLedger, clock: Clock, disk: Disk, name: str = "shop", **terms: Any
 ) -> Shop:
-    endpoint, unheld, told = network.endpoint(key), [0], list[int]()
+    endpoint, unheld = network.endpoint(key), [0]
 
     async def changed() -> None:
-        told.append(sales.held)
+        pass
 
     sells = Terms(**{"price": PRICE, "ledger": LEDGER, "payee": an_account(1).address, **terms})
     sales = Sales(
@@ -121,7 +119,7 @@ async def a_shop(
         key, 1, name=name, addresses=tuple(endpoint.addresses), price=sells.price, ledger=sells.ledger,
         slots=sells.slots,
     )  # fmt: skip
-    return Shop(endpoint, sales, open_record(envelope, Offer), unheld, told)
+    return Shop(endpoint, sales, open_record(envelope, Offer), unheld)
 
 
 class Street:

@@ -243,11 +243,11 @@ async def a_scene(
     store.put(setting.start.to_bytes(), setting.start.MEDIA_TYPE)
     sentences: list[str] = []
 
-    async def link(node: bytes, offer: Offer) -> Any:
+    async def linked(node: bytes, offer: Offer) -> Any:
         return await endpoint.dial(node, offer.addresses)
 
     def treasurer(purse: Purse) -> Treasurer:
-        return Treasurer(purse, folder, key=OWNER, link=link, clock=CLOCK, dice=DICE, say=sentences.append)
+        return Treasurer(purse, folder, key=OWNER, link=linked, clock=CLOCK, dice=DICE, say=sentences.append)
 
     driver = TrainingDriver(
         JobRecords(envelope, grant, term, 1),

@@ -48,7 +48,7 @@ from shoal.world.clock import within
 REDEEM_EVERY_S = 10.0
 REDEEMED_AT_ONCE = 16
 """One after the other, vouchers of many escrows would outlast the notice of some."""
-ASKS_PER_S, ASKS_BURST = 2.0, 64
+ASKS_PER_S, ASKS_BURST = 10.0, 100
 """Questions for slots, from one address."""
 PAYS_PER_S, PAYS_BURST = 10.0, 100
 """Vouchers, of one client."""
@@ -224,7 +224,6 @@ class Sales:
         self._asks = RateLimit(clock, ASKS_PER_S, ASKS_BURST)
         self._pays = RateLimit(clock, PAYS_PER_S, PAYS_BURST)
         self._untaken = RateLimit(clock, UNTAKEN_SHARE, UNTAKEN_S)
-        self._held_as_told = 0
         self._works: dict[bytes, Work] = {}
         """Of these, those that work was done for since the node started."""
         self._deciding = asyncio.Lock()
@@ -306,7 +305,7 @@ class Sales:
             if known is None or known.hold_id != envelope.record_id:
                 self._count_untaken(request, wanted.lifetime_ms / 1000)
                 await self._store_slots(keep(self._slots, hold, envelope.record_id))
-        await self._tell()
+        await self._changed()
         return encode(HoldGiven(hold=envelope.to_bytes()), request.version)
 
     def _count_untaken(self, request: Request, lifetime_s: float) -> None:
@@ -336,7 +335,7 @@ class Sales:
             if known.hold.escrow is None:
                 lifetime_ms = known.hold.until_ms - known.hold.from_ms
                 self._untaken.give_back(request.source.encode(), lifetime_ms / 1000)
-        await self._tell()
+        await self._changed()
         return encode(HoldGiven(hold=envelope.to_bytes()), request.version)
 
     def _with(self, escrow: Escrow, hold: Hold) -> dict[bytes, Account]:
@@ -382,7 +381,7 @@ class Sales:
             await self._store_slots(give_back(self._slots, release, request.peer, packed, self.now_ms()))
             if known is not None and known.hold.escrow is None and not self.keeps_for(request.peer):
                 self._untaken.give_back(request.source.encode(), (known.hold.until_ms - self.now_ms()) / 1000)
-        await self._tell()
+        await self._changed()
         return encode(Done(), request.version)
 
     async def _paid(self, request: Request) -> bytes:
@@ -413,10 +412,6 @@ class Sales:
             self._redeeming[account.escrow] = asyncio.create_task(self._redeem_beside(account.escrow))
         return encode(Paid(amount_micro=account.paid_micro), request.version)
 
-    async def _tell(self) -> None:
-        self._held_as_told = self.held
-        await self._changed()
-
     # ---- redeeming ----
 
     async def _redeem_beside(self, escrow: bytes) -> None:
@@ -429,8 +424,6 @@ class Sales:
         while True:
             await self._clock.sleep(REDEEM_EVERY_S)
             await self._redeem_all()
-            if self.held != self._held_as_told:
-                await self._tell()  # a Hold has lapsed: the offer says that the node is busy
 
     async def _redeem_all(self) -> None:
         """Those that money is to come from first; whether others are over, as far as there is time."""
