@@ -20,7 +20,7 @@ import msgspec
 
 from shoal.driver.bills import FILE, PaidNode, Payments, TermPayments, newest_vouchers
 from shoal.driver.folder import RunFolder
-from shoal.driver.gang import LinkedNode
+from shoal.driver.gang import LinkedNode, fastest_float32
 from shoal.errors import BadInput, LinkError, ShoalError
 from shoal.identity import KeyPair
 from shoal.identity.accounts import AccountKey, address_text
@@ -28,7 +28,7 @@ from shoal.ledger.book import SameEscrow, UnknownEscrow
 from shoal.ledger.commands import Admit, Close, Open, Redeem, Withhold
 from shoal.ledger.escrows import EscrowOver, OldVoucher
 from shoal.ledger.moves import DoneAlready, TooLittleMoney
-from shoal.market.earnings import lasts_s
+from shoal.market.earnings import lasts_s, say_dear
 from shoal.protocol.holds import LEASE_STEP_MS, quote_id
 from shoal.protocol.messages import DEFAULT_NETWORK
 from shoal.protocol.money import (
@@ -112,6 +112,8 @@ class Treasurer:
         self._budget_micro = purse.budget_micro
         self._term: TermPayments | None = None
         self._held: dict[bytes, Held] = {}
+        self._chosen: list[tuple[int, float]] = []
+        """Price of an hour and FLOP/s of the nodes with which the job began."""
         self._opening = asyncio.Lock()
         self._writing = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -192,6 +194,7 @@ class Treasurer:
         for trouble in troubles:
             self._say(f"Without {trouble}")
         self._held |= {one.node: one for one in held}
+        self._chosen = [(one.hold.price.micro_per_h, fastest_float32(priced[one.node].offer)) for one in held]
         return [*free, *(priced[one.node] for one in held)]
 
     async def open(self, nodes_min: int) -> set[bytes]:
@@ -232,6 +235,10 @@ class Treasurer:
             return
         if not self.left_micro:
             raise NotSecured(f"Nothing of the budget is left for {node.name}.")
+        assert node.offer.price is not None, "it is not free"
+        dear = say_dear(node.offer.price.micro_per_h, fastest_float32(node.offer), self._chosen)
+        if dear is not None:
+            raise NotSecured(f"{node.name} is not worth its money: {dear}.")
         held = await self._quotes.hold(node.node, node.offer)
         try:
             async with self._opening:
