@@ -25,6 +25,7 @@ from shoal.node.sales import (
     LAST_ROUND_S,
     PAYS_BURST,
     REDEEM_EVERY_S,
+    TAKES_BURST,
     UNCOUNTED_MAX,
     UNTAKEN_S,
     UNTAKEN_SHARE,
@@ -307,6 +308,13 @@ def test_questions_of_strangers_cost_a_node_little(tmp_path: Path) -> None:
         assert street.ledger.asked == asked
         await street.clock.advance(60)
         held = await client.quotes.hold(shop.node, shop.offer)
+        for _ in range(TAKES_BURST):
+            with pytest.raises(Refused, match="no such escrow"):
+                await client.quotes.take(held, bytes(32))
+        with pytest.raises(Refused, match="paid for came too often"):
+            await client.quotes.take(held, bytes(32))
+        assert street.ledger.asked == asked + TAKES_BURST
+        await street.clock.advance(10)
         escrow = await client.escrow(shop)
         await client.quotes.take(held, escrow)
         signed = voucher(escrow, shop, 40)

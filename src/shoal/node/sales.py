@@ -50,6 +50,8 @@ REDEEMED_AT_ONCE = 16
 """One after the other, vouchers of many escrows would outlast the notice of some."""
 ASKS_PER_S, ASKS_BURST = 10.0, 100
 """Questions for slots, from one address."""
+TAKES_PER_S, TAKES_BURST = 0.2, 40
+"""Of one client: for each the node asks the ledger, which lets it ask so often, and has its vouchers to redeem."""
 PAYS_PER_S, PAYS_BURST = 10.0, 100
 """Vouchers, of one client."""
 UNTAKEN_SHARE, UNTAKEN_S = 0.1, 120
@@ -235,6 +237,7 @@ class Sales:
         self._accounts = {one.escrow: one for one in read_kept(disk, ACCOUNTS, list[Account], name) or ()}
         self._ended = read_kept(disk, ENDED, list[Ended], name) or []
         self._asks = RateLimit(clock, ASKS_PER_S, ASKS_BURST)
+        self._takes = RateLimit(clock, TAKES_PER_S, TAKES_BURST)
         self._pays = RateLimit(clock, PAYS_PER_S, PAYS_BURST)
         self._untaken = RateLimit(clock, UNTAKEN_SHARE, UNTAKEN_S)
         self._works: dict[bytes, Work] = {}
@@ -334,6 +337,7 @@ class Sales:
         self._asks.spend(request.source.encode(), "A question for a slot")
         wanted = decode(HoldTake, request.body, request.version)
         promised(self._slots, request.peer, self.now_ms())  # before the ledger is asked
+        self._takes.spend(request.peer, "A question for a slot that is paid for")
         escrow = await self._ledger.escrow(wanted.escrow)
         async with self._deciding:
             known = hold_of(self._slots, request.peer, self.now_ms())
