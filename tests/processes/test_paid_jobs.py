@@ -213,7 +213,7 @@ def test_jobs_are_looked_at_and_cancelled_from_the_command_line(tmp_path: Path) 
         assert await said("jobs", "cancel", "runs/job") == {"stopped": None, "closed": None}
 
         of_nodes = dict[str, Any]()
-        for name in WORTH_IT:
+        for name in [one["name"] for one in shown["nodes"]]:
             of_nodes[name] = await said("node", "earnings", "--data", str(tmp_path / "town" / "nodes" / name))
             assert of_nodes[name]["balances"][0]["account"] == address_text(town.accounts[name].address)
         earnings = [one for made in of_nodes.values() for one in made["escrows"]]

@@ -10,10 +10,11 @@ from typing import Any, TypeVar
 import msgspec
 import pytest
 from hub_world import a_key
-from money_world import LEDGER, Shop, Street, an_account
+from money_world import LEDGER, BookLedger, Shop, Street, an_account
+from test_run_folder import JOB
 
 from shoal.driver.bills import FILE, Payments, bill
-from shoal.driver.folder import RunFolder
+from shoal.driver.folder import FolderLocked, RunFolder
 from shoal.driver.gang import LinkedNode
 from shoal.driver.treasurer import ASKED_AGAIN_S, RENEW_EVERY_S, NoMoney, Purse, Treasurer
 from shoal.errors import StorageError
@@ -23,7 +24,9 @@ from shoal.ledger.escrows import State
 from shoal.ledger.journal import verified
 from shoal.ledger.moves import ISSUED
 from shoal.protocol.holds import Hold, open_hold
+from shoal.protocol.money import HouseLedger
 from shoal.protocol.prices import Price
+from shoal.sdk.jobs import Closed, OthersMoney, close_escrows, look_at, open_at
 from shoal.world import Refused, SeededDice
 from shoal.world.quotes import NotSecured
 
@@ -288,6 +291,39 @@ def test_a_killed_driver_signs_for_no_less_and_gets_the_rest_back(tmp_path: Path
         await settle(street, 62)
         assert await street.ledger.balance(PAYER.address) == 10_000_000 - 2000
         assert {one.state for one in street.ledger.book.escrows.values()} == {State.SETTLED}
+
+    run(story)
+
+
+def test_what_a_killed_driver_has_set_aside_is_asked_back_without_another(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shop = await street.shop(1, tmp_path / "1")
+        job, path = Job(street, tmp_path / "run"), tmp_path / "run"
+        job.folder.begin(JOB)
+        await job.begin(shop)
+        await street.clock.advance(10.0)
+        await job.commit((shop, 10_000))
+        for task in job.treasurer._tasks:
+            task.cancel()  # killed
+        with pytest.raises(FolderLocked):
+            await close_escrows(path, PAYER, street.ledger)
+        job.folder.close()
+        assert look_at(path).open_micro == 999_000 and open_at(path) == [LEDGER]
+        with pytest.raises(OthersMoney, match=r"has set money of 0x\w+ aside, and your account is 0x\w+: whose it is"):
+            await close_escrows(path, an_account(51), street.ledger)
+        with pytest.raises(OthersMoney, match=f"at the ledger {bytes(32).hex()}/USD; name its ticket with --ledger"):
+            await close_escrows(path, PAYER, BookLedger(street.clock, HouseLedger(bytes(32), "EUR")))
+        street.ledger.fails = StorageError("away")
+        with pytest.raises(StorageError):
+            await close_escrows(path, PAYER, street.ledger)
+        street.ledger.fails = None
+        closed = await close_escrows(path, PAYER, street.ledger)
+        assert (closed.escrows, closed.micro) == ((job.treasurer.payments.terms[0].escrow,), 999_000)
+        assert closed.at_ms == street.clock.now_ms() + 60_000
+        assert look_at(path).open_micro == 0 and open_at(path) == []
+        assert await close_escrows(path, PAYER, street.ledger) == Closed((), 0, None)
+        await settle(street, 62)
+        assert await street.ledger.balance(PAYER.address) == 10_000_000 - 1000
 
     run(story)
 

@@ -121,10 +121,11 @@ def cancel(run: RunArgument, ledger: LedgerFlag = None, json: JsonFlag = False) 
     nodes get what they have vouchers for, and the rest is asked back.
     """  # fmt: skip
     from shoal.cli.accounts import ask
-    from shoal.sdk.jobs import close_escrows, open_at, stop
+    from shoal.sdk.jobs import close_escrows, driver_of, open_at, stop
 
-    if not json:
-        err.print("Asking its driver to stop, if one runs.", style="dim")
+    driver = driver_of(run)
+    if driver is not None and not json:
+        err.print(f"Asking process {driver.pid} to stop; it pays its nodes and writes down what it knows.", style="dim")
     pid = stop(run)
     closed: Closed | None = None
     if (pid is None or places.holds_run(run)) and open_at(places.find_run(run)):

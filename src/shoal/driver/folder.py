@@ -3,7 +3,7 @@
     runs/<name>/
         job.yaml            the job file as it was given
         job.record          the job's signed TrainJob; a folder without it holds no job yet
-        lock                held by the driver that is writing here
+        lock                held by the driver that is writing here, with its process number until it leaves in order
         records/chain       every other signed record, byte for byte as it was received, in the order it came
         blobs/              the driver's blob store, managed by `shoal.storage`
         metrics.jsonl       RoundMetrics, one line per committed round
@@ -12,6 +12,7 @@
         events.jsonl        Event: what happened, as sentences
         audits.jsonl        AuditLine: replays made while the job ran
         figures.json        what the driver knows beside the records; rewritten as it goes
+        payments.json       what is set aside and paid, and the newest Hold of each node (`bills`)
         report.json, report.html
         model/              the trained model, a checkpoint in the form of `transformers`
         data/               what the job's owner prepared and keeps: token files, the newest state
