@@ -464,6 +464,16 @@ def test_a_dear_node_that_comes_later_is_left(tmp_path: Path) -> None:
         with pytest.raises(NotSecured, match=r"shop-2 is not worth its money: it costs 36.00 an hour, and at 2 times"):
             await job.treasurer.secure((await job.gang(dear))[0])
         await job.treasurer.close()
+        await job.endpoint.close()
+        resumed = Job(street, job.folder)
+        gang = await resumed.gang(cheap, dear)
+        assert [one.node for one in await resumed.treasurer.hold(gang, 1)] == [cheap.node]
+        assert resumed.said[0].startswith("Without shop-2: it costs 36.00 an hour, and at 2 times what others take")
+        await resumed.treasurer.close()
+        await resumed.endpoint.close()
+        needed = Job(street, job.folder)
+        assert len(await needed.treasurer.hold(await needed.gang(cheap, dear), 2)) == 2, "better dear than not at all"
+        await needed.treasurer.close()
 
     run(story)
 
