@@ -25,6 +25,8 @@ from shoal.node.sales import (
     LAST_ROUND_S,
     PAYS_BURST,
     REDEEM_EVERY_S,
+    TAKES_BURST,
+    UNCOUNTED_MAX,
     UNTAKEN_S,
     UNTAKEN_SHARE,
     Ended,
@@ -306,6 +308,13 @@ def test_questions_of_strangers_cost_a_node_little(tmp_path: Path) -> None:
         assert street.ledger.asked == asked
         await street.clock.advance(60)
         held = await client.quotes.hold(shop.node, shop.offer)
+        for _ in range(TAKES_BURST):
+            with pytest.raises(Refused, match="no such escrow"):
+                await client.quotes.take(held, bytes(32))
+        with pytest.raises(Refused, match="paid for came too often"):
+            await client.quotes.take(held, bytes(32))
+        assert street.ledger.asked == asked + TAKES_BURST
+        await street.clock.advance(10)
         escrow = await client.escrow(shop)
         await client.quotes.take(held, escrow)
         signed = voucher(escrow, shop, 40)
@@ -326,6 +335,26 @@ def test_one_escrow_pays_for_one_client(tmp_path: Path) -> None:
         await client.quotes.take(held[0], escrow)
         with pytest.raises(Refused, match="pays for what node shop-1 does for"):
             await other.quotes.take(held[1], escrow)
+
+    run(story)
+
+
+def test_contributions_that_nobody_accepts_are_made_no_longer(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shop = await street.shop(1, tmp_path / "one")
+        client = Client(street)
+        held = await client.quotes.hold(shop.node, shop.offer)
+        escrow = await client.escrow(shop)
+        await client.quotes.take(held, escrow)
+        work = shop.sales.work_for(client.key.node_id)
+        for _ in range(UNCOUNTED_MAX):
+            assert work.made() is None
+        assert work.accepted(0) is None
+        for _ in range(UNCOUNTED_MAX):
+            assert work.made() is None
+        assert "of its last 6 contributions none counted" in (work.made() or "")
+        with pytest.raises(NotHeld, match="none counted"):
+            shop.sales.work_for(client.key.node_id)
 
     run(story)
 

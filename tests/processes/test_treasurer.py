@@ -459,6 +459,29 @@ def test_money_that_may_have_been_set_aside_is_asked_back(tmp_path: Path) -> Non
     run(story)
 
 
+def test_a_dear_node_that_comes_later_is_left(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        cheap = await street.shop(1, tmp_path / "1")
+        dear = await street.shop(2, tmp_path / "2", price=Price(36_000_000))
+        job = Job(street, tmp_path / "run")
+        await job.begin(cheap)
+        with pytest.raises(NotSecured, match=r"shop-2 is not worth its money: it costs 36.00 an hour, and at 2 times"):
+            await job.treasurer.secure((await job.gang(dear))[0])
+        await job.treasurer.close()
+        await job.endpoint.close()
+        resumed = Job(street, job.folder)
+        gang = await resumed.gang(cheap, dear)
+        assert [one.node for one in await resumed.treasurer.hold(gang, 1)] == [cheap.node]
+        assert resumed.said[0].startswith("Without shop-2: it costs 36.00 an hour, and at 2 times what others take")
+        await resumed.treasurer.close()
+        await resumed.endpoint.close()
+        needed = Job(street, job.folder)
+        assert len(await needed.treasurer.hold(await needed.gang(cheap, dear), 2)) == 2, "better dear than not at all"
+        await needed.treasurer.close()
+
+    run(story)
+
+
 def test_nodes_that_come_first_and_at_once_share_an_escrow(tmp_path: Path) -> None:
     async def story(street: Street) -> None:
         payees = {1: 1, 2: 9, 3: 9}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.market.earnings import Earnings, forecast_micro, lasts_s, say_unpaid
+from shoal.market.earnings import Earnings, forecast_micro, lasts_s, say_dear, say_unpaid
 from shoal.quantities.money import owed
 
 HOUR_MS = 3_600_000
@@ -62,6 +62,17 @@ def test_unpaid_work_ends() -> None:
     assert say_unpaid(0, 0, 1000) is None
     assert say_unpaid(750, 1000, 1500) is None
     assert "its vouchers are for 0.00" in (say_unpaid(0, 1_000_000, 1_500_000) or "")
+
+
+def test_a_node_that_comes_later_is_not_dearer_than_those_that_were_chosen() -> None:
+    chosen = [(18_000_000, 1e12), (36_000_000, 1e12)]
+    assert say_dear(72_000_000, 1e12, chosen) is None
+    assert say_dear(720_000_000, 1e13, chosen) is None
+    assert say_dear(3_600_000_000, 1e12, []) is None
+    assert say_dear(3_600_000_000, 1e12, chosen) == (
+        "it costs 3600.00 an hour, and at 2 times what others take it would be 72.00"
+    )
+    assert say_dear(1, 0.0, chosen) is not None, "who does nothing is worth nothing"
 
 
 def test_how_long_money_lasts_and_what_time_costs() -> None:

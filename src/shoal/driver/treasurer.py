@@ -20,7 +20,7 @@ import msgspec
 
 from shoal.driver.bills import FILE, PaidNode, Payments, TermPayments, newest_vouchers
 from shoal.driver.folder import RunFolder
-from shoal.driver.gang import LinkedNode
+from shoal.driver.gang import LinkedNode, fastest_float32
 from shoal.driver.lines import Event
 from shoal.errors import BadInput, LinkError, ShoalError
 from shoal.identity import KeyPair
@@ -29,7 +29,7 @@ from shoal.ledger.book import SameEscrow, UnknownEscrow
 from shoal.ledger.commands import Admit, Close, Open, Redeem, Withhold
 from shoal.ledger.escrows import EscrowOver, OldVoucher
 from shoal.ledger.moves import DoneAlready, TooLittleMoney
-from shoal.market.earnings import lasts_s
+from shoal.market.earnings import lasts_s, say_dear
 from shoal.protocol.holds import LEASE_STEP_MS, quote_id
 from shoal.protocol.messages import DEFAULT_NETWORK
 from shoal.protocol.money import (
@@ -115,6 +115,8 @@ class Treasurer:
         self._held: dict[bytes, Held] = {}
         self._holding_s = 0.0
         """How long it took that all of these kept a place."""
+        self._chosen: list[tuple[int, float]] = []
+        """Price of an hour and FLOP/s of the nodes with which the job began."""
         self._opening = asyncio.Lock()
         self._writing = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -189,7 +191,7 @@ class Treasurer:
         """Have all of them keep a place; gives those that do, and those that cost nothing. Raises NotSecured where they
         are fewer than `nodes_min`; none is kept then."""
         free = [node for node in gang if is_free(node.offer)]
-        priced = {node.node: node for node in gang if not is_free(node.offer)}
+        priced = self._worth_it([node for node in gang if not is_free(node.offer)], max(0, nodes_min - len(free)))
         wanted = [(node.node, node.offer) for node in priced.values()]
         began_s = self._clock.monotonic()
         held, troubles = await self._quotes.hold_all(wanted, max(0, nodes_min - len(free)))
@@ -197,7 +199,20 @@ class Treasurer:
         for trouble in troubles:
             self._say(f"Without {trouble}")
         self._held |= {one.node: one for one in held}
+        self._chosen = [_price_of(priced[one.node]) for one in held]
         return [*free, *(priced[one.node] for one in held)]
+
+    def _worth_it(self, priced: Sequence[LinkedNode], at_least: int) -> dict[bytes, LinkedNode]:
+        """Without such as are dear beside those that earlier terms paid, as far as the others are enough."""
+        paid = {node for term in self._former for node in term.nodes}
+        known = [_price_of(node) for node in priced if node.node.hex() in paid]
+        left = dict[bytes, LinkedNode]((node.node, node) for node in priced)
+        for node in sorted(priced, key=lambda one: _price_of(one)[0], reverse=True):
+            dear = say_dear(*_price_of(node), known) if node.node.hex() not in paid else None
+            if dear is not None and len(left) > at_least:
+                self._say(f"Without {node.name}: {dear}.")
+                del left[node.node]
+        return left
 
     async def open(self, nodes_min: int) -> set[bytes]:
         """Set the money aside, and have what is held taken; gives the nodes that did. Raises NotSecured, NoMoney, and
@@ -250,6 +265,9 @@ class Treasurer:
             return
         if not self.left_micro:
             raise NotSecured(f"Nothing of the budget is left for {node.name}.")
+        dear = say_dear(*_price_of(node), self._chosen)
+        if dear is not None:
+            raise NotSecured(f"{node.name} is not worth its money: {dear}.")
         held = await self._quotes.hold(node.node, node.offer)
         try:
             async with self._opening:
@@ -513,6 +531,12 @@ class Treasurer:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _price_of(node: LinkedNode) -> tuple[int, float]:
+    """Of an hour, and FLOP/s."""
+    price = node.offer.price
+    return price.micro_per_h if price is not None else 0, fastest_float32(node.offer)
 
 
 async def close_escrow(term: TermPayments, ledger: Ledger, account: AccountKey) -> TermPayments:

@@ -7,6 +7,7 @@ price for the time since it was ready, nor more than was set aside for it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated
 
 import msgspec
@@ -15,6 +16,8 @@ from msgspec import Meta
 from shoal.quantities.money import MICRO, format_money, owed
 
 TOKENS_PER_H_MAX = 10**16
+DEAR = 2
+"""So many times as dear for its speed as the dearest that was chosen, a node that comes later is left."""
 UNPAID_SHARE = 0.75
 """A node goes on working while its newest voucher is for this share, at least, of what it had earned two accepted
 contributions before: the client's clock may differ, and vouchers take a moment."""
@@ -51,6 +54,19 @@ def say_unpaid(paid_micro: int, earned_before_micro: int, earned_micro: int) -> 
     return (
         f"its vouchers are for {format_money(paid_micro)}, and it has earned {format_money(earned_micro)}, "
         f"{format_money(earned_before_micro)} of it before its last two contributions"
+    )
+
+
+def say_dear(micro_per_h: int, flops: float, chosen: Iterable[tuple[int, float]]) -> str | None:
+    """Why a node that comes when others were chosen for their price is not worth its own, if it is not. `chosen`: price
+    of an hour and FLOP/s of those."""
+    dearest, its_flops = max(chosen, key=lambda one: one[0] / max(1.0, one[1]), default=(micro_per_h, flops))
+    fair = round(DEAR * dearest * flops / max(1.0, its_flops))
+    if micro_per_h <= fair:
+        return None
+    return (
+        f"it costs {format_money(micro_per_h)} an hour, and at {DEAR} times what others take it would be "
+        f"{format_money(fair)}"
     )
 
 

@@ -50,6 +50,8 @@ REDEEMED_AT_ONCE = 16
 """One after the other, vouchers of many escrows would outlast the notice of some."""
 ASKS_PER_S, ASKS_BURST = 10.0, 100
 """Questions for slots, from one address."""
+TAKES_PER_S, TAKES_BURST = 0.2, 40
+"""Of one client: for each the node asks the ledger, which lets it ask so often, and has its vouchers to redeem."""
 PAYS_PER_S, PAYS_BURST = 10.0, 100
 """Vouchers, of one client."""
 UNTAKEN_SHARE, UNTAKEN_S = 0.1, 120
@@ -57,6 +59,9 @@ UNTAKEN_SHARE, UNTAKEN_S = 0.1, 120
 nothing: a client that lets its Hold lapse could ask with the next one."""
 LAST_ROUND_S = 8.0
 """How long a stopping node tries to redeem what it has."""
+UNCOUNTED_MAX = 6
+"""Contributions that a client may have without accepting one: it has them, and pays for none. Some come too late
+without anybody's fault, and two are under way at a time."""
 ENDS_EARLY_MS = 10_000
 """Before an escrow ends, the work for it does: its last vouchers have to come and be redeemed."""
 ACCOUNTS_MAX = 256
@@ -166,13 +171,21 @@ class Work:
         self._earned_lately = [0, 0, 0]
         """After the last three accepted contributions, the newest last."""
         self._ready_s = sales.monotonic()
+        self._uncounted = 0
+        """Contributions since the last one that counted."""
 
     def ready(self, samples_per_s: float, tokens_per_sample: int) -> None:
         self._ready_s = self._sales.monotonic()
         self._earnings = self._earnings.measured(self._earned_lately[-1], samples_per_s, tokens_per_sample)
 
+    def made(self) -> str | None:
+        """A contribution is about to go to the client. Gives why it should not, if it should not."""
+        self._uncounted += 1
+        return self.over()
+
     def accepted(self, tokens: int) -> str | None:
         """A contribution counts. Gives why the node should work no longer, if it should not."""
+        self._uncounted = 0
         account = self._sales.account(self._escrow)
         if account is not None:
             self._earnings = self._earnings.accepted(tokens)
@@ -189,6 +202,8 @@ class Work:
             return "the money set aside for it goes back to its client now"
         if not self._sales.keeps_for(account.client):
             return "no slot is kept for its client any more"
+        if self._uncounted > UNCOUNTED_MAX:
+            return f"of its last {UNCOUNTED_MAX} contributions none counted, so none is paid for"
         before, _, earned = self._earned_lately
         if self._began_micro + earned >= account.most_micro:
             return f"it has earned what was set aside for it, {format_money(account.most_micro)}"
@@ -222,6 +237,7 @@ class Sales:
         self._accounts = {one.escrow: one for one in read_kept(disk, ACCOUNTS, list[Account], name) or ()}
         self._ended = read_kept(disk, ENDED, list[Ended], name) or []
         self._asks = RateLimit(clock, ASKS_PER_S, ASKS_BURST)
+        self._takes = RateLimit(clock, TAKES_PER_S, TAKES_BURST)
         self._pays = RateLimit(clock, PAYS_PER_S, PAYS_BURST)
         self._untaken = RateLimit(clock, UNTAKEN_SHARE, UNTAKEN_S)
         self._works: dict[bytes, Work] = {}
@@ -321,6 +337,7 @@ class Sales:
         self._asks.spend(request.source.encode(), "A question for a slot")
         wanted = decode(HoldTake, request.body, request.version)
         promised(self._slots, request.peer, self.now_ms())  # before the ledger is asked
+        self._takes.spend(request.peer, "A question for a slot that is paid for")
         escrow = await self._ledger.escrow(wanted.escrow)
         async with self._deciding:
             known = hold_of(self._slots, request.peer, self.now_ms())
