@@ -16,10 +16,11 @@ from shoal.auctions.auctioneer import AuctionBusy, BatchFull, NotPublished, Orde
 from shoal.auctions.server import AuctionFolderRefused
 from shoal.auctions.service import ORDERS_BURST, PARTS_BURST
 from shoal.auctions.store import AuctionFailed
+from shoal.errors import BadRecord
 from shoal.identity import BadSignature, Envelope, KeyPair
 from shoal.market.batches import BEGINNING, BadBatch
 from shoal.market.publishing import Published, Verified, close, verified
-from shoal.protocol.auctions import AskAuction, AskBatch, AuctionTicket, BatchPart, HandIn
+from shoal.protocol.auctions import AskAuction, AskBatch, AuctionTicket, BatchPart, HandIn, Taken
 from shoal.protocol.hubs import BadTicket
 from shoal.protocol.messages import encode, sign
 from shoal.protocol.orders import HOUR_MS, Ask, BadOrder, Bid
@@ -377,6 +378,7 @@ def test_a_batch_is_closed_once_whenever_its_auctioneer_is_killed(tmp_path: Path
             expected = {mine.record_id, other.record_id}
         else:
             before = (await remote.published(2)).to_bytes()
+            assert (await remote.about()).orders == 0
             [other] = orders_for(process, 2, NODES[1])
             with pytest.raises(OrderRefused, match="this is 3"):
                 await remote.hand_in(other)
@@ -436,6 +438,37 @@ def test_a_disk_that_refuses_takes_nothing_back(tmp_path: Path, monkeypatch: pyt
     in_a_hall(tmp_path, scene)
 
 
+def test_a_disk_that_writes_and_says_that_it_did_not_is_believed_in_what_it_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch that nobody was told of is published all the same, and no order is taken for it any more."""
+    publish, failed = AuctionStore.publish, 0
+
+    def written(self: AuctionStore, number: int, *batch: Any) -> None:
+        nonlocal failed
+        publish(self, number, *batch)
+        if number == 2:
+            failed += 1
+            raise AuctionFailed("The auction's database cannot be used: disk I/O error.")
+
+    monkeypatch.setattr(AuctionStore, "publish", written)
+
+    async def scene(hall: Hall) -> None:
+        first = hall.bid(ANN, 2)
+        await hall.remote.hand_in(first)
+        await hall.until_closed(2)
+        assert failed == 1
+        assert orders_of(await hall.remote.batch(2)) == {first.record_id}
+        with pytest.raises(OrderRefused, match="this is 3"):
+            await hall.remote.hand_in(hall.bid(BEN, 2))
+        third = hall.bid(BEN, 3)
+        await hall.remote.hand_in(third)
+        await hall.until_closed(3)
+        assert orders_of(await hall.remote.batch(3)) == {third.record_id}
+
+    in_a_hall(tmp_path, scene)
+
+
 def test_no_batch_is_written_over_another(tmp_path: Path) -> None:
     store = AuctionStore(tmp_path / "auction.sqlite")
     store.publish(1, b"one", bytes(32))
@@ -486,8 +519,12 @@ def test_a_folder_has_one_auction_with_one_key(tmp_path: Path) -> None:
         asyncio.run(started(settings))
     (tmp_path / "auctioneer.key").write_bytes(kept)
     asyncio.run(started(settings))
+    assert (tmp_path / "auction.sqlite").stat().st_mode & 0o777 == 0o600, "the seed is nobody else's to know"
     (tmp_path / "auction.sqlite").write_bytes(b"something else" * 1000)
     with pytest.raises(AuctionFailed, match="not a database"):
+        asyncio.run(started(settings))
+    (tmp_path / "auction.sqlite").unlink()
+    with pytest.raises(AuctionFailed, match="its key would sign its batches a second time"):
         asyncio.run(started(settings))
     (tmp_path / "file").touch()
     with pytest.raises(AuctionFolderRefused, match="cannot be used"):
@@ -531,6 +568,29 @@ def test_what_an_auctioneer_publishes_is_cleared_again_before_it_is_believed() -
     ):
         with pytest.raises(BadBatch, match=words):
             asyncio.run(asked(answer, parts))
+
+
+def test_who_says_to_have_taken_another_order_is_not_believed() -> None:
+    async def play() -> None:
+        network, key = MemoryNetwork(), KeyPair.generate()
+        liar, asker = network.endpoint(key), network.endpoint(KeyPair.generate())
+        answers = iter(
+            [Taken(order=bytes(32), batch=2, closes_ms=1), Taken(order=order.record_id, batch=3, closes_ms=1)]
+        )
+
+        async def say(request: Request) -> bytes:
+            return encode(next(answers))
+
+        liar.handle(HandIn.KIND, say)
+        remote = RemoteAuction(asker, AuctionTicket(key.node_id, (await liar.listen("tcp://liar:0"),)), HeldClock())
+        for _ in range(2):
+            with pytest.raises(BadRecord, match="another order than it was handed"):
+                await remote.hand_in(order)
+        await asker.close()
+        await liar.close()
+
+    order = sign(ANN, Ask(terms=terms(BEN.node_id, 2, 0, 1)))
+    asyncio.run(play())
 
 
 # --- tickets --------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import logging
 from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -85,6 +86,7 @@ class Auctioneer:
         self._closes_at = clock.monotonic() + every_s
         self._previous: Envelope | None = None
         self._orders: dict[bytes, Envelope] = {}
+        self._unsure = False
 
     @classmethod
     async def open(
@@ -101,7 +103,9 @@ class Auctioneer:
         is cleared again. Raises AuctionFailed."""
         one = cls(store, key, clock, dice, every_s, network)
         try:
-            await one._resume()
+            if not await one._resume():
+                one._carried, one._seed = Carried(), dice.bytes(32)
+                await one._publish(clock.now_ms())
         except BaseException:
             await one.stop()
             raise
@@ -154,18 +158,21 @@ class Auctioneer:
         """Close the open batch, publish it, and give its number. One without orders stays open, and so does any while
         the clock is behind the batch before: None then. Raises AuctionFailed; the batch is then open as before."""
         async with self._turn:
-            self._closes_at = self._clock.monotonic() + self._every_s
-            closed_ms = self._clock.now_ms()
-            if not self._orders:
-                return None
-            if closed_ms <= self._carried.closed_ms:
-                _log.warning(
-                    "Batch %d stays open: the clock has gone back %d ms behind the batch before; set it right.",
-                    self.running, self._carried.closed_ms - closed_ms,
-                )  # fmt: skip
-                return None
-            await self._publish(closed_ms)
-            return self._carried.number
+            try:
+                await self._make_sure()
+                closed_ms = self._clock.now_ms()
+                if not self._orders:
+                    return None
+                if closed_ms <= self._carried.closed_ms:
+                    _log.warning(
+                        "Batch %d stays open: the clock has gone back %d ms behind the batch before; set it right.",
+                        self.running, self._carried.closed_ms - closed_ms,
+                    )  # fmt: skip
+                    return None
+                await self._publish(closed_ms)
+                return self._carried.number
+            finally:
+                self._closes_at = self._clock.monotonic() + self._every_s
 
     async def stop(self) -> None:
         """Finish what is being written, and close the store. What waits is told so."""
@@ -179,42 +186,41 @@ class Auctioneer:
 
     # --- the open batch -----------------------------------------------------------------------------------------------
 
-    async def _resume(self) -> None:
+    async def _resume(self) -> bool:
+        """Go on from what is on the disk, and say whether there is anything. Raises AuctionFailed."""
         newest = await self._ask(self._store.newest)
         if newest is None:
-            self._carried, self._seed = Carried(), self._dice.bytes(32)
-            await self._publish(self._clock.now_ms())
-            return
+            return False
+        seed, orders = await self._ask(self._store.open_batch)
+        oldest, _ = await self._ask(self._store.span)
         try:
             published = Published.from_bytes(newest)
             found = await asyncio.to_thread(verified, published, self._network)
+            taken = [Envelope.from_bytes(one, ORDER_MAX_BYTES) for one in orders]
+            for one in taken:
+                open_order(one, self._network)
         except BadRecord as error:
-            raise AuctionFailed(f"What this auction published last is not right any more: {error}") from error
+            raise AuctionFailed(f"What this auction has written is not what it was any more: {error}") from error
         if found.auctioneer != self._key.node_id:
             raise AuctionFailed(
                 "What this auction published last was signed with another key than auctioneer.key, which cannot go on "
                 "with it: put the old key back, or name another --data."
             )
-        seed, orders = await self._ask(self._store.open_batch)
         if seed is None or blake3_hash(seed) != found.outcome.after.next_seed_hash:
             raise AuctionFailed("The seed that this auction has promised is gone; it can close no batch more.")
-        envelopes = [Envelope.from_bytes(one, ORDER_MAX_BYTES) for one in orders]
-        self._begin(found.outcome.after, published, seed, {one.record_id: one for one in envelopes})
-        self._oldest, _ = await self._ask(self._store.span)
+        self._begin(found.outcome.after, published, seed, {one.record_id: one for one in taken}, oldest)
+        return True
 
-    def _begin(self, carried: Carried, before: Published, seed: bytes, orders: dict[bytes, Envelope]) -> None:
-        """The batch after this one, with what was taken for it already."""
-        self._carried, self._seed, self._orders = carried, seed, orders
+    def _begin(
+        self, carried: Carried, before: Published, seed: bytes, orders: dict[bytes, Envelope], oldest: int
+    ) -> None:
+        """The batch after this one, with the orders that it has; all of this is on the disk."""
+        self._carried, self._seed, self._orders, self._oldest, self._unsure = carried, seed, orders, oldest, False
         self._previous = Envelope.from_bytes(before.clearing, Clearing.MAX_BYTES)
-        self._gather()
-
-    def _gather(self) -> None:
-        """Go on from the orders that are on the disk."""
-        self._gathering = Gathering(self._carried, self._key.node_id)
-        for envelope in self._orders.values():
-            order = open_order(envelope, self._network)
-            self._gathering.add(Signed(envelope.record_id, envelope.signer, order))
-        self._traders = Counter(envelope.signer for envelope in self._orders.values())
+        self._gathering = Gathering(carried, self._key.node_id)
+        for one in orders.values():
+            self._gathering.add(Signed(one.record_id, one.signer, open_order(one, self._network)))
+        self._traders = Counter(one.signer for one in orders.values())
         self._sources = Counter[str]()
 
     async def _publish(self, closed_ms: int) -> None:
@@ -223,24 +229,38 @@ class Auctioneer:
             close, self._key, self._carried, self._previous, orders,
             seed=self._seed, next_seed=next_seed, closed_ms=closed_ms, network=self._network,
         )  # fmt: skip
-        await self._ask(partial(self._store.publish, carried.number, published.to_bytes(), next_seed))
-        self._begin(carried, published, next_seed, {})
-        self._oldest, _ = await self._ask(self._store.span)
+        await self._put(partial(self._store.publish, carried.number, published.to_bytes(), next_seed))
+        oldest, _ = await self._ask(self._store.span)
+        self._begin(carried, published, next_seed, {}, oldest)
+
+    async def _put(self, write: Callable[[], None]) -> None:
+        """Where writing fails nobody knows whether it was done: what is on the disk counts then."""
+        try:
+            await self._ask(write)
+        except AuctionFailed:
+            self._unsure = True
+            with suppress(AuctionFailed):
+                await self._resume()
+            raise
+
+    async def _make_sure(self) -> None:
+        if self._unsure:
+            await self._resume()
 
     async def _write(self) -> None:
         while self._waiting:
             async with self._turn:
                 some = [self._waiting.popleft() for _ in range(min(AT_A_TIME, len(self._waiting)))]
-                known = set(self._orders)
-                admitted = [one for one in some if self._admit(one)]
-                fresh = {id: one.to_bytes() for id, one in self._orders.items() if id not in known}
+                admitted: list[_Waiting] = []
                 try:
+                    await self._make_sure()
+                    known = set(self._orders)
+                    admitted = [one for one in some if self._admit(one)]
+                    fresh = {id: one.to_bytes() for id, one in self._orders.items() if id not in known}
                     if fresh:
-                        await self._ask(partial(self._store.keep, fresh))
-                except StorageError as error:
-                    self._orders = {id: one for id, one in self._orders.items() if id in known}
-                    self._gather()
-                    for one in admitted:
+                        await self._put(partial(self._store.keep, fresh))
+                except AuctionFailed as error:
+                    for one in some:
                         _refuse(one, error)
                     continue
                 for one in admitted:

@@ -7,13 +7,13 @@ from typing import TypeVar
 
 from shoal.auctions.auctioneer import AuctionBusy, BatchFull, NotPublished, OrderRefused
 from shoal.auctions.store import AuctionFailed
-from shoal.errors import ShoalError
+from shoal.errors import BadRecord, ShoalError
 from shoal.identity import Envelope, short_id
 from shoal.market.batches import BadBatch
 from shoal.market.publishing import Published, Verified, verified
 from shoal.protocol.auctions import AskAuction, AskBatch, AuctionInfo, AuctionTicket, BatchPart, HandIn, Taken
 from shoal.protocol.messages import DEFAULT_NETWORK, Message, decode, encode
-from shoal.protocol.orders import BadOrder
+from shoal.protocol.orders import BadOrder, open_order
 from shoal.transport.allowances import TooManyRequests
 from shoal.world import Clock, Endpoint, Link, LinkLost, Refused
 
@@ -46,7 +46,10 @@ class RemoteAuction:
     async def hand_in(self, order: Envelope) -> Taken:
         """Once this returns the order is on the auctioneer's disk, as it says. Where the answer was lost, hand the same
         order in again: it is taken once. Raises OrderRefused, BatchFull, AuctionBusy, AuctionFailed, LinkError."""
-        return await self._ask(HandIn(order=order.to_bytes()), Taken)
+        taken = await self._ask(HandIn(order=order.to_bytes()), Taken)
+        if (taken.order, taken.batch) != (order.record_id, open_order(order, self._network).terms.batch):
+            raise BadRecord(f"{self} says that it has taken another order than it was handed.")
+        return taken
 
     async def published(self, number: int) -> Published:
         """What was published of a batch, as it came: nothing of it is verified. Raises NotPublished, BadBatch."""

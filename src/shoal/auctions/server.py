@@ -10,7 +10,7 @@ from pathlib import Path
 
 from shoal.auctions.auctioneer import Auctioneer
 from shoal.auctions.service import AuctionService
-from shoal.auctions.store import AuctionStore
+from shoal.auctions.store import AuctionFailed, AuctionStore
 from shoal.errors import ShoalError, StorageError
 from shoal.identity import KeyPair, load_or_create_key
 from shoal.protocol.auctions import AuctionTicket
@@ -75,8 +75,18 @@ class AuctionServer:
             raise AuctionFolderRefused(
                 f"The auction's folder {settings.data} cannot be used: {error.strerror}."
             ) from error
-        key = load_or_create_key(settings.data / "auctioneer.key")
-        store = await asyncio.to_thread(AuctionStore, settings.data / "auction.sqlite")
+        key_file, database = settings.data / "auctioneer.key", settings.data / "auction.sqlite"
+        if key_file.exists() and not database.exists():  # the database is made first
+            raise AuctionFailed(
+                f"The database of the auction in {settings.data} is gone, and its key would sign its batches a second "
+                "time: put the database back, or name another --data."
+            )
+        store = await asyncio.to_thread(AuctionStore, database)
+        try:
+            key = load_or_create_key(key_file)
+        except BaseException:
+            store.close()
+            raise
         self._auctioneer = await Auctioneer.open(
             store, key, self._clock, self._dice, every_s=settings.every_s, network=settings.network
         )

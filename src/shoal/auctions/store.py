@@ -58,8 +58,12 @@ class AuctionStore:
     """A database; orders and seed in it are those of the batch after the newest one that it has."""
 
     def __init__(self, path: Path) -> None:
-        """Made where there is none. Raises AuctionFailed."""
+        """Made where there is none, for its owner alone: nobody else may know the seed. Raises AuctionFailed."""
         self._path = path
+        try:
+            path.touch(mode=0o600)
+        except OSError as error:
+            raise AuctionFailed(f"The auction's database {path} cannot be used: {error.strerror}.") from error
         self._engine = sqlite_engine(path, poolclass=sa.pool.StaticPool, connect_args={"check_same_thread": False})
         try:
             self._do(self._create_or_check)
