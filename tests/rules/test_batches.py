@@ -532,10 +532,13 @@ def test_what_is_taken_counts_when_its_batch_is_closed_and_what_is_refused_would
     gathering = Gathering(market.carried, AUCTIONEER.node_id)
     orders = [
         data.draw(st.sampled_from([
-            lambda **changed: market.bid(data.draw(st.sampled_from([ANN, BEN])), 300_000, **changed),
-            lambda **changed: market.ask(data.draw(st.sampled_from(NODES[:4])), 200_000, **changed),
-            lambda **changed: market.resale(ANN, 250_000, (2, data.draw(st.sampled_from(NODES[:3]))), **changed),
+            lambda limit, **changed: market.bid(data.draw(st.sampled_from([ANN, BEN])), limit, **changed),
+            lambda limit, **changed: market.ask(data.draw(st.sampled_from(NODES[:4])), limit, **changed),
+            lambda limit, **changed: market.resale(
+                ANN, limit, (2, data.draw(st.sampled_from(NODES[:3]))), **changed
+            ),
         ]))(
+            data.draw(st.sampled_from([200_000, 300_000])),
             sequence=data.draw(st.integers(0, 2)),
             block=data.draw(st.sampled_from([BLOCK, LATER, replace(BLOCK, of=replace(H100, country="FR"))])),
             batch=data.draw(st.sampled_from([market.number] * 5 + [2])),
