@@ -148,8 +148,9 @@ class Auctioneer:
         """Of a published batch. Raises NotPublished, AuctionFailed."""
         found = await self._ask(partial(self._store.part, number, part))
         if found is None:
+            what = f"Part {part} of batch {number}" if part else f"Batch {number}"
             raise NotPublished(
-                f"Part {part} of batch {number} is not here: batches {self.oldest} to {self.running - 1} are published "
+                f"{what} is not here: batches {self.oldest} to {self.running - 1} are published "
                 f"and kept, and {self.running} is open."
             )
         return BatchPart(parts=found[0], data=found[1])
