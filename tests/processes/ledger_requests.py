@@ -83,12 +83,12 @@ def a_finish(escrow: bytes, node: AccountKey, amount: int) -> Finish:
     return Finish(word, node.sign(word.digest(LEDGER)))
 
 
-def a_bond(node: KeyPair, nonce: int, amount_micro: int = MICRO) -> tuple[PostBond, bytes]:
+def a_bond(node: KeyPair, nonce: int, ledger: LedgerName = LEDGER) -> tuple[PostBond, bytes]:
     terms = BondTerms(
-        account=CLIENT.address, network="shoal", node=node.node_id, amount_micro=amount_micro, notice_ms=DAY_MS,
+        account=CLIENT.address, network="shoal", node=node.node_id, amount_micro=MICRO, notice_ms=DAY_MS,
         nonce=nonce.to_bytes(32),
     )  # fmt: skip
-    name = terms.bond_id(LEDGER)
+    name = terms.bond_id(ledger)
     return PostBond(terms, CLIENT.sign(name)), name
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from ledger_requests import CLIENT, NODES, a_voucher, a_withdrawal, an_escrow
+from ledger_requests import CLIENT, NODES, SELLERS, a_bond, a_voucher, a_withdrawal, an_escrow
 from ledger_world import House, LedgerProcess, a_house
 from postgres import PROGRAMS, Postgres
 
@@ -21,6 +21,7 @@ from shoal.house.messages import (
     Applied,
     ApplyCommand,
     AskAccount,
+    AskBond,
     AskCheckpoint,
     AskLedger,
     AskLines,
@@ -33,15 +34,15 @@ from shoal.house.server import PASS_EVERY_S, BadDeposit, LedgerFolderRefused, Ot
 from shoal.house.service import AT_ONCE_PER_SOURCE, MINTS_BURST, PAGES_BURST, NoMint, NotOverLinks
 from shoal.identity import KeyPair
 from shoal.ledger.book import WithdrawalOutOfTurn
-from shoal.ledger.commands import Deposit, Pass, Redeem
+from shoal.ledger.commands import Deposit, Pass, Redeem, Unbond
 from shoal.ledger.escrows import OldVoucher, State
 from shoal.ledger.journal import Line, line, verified
 from shoal.ledger.moves import ISSUED, Move, TooLittleMoney, account
 from shoal.protocol.hubs import BadTicket
 from shoal.protocol.ledgers import LedgerTicket
 from shoal.protocol.messages import encode, sign
-from shoal.protocol.money import BadCheckpoint, Checkpoint, HouseLedger, Payee, open_checkpoint
-from shoal.quantities.money import AMOUNT_MAX
+from shoal.protocol.money import DAY_MS, BadCheckpoint, Checkpoint, HouseLedger, Payee, Unbonding, open_checkpoint
+from shoal.quantities.money import AMOUNT_MAX, MICRO
 from shoal.storage.group_commit import LedgerBusy
 from shoal.storage.ledgers import LedgerFailed, SqlLedger
 from shoal.transport import MemoryNetwork, TlsEndpoint
@@ -108,6 +109,10 @@ def raw(**fields: Any) -> bytes:
         pytest.param(ApplyCommand.KIND, raw(command={"do": "pass", "escrow": bytes(31)}), id="no hash"),
         pytest.param(AskAccount.KIND, raw(account=b"0x"), id="no account"),
         pytest.param(AskAccount.KIND, raw(account=ME, more=1), id="a field too many"),
+        pytest.param(AskBond.KIND, raw(node=bytes(31)), id="no node"),
+        pytest.param(AskBond.KIND, raw(node=bytes(32), until_ms=-1), id="bonds of the past"),
+        pytest.param(AskBond.KIND, raw(node=bytes(32), until_ms=1 << 60), id="bonds for ever"),
+        pytest.param(AskBond.KIND, raw(node=bytes(32), network="x" * 33), id="a network too long"),
         pytest.param(AskLines.KIND, raw(after=-1), id="before the beginning"),
         pytest.param(Mint.KIND, raw(account=ME, amount_micro=0), id="nothing of money"),
         pytest.param(Mint.KIND, raw(account=ME, amount_micro=-5), id="less than nothing"),
@@ -124,6 +129,29 @@ def test_what_is_no_request_is_refused_and_moves_nothing(tmp_path: Path, kind: s
         assert refusal.value.remote_code == "SH-210"
         assert await journal(house.remote) == []
         assert await house.remote.balance(ME) == 0, "and the link goes on"
+
+    with_house(tmp_path, scene, mint_max_micro=AMOUNT_MAX)
+
+
+def test_bonds_behind_a_node_are_told_over_a_link(tmp_path: Path) -> None:
+    async def scene(house: House) -> None:
+        name, node = house.remote.name, SELLERS[0].node_id
+        await house.remote.mint(ME, 200 * MICRO)
+        posted = [a_bond(SELLERS[0], number, name) for number in range(66)]
+        for command, _ in posted:
+            await house.remote.apply(command)
+        assert await house.remote.bond_of(node) == 66 * MICRO
+        found = await house.remote.bonds_behind(node)
+        assert [one.bond_id for one in found.bonds] == sorted(bond for _, bond in posted)[:64]
+        wish = Unbonding(posted[0][1])
+        await house.remote.apply(Unbond(wish, CLIENT.sign(wish.digest(name))))
+        ends_ms = house.clock.now_ms() + DAY_MS
+        assert await house.remote.bond_of(node, ends_ms - 1) == 66 * MICRO
+        assert await house.remote.bond_of(node, ends_ms) == 65 * MICRO
+        assert await house.remote.bond_of(SELLERS[1].node_id) == 0
+        elsewhere = RemoteLedger(house.endpoint, house.ticket, house.clock, network="testnet")
+        assert await elsewhere.bond_of(node) == 0
+        assert len((await house.remote.account(ME)).bonds) == 64
 
     with_house(tmp_path, scene, mint_max_micro=AMOUNT_MAX)
 
@@ -159,11 +187,11 @@ def test_what_was_handed_in_already_is_told_so(tmp_path: Path) -> None:
 def test_one_address_leaves_room_for_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gate, waiting = asyncio.Event(), 0
 
-    async def held(*_: Any) -> tuple[int, int]:
+    async def held(*_: Any) -> tuple[int, int, tuple[()]]:
         nonlocal waiting
         waiting += 1
         await gate.wait()
-        return 7, 0
+        return 7, 0, ()
 
     async def scene(house: House) -> None:
         other = RemoteLedger(house.network.endpoint(KeyPair.generate()), house.ticket, house.clock)

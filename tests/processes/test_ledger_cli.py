@@ -18,12 +18,15 @@ from ledger_requests import NODES, a_voucher, an_escrow
 
 from shoal.cli.main import main
 from shoal.house import RemoteLedger, deposit
-from shoal.identity import Envelope, KeyPair, load_key
+from shoal.identity import Envelope, KeyPair, load_key, load_or_create_key
 from shoal.identity.accounts import AccountKey, load_account, parse_address
 from shoal.ledger.commands import Close, Command, Open, Redeem
 from shoal.ledger.journal import contradiction
+from shoal.protocol.holds import Hold
 from shoal.protocol.ledgers import LedgerTicket
+from shoal.protocol.messages import sign
 from shoal.protocol.money import Checkpoint, Closing, HouseLedger
+from shoal.protocol.prices import Price
 from shoal.transport import TlsEndpoint
 from shoal.world import SystemClock
 
@@ -150,6 +153,62 @@ def test_a_statement_names_escrows_and_what_they_hold_back(
     assert shoal("account", "balance")[1] in ("1.1764 USD\n", "1.8764 USD\n"), "before the notice is over, or after"
 
 
+def write_hold(path: Path, node: KeyPair, number: int, **changed: Any) -> str:
+    """What a node signs for a client of its own, in a file."""
+    usual: dict[str, Any] = {
+        "slot": 0, "number": number, "client": bytes([number] * 32), "work": "train", "from_ms": 0,
+        "until_ms": 1 << 50, "price": Price(1), "ledger": HouseLedger(bytes(32), "USD"), "payer": bytes(20),
+        "payee": bytes(20),
+    }  # fmt: skip
+    path.write_bytes(sign(node, Hold(**usual | changed)).to_bytes())
+    return str(path)
+
+
+def test_a_bond_is_posted_asked_for_and_lost(shoal: Shoal, ledger: tuple[Path, str], tmp_path: Path) -> None:
+    _, ticket = ledger
+    shoal("account", "create", "--ledger", ticket)
+    shoal("account", "deposit", "20")
+    mine = load_or_create_key(tmp_path / "home" / "node" / "node.key")
+    other = load_or_create_key(tmp_path / "other" / "node.key")
+    made = done(shoal("account", "bond", "7", "--notice", "2 d", "--json"))
+    assert made == {
+        "bond": made["bond"], "node": mine.node_id.hex(), "amount_micro": 7_000_000, "notice_ms": 172_800_000,
+        "currency": "USD", "at_stake_micro": 7_000_000,
+    }  # fmt: skip
+    code, out, _ = shoal("account", "bond", "2.5", mine.node_id.hex())
+    assert code == 0 and f"9.50 is at stake for node {mine.node_id.hex()[:8]} in all." in out
+    third = done(shoal("account", "bond", "4", "--data", str(tmp_path / "other"), "--json"))
+    assert third["node"] == other.node_id.hex() and third["at_stake_micro"] == 4_000_000
+
+    asked = done(shoal("account", "unbond", third["bond"][:10], "--json"))
+    assert asked["ends_ms"] - asked["posted_ms"] >= 7 * 86_400_000 and asked["state"] == "standing"
+    assert "asked for already" in shoal("account", "unbond", third["bond"])[2]
+
+    one, two = (write_hold(tmp_path / f"hold-{number}", mine, number) for number in (1, 2))
+    again = write_hold(tmp_path / "again", mine, 3, client=bytes([1] * 32))
+    nobody = [write_hold(tmp_path / f"nobody-{number}", KeyPair.from_seed(bytes(32)), number) for number in (1, 2)]
+    for holds, sentence in (
+        ((one, again), "can both be kept"),
+        ((one, nobody[1]), "can both be kept"),
+        (nobody, "No bond stands behind it"),
+    ):  # fmt: skip
+        code, _, err = shoal("account", "slash", *holds)
+        assert code == 2 and sentence in err
+    took = done(shoal("account", "slash", one, two, "--json"))
+    assert took["amount_micro"] == 9_500_000 and len(took["lost"]) == 2 and made["bond"] in took["lost"]
+    assert "has promised slot 0 to" in took["proof"]
+    assert shoal("account", "slash", one, two)[0] == 2, "there is nothing more to lose"
+    kept = done(shoal("account", "balance", "--json"))
+    assert kept["balance_micro"] == 6_500_000
+    assert {one["bond"]: one["state"] for one in kept["bonds"]} == {
+        third["bond"]: "standing", **dict.fromkeys(took["lost"], "lost")
+    }  # fmt: skip
+    shown = shoal("account", "statement")[1]
+    assert re.search(rf"bond behind node {mine.node_id.hex()[:8]} +7.00 +13.00\n", shown)
+    assert re.search(rf"Bond {made['bond'][:10]} behind node {mine.node_id.hex()[:8]}: 7.00 USD, lost\n", shown)
+    assert re.search(rf"Bond {third['bond'][:10]} behind node \w+: 4.00 USD, comes back \d{{4}}-", shown)
+
+
 NEW = ["account", "create"]
 TICKET = ["--ledger", NOBODY]
 MISTAKES = [
@@ -170,6 +229,17 @@ MISTAKES = [
         [NEW, ["account", "withdraw", "5", "--to", "x", "--number", "0", *TICKET]], "SH-103", "from 1", id="number 0"
     ),
     pytest.param([NEW, ["account", "statement", "--limit", "0"]], "SH-103", "from 1 to", id="no lines"),
+    pytest.param([["account", "bond", "0.999999", "0" * 64]], "SH-103", "1.00 at least", id="a bond of too little"),
+    pytest.param([["account", "bond", "5", "0" * 64, "--notice", "23h"]], "SH-103", "1 to 30 days", id="in a hurry"),
+    pytest.param([["account", "bond", "5", "0" * 64, "--notice", "31d"]], "SH-103", "1 to 30 days", id="too patient"),
+    pytest.param([["account", "bond", "5", "beef"]], "SH-100", "64 hexadecimal", id="a bond behind nobody"),
+    pytest.param([["account", "bond", "5"]], "SH-110", "node.key cannot be read", id="no node here"),
+    pytest.param([["account", "bond", "5", "0" * 64, "--data", "x"]], "SH-103", "leave one", id="two nodes"),
+    pytest.param([["account", "slash", "none", "none", *TICKET]], "SH-420", "none", id="no hold"),
+    pytest.param(
+        [["account", "slash", "/dev/null", "/dev/null", *TICKET]], "SH-138", "/dev/null is no", id="no record"
+    ),
+    pytest.param([["node", "earnings"]], "SH-108", "holds no sales", id="no node that sells"),
     pytest.param([["account", "export", "home", *TICKET]], "SH-103", "is there already", id="a file that is there"),
     pytest.param([["account", "verify", "nowhere"]], "SH-420", "nowhere", id="no file"),
     pytest.param([["ledger", "deposit", "0x12", "5", "--reference", "x"]], "SH-119", "'0x12'", id="no address"),

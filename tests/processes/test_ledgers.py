@@ -236,7 +236,7 @@ def test_what_todays_rules_do_not_allow_is_not_gone_on_with(place: Path | str) -
     twice = line(4, 0, a_close(escrow), (), lines[-1].hash)
     in_form_1(place, [*lines, twice])
     for _ in range(2):
-        with pytest.raises(LedgerFailed, match="tables of form 1, and those of form 2 cannot be made .* Line 4 .*rest"):
+        with pytest.raises(LedgerFailed, match="tables of form 1, and those of form 3 cannot be made .* Line 4 .*rest"):
             SqlLedger.open(place, LEDGER, HeldClock())
 
 
@@ -246,7 +246,7 @@ def test_a_ledger_of_a_newer_form_is_left_alone(tmp_path: Path) -> None:
     with ledger._engine.begin() as connection:
         connection.execute(sa.text("UPDATE ledger_about SET version = 99"))
     ledger.close()
-    with pytest.raises(LedgerFailed, match="has tables of form 99, and this Shoal needs 2: use the version that wrote"):
+    with pytest.raises(LedgerFailed, match="has tables of form 99, and this Shoal needs 3: use the version that wrote"):
         SqlLedger.open(place, LEDGER, HeldClock())
 
 
@@ -289,6 +289,10 @@ def test_a_bond_outlives_who_keeps_it(place: Path | str) -> None:
     ledger.close()
     ledger = SqlLedger.open(place, LEDGER, clock)
     assert (ledger.bond_of(node), ledger.bond_of(node, until_ms=DAY_MS)) == (2 * MICRO, MICRO)
+    assert [one.bond_id for one in ledger.bonds_behind(node)] == sorted((bonds[0], bonds[2]))
+    assert [one.bond_id for one in ledger.bonds_behind(node, until_ms=DAY_MS)] == [bonds[2]]
+    assert [one.bond_id for one in ledger.bonds_by(CLIENT.address)] == [*sorted((bonds[0], bonds[2])), bonds[1]]
+    assert ledger.bonds_behind(node, "testnet") == ledger.bonds_by(NODES[0].address) == ()
     with pytest.raises(BondOver, match="is lost"):
         ledger.apply(a_slash(bonds[1], SELLERS[0]))
     clock.wall_ms = DAY_MS

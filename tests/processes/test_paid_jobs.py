@@ -21,14 +21,17 @@ from shoal.driver.treasurer import NoMoney
 from shoal.house import RemoteLedger
 from shoal.identity import KeyPair
 from shoal.identity.accounts import AccountKey, address_text, create_account
+from shoal.ledger.commands import PostBond
 from shoal.ledger.journal import verified
 from shoal.market.reputation import Outcome
 from shoal.protocol.ledgers import LedgerTicket
+from shoal.protocol.money import BondTerms
 from shoal.sdk.acquaintances import Acquaintances
 from shoal.sdk.local import LocalShoal
 from shoal.sdk.train import Spending, TrainOptions, train
 from shoal.transport import TlsEndpoint
 from shoal.world import SystemClock, SystemDice
+from shoal.world.quotes import NotSecured
 
 NODES = ("amber", "birch", "cedar")
 DEPOSIT = 50_000_000
@@ -117,6 +120,14 @@ def test_a_job_pays_for_accepted_work_and_gets_the_rest_back(tmp_path: Path) -> 
         with pytest.raises(NoMoney, match=r"sets 60.00 USD aside, and your account .* has 50.00"):
             await train(parsed(text, tmp_path), text, town.options(tmp_path, Watch(), 60_000_000))
         watch = Watch()
+        stake = BondTerms(
+            account=town.account.address, node=bytes.fromhex(town.shoal.nodes["birch"].ready["node"]),
+            network="shoal", amount_micro=2_000_000, notice_ms=24 * 3_600_000, nonce=bytes(32),
+        )  # fmt: skip
+        await ledger.apply(PostBond(stake, town.account.sign(stake.bond_id(town.ticket.ledger))))
+        bonded = hasty.replace(b"wait: 3 s", b"wait: 3 s\n  bond_min: 1.50")
+        with pytest.raises(NotSecured, match=r"1 of 3 nodes have a bond of 1.50 .*, and 2 are needed; with 0.00 there"):
+            await train(parsed(bonded, tmp_path), bonded, town.options(tmp_path, Watch(), 5_000_000))
         report = await train(parsed(text, tmp_path), text, town.options(tmp_path, watch, 5_000_000))
         assert any(said.startswith("Chosen 2 of 3 nodes: ") for said in watch.said)
         check_account(report, tmp_path / "run")
@@ -143,7 +154,7 @@ def test_money_that_runs_out_stops_the_job_and_a_killed_driver_loses_none(tmp_pa
     async def story(town: Town, ledger: RemoteLedger) -> None:
         home, run = tmp_path / "keys", tmp_path / "runs" / "job"
         (home / "account.ledger").write_text(str(town.ticket))
-        (tmp_path / "job.yaml").write_bytes(job_text(tmp_path, tokens=60_000))
+        (tmp_path / "job.yaml").write_bytes(job_text(tmp_path, tokens=150_000))
 
         async def driver(*arguments: str) -> asyncio.subprocess.Process:
             return await asyncio.create_subprocess_exec(
@@ -173,7 +184,7 @@ def test_money_that_runs_out_stops_the_job_and_a_killed_driver_loses_none(tmp_pa
         spent = msgspec.json.decode((run / FILE).read_bytes(), type=Payments).spent_micro
         assert spent > first.charged
 
-        report = await report_of(await driver("runs/job", "--resume", "--budget", "20"))
+        report = await report_of(await driver("runs/job", "--resume"))
         assert report.goal is not None and report.goal.reached
         bill = check_bill(report, run)
         assert bill.quoted == 20_000_000 and bill.charged > spent

@@ -17,7 +17,8 @@ from shoal.identity import KeyPair
 from shoal.ledger.commands import Close, Open
 from shoal.ledger.escrows import State
 from shoal.ledger.journal import verified
-from shoal.node.sales import REDEEM_EVERY_S, NotHeld, SalesDamaged
+from shoal.node.earned import read_earned
+from shoal.node.sales import ENDED, REDEEM_EVERY_S, Ended, NotHeld, SalesDamaged, read_kept
 from shoal.protocol.money import (
     BadVoucher,
     Closing,
@@ -29,6 +30,7 @@ from shoal.protocol.money import (
     sign_voucher,
 )
 from shoal.protocol.prices import Price
+from shoal.quantities.money import share
 from shoal.world import FaultyDisk, MemoryDisk, Refused
 from shoal.world.quotes import HOLD_MS, NotSecured, Quotes
 
@@ -79,6 +81,14 @@ async def settle(street: Street, seconds: float = 0.0) -> None:
     await street.clock.advance(seconds)
     for _ in range(5):
         await asyncio.sleep(0.01)  # writes are made in a thread
+
+
+async def until(street: Street, condition: Callable[[], bool]) -> None:
+    for _ in range(200):
+        if condition():
+            return
+        await settle(street, 5.0)
+    raise AssertionError("it never came to that")
 
 
 def test_a_slot_is_held_paid_for_and_given_back(tmp_path: Path) -> None:
@@ -234,6 +244,80 @@ def test_a_disk_that_fails_promises_nothing_twice() -> None:
             await other.quotes.hold(shop.node, shop.offer)
         await street.clock.advance(HOLD_MS / 1000)
         await other.quotes.hold(shop.node, shop.offer)
+
+    run(story)
+
+
+def test_escrows_that_are_over_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shoal.node.sales.ENDED_MAX", 2)
+
+    async def story(street: Street) -> None:
+        shop = await street.shop(1, tmp_path / "sales")
+        client = Client(street)
+        escrows = list[bytes]()
+        for amount in (50, 0, 70, 90):
+            escrow = await client.escrow(shop)
+            held = await client.quotes.take(await client.quotes.hold(shop.node, shop.offer), escrow)
+            if amount:
+                await client.quotes.pay(shop.node, voucher(escrow, shop, amount), last=True, deadline_s=5)
+            await until(street, lambda: shop.sales.accounts[0].redeemed_micro == shop.sales.accounts[0].paid_micro)
+            earned = read_earned(tmp_path, street.clock.now_ms())
+            assert [(one.over, one.vouchers_micro) for one in earned.escrows if not one.over] == [(False, amount)]
+            assert earned.escrows[0].coming_micro == share(amount, 100_000)
+            await client.quotes.release(held)
+            wish = Closing(escrow)
+            await street.ledger.apply(Close(wish, PAYER.sign(wish.digest(LEDGER))))
+            await until(street, lambda: shop.sales.accounts == [])
+            escrows.append(escrow)
+        await settle(street, 2)
+        now_ms = street.clock.now_ms()
+        earned = read_earned(tmp_path, now_ms)
+        assert [one.escrow for one in earned.escrows] == [escrows[3], escrows[2]], "what paid nothing leaves no line"
+        assert earned.payees == {shop.sales.terms.payee: "USD"}
+        (total,) = earned.totals
+        assert (total.currency, total.paid_micro, total.coming_micro) == ("USD", 160, 0), "audits are over"
+        early = read_earned(tmp_path, earned.escrows[0].ends_ms)
+        assert [one.coming_micro for one in early.escrows] == [9, 0]
+        assert early.by_day(lambda at_ms: str(at_ms)) == {
+            (str(one.ends_ms), "USD"): one.redeemed_micro for one in earned.escrows
+        }  # fmt: skip
+        (tmp_path / "sales" / "ended").write_bytes(b"\xff")
+        with pytest.raises(SalesDamaged, match="ended, in which node"):
+            read_earned(tmp_path, now_ms)
+
+    run(story)
+
+
+def test_a_node_killed_while_it_forgets_an_escrow_remembers_it_once() -> None:
+    async def story(street: Street) -> None:
+        failing = list[str]()
+
+        def fault(call: str, name: str) -> None:
+            if f"{call} {name}" in failing:
+                raise OSError(errno.EIO, "no such sector")
+
+        disk = MemoryDisk()
+        shop = await street.shop(1, FaultyDisk(disk, fault))
+        client = Client(street)
+        escrow = await client.escrow(shop, expires_ms=street.clock.now_ms() + 90_000)
+        await client.quotes.take(await client.quotes.hold(shop.node, shop.offer), escrow)
+        await client.quotes.pay(shop.node, voucher(escrow, shop, 50), last=True, deadline_s=5)
+        await until(street, lambda: shop.sales.accounts[0].redeemed_micro == 50)
+        failing.append("write accounts.new")
+        await until(street, lambda: disk.info(ENDED) is not None)
+        await settle(street, 2 * REDEEM_EVERY_S)
+        assert [one.escrow for one in shop.sales.accounts] == [escrow]
+        assert not shop.sales._rounds.done(), "it tries again"
+        failing.clear()
+        shop.sales._rounds.cancel()
+        await shop.endpoint.close()
+        street.shops.clear()
+        again = await street.shop(1, disk)
+        await until(street, lambda: again.sales.accounts == [])
+        kept = read_kept(disk, ENDED, list[Ended], "shop-1")
+        assert kept is not None and [(one.escrow, one.redeemed_micro, one.held_micro) for one in kept] == [
+            (escrow, 50, 5)
+        ]
 
     run(story)
 

@@ -13,16 +13,15 @@ from shoal.driver.gang import LinkedNode, TooFar
 from shoal.driver.nearness import near_gang, refuse_far
 from shoal.errors import LinkError
 from shoal.market.coordinates import Coordinate
-from shoal.node.surveying import FIRST, FIRST_EVERY_S, Surveyor
-from shoal.protocol.blobs import BlobHolder
-from shoal.protocol.messages import decode, encode, open_record
+from shoal.node.surveying import FIRST, FIRST_EVERY_S, Prober, Surveyor
+from shoal.protocol.messages import open_record
 from shoal.protocol.offers import Offer, OfferFind
-from shoal.protocol.serving import LinkEcho, LinkProbe, LinksProbed
+from shoal.protocol.serving import LinkEcho
 from shoal.transport.memory import MemoryEndpoint, MemoryNetwork, Path
-from shoal.world import HeldClock, Request, SeededDice
+from shoal.world import HeldClock, SeededDice
 from shoal.world.directory import FoundOffer
 from shoal.world.quotes import NotSecured
-from shoal.world.reach import echo, echo_ms
+from shoal.world.reach import echo
 
 PLACES = {2: (0.0, 0.0), 3: (6.0, 0.0), 4: (0.0, 8.0), 5: (60.0, 0.0), 6: (62.0, 3.0)}
 """In milliseconds of round trip: two towns."""
@@ -40,7 +39,7 @@ class Country:
         for number in PLACES:
             end = self.ends[number] = self.network.endpoint(a_key(number))
             end.handle(LinkEcho.KIND, echo)
-            end.handle(LinkProbe.KIND, self._prober(end))
+            Prober(end, self.clock)
             await end.listen(f"tcp://node-{number}:0")
             self.surveyors[number] = Surveyor(end, self, self.clock, SeededDice(number), self._moved)
         for one, other in itertools.combinations(PLACES, 2):
@@ -59,20 +58,6 @@ class Country:
 
     async def _moved(self) -> None:
         self.told += 1
-
-    def _prober(self, end: MemoryEndpoint):  # type: ignore[no-untyped-def]
-        async def probe(request: Request) -> bytes:
-            wanted = decode(LinkProbe, request.body, request.version)
-            return encode(LinksProbed(round_trip_ms=tuple([await self._far(end, one) for one in wanted.nodes])))
-
-        return probe
-
-    async def _far(self, end: MemoryEndpoint, holder: BlobHolder) -> float | None:
-        try:
-            link = await end.dial(holder.node, holder.addresses, deadline_s=2.0)
-            return await echo_ms(link, self.clock, 2.0)
-        except LinkError:
-            return None
 
     async def find(self, wanted: OfferFind) -> list[FoundOffer]:
         found = []

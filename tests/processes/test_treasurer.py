@@ -15,9 +15,11 @@ from shoal.driver.folder import RunFolder
 from shoal.driver.gang import LinkedNode
 from shoal.driver.treasurer import RENEW_EVERY_S, NoMoney, Purse, Treasurer
 from shoal.errors import StorageError
+from shoal.identity import Envelope
 from shoal.ledger.escrows import State
 from shoal.ledger.journal import verified
 from shoal.ledger.moves import ISSUED
+from shoal.protocol.holds import Hold, open_hold
 from shoal.world import Refused, SeededDice
 from shoal.world.quotes import NotSecured
 
@@ -116,6 +118,33 @@ def test_each_is_paid_for_what_was_accepted_and_the_bill_adds_up(tmp_path: Path)
         assert balances == [2000, 400, 250]
         assert await street.ledger.balance(PAYER.address) == 10_000_000 - 2650
         assert street.ledger.book.balances[ISSUED] == -10_000_000
+
+    run(story)
+
+
+def test_the_folder_keeps_what_nodes_promised(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shops = [await street.shop(number, tmp_path / str(number)) for number in (1, 2)]
+        job = Job(street, tmp_path / "run")
+        await job.begin(shops[0])
+        await job.treasurer.secure((await job.gang(shops[1]))[0])
+
+        def numbers() -> list[int]:
+            kept = [
+                open_hold(
+                    Envelope.from_bytes(job.written.terms[0].nodes[shop.node.hex()].hold, Hold.MAX_BYTES), shop.node
+                )
+                for shop in shops
+            ]
+            assert {one.escrow for one in kept} == {job.written.terms[0].escrow}
+            return [one.number for one in kept]
+
+        before = numbers()
+        await settle(street, RENEW_EVERY_S)
+        for _ in range(20):
+            await settle(street, 0.5)
+        assert [after > one for one, after in zip(before, numbers(), strict=True)] == [True, True]
+        await job.treasurer.close()
 
     run(story)
 

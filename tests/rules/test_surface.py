@@ -29,13 +29,17 @@ SURFACE = {
     "shoal hub": "--listen --http --data --name --public --json",
     "shoal node": "",
     "shoal node start": "--hub --name --max-speed --threads --device --processes --listen --storage --memory --price "
-    "--currency --account --ledger --country --region --data "
+    "--currency --account --ledger --serve-free --country --region --data "
     "--engine --engine-model --engine-key --engine-only --json",
+    "shoal node earnings": "--data --ledger --json",
     "shoal account": "",
     "shoal account create": "--ledger --json",
     "shoal account balance": "--ledger --json",
     "shoal account deposit": "AMOUNT --ledger --json",
     "shoal account withdraw": "AMOUNT --to --number --ledger --json",
+    "shoal account bond": "AMOUNT [NODE] --notice --data --ledger --json",
+    "shoal account unbond": "BOND --ledger --json",
+    "shoal account slash": "HOLD_A HOLD_B --ledger --json",
     "shoal account statement": "--limit --ledger --json",
     "shoal account export": "FILE --ledger --json",
     "shoal account verify": "[FILE] --ledger --json",

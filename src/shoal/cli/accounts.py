@@ -1,11 +1,11 @@
-"""`shoal account`: money at a ledger, by whose it is."""
+"""`shoal account`: money at a ledger, by whose it is, and bonds."""
 
 from __future__ import annotations
 
+import secrets
 import tempfile
 from collections import deque
-from collections.abc import Awaitable, Callable
-from datetime import datetime
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, TypeVar
 
@@ -15,9 +15,12 @@ from rich.table import Table
 
 from shoal.cli import places
 from shoal.cli.app import MONEY, Commands, Group, app
-from shoal.cli.output import BadFlag, JsonFlag, LedgerFlag, err, out, print_json, run, shown
-from shoal.identity import Envelope, KeyPair, short_id
+from shoal.cli.output import BadFlag, JsonFlag, LedgerFlag, err, out, print_json, run, shown, when
+from shoal.errors import BadInput, BadRecord
+from shoal.identity import ENVELOPE_OVERHEAD_BYTES, Envelope, KeyPair, load_key, node_id_from_hex, short_id
 from shoal.identity.accounts import address_text, create_account
+from shoal.ledger.bonds import Bond, BondOver, BondState, NoContradiction
+from shoal.ledger.book import UnknownBond
 from shoal.ledger.commands import (
     Admit,
     Close,
@@ -37,8 +40,22 @@ from shoal.ledger.commands import (
 )
 from shoal.ledger.moves import ISSUED, Move
 from shoal.ledger.moves import account as account_name
-from shoal.protocol.ledgers import LedgerTicket
-from shoal.protocol.money import Checkpoint, HouseLedger, Withdrawal, open_checkpoint
+from shoal.protocol.holds import Hold, sold_twice
+from shoal.protocol.ledgers import MINTED, LedgerTicket
+from shoal.protocol.messages import DEFAULT_NETWORK, open_record
+from shoal.protocol.money import (
+    BOND_LEAST_MICRO,
+    BOND_NOTICE_LEAST_MS,
+    BOND_NOTICE_MAX_MS,
+    DAY_MS,
+    BondTerms,
+    Checkpoint,
+    HouseLedger,
+    Unbonding,
+    Withdrawal,
+    open_checkpoint,
+)
+from shoal.quantities import format_duration_s, parse_duration_s
 from shoal.quantities.money import format_money
 from shoal.sdk.local import shoal_home
 from shoal.sdk.places import account_file, account_key, ledger_ticket, remember_ledger
@@ -46,12 +63,21 @@ from shoal.world import SystemClock
 
 if TYPE_CHECKING:
     from shoal.house import RemoteLedger
+    from shoal.house.messages import AccountState
     from shoal.ledger.journal import Line
 
 T = TypeVar("T")
 LIMIT_MAX = 10_000
 SHORT = 10
-"""Hexadecimal digits of an escrow's name, for people."""
+"""Hexadecimal digits of an escrow's or bond's name, for people."""
+REFERENCE_SHOWN = 28
+
+
+class NoHold(BadInput):
+    """A file that was named holds no node's signed hold."""
+
+    code = "SH-138"
+
 
 account_app = Commands(cls=Group, help="Your money at a ledger: `shoal account create`.")
 app.add_typer(account_app, name="account", rich_help_panel=MONEY)
@@ -99,10 +125,10 @@ def create(ledger: LedgerFlag = None, json: JsonFlag = False) -> None:
 
 @account_app.command("balance")
 def balance(ledger: LedgerFlag = None, json: JsonFlag = False) -> None:
-    """Show how much your account has. What is in escrows, or held back, is not in it."""
+    """Show how much your account has. What is in escrows or bonds, or held back, is not in it."""
     ticket, key = ledger_ticket(ledger), account_key()
-    micro = ask(ticket, lambda one: one.balance(key.address))
-    _print_balance(ticket, key.address, micro, json)
+    state = ask(ticket, lambda one: one.account(key.address))
+    _print_balance(ticket, key.address, state, json)
 
 
 @account_app.command("deposit", context_settings=NEGATIVE)
@@ -118,9 +144,9 @@ def deposit(
     micro = places.amount_of(amount)
     ticket, key = ledger_ticket(ledger), account_key()
 
-    async def work(one: RemoteLedger) -> int:
+    async def work(one: RemoteLedger) -> AccountState:
         await one.mint(key.address, micro)
-        return await one.balance(key.address)
+        return await one.account(key.address)
 
     _print_balance(ticket, key.address, ask(ticket, work), json)
 
@@ -181,6 +207,186 @@ def withdraw(
         out.print(f"There are {format_money(left)} {ticket.currency} left.", markup=False)
 
 
+@account_app.command("bond", context_settings=NEGATIVE)
+def bond(
+    amount: Annotated[str, typer.Argument(metavar="AMOUNT", help="How much, such as 25; one unit at least.")],
+    node: Annotated[
+        str | None,
+        typer.Argument(metavar="NODE", help="Its NodeId, 64 digits.", show_default="the node of --data"),
+    ] = None,
+    notice: Annotated[
+        str, typer.Option(metavar="TIME", help="From when you ask for it until it comes back: 1 to 30 days.")
+    ] = "7d",
+    data: Annotated[
+        Path | None, typer.Option(help="The folder of a node on this machine.", show_default="~/.shoal/node")
+    ] = None,
+    ledger: LedgerFlag = None,
+    json: JsonFlag = False,
+) -> None:
+    """Put money at stake for what a node promises: that it keeps no place for two clients at once.
+
+    All of it is lost, to the ledger, as soon as anybody hands in two contradictory holds of that node (`shoal account
+    slash`). `shoal account unbond` asks for it back.
+    """  # fmt: skip
+    from shoal.house import OutcomeUnknown
+
+    micro, notice_ms = places.amount_of(amount), round(1000 * parse_duration_s(notice))
+    if node is not None and data is not None:
+        raise BadFlag("NODE and --data both name a node; leave one of them out.")
+    node_id = (
+        node_id_from_hex(node) if node is not None else load_key((data or shoal_home() / "node") / "node.key").node_id
+    )
+    if micro < BOND_LEAST_MICRO:
+        raise BadFlag(f"A bond of {format_money(micro)} is too small: {format_money(BOND_LEAST_MICRO)} at least.")
+    if not BOND_NOTICE_LEAST_MS <= notice_ms <= BOND_NOTICE_MAX_MS:
+        raise BadFlag(f"--notice {notice} cannot be used: from 1 to {BOND_NOTICE_MAX_MS // DAY_MS} days, such as 7d.")
+    ticket, key = ledger_ticket(ledger), account_key()
+    terms = BondTerms(
+        account=key.address, network=DEFAULT_NETWORK, node=node_id, amount_micro=micro, notice_ms=notice_ms,
+        nonce=secrets.token_bytes(32),
+    )  # fmt: skip
+    name = terms.bond_id(ticket.ledger)
+
+    async def work(one: RemoteLedger) -> int:
+        try:
+            await one.apply(PostBond(terms, key.sign(name)))
+        except OutcomeUnknown as error:
+            raise OutcomeUnknown(f"{error} The same command again would post another bond.") from error
+        return await one.bond_of(node_id)
+
+    at_stake = ask(ticket, work)
+    if json:
+        print_json(
+            {
+                "bond": name, "node": node_id, "amount_micro": micro, "notice_ms": notice_ms,
+                "currency": ticket.currency, "at_stake_micro": at_stake,
+            }
+        )  # fmt: skip
+        return
+    out.print(f"Bond {name.hex()[:SHORT]}: {format_money(micro)} {ticket.currency}.", markup=False)
+    out.print(f"{format_money(at_stake)} is at stake for node {short_id(node_id)} in all.", markup=False)
+
+
+@account_app.command("unbond")
+def unbond(
+    bond: Annotated[
+        str, typer.Argument(metavar="BOND", help="Its name, or the beginning of it, from `shoal account statement`.")
+    ],
+    ledger: LedgerFlag = None,
+    json: JsonFlag = False,
+) -> None:
+    """Ask for a bond. It comes back when its notice is over; until then it can be lost."""
+    ticket, key = ledger_ticket(ledger), account_key()
+
+    async def work(one: RemoteLedger) -> Bond:
+        name = _bond_named(bond, (await one.account(key.address)).bonds)
+        wish = Unbonding(name)
+        await one.apply(Unbond(wish, key.sign(wish.digest(ticket.ledger))))
+        return next(each for each in (await one.account(key.address)).bonds if each.bond_id == name)
+
+    asked = ask(ticket, work)
+    if json:
+        print_json(_plain_bond(asked))
+    else:
+        out.print(f"{_say_bond(asked, ticket.currency)}.", markup=False, soft_wrap=True)
+
+
+@account_app.command("slash")
+def slash(
+    one: Annotated[Path, typer.Argument(metavar="HOLD_A", help="A file with a node's signed hold.")],
+    other: Annotated[Path, typer.Argument(metavar="HOLD_B", help="Another hold of that node, which contradicts it.")],
+    ledger: LedgerFlag = None,
+    json: JsonFlag = False,
+) -> None:
+    """Hand in two holds by which a node promised one place twice: every bond behind it is lost.
+
+    Nothing of it comes to you. A file is a hold's envelope as the node signed it; docs/ledger.md says where a run's
+    folder keeps them.
+    """  # fmt: skip
+    ticket = ledger_ticket(ledger)
+    first, second = (_read_hold(path) for path in (one, other))
+    proof = sold_twice(first, second)
+    if proof is None:
+        raise NoContradiction(
+            f"{one} and {other} can both be kept: they are not of one node, for two places, for one client or not for "
+            "one time, or the place was given back in between."
+        )
+    holds = (first.to_bytes(), second.to_bytes())
+    lost, refusals = list[Bond](), list[str]()
+
+    async def work(at: RemoteLedger) -> None:
+        tried = set[bytes]()
+        while fresh := [each for each in (await at.bonds_behind(first.signer)).bonds if each.bond_id not in tried]:
+            for each in fresh:
+                tried.add(each.bond_id)
+                try:
+                    await at.apply(Slash(each.bond_id, *holds))
+                    lost.append(each)
+                except (BondOver, NoContradiction) as error:
+                    refusals.append(error.sentence)
+
+    ask(ticket, work)
+    if not lost and refusals:
+        raise NoContradiction(f"{proof} No bond is lost by that: {refusals[0]}")
+    if not lost:
+        raise UnknownBond(f"{proof} No bond stands behind it at this ledger; the two holds prove it all the same.")
+    micro = sum(each.terms.amount_micro for each in lost)
+    if json:
+        print_json(
+            {"node": first.signer, "proof": proof, "lost": [each.bond_id for each in lost], "amount_micro": micro,
+             "currency": ticket.currency, "refused": refusals}
+        )  # fmt: skip
+        return
+    out.print(shown(proof), markup=False, soft_wrap=True)
+    out.print(
+        f"{len(lost)} bond{'s' * (len(lost) != 1)} of {format_money(micro)} {ticket.currency} lost.", markup=False
+    )
+
+
+def _bond_named(text: str, bonds: Sequence[Bond]) -> bytes:
+    """Raises UnknownBond, also where several begin so."""
+    found = [one.bond_id for one in bonds if one.bond_id.hex().startswith(text.lower())] if text else []
+    if len(found) != 1:
+        raise UnknownBond(
+            f"{'Several bonds' if found else 'No bond'} of your account at this ledger "
+            f"{'begin' if found else 'begins'} with {text[:64]!r}; `shoal account statement --json` names them."
+        )
+    return found[0]
+
+
+def _read_hold(path: Path) -> Envelope:
+    """Raises NoHold."""
+    most = Hold.MAX_BYTES + ENVELOPE_OVERHEAD_BYTES
+    with path.open("rb") as file:
+        packed = file.read(most + 1)
+    try:
+        envelope = Envelope.from_bytes(packed, Hold.MAX_BYTES)
+        open_record(envelope, Hold)
+    except BadRecord as error:
+        raise NoHold(f"{path} is no hold that a node has signed: {error.sentence}") from error
+    return envelope
+
+
+def _plain_bond(one: Bond) -> dict[str, object]:
+    return {
+        "bond": one.bond_id, "node": one.terms.node, "network": one.terms.network,
+        "amount_micro": one.terms.amount_micro, "notice_ms": one.terms.notice_ms, "posted_ms": one.posted_ms,
+        "ends_ms": one.ends_ms, "state": one.state.value,
+    }  # fmt: skip
+
+
+def _say_bond(one: Bond, currency: str) -> str:
+    told = one.state.value
+    if one.state is BondState.STANDING and one.ends_ms is not None:
+        told = f"comes back {when(one.ends_ms)}"
+    elif one.state is BondState.STANDING:
+        told = f"stands, with {format_duration_s(one.terms.notice_ms / 1000)} of notice"
+    return (
+        f"Bond {one.bond_id.hex()[:SHORT]} behind node {short_id(one.terms.node)}: "
+        f"{format_money(one.terms.amount_micro)} {currency}, {told}"
+    )
+
+
 @account_app.command("statement")
 def statement(
     limit: Annotated[int, typer.Option(metavar="N", help="The newest so many lines.")] = 50,
@@ -189,7 +395,7 @@ def statement(
 ) -> None:
     """Show what came to your account and what left it, as the ledger's journal has it.
 
-    Escrows are named by the beginning of their names. The lines are shown as the ledger gives them; `shoal account
+    Escrows and bonds are named by the beginning of their names; bonds stand below the lines. The lines are shown as the ledger gives them; `shoal account
     verify` checks them.
     """  # fmt: skip
     if not 1 <= limit <= LIMIT_MAX:
@@ -197,15 +403,15 @@ def statement(
     ticket, key = ledger_ticket(ledger), account_key()
     mine = account_name(key.address)
 
-    async def work(one: RemoteLedger) -> tuple[int, deque[tuple[Line, int, int]]]:
+    async def work(one: RemoteLedger) -> tuple[int, deque[tuple[Line, int, int]], tuple[Bond, ...]]:
         newest, after, count = deque[tuple["Line", int, int]](maxlen=limit), 0, 0
         async for line in one.lines(account=key.address):
             change = _change(line.moves, mine)
             after, count = after + change, count + 1
             newest.append((line, change, after))
-        return count, newest
+        return count, newest, (await one.account(key.address)).bonds
 
-    count, newest = ask(ticket, work)
+    count, newest, bonds = ask(ticket, work)
     if json:
         print_json(
             {
@@ -217,6 +423,7 @@ def statement(
                     }
                     for line, change, after in newest
                 ],
+                "bonds": [_plain_bond(one) for one in bonds],
             }
         )  # fmt: skip
         return
@@ -230,12 +437,14 @@ def statement(
         held = _held(line.moves, mine)
         what = _what(line.command, mine, ticket.ledger) + (f", {format_money(held)} held back" if held > 0 else "")
         table.add_row(
-            _when(line.at_ms), escape(shown(what)), format_money(change) if change > 0 else "",
+            when(line.at_ms), escape(shown(what)), format_money(change) if change > 0 else "",
             format_money(-change) if change < 0 else "", format_money(after),
         )  # fmt: skip
     out.print(table)
     if count > len(newest):
         out.print(f"[dim]{count - len(newest)} older lines are left out; --limit shows more.[/]")
+    for one in bonds:
+        out.print(_say_bond(one, ticket.currency), markup=False, soft_wrap=True)
 
 
 @account_app.command("export")
@@ -368,11 +577,14 @@ def _fetch(ticket: LedgerTicket, file: IO[bytes]) -> int:
     return ask(ticket, work)
 
 
-def _print_balance(ticket: LedgerTicket, address: bytes, micro: int, json: bool) -> None:
+def _print_balance(ticket: LedgerTicket, address: bytes, state: AccountState, json: bool) -> None:
     if json:
-        print_json({"account": address_text(address), "currency": ticket.currency, "balance_micro": micro})
+        print_json(
+            {"account": address_text(address), "currency": ticket.currency, "balance_micro": state.balance_micro,
+             "bonds": [_plain_bond(one) for one in state.bonds]}
+        )  # fmt: skip
     else:
-        out.print(f"{format_money(micro)} {ticket.currency}", markup=False)
+        out.print(f"{format_money(state.balance_micro)} {ticket.currency}", markup=False)
 
 
 def _change(moves: tuple[Move, ...], name: str) -> int:
@@ -390,18 +602,17 @@ def _is_held(pot: str, name: str) -> bool:
     return pot.startswith("held ") and pot.endswith(f" {name}")
 
 
-def _when(at_ms: int) -> str:
-    """In the time of this machine."""
-    try:
-        return datetime.fromtimestamp(at_ms / 1000).strftime("%Y-%m-%d %H:%M")
-    except (OverflowError, ValueError, OSError):  # an operator may write what it likes
-        return f"{at_ms} ms"
+def _shortened(reference: str) -> str:
+    """Where a deposit came from; what a mint has drawn to tell its deposits apart says nothing to people."""
+    if reference.startswith(MINTED):
+        return MINTED
+    return reference if len(reference) <= REFERENCE_SHOWN else f"{reference[: REFERENCE_SHOWN - 3]}..."
 
 
 def _what(command: Command, mine: str, ledger: HouseLedger) -> str:
     match command:
         case Deposit():
-            return f"deposit, {command.reference}"
+            return f"deposit, {_shortened(command.reference)}"
         case Withdraw():
             return f"withdrawal {command.order.number}, to {command.order.to}"
         case Open():

@@ -15,6 +15,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Coroutine
+from datetime import datetime
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -96,6 +97,14 @@ def to_plain(value: object) -> Any:
 def shown(text: str) -> str:
     """Text for a terminal: names, sentences and models' words come from strangers, and a terminal obeys what it is sent."""
     return "".join(letter if letter.isprintable() or letter in "\n\t" else "\ufffd" for letter in text)
+
+
+def when(at_ms: int, form: str = "%Y-%m-%d %H:%M") -> str:
+    """In the time of this machine."""
+    try:
+        return datetime.fromtimestamp(at_ms / 1000).strftime(form)
+    except (OverflowError, ValueError, OSError):  # strangers may write what they like
+        return f"{at_ms} ms"
 
 
 def shoal_command() -> str:

@@ -6,11 +6,12 @@ import asyncio
 import os
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import psutil
 import typer
+from rich.table import Table
 
 from shoal.cli import places
 from shoal.cli.app import HERE, MACHINES, Commands, Group, app
@@ -26,20 +27,31 @@ from shoal.cli.output import (
     run,
     shown,
     until_stopped,
+    when,
 )
-from shoal.identity.accounts import parse_address
+from shoal.errors import BadInput, ShoalError
+from shoal.identity import short_id
+from shoal.identity.accounts import address_text, parse_address
 from shoal.protocol.ledgers import PaidAt
 from shoal.protocol.offers import Place
 from shoal.protocol.prices import Price
 from shoal.quantities import format_bytes, parse_bytes
-from shoal.quantities.money import parse_price
+from shoal.quantities.money import format_money, format_price, parse_price
 from shoal.sdk.local import LocalProcessFailed, LocalShoal, shoal_home
 from shoal.world import SystemClock, SystemDice
 from shoal.world.processes import die_with_parent
 
+if TYPE_CHECKING:
+    from shoal.house import RemoteLedger
+    from shoal.node.earned import Earned
+
 NODES_MAX = 64
 """Nodes that `shoal up` starts on one machine."""
 ENGINE_KEY_MAX = 4096
+ENDED_SHOWN = 20
+"""Escrows that are over, in the table of what a node has earned."""
+PAYEES_MAX = 4
+"""Accounts, the newest, whose balance is asked for."""
 STOP_S = 30
 """`shoal up` gives each of its processes a third of that before it insists."""
 
@@ -161,6 +173,14 @@ def node_start(
         typer.Option(metavar="0x...", help="The account that it is paid at.", show_default="yours"),
     ] = None,
     ledger: LedgerFlag = None,
+    serve_free: Annotated[
+        bool,
+        typer.Option(
+            "--serve-free",
+            help="Serve models for nothing though training costs --price: serving is not paid for yet, and a node with "
+            "a price does not take part in it otherwise.",
+        ),
+    ] = False,
     country: Annotated[
         str | None, typer.Option(metavar="CC", help="Where it is, such as DE (ISO 3166-1).", show_default="not said")
     ] = None,
@@ -240,6 +260,7 @@ def node_start(
             dishonest=dishonest,
             price=named,
             paid=paid,
+            serve_free=serve_free,
             place=place,
             server=server,
             clock=SystemClock(),
@@ -258,6 +279,12 @@ def node_start(
                 out.print(f"Node [bold]{ready['name']}[/] ({ready['node'][:8]}) is up{offered}.")
                 for line in ready["devices"]:
                     out.print(f"  {line}", markup=False)
+                if paid is not None and named is not None:
+                    out.print(
+                        f"  price: {format_price(named.micro_per_h)} in {named.currency}, paid at "
+                        f"{address_text(paid.account)}",
+                        markup=False, soft_wrap=True,
+                    )  # fmt: skip
                 if ready["engine"]:
                     out.print(f"  engine: {shown(ready['engine'])}", markup=False)
                 out.print(f"  blobs: up to {format_bytes(storage_bytes)} in {folder}", markup=False)
@@ -267,6 +294,98 @@ def node_start(
             await agent.close()
 
     run(work)
+
+
+@node_app.command("earnings")
+def node_earnings(
+    data: Annotated[Path | None, typer.Option(help="The node's folder.", show_default="~/.shoal/node")] = None,
+    ledger: LedgerFlag = None,
+    json: JsonFlag = False,
+) -> None:
+    """Show what a node has been paid: for whom it worked, what came and what is still to come.
+
+    Read from the node's folder, also while it runs: open escrows, and the newest 4,096 that are over. Where a ledger is
+    known and answers, what its account has there stands below.
+    """  # fmt: skip
+    from shoal.node.earned import read_earned
+
+    earned = read_earned(data or shoal_home() / "node", SystemClock().now_ms())
+    days = earned.by_day(lambda at_ms: when(at_ms, "%Y-%m-%d"))
+    balances, trouble = _balances(earned, ledger)
+    if json:
+        print_json(
+            {
+                "escrows": [
+                    {
+                        **vars(one), "client": one.client.hex(), "payer": address_text(one.payer),
+                        "coming_micro": one.coming_micro, "paid_micro": one.paid_micro,
+                    }
+                    for one in earned.escrows
+                ],
+                "totals": [vars(one) for one in earned.totals],
+                "days": [{"day": day, "currency": of, "micro": micro} for (day, of), micro in days.items()],
+                "balances": balances,
+                "balances_trouble": trouble,
+            }
+        )  # fmt: skip
+        return
+    _print_earned(earned, days)
+    for one in balances:
+        out.print(f"{one['account']} has {format_money(one['balance_micro'])} {one['currency']}.", markup=False)
+    if trouble:
+        err.print(shown(f"The balance is not known: {trouble}"), style="dim", markup=False, soft_wrap=True)
+
+
+def _balances(earned: Earned, named: str | None) -> tuple[list[dict[str, Any]], str | None]:
+    """What the accounts that the node was paid at have; why that is not known, if it is not."""
+    from shoal.cli.accounts import ask
+
+    try:
+        ticket = places.ledger_ticket(named)
+        accounts = [one for one, currency in earned.payees.items() if currency == ticket.currency][-PAYEES_MAX:]
+        accounts = accounts or [places.account_key().address]
+
+        async def work(one: RemoteLedger) -> list[int]:
+            return [await one.balance(account) for account in accounts]
+
+        found = ask(ticket, work)
+    except ShoalError as error:
+        if named is not None and isinstance(error, BadInput):
+            raise
+        return [], error.sentence
+    return [
+        {"account": address_text(account), "currency": ticket.currency, "balance_micro": micro}
+        for account, micro in zip(accounts, found, strict=True)
+    ], None
+
+
+def _print_earned(earned: Earned, days: dict[tuple[str, str], int]) -> None:
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("client", no_wrap=True)
+    for name in ("vouchers", "redeemed", "withheld", "to come"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("ends", no_wrap=True)
+    over = [one for one in earned.escrows if one.over]
+    for one in [*(one for one in earned.escrows if not one.over), *over[:ENDED_SHOWN]]:
+        table.add_row(
+            short_id(one.client), format_money(one.vouchers_micro), format_money(one.redeemed_micro),
+            format_money(one.withheld_micro) if one.withheld_micro else "", format_money(one.coming_micro),
+            f"{when(one.ends_ms)}{', over' if one.over else ''}",
+        )  # fmt: skip
+    if not earned.escrows:
+        out.print("Nothing was earned yet.")
+        return
+    out.print(table)
+    if len(over) > ENDED_SHOWN:
+        out.print(f"[dim]{len(over) - ENDED_SHOWN} older ones are left out; --json shows all.[/]")
+    for (day, currency), micro in list(days.items())[:ENDED_SHOWN]:
+        out.print(f"{day}  {format_money(micro)} {currency}", markup=False)
+    for total in earned.totals:
+        out.print(
+            f"In all {format_money(total.paid_micro)} {total.currency} paid, {format_money(total.coming_micro)} to come"
+            + (f", {format_money(total.withheld_micro)} withheld." if total.withheld_micro else "."),
+            markup=False,
+        )
 
 
 def _price(text: str | None, currency: str) -> Price | None:

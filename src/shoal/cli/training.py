@@ -29,12 +29,13 @@ from shoal.cli.output import (
     shown,
 )
 from shoal.cli.tables import RunView, print_completion, print_report
+from shoal.driver.bills import budget_of
 from shoal.driver.report import Report
 from shoal.quantities import format_bytes, format_count, format_duration_s, format_flops, parse_duration_s
 from shoal.quantities.money import format_money, parse_money
 from shoal.sdk.costs import Costs, Way
 from shoal.sdk.documents import describe, show_default
-from shoal.sdk.jobfile import explain, parse_job, read_job_bytes, schema
+from shoal.sdk.jobfile import JobFile, explain, parse_job, read_job_bytes, schema
 from shoal.sdk.train import Plan, Spending, TrainOptions, plan, resume, train
 
 
@@ -79,7 +80,7 @@ def train_command(
             metavar="MONEY",
             help="What it may cost at most, such as 2.50, in the ledger's currency. Without one it takes only nodes "
             "that work for nothing.",
-            show_default="the job file's",
+            show_default="the job file's; of a run that goes on, its own",
         ),
     ] = None,
     ledger: LedgerFlag = None,
@@ -140,7 +141,7 @@ def train_command(
         replace=replace,
         prompt=prompt,
         acquaintances=places.acquaintances(),
-        spending=_spending(parse_money(budget) if budget is not None else job_file.budget, ledger),
+        spending=_spending(_budget(budget, job_file, folder if resume_run else None), ledger),
     )
     if dry_run:
         with tempfile.TemporaryDirectory(prefix="shoal-plan-") as scratch:
@@ -183,6 +184,15 @@ def train_command(
         out.print(f"Model: {folder / 'model'}   Report: {folder / 'report.html'}", markup=False, soft_wrap=True)
     if made_report.goal is not None and not made_report.goal.reached:
         raise typer.Exit(1)
+
+
+def _budget(flag: str | None, job_file: JobFile, begun: Path | None) -> int | None:
+    """As the flag says it, else the job file, else as the run had it that goes on."""
+    if flag is not None:
+        return parse_money(flag)
+    if job_file.budget is None and begun is not None:
+        return budget_of(begun)
+    return job_file.budget
 
 
 def _spending(budget_micro: int | None, ledger: str | None) -> Spending | None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from pathlib import Path
 from typing import Annotated
 
 import msgspec
 from msgspec import Meta
 
 from shoal.identity.accounts import AccountSignature, Address
+from shoal.ledger.commands import HoldBytes
 from shoal.market.earnings import Earnings
 from shoal.protocol.money import Amount, EscrowTerms, LedgerName, SignedVoucher
 from shoal.protocol.offers import UnixMs
@@ -49,6 +52,8 @@ class PaidNode(msgspec.Struct, frozen=True, kw_only=True):
     voucher: SignedVoucher | None = None
     withheld_micro: Amount = 0
     reason: str = "worked"
+    hold: HoldBytes = b""
+    """The node's newest Hold for this job, as it signed it: one half of the proof if it has sold the place twice."""
 
 
 class TermPayments(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,6 +85,14 @@ class Payments(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def spent_micro(self) -> int:
         return sum(one.charged_micro for one in self.terms)
+
+
+def budget_of(folder: Path) -> int | None:
+    """What the run in a folder may cost, as it was begun; None for one that costs nothing, and where that cannot be
+    read: whoever opens the folder says so."""
+    with contextlib.suppress(OSError, msgspec.DecodeError):
+        return msgspec.json.decode((folder / FILE).read_bytes(), type=Payments).budget_micro
+    return None
 
 
 def bill(payments: Payments) -> Bill | None:

@@ -169,7 +169,9 @@ async def find_gang(
             if clock.monotonic() >= until:
                 break
             if not told:
-                say(f"{len(dials.linked)} of {nodes_min} nodes are there; waiting up to {wait_s:.0f} s for more.")
+                why = await why_not(directory, wanted, wish, nodes_min) if wish != ANYTHING else ""
+                there = f"{len(dials.linked)} of {nodes_min} nodes are there; waiting up to {wait_s:.0f} s for more."
+                say(f"{there} {why}".rstrip())
                 told = True
             await clock.sleep(max(0.0, look_again - clock.monotonic()))
     finally:

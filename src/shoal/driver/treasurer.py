@@ -59,6 +59,7 @@ lasts while all nodes work."""
 ENDS_AFTER = 4
 ENDS_SOON_MS = 120_000
 """Before an escrow ends, the job stops: nodes need some time for their last vouchers."""
+REASON_MAX = 160
 WARNED_AT = 0.8
 """Of the budget: it is said then for how long the rest does."""
 
@@ -199,6 +200,8 @@ class Treasurer:
             for one, trouble in zip(held, await asyncio.gather(*map(self._taken, held)), strict=True):
                 if trouble is not None:
                     self._say(f"Without {one.name}: {trouble}")
+            if held:
+                await self._write()
             if len(self._held) < min(nodes_min, len(held)):
                 raise NotSecured(f"Only {len(self._held)} of {len(held)} nodes took what was set aside for them.")
         except BaseException:
@@ -231,6 +234,7 @@ class Treasurer:
             else:
                 await self._admit(held)
             await self._take(held)
+            await self._write()
         except BaseException:
             await self._quotes.release(held)
             raise
@@ -267,7 +271,10 @@ class Treasurer:
             raise self._no_money(amount, has) from error
 
     def _paid_node(self, held: Held, now_ms: int) -> PaidNode:
-        return PaidNode(name=held.name, payee=held.hold.payee, micro_per_h=held.hold.price.micro_per_h, since_ms=now_ms)
+        return PaidNode(
+            name=held.name, payee=held.hold.payee, micro_per_h=held.hold.price.micro_per_h, since_ms=now_ms,
+            hold=held.envelope.to_bytes(),
+        )  # fmt: skip
 
     async def _admit(self, held: Held) -> None:
         term, payee = self._open_term(), held.hold.payee
@@ -282,7 +289,11 @@ class Treasurer:
         await self._write()
 
     async def _take(self, held: Held) -> None:
-        self._held[held.node] = await self._quotes.take(held, self._open_term().escrow)
+        taken = await self._quotes.take(held, self._open_term().escrow)
+        self._held[held.node] = taken
+        known = self._node(held.node)
+        if known is not None:
+            self._put(held.node, msgspec.structs.replace(known, hold=taken.envelope.to_bytes()))
 
     async def _renew(self) -> None:
         """Places are kept for some minutes; while the driver lives it asks for more."""
@@ -293,6 +304,8 @@ class Treasurer:
                     await self._take(held)
                 except ShoalError as error:
                     _log.warning("%s keeps its place no longer: %s", held.name, error)
+            with contextlib.suppress(ShoalError):  # of a disk that is full the next Commit tells
+                await self._write()
 
     # ---- work ----
 
@@ -358,7 +371,7 @@ class Treasurer:
         self._working.discard(node)
         known = self._node(node)
         if known is not None:
-            self._put(node, msgspec.structs.replace(known, reason=reason[:200]))
+            self._put(node, msgspec.structs.replace(known, reason=_in_short(reason)))
         held = self._held.pop(node, None)
         if held is not None:
             self._beside(self._quotes.release(held))
@@ -383,7 +396,7 @@ class Treasurer:
             return
         now = self._node(node)
         assert now is not None
-        self._put(node, msgspec.structs.replace(now, withheld_micro=amount, reason=reason[:200]))
+        self._put(node, msgspec.structs.replace(now, withheld_micro=amount, reason=_in_short(reason)))
         await self._write()
 
     # ---- the end ----
@@ -457,3 +470,9 @@ class Treasurer:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _in_short(reason: str) -> str:
+    """For a line of a bill: the first sentence."""
+    first = reason.strip().split(". ")[0].rstrip(".")
+    return first if len(first) <= REASON_MAX else f"{first[: REASON_MAX - 3]}..."

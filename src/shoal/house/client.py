@@ -11,10 +11,12 @@ from shoal.house.messages import (
     Applied,
     ApplyCommand,
     AskAccount,
+    AskBond,
     AskCheckpoint,
     AskEscrow,
     AskLedger,
     AskLines,
+    BondsFound,
     EscrowState,
     LedgerInfo,
     LinesFound,
@@ -42,7 +44,7 @@ PAGE_WAITS_MAX = 60
 """How often a page of the journal is asked for again, each a second after the one before, where the ledger says that
 this comes too often."""
 A = TypeVar("A", bound=Message)
-Question = AskLedger | AskAccount | AskEscrow | AskLines | AskCheckpoint | ApplyCommand | Mint
+Question = AskLedger | AskAccount | AskEscrow | AskBond | AskLines | AskCheckpoint | ApplyCommand | Mint
 
 
 class OutcomeUnknown(LinkError):
@@ -104,11 +106,18 @@ class RemoteLedger:
         return (await self.account(account)).balance_micro
 
     async def account(self, account: bytes) -> AccountState:
-        """Balance, and how many withdrawals there were."""
+        """Balance, how many withdrawals there were, and its bonds."""
         return await self._ask(AskAccount(account=account), AccountState)
 
     async def escrow(self, escrow_id: bytes) -> Escrow | None:
         return (await self._ask(AskEscrow(escrow=escrow_id), EscrowState)).escrow
+
+    async def bond_of(self, node: bytes, until_ms: int = 0) -> int:
+        """Millionths that are at stake for what a node promises, beyond `until_ms`; see `Book.bond_of`."""
+        return (await self.bonds_behind(node, until_ms)).at_stake_micro
+
+    async def bonds_behind(self, node: bytes, until_ms: int = 0) -> BondsFound:
+        return await self._ask(AskBond(node=node, network=self._network, until_ms=until_ms), BondsFound)
 
     async def about(self) -> LedgerInfo:
         return await self._ask(AskLedger(), LedgerInfo)

@@ -7,14 +7,16 @@ from typing import Annotated, ClassVar
 
 from msgspec import Meta
 
-from shoal.identity import Hash
+from shoal.identity import Hash, NodeId
 from shoal.identity.accounts import Address
+from shoal.ledger.bonds import Bond
 from shoal.ledger.commands import Command
 from shoal.ledger.escrows import Escrow
 from shoal.ledger.journal import LINE_MAX_BYTES, Line
 from shoal.ledger.moves import Move
-from shoal.protocol.messages import Message
+from shoal.protocol.messages import DEFAULT_NETWORK, Message
 from shoal.protocol.money import Amount, HouseLedger, LineNumber
+from shoal.protocol.offers import UnixMs
 from shoal.quantities.money import AMOUNT_MAX
 
 PAGE_BYTES = 512 * 1024
@@ -84,6 +86,8 @@ class AccountState(Message, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     balance_micro: Amount
     withdrawals: Annotated[int, Meta(ge=0, lt=(1 << 53) - 1)] = 0
     """How many were carried out: the next one has the number after it."""
+    bonds: tuple[Bond, ...] = ()
+    """That it has posted, whatever became of them; those with most at stake first, and at most 64."""
 
 
 class AskEscrow(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -100,6 +104,25 @@ class EscrowState(Message, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     escrow: Escrow | None = None
     """None: there is none of that name."""
+
+
+class AskBond(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Request `ledger.bond_of`: what is at stake for what a node promises? The reply is BondsFound."""
+
+    KIND: ClassVar[str] = "ledger.bond_of"
+    MAX_BYTES: ClassVar[int] = 128
+
+    node: NodeId
+    network: Annotated[str, Meta(min_length=1, max_length=32)] = DEFAULT_NETWORK
+    until_ms: UnixMs = 0
+    """Bonds that are paid back by then do not count."""
+
+
+class BondsFound(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    at_stake_micro: Amount = 0
+    """By all of them together."""
+    bonds: tuple[Bond, ...] = ()
+    """The largest of them, at most 64."""
 
 
 class AskLines(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):

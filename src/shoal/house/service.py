@@ -16,10 +16,12 @@ from shoal.house.messages import (
     Applied,
     ApplyCommand,
     AskAccount,
+    AskBond,
     AskCheckpoint,
     AskEscrow,
     AskLedger,
     AskLines,
+    BondsFound,
     EscrowState,
     LedgerInfo,
     LinesFound,
@@ -29,6 +31,7 @@ from shoal.house.messages import (
 from shoal.identity import KeyPair
 from shoal.ledger.commands import Deposit, Pass
 from shoal.ledger.moves import account as account_name
+from shoal.protocol.ledgers import MINTED
 from shoal.protocol.messages import DEFAULT_NETWORK, decode, encode, sign
 from shoal.protocol.money import Checkpoint, HouseLedger
 from shoal.quantities.money import format_money
@@ -43,7 +46,6 @@ MINTS_PER_S, MINTS_BURST = 0.5, 10
 """What one peer may ask for."""
 AT_ONCE_PER_SOURCE = 128
 """Requests under way from one address, whatever keys ask."""
-MINTED = "development mint"
 
 
 class NotOverLinks(BadInput):
@@ -59,7 +61,8 @@ class NoMint(BadInput):
 
 
 class LedgerService:
-    """Answers `ledger.about`, `.apply`, `.mint`, `.account`, `.escrow`, `.lines` and `.checkpoint` on an endpoint."""
+    """Answers `ledger.about`, `.apply`, `.mint`, `.account`, `.escrow`, `.bond_of`, `.lines` and `.checkpoint` on an
+    endpoint."""
 
     def __init__(
         self,
@@ -85,6 +88,7 @@ class LedgerService:
         endpoint.handle(Mint.KIND, self._mint)
         endpoint.handle(AskAccount.KIND, self._tell_account)
         endpoint.handle(AskEscrow.KIND, self._tell_escrow)
+        endpoint.handle(AskBond.KIND, self._tell_bond)
         endpoint.handle(AskLines.KIND, self._give_lines)
         endpoint.handle(AskCheckpoint.KIND, self._sign_checkpoint)
 
@@ -128,16 +132,28 @@ class LedgerService:
         self._questions.spend(request.peer, "A question")
         account = decode(AskAccount, request.body, request.version).account
         with self._at_once.place(request.source, "requests"):
-            balance, withdrawals = await self._ledger.ask(
-                lambda ledger: (ledger.balance(account_name(account)), ledger.withdrawals(account))
-            )
-        return encode(AccountState(balance_micro=balance, withdrawals=withdrawals), request.version)
+            balance, withdrawals, bonds = await self._ledger.ask(
+                lambda ledger: (
+                    ledger.balance(account_name(account)), ledger.withdrawals(account), ledger.bonds_by(account)
+                )
+            )  # fmt: skip
+        return encode(AccountState(balance_micro=balance, withdrawals=withdrawals, bonds=bonds), request.version)
 
     async def _tell_escrow(self, request: Request) -> bytes:
         self._questions.spend(request.peer, "A question")
         name = decode(AskEscrow, request.body, request.version).escrow
         with self._at_once.place(request.source, "requests"):
             return encode(EscrowState(escrow=await self._ledger.escrow(name)), request.version)
+
+    async def _tell_bond(self, request: Request) -> bytes:
+        self._questions.spend(request.peer, "A question")
+        asked = decode(AskBond, request.body, request.version)
+        of = (asked.node, asked.network, asked.until_ms)
+        with self._at_once.place(request.source, "requests"):
+            found = await self._ledger.ask(
+                lambda ledger: BondsFound(at_stake_micro=ledger.bond_of(*of), bonds=ledger.bonds_behind(*of))
+            )
+        return encode(found, request.version)
 
     async def _give_lines(self, request: Request) -> bytes:
         self._pages.spend(request.peer, "A question for the journal")

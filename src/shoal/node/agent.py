@@ -29,7 +29,7 @@ from shoal.node.member import (
 from shoal.node.openai_server import ServerSettings
 from shoal.node.sales import Sales
 from shoal.node.stages import StageHost
-from shoal.node.surveying import Surveyor
+from shoal.node.surveying import Prober, Surveyor
 from shoal.protocol.messages import DEFAULT_NETWORK, decode, encode, sign
 from shoal.protocol.offers import Capability, Device, Done, Offer, Place
 from shoal.protocol.prices import Price
@@ -253,6 +253,7 @@ class NodeAgent:
             self._ended |= {owner: None for owner in holding.owners if owner.startswith(PIN_PREFIX)}
         self._forget_ended()
         serve(self._endpoint, self._store)
+        Prober(self._endpoint, self._clock)
         if self.settings.sale is not None:
             self._sales = self._start_selling(self.settings.sale)
         for kind, handler in (

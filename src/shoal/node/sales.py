@@ -20,6 +20,7 @@ from shoal.identity import Envelope, Hash, KeyPair, NodeId, short_id
 from shoal.identity.accounts import Address, address_text, signer_of
 from shoal.ledger.commands import Redeem
 from shoal.ledger.escrows import Escrow, EscrowOver, OldVoucher, State
+from shoal.ledger.escrows import Paid as PaidOut
 from shoal.market.earnings import Earnings, say_unpaid
 from shoal.market.holds import Slots, Terms, ask, give_back, held, hold_of, keep, take
 from shoal.protocol.holds import (
@@ -34,6 +35,7 @@ from shoal.protocol.holds import (
 from shoal.protocol.messages import DEFAULT_NETWORK, decode, encode, open_record, sign
 from shoal.protocol.money import Amount, BadVoucher, SignedVoucher
 from shoal.protocol.offers import Done, UnixMs
+from shoal.protocol.prices import Currency
 from shoal.quantities.money import format_money
 from shoal.storage.faults import disk_faults
 from shoal.world import Clock, Disk, Endpoint, Ledger, Request
@@ -43,7 +45,9 @@ ENDS_EARLY_MS = 10_000
 """Before an escrow ends, the work for it does: its last vouchers have to come and be redeemed."""
 ACCOUNTS_MAX = 256
 """Escrows with something that is not redeemed, or not yet over."""
-SLOTS, ACCOUNTS = "slots", "accounts"
+SLOTS, ACCOUNTS, ENDED = "slots", "accounts", "ended"
+ENDED_MAX = 4096
+"""Escrows that are over and whose payments are remembered; the oldest go."""
 FILE_MAX_BYTES = 8 << 20
 
 _log = logging.getLogger("shoal.node")
@@ -75,12 +79,50 @@ class Account(msgspec.Struct, frozen=True, kw_only=True):
     taken_ms: UnixMs
     newest: SignedVoucher | None = None
     redeemed_micro: Amount = 0
+    held_micro: Amount = 0
+    """Of that, held back and not withheld."""
+    withheld_micro: Amount = 0
+    currency: Currency = "USD"
     last: bool = False
     """The client has said that no more vouchers will come."""
 
     @property
     def paid_micro(self) -> int:
         return self.newest.voucher.amount_micro if self.newest else 0
+
+
+class Ended(msgspec.Struct, frozen=True, kw_only=True):
+    """An escrow that is over and has paid this node something: what it paid, its ledger's fee included."""
+
+    escrow: Hash
+    client: NodeId
+    payer: Address
+    payee: Address
+    currency: Currency
+    paid_micro: Amount
+    """What the vouchers say."""
+    redeemed_micro: Amount
+    held_micro: Amount
+    """Of that, still held back when it ended; it comes at `settles_ms`, less what is withheld until then."""
+    withheld_micro: Amount
+    """Before it ended."""
+    ended_ms: UnixMs
+    settles_ms: UnixMs
+
+
+def read_kept(disk: Disk, name: str, kind: type[T], whose: str) -> T | None:
+    """A file of the folder in which node `whose` keeps its sales; None where it was never written. Raises
+    SalesDamaged."""
+    if disk.info(name) is None:
+        return None
+    try:
+        return msgspec.msgpack.decode(disk.read(name, length=FILE_MAX_BYTES), type=kind)
+    except (msgspec.DecodeError, OSError) as error:
+        raise SalesDamaged(
+            f"{disk.place}/{name}, in which node {whose} keeps what it has promised and was paid with, cannot be read: "
+            f"{error}. Restore it from a copy; without one, move it away once what was promised is over, ten minutes "
+            "after the node stopped."
+        ) from error
 
 
 class Work:
@@ -134,8 +176,9 @@ class Sales:
         self._key, self._name, self._network = key, name, network
         self._disk, self._ledger, self._clock = disk, ledger, clock
         self._unheld, self._changed = unheld, changed
-        self._slots = self._read(SLOTS, Slots) or Slots()
-        self._accounts = {one.escrow: one for one in self._read(ACCOUNTS, list[Account]) or ()}
+        self._slots = read_kept(disk, SLOTS, Slots, name) or Slots()
+        self._accounts = {one.escrow: one for one in read_kept(disk, ACCOUNTS, list[Account], name) or ()}
+        self._ended = read_kept(disk, ENDED, list[Ended], name) or []
         self._deciding = asyncio.Lock()
         self._redeeming: set[asyncio.Task[None]] = set()
         for kind, handler in (
@@ -221,7 +264,7 @@ class Sales:
             raise NotHeld(f"Node {self._name} is paid out of {ACCOUNTS_MAX} escrows that are not over yet.")
         return Account(
             escrow=escrow.escrow_id, client=client, payer=terms.payer, signer=terms.signer, most_micro=most,
-            ends_ms=escrow.ends_ms, micro_per_h=micro_per_h, taken_ms=now_ms,
+            ends_ms=escrow.ends_ms, micro_per_h=micro_per_h, taken_ms=now_ms, currency=self._ledger.name.currency,
         )  # fmt: skip
 
     async def _released(self, request: Request) -> bytes:
@@ -272,7 +315,10 @@ class Sales:
     async def _redeem_now_and_then(self) -> None:
         while True:
             await self._clock.sleep(REDEEM_EVERY_S)
-            await self._redeem_all()
+            try:
+                await self._redeem_all()
+            except StorageError as error:  # once more next time: nothing is forgotten meanwhile
+                _log.warning("%s: what was redeemed could not be written down: %s", self._name, error)
 
     async def _redeem_all(self) -> None:
         for escrow in list(self._accounts):
@@ -300,29 +346,43 @@ class Sales:
                     _log.error(
                         "%s: escrow %s ended before its last voucher was redeemed", self._name, escrow.hex()[:12]
                     )
+                await self._remember(newer, found)
                 await self._forget_account(escrow)
                 return
+            paid = self._paid_by(found)
             await self._store_account(
-                msgspec.structs.replace(newer, redeemed_micro=self._redeemed(found), ends_ms=found.ends_ms)
-            )
+                msgspec.structs.replace(
+                    newer, redeemed_micro=paid.redeemed_micro, held_micro=paid.waiting_micro,
+                    withheld_micro=paid.withheld_micro, ends_ms=found.ends_ms,
+                )
+            )  # fmt: skip
+
+    def _paid_by(self, escrow: Escrow) -> PaidOut:
+        return escrow.paid.get(self.terms.payee, PaidOut())
 
     def _redeemed(self, escrow: Escrow) -> int:
-        paid = escrow.paid.get(self.terms.payee)
-        return paid.redeemed_micro if paid else 0
+        return self._paid_by(escrow).redeemed_micro
 
     # ---- the disk ----
 
-    def _read(self, name: str, kind: type[T]) -> T | None:
-        if self._disk.info(name) is None:
-            return None
-        try:
-            return msgspec.msgpack.decode(self._disk.read(name, length=FILE_MAX_BYTES), type=kind)
-        except (msgspec.DecodeError, OSError) as error:
-            raise SalesDamaged(
-                f"{self._disk.place}/{name}, in which node {self._name} keeps what it has promised and was paid with, "
-                f"cannot be read: {error}. Restore it from a copy; without one, move it away once what was promised is "
-                "over, ten minutes after the node stopped."
-            ) from error
+    async def _remember(self, account: Account, found: Escrow | None) -> None:
+        """What an escrow that is over has paid; again, where the node was killed before it forgot it."""
+        redeemed, held, withheld = account.redeemed_micro, account.held_micro, account.withheld_micro
+        if found is not None:
+            paid = self._paid_by(found)
+            redeemed, held, withheld = paid.redeemed_micro, paid.waiting_micro, paid.withheld_micro
+        if not redeemed:
+            return
+        ended_ms = found.ends_ms if found else account.ends_ms
+        ended = Ended(
+            escrow=account.escrow, client=account.client, payer=account.payer, payee=self.terms.payee,
+            currency=account.currency, paid_micro=max(account.paid_micro, redeemed), redeemed_micro=redeemed,
+            held_micro=held, withheld_micro=withheld,
+            ended_ms=ended_ms, settles_ms=ended_ms + (found.terms.audit_ms if found else 0),
+        )  # fmt: skip
+        others = [one for one in self._ended if one.escrow != ended.escrow]
+        self._ended = [*others, ended][-ENDED_MAX:]
+        await asyncio.to_thread(self._write, ENDED, self._ended)
 
     async def _store_slots(self, slots: Slots) -> None:
         self._slots = slots  # also where the disk fails: what may stand on it is promised

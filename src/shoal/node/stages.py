@@ -1,4 +1,4 @@
-"""The stages that a node holds for gateways, and what is asked about them."""
+"""The stages that a node holds for gateways."""
 
 from __future__ import annotations
 
@@ -6,19 +6,15 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
-from shoal.errors import LinkError
 from shoal.identity import KeyPair
 from shoal.inference.process import StageProcess
 from shoal.node.layers import PIN_PREFIX, Layers, Wanted
 from shoal.node.lending import Held, Lending, NotLent
 from shoal.node.member import EngineSettings
 from shoal.node.stage import NotInRing, StageFull, StageRun
-from shoal.protocol.blobs import BlobHolder
 from shoal.protocol.messages import decode, encode
 from shoal.protocol.offers import Done
 from shoal.protocol.serving import (
-    LinkProbe,
-    LinksProbed,
     ServeJob,
     StageEnd,
     StageForget,
@@ -30,11 +26,7 @@ from shoal.protocol.serving import (
 from shoal.quantities import format_bytes
 from shoal.storage import BlobStore, Fetcher, charge, part_bytes
 from shoal.world import Clock, Endpoint, Request
-from shoal.world.reach import echo_ms
 
-PROBE_DEADLINE_S = 3.0
-PROBES_AT_ONCE = 2
-"""Requests to probe links that are worked on; more wait."""
 RINGS_MAX = 64
 """Of one gateway: those that it uses, and those that it has ready for when one of them breaks."""
 LEAVE_S = 20.0
@@ -72,7 +64,6 @@ class StageHost:
         self._admit, self._changed, self._start_engine = admit, changed, start_engine
         self._layers: dict[Wanted, Layers] = {}
         self._stages: dict[bytes, tuple[StageRun, asyncio.Task[None]]] = {}
-        self._probing = asyncio.Semaphore(PROBES_AT_ONCE)
         for owner in store.owners():
             if owner.startswith(PIN_PREFIX):  # of an earlier process, which was killed: no child of it is left
                 store.release(owner)
@@ -82,7 +73,6 @@ class StageHost:
             (StageForget, self._forget),
             (StagePulse, self._pulse),
             (StageEnd, self._end),
-            (LinkProbe, self._probe),
         ):
             endpoint.handle(kind.KIND, handler)
 
@@ -173,22 +163,3 @@ class StageHost:
         message = decode(StageEnd, request.body, request.version)
         self._stage(message.ring).ended_by(message, request.peer)
         return encode(Done(), request.version)
-
-    # --- how far others are ----------------------------------------------------------------------------------------
-
-    async def _probe(self, request: Request) -> bytes:
-        message = decode(LinkProbe, request.body, request.version)
-        async with self._probing:
-            found = await asyncio.gather(
-                *(round_trip_ms(self._endpoint, holder, self._clock) for holder in message.nodes)
-            )
-        return encode(LinksProbed(round_trip_ms=tuple(found)), request.version)
-
-
-async def round_trip_ms(endpoint: Endpoint, holder: BlobHolder, clock: Clock) -> float | None:
-    """The least of a few small requests; none where there is no way to it."""
-    try:
-        link = await endpoint.dial(holder.node, holder.addresses, deadline_s=PROBE_DEADLINE_S)
-        return await echo_ms(link, clock, PROBE_DEADLINE_S)
-    except LinkError:
-        return None

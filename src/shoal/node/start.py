@@ -79,6 +79,7 @@ async def start_node(
     dishonest: str,
     price: Price | None = None,
     paid: PaidAt | None = None,
+    serve_free: bool = False,
     place: Place | None = None,
     server: ServerSettings | None = None,
     clock: Clock,
@@ -86,6 +87,11 @@ async def start_node(
 ) -> RunningNode:
     """Start a node on `folder`. Raises ShoalError for what cannot work: a bad key file, a folder in use, an address
     that is taken. That no hub is up is no error: the node is offered as soon as one is."""
+    priced = price is not None and price.micro_per_h > 0
+    if priced and server is not None and not serve_free:
+        raise CannotSell(
+            "What an engine serves is not paid for yet: add --serve-free to give it away, or leave --price."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     key = load_or_create_key(folder / "node.key")
     store = BlobStore(folder / "blobs", storage_bytes, clock)
@@ -97,6 +103,7 @@ async def start_node(
         engine=EngineSettings(device=device, threads=threads, processes=processes, speed_limit=max_speed),
         listen=listen,
         memory_bytes=memory_bytes,
+        accepts=("train",) if priced and not serve_free else ("train", "serve"),
         sale=_sale(price, paid, endpoint, clock),
         place=place,
         server=server,

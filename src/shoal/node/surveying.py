@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
-from shoal.errors import ShoalError
+from shoal.errors import LinkError, ShoalError
 from shoal.market.coordinates import DIMENSIONS, Coordinate
+from shoal.protocol.blobs import BlobHolder
+from shoal.protocol.messages import decode, encode
 from shoal.protocol.offers import OfferFind
-from shoal.world import Clock, Dice, Directory, Endpoint, FoundOffer
-from shoal.world.reach import reach_and_time
+from shoal.protocol.serving import LinkProbe, LinksProbed
+from shoal.world import Clock, Dice, Directory, Endpoint, FoundOffer, Request
+from shoal.world.reach import echo_ms, reach_and_time
 
 FIRST_EVERY_S, FIRST = 2.0, 8
 """It measures so many soon after its start, and then one now and then."""
 EVERY_S = 30.0
 DEADLINE_S = 5.0
+PROBE_DEADLINE_S = 3.0
+PROBES_AT_ONCE = 2
+"""Requests to measure others that are worked on; more wait."""
 FOUND = 8
 """Offers that are asked for at a time, from a place drawn at random: one of them is measured."""
 MOVED_MS, MOVED_SHARE = 1.0, 0.1
@@ -81,3 +88,26 @@ class Surveyor:
         ) + abs(new.height_ms - old.height_ms)
         whole_ms = max(new.height_ms, *(abs(one) for one in new.position_ms))
         return moved_ms > MOVED_MS and moved_ms > MOVED_SHARE * whole_ms
+
+
+class Prober:
+    """Answers how far others are: the times of what it measures when it is asked."""
+
+    def __init__(self, endpoint: Endpoint, clock: Clock) -> None:
+        self._endpoint, self._clock = endpoint, clock
+        self._at_once = asyncio.Semaphore(PROBES_AT_ONCE)
+        endpoint.handle(LinkProbe.KIND, self._probe)
+
+    async def _probe(self, request: Request) -> bytes:
+        message = decode(LinkProbe, request.body, request.version)
+        async with self._at_once:
+            found = await asyncio.gather(*(self._far(holder) for holder in message.nodes))
+        return encode(LinksProbed(round_trip_ms=tuple(found)), request.version)
+
+    async def _far(self, holder: BlobHolder) -> float | None:
+        """The least of a few small requests; None where there is no way to it."""
+        try:
+            link = await self._endpoint.dial(holder.node, holder.addresses, deadline_s=PROBE_DEADLINE_S)
+            return await echo_ms(link, self._clock, PROBE_DEADLINE_S)
+        except LinkError:
+            return None

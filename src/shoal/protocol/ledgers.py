@@ -12,6 +12,8 @@ from shoal.protocol.money import HouseLedger
 from shoal.protocol.prices import Currency
 
 SCHEME = "shoal-ledger://"
+MINTED = "development mint"
+"""How the reference of a deposit begins that came from one."""
 
 
 class LedgerTicket(msgspec.Struct, frozen=True):

@@ -114,6 +114,8 @@ class RequirementsSection(_Section, frozen=True, kw_only=True, forbid_unknown_fi
     """How long to wait for nodes_min nodes before giving up."""
     latency_within_ms: Milliseconds | None = None
     """There and back between any two of its nodes at most, as they measure it themselves."""
+    bond_min: Annotated[int, Meta(ge=0, le=AMOUNT_MAX, extra={"quantity": "money"})] = 0
+    """What has to be at stake, at your ledger, for what a node promises: its bond is lost if it sells a slot twice."""
     each: Annotated[Requirements, Meta(extra={"flat": True})] = Requirements()
     any_of: Annotated[tuple[Requirements, ...], Meta(max_length=ALTERNATIVES_MAX)] = ()
     """Alternatives, each a section with fields from `device` to `currency`, of which a node must meet one as well."""

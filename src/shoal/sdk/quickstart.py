@@ -193,7 +193,7 @@ async def _start(shoal: LocalShoal, name: str, speed: float, truth: Truth) -> No
     account = create_account(shoal.folder / "accounts" / f"{name}.key")
     options = ["--threads", "1", "--storage", "4 GiB"]
     options += ["--price", format_price(round(speed * MICRO_PER_H)), "--account", address_text(account.address)]
-    options += ["--ledger", shoal.ledgers[0].ready["ticket"]]
+    options += ["--ledger", shoal.ledgers[0].ready["ticket"], "--serve-free"]
     if name == truth.liar and truth.lie is not None:
         options += ["--dishonest", truth.lie]
     await shoal.start_node(name, max_speed=speed, options=options)

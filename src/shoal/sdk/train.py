@@ -49,6 +49,7 @@ from shoal.market import Wish
 from shoal.market.goodput import TrainingWork
 from shoal.market.reputation import Outcome
 from shoal.market.requirements import Means
+from shoal.protocol.holds import LEASE_STEP_MS
 from shoal.protocol.hubs import HubTicket
 from shoal.protocol.ledgers import LedgerTicket
 from shoal.protocol.messages import record_id_of, sign
@@ -355,6 +356,7 @@ class _Session:
         self.engine: EngineProcess | None = None
         self.driver: TrainingDriver | None = None
         self.treasurer: Treasurer | None = None
+        self.ledger: RemoteLedger | None = None
         self._scores = options.acquaintances.scores() if options.acquaintances is not None else {}
         self._withholding: set[asyncio.Task[None]] = set()
         self._measuring = asyncio.Lock()
@@ -383,8 +385,9 @@ class _Session:
             found = await link_to(node, offer, endpoint=self.endpoint, directory=self.hubs, clock=self.clock)
             return found.link
 
+        self.ledger = RemoteLedger(self.endpoint, spending.ledger, self.clock)
         purse = Purse(
-            RemoteLedger(self.endpoint, spending.ledger, self.clock),
+            self.ledger,
             spending.account,
             spending.budget_micro,
             notice_ms=spending.notice_ms,
@@ -474,14 +477,16 @@ class _Session:
     async def secure(
         self, job_file: JobFile, prepared: Prepared, gang: list[LinkedNode], length: RoundLength
     ) -> tuple[list[LinkedNode], RoundLength]:
-        """Those of a gang that are near to one another, worth their money and keep a place, and the round length for
-        them. While too few do, others are looked for, as long as the job file says. Raises NotSecured."""
+        """Those of a gang that have a bond, are near to one another, worth their money and keep a place, as far as the
+        job asks for it, and the round length for them. While too few do, others are looked for, as long as the job file says. Raises NotSecured."""
         needs = job_file.requirements
-        if self.treasurer is None and needs.latency_within_ms is None:
+        if self.treasurer is None and needs.latency_within_ms is None and not needs.bond_min:
             return gang, length
         until = self.clock.monotonic() + needs.wait_s
         while True:
             try:
+                if needs.bond_min:
+                    gang = await self._bonded(gang, needs.bond_min, needs.nodes_min)
                 if needs.latency_within_ms is not None:
                     gang = await near_gang(gang, needs.latency_within_ms, needs.nodes_min)
                 chosen = self._worth_it(job_file, prepared, gang, length)
@@ -493,6 +498,22 @@ class _Session:
                 self.options.say(error.sentence)
             await self.clock.sleep(LOOK_EVERY_S)
             gang = await self.gang(job_file)
+
+    async def _bonded(self, gang: list[LinkedNode], least_micro: int, nodes_min: int) -> list[LinkedNode]:
+        """Those for whose word so much is at stake while a place of theirs is held. Raises NotSecured, and what the
+        ledger does."""
+        if self.ledger is None:
+            raise NotSecured("requirements.bond_min asks what is at stake at a ledger; name yours with a --budget.")
+        ledger, until_ms = self.ledger, self.clock.now_ms() + LEASE_STEP_MS
+        stakes = await asyncio.gather(*(ledger.bond_of(one.node, until_ms) for one in gang))
+        bonded = [one for one, stake in zip(gang, stakes, strict=True) if stake >= least_micro]
+        if len(bonded) < nodes_min:
+            most = format_money(sorted(stakes)[-nodes_min]) if len(stakes) >= nodes_min else "nothing"
+            raise NotSecured(
+                f"{len(bonded)} of {len(gang)} nodes have a bond of {format_money(least_micro)} "
+                f"(requirements.bond_min), and {nodes_min} are needed; with {most} there would be enough."
+            )
+        return bonded
 
     def _worth_it(
         self, job_file: JobFile, prepared: Prepared, gang: list[LinkedNode], length: RoundLength
@@ -876,7 +897,8 @@ class _Session:
             if self.treasurer is not None:
                 signer = bytes.fromhex(line.node)
                 evidence = record_id_of(contribution, signer)
-                task = asyncio.create_task(self.treasurer.withhold(signer, reason, evidence))
+                short = f"a replay of round {line.round} showed other work than it claimed"
+                task = asyncio.create_task(self.treasurer.withhold(signer, short, evidence))
                 self._withholding.add(task)
                 task.add_done_callback(self._withholding.discard)
 

@@ -29,7 +29,7 @@ from shoal.protocol.money import LedgerName
 from shoal.storage.sqlite import sqlite_engine
 from shoal.world import Clock
 
-SCHEMA = 2
+SCHEMA = 3
 """The form of the tables. In a database of an older form they are made anew from the journal; one of a newer form is
 refused."""
 COMMANDS_MAX = 512
@@ -40,6 +40,8 @@ its commands."""
 PAGE_LINES = 512
 SEARCHED_LINES, SEARCHED_BYTES = 4096, 8 << 20
 """Of the journal that is looked through for those of one account, for one page."""
+BONDS_MAX = 64
+"""Bonds that are listed, those with most at stake first."""
 KNOWN_MAX = 10_000
 """Accounts, escrows and the like that are kept in memory between transactions."""
 
@@ -75,6 +77,7 @@ _bonds = sa.Table(
     sa.Column("bond", sa.LargeBinary(32), primary_key=True),
     sa.Column("node", sa.LargeBinary(32), nullable=False, index=True),
     sa.Column("network", sa.LargeBinary, nullable=False),
+    sa.Column("account", sa.LargeBinary(20), nullable=False, index=True),
     sa.Column("at_stake_micro", sa.BigInteger, nullable=False),
     sa.Column("due_ms", sa.BigInteger, nullable=True, index=True),
     sa.Column("content", sa.LargeBinary, nullable=False),
@@ -100,10 +103,15 @@ _PAGE = (
 )  # fmt: skip
 _ESCROW = sa.select(_escrows.c.content).where(_escrows.c.escrow == sa.bindparam("one"))
 _BOND = sa.select(_bonds.c.content).where(_bonds.c.bond == sa.bindparam("one"))
-_BOND_OF = sa.select(sa.func.sum(_bonds.c.at_stake_micro)).where(
+_BEHIND = (
     _bonds.c.node == sa.bindparam("node"),
     _bonds.c.network == sa.bindparam("network"),
     sa.or_(_bonds.c.due_ms.is_(None), _bonds.c.due_ms > sa.bindparam("until_ms")),
+)
+_BOND_OF = sa.select(sa.func.sum(_bonds.c.at_stake_micro)).where(*_BEHIND)
+_BONDS_BEHIND, _BONDS_BY = (
+    sa.select(_bonds.c.content).where(*which).order_by(_bonds.c.at_stake_micro.desc(), _bonds.c.bond).limit(BONDS_MAX)
+    for which in ((*_BEHIND, _bonds.c.at_stake_micro > 0), (_bonds.c.account == sa.bindparam("account"),))
 )
 _REFERENCE = sa.select(_references.c.reference).where(_references.c.reference == sa.bindparam("one"))
 _WITHDRAWN = sa.select(_withdrawals.c.number).where(_withdrawals.c.account == sa.bindparam("one"))
@@ -135,7 +143,8 @@ def _escrow_row(one: Escrow) -> dict[str, Any]:
 def _bond_row(one: Bond) -> dict[str, Any]:
     return {
         "bond": one.bond_id, "node": one.terms.node, "network": one.terms.network.encode(),
-        "at_stake_micro": one.at_stake_micro, "due_ms": one.due_ms, "content": _encode(one),
+        "account": one.terms.account, "at_stake_micro": one.at_stake_micro, "due_ms": one.due_ms,
+        "content": _encode(one),
     }  # fmt: skip
 
 
@@ -264,10 +273,25 @@ class SqlLedger:
 
     def bond_of(self, node: bytes, network: str = DEFAULT_NETWORK, until_ms: int = 0) -> int:
         """As `Book.bond_of`. Raises LedgerFailed."""
-        until_ms = max(until_ms, self._latest_ms, self._clock.now_ms())
-        wanted = {"node": node, "network": network.encode(), "until_ms": until_ms}
+        wanted = self._behind(node, network, until_ms)
         with self._transaction() as connection:
             return int(connection.execute(_BOND_OF, wanted).scalar() or 0)
+
+    def bonds_behind(self, node: bytes, network: str = DEFAULT_NETWORK, until_ms: int = 0) -> tuple[Bond, ...]:
+        """Of those that `bond_of` counts, the BONDS_MAX largest."""
+        return self._bonds(_BONDS_BEHIND, self._behind(node, network, until_ms))
+
+    def bonds_by(self, account: bytes) -> tuple[Bond, ...]:
+        """That an account has posted, whatever became of them: BONDS_MAX, those with most at stake first."""
+        return self._bonds(_BONDS_BY, {"account": account})
+
+    def _behind(self, node: bytes, network: str, until_ms: int) -> dict[str, Any]:
+        until_ms = max(until_ms, self._latest_ms, self._clock.now_ms())
+        return {"node": node, "network": network.encode(), "until_ms": until_ms}
+
+    def _bonds(self, query: sa.Select[Any], wanted: dict[str, Any]) -> tuple[Bond, ...]:
+        with self._transaction() as connection:
+            return tuple(map(_kept_bonds.decode, connection.execute(query, wanted).scalars()))
 
     def balances(self) -> dict[str, int]:
         """All that are not zero: for checking."""
