@@ -13,7 +13,7 @@ import pytest
 from auction_world import ANN, BEN, CAT, EVERY_S, NODES, AuctionProcess, Hall, a_hall, terms
 
 from shoal.auctions import AuctionServer, AuctionSettings, AuctionStore, RemoteAuction
-from shoal.auctions.auctioneer import AuctionBusy, BatchFull, NotPublished, OrderRefused
+from shoal.auctions.auctioneer import AuctionBusy, Auctioneer, BatchFull, NotPublished, OrderRefused
 from shoal.auctions.server import AuctionFolderRefused
 from shoal.auctions.service import ORDERS_BURST, PARTS_BURST
 from shoal.auctions.store import AuctionFailed
@@ -27,7 +27,7 @@ from shoal.protocol.messages import encode, sign
 from shoal.protocol.orders import HOUR_MS, Ask, BadOrder, Bid
 from shoal.transport import MemoryNetwork, TlsEndpoint
 from shoal.transport.allowances import TooManyRequests
-from shoal.world import HeldClock, Refused, Request, SeededDice, SystemClock
+from shoal.world import HeldClock, LinkLost, Refused, Request, SeededDice, SystemClock
 
 FAST_S, NEVER_S = 0.05, 3600.0
 
@@ -531,6 +531,33 @@ def test_a_folder_has_one_auction_with_one_key(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(AuctionFolderRefused, match="cannot be used"):
         asyncio.run(started(AuctionSettings(tmp_path / "file", listen="tcp://auction:7")))
+
+
+def test_an_order_whose_answer_was_lost_is_not_said_to_be_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was taken, the link broke, its batch was closed: who signed it again for the next one would trade twice."""
+    hand_in, calls = Auctioneer.hand_in, 0
+
+    async def scene(hall: Hall) -> None:
+        async def lost(self: Auctioneer, *order: Any) -> Taken:
+            nonlocal calls
+            calls += 1
+            taken = await hand_in(self, *order)
+            await self.close()
+            for link in list(hall.endpoint.links().values()):
+                await link.close()
+            return taken
+
+        monkeypatch.setattr(Auctioneer, "hand_in", lost)
+        await hall.clock.advance(0.001)
+        order = hall.bid(ANN, 2)
+        with pytest.raises(LinkLost):
+            await hall.remote.hand_in(order)
+        assert calls == 2
+        assert orders_of(await hall.remote.batch(2)) == {order.record_id}
+
+    in_a_hall(tmp_path, scene)
 
 
 # --- auctioneers that lie -------------------------------------------------------------------------------------------

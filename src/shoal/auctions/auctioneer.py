@@ -157,7 +157,7 @@ class Auctioneer:
 
     async def close(self) -> int | None:
         """Close the open batch, publish it, and give its number. One without orders stays open, and so does any while
-        the clock is behind the batch before: None then. Raises AuctionFailed; the batch is then open as before."""
+        the clock is behind the batch before: None then. Raises AuctionFailed; what is on the disk counts then."""
         async with self._turn:
             try:
                 await self._make_sure()

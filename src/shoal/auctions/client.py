@@ -45,8 +45,16 @@ class RemoteAuction:
 
     async def hand_in(self, order: Envelope) -> Taken:
         """Once this returns the order is on the auctioneer's disk, as it says. Where the answer was lost, hand the same
-        order in again: it is taken once. Raises OrderRefused, BatchFull, AuctionBusy, AuctionFailed, LinkError."""
-        taken = await self._ask(HandIn(order=order.to_bytes()), Taken)
+        order in again: it is taken once. Raises OrderRefused, BatchFull, AuctionBusy, AuctionFailed, LinkError; with
+        LinkLost and DeadlineExceeded it may have been taken."""
+        question = HandIn(order=order.to_bytes())
+        try:
+            taken = await self._request(question, Taken)
+        except LinkLost as lost:
+            try:
+                taken = await self._request(question, Taken)
+            except ShoalError:  # its batch may have been closed with it meanwhile
+                raise lost from None
         if (taken.order, taken.batch) != (order.record_id, open_order(order, self._network).terms.batch):
             raise BadRecord(f"{self} says that it has taken another order than it was handed.")
         return taken
@@ -83,7 +91,7 @@ class RemoteAuction:
                 await self._clock.sleep(1)
         return await self._ask(AskBatch(number=number, part=part), BatchPart)
 
-    async def _ask(self, question: AskAuction | HandIn | AskBatch, answer: type[A]) -> A:
+    async def _ask(self, question: AskAuction | AskBatch, answer: type[A]) -> A:
         """Asking twice does no harm: where the link breaks, once more over a new one."""
         try:
             return await self._request(question, answer)
