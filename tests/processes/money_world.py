@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,12 +11,14 @@ from typing import Any
 
 from hub_world import a_key, an_offer
 
+from shoal.house import OutcomeUnknown
+from shoal.identity import KeyPair
 from shoal.identity.accounts import AccountKey
 from shoal.ledger.book import Book
 from shoal.ledger.commands import Command, Deposit
 from shoal.ledger.escrows import Escrow
 from shoal.ledger.journal import BEGINNING, Line, line
-from shoal.ledger.moves import Move, account
+from shoal.ledger.moves import MoneyRefused, Move, account
 from shoal.market.holds import Terms
 from shoal.node.sales import Sales
 from shoal.protocol.messages import open_record
@@ -33,7 +37,8 @@ def an_account(number: int) -> AccountKey:
 
 
 class BookLedger:
-    """The rules themselves, with a journal. What an error is put into `fails` is raised instead of an answer."""
+    """The rules themselves, with a journal. An error in `fails` is raised instead of an answer; a `silent` one gives
+    none; so many answers to commands as `loses` says are lost when all is done."""
 
     def __init__(self, clock: Clock, name: LedgerName = LEDGER) -> None:
         self.name: LedgerName = name
@@ -41,23 +46,34 @@ class BookLedger:
         self.book = Book(name)
         self.lines: list[Line] = []
         self.fails: Exception | None = None
+        self.silent = False
+        self.loses = 0
+        self.asked = 0
 
     async def apply(self, command: Command) -> tuple[Move, ...]:
-        self._pass()
-        return self._apply(command)
+        await self._asked()
+        if not self.loses:
+            return self._apply(command)
+        self.loses -= 1
+        with contextlib.suppress(MoneyRefused):
+            self._apply(command)
+        raise OutcomeUnknown("The answer was lost.")
 
     async def balance(self, address: bytes) -> int:
-        self._pass()
+        await self._asked()
         return self.book.balances.get(account(address), 0)
 
     async def escrow(self, escrow_id: bytes) -> Escrow | None:
-        self._pass()
+        await self._asked()
         return self.book.escrows.get(escrow_id)
 
     def give(self, address: bytes, micro: int) -> None:
         self._apply(Deposit(address, micro, f"payment {len(self.lines)}"))
 
-    def _pass(self) -> None:
+    async def _asked(self) -> None:
+        self.asked += 1
+        if self.silent:
+            await asyncio.get_running_loop().create_future()
         if self.fails is not None:
             raise self.fails
         self.book.at(self.clock.now_ms())
@@ -85,6 +101,27 @@ class Shop:
         return self.endpoint.node_id
 
 
+async def a_shop(
+    network: MemoryNetwork, key: KeyPair, ledger: BookLedger, clock: Clock, disk: Disk, name: str = "shop", **terms: Any
+) -> Shop:
+    endpoint, unheld = network.endpoint(key), [0]
+
+    async def changed() -> None:
+        pass
+
+    sells = Terms(**{"price": PRICE, "ledger": LEDGER, "payee": an_account(1).address, **terms})
+    sales = Sales(
+        sells, key=key, name=name, disk=disk, endpoint=endpoint, ledger=ledger, clock=clock, unheld=lambda: unheld[0],
+        changed=changed,
+    )  # fmt: skip
+    await endpoint.listen(f"tcp://{name}:0")
+    envelope = an_offer(
+        key, 1, name=name, addresses=tuple(endpoint.addresses), price=sells.price, ledger=sells.ledger,
+        slots=sells.slots,
+    )  # fmt: skip
+    return Shop(endpoint, sales, open_record(envelope, Offer), unheld)
+
+
 class Street:
     """Shops, and clients that go to them."""
 
@@ -96,37 +133,15 @@ class Street:
         self.ends: list[MemoryEndpoint] = []
 
     async def shop(self, number: int, disk: Disk | Path, *, payee: int | None = None, **terms: Any) -> Shop:
-        key = a_key(number)
-        endpoint = self.network.endpoint(key)
-        unheld = [0]
-
-        async def changed() -> None:
-            pass
-
-        usual: dict[str, Any] = {"price": PRICE, "ledger": LEDGER, "payee": an_account(payee or number).address}
-        terms = {**usual, **terms}
-        sales = Sales(
-            Terms(**terms),
-            key=key,
-            name=f"shop-{number}",
-            disk=DirectoryDisk(disk) if isinstance(disk, Path) else disk,
-            endpoint=endpoint,
-            ledger=self.ledger,
-            clock=self.clock,
-            unheld=lambda: unheld[0],
-            changed=changed,
-        )
-        await endpoint.listen(f"tcp://shop-{number}:0")
-        envelope = an_offer(
-            key, 1, name=f"shop-{number}", addresses=tuple(endpoint.addresses), price=terms["price"],
-            ledger=terms["ledger"], slots=terms.get("slots", 1),
-        )  # fmt: skip
-        shop = Shop(endpoint, sales, open_record(envelope, Offer), unheld)
+        on = DirectoryDisk(disk) if isinstance(disk, Path) else disk
+        terms = {"payee": an_account(payee or number).address, **terms}
+        shop = await a_shop(self.network, a_key(number), self.ledger, self.clock, on, f"shop-{number}", **terms)
         self.shops.append(shop)
         return shop
 
     def client(self, number: int) -> MemoryEndpoint:
-        endpoint = self.network.endpoint(a_key(number))
+        """All on one machine."""
+        endpoint = self.network.endpoint(a_key(number), machine="clients")
         self.ends.append(endpoint)
         return endpoint
 

@@ -15,20 +15,24 @@ import numpy as np
 import pytest
 from engine_pieces import Setting, make_setting, with_shards
 from hub_world import a_key, an_offer
+from money_world import PRICE, BookLedger, a_shop, an_account
 
 from shoal.driver.folder import RunFolder
 from shoal.driver.gang import LinkedNode
 from shoal.driver.lines import RoundMetrics
 from shoal.driver.report import NodeFigures
 from shoal.driver.training import JobRecords, Outcome, TrainingDriver, Watchers
+from shoal.driver.treasurer import Purse, Treasurer
 from shoal.errors import LinkError
 from shoal.hub import HubClient
 from shoal.identity import KeyPair, blake3_hash
+from shoal.ledger.commands import Open
 from shoal.node import member as node_member
-from shoal.node.agent import ENDED_MAX, NodeAgent, NodeSettings
+from shoal.node.agent import ENDED_MAX, NodeAgent, NodeSettings, Sale
 from shoal.node.member import EVIDENCE_PIN, pin_of
 from shoal.protocol.blobs import BlobHolder, BlobRead, BlobRef
 from shoal.protocol.messages import decode, encode, open_record, sign
+from shoal.protocol.money import EscrowTerms, Payee
 from shoal.protocol.offers import Capability, Done, Offer, OfferFind
 from shoal.protocol.training import (
     PARTS_PER_MILLION,
@@ -59,10 +63,12 @@ from shoal.protocol.training import (
 )
 from shoal.rounds.standing import standing_at_start
 from shoal.storage import BlobStore, Fetcher, serve
+from shoal.storage.ledgers import LedgerFailed
 from shoal.training.updates import encode_update
 from shoal.transport.memory import MemoryEndpoint, MemoryNetwork
 from shoal.world import MemoryDisk, Refused, Request, SeededDice, SystemClock
 from shoal.world.directory import FoundOffer
+from shoal.world.quotes import Quotes
 
 PATIENCE_S = 60.0
 CLOCK, DICE = SystemClock(), SeededDice(5)
@@ -218,7 +224,9 @@ class Scene:
         self.folder.close()
 
 
-async def a_scene(tmp_path: Path, peers: int = 2, known: Sequence[NodeFigures] = (), **rounds: Any) -> Scene:
+async def a_scene(
+    tmp_path: Path, peers: int = 2, known: Sequence[NodeFigures] = (), purse: Purse | None = None, **rounds: Any
+) -> Scene:
     rounds = {"codec": Codec.NONE, "lag": 0, "grace_ms": 3_600_000, "deadline_ms": 3_600_000} | rounds
     setting = make_setting(tmp_path / "setting", **rounds)
     network = MemoryNetwork(CLOCK, dice=DICE)
@@ -234,6 +242,13 @@ async def a_scene(tmp_path: Path, peers: int = 2, known: Sequence[NodeFigures] =
     serve(endpoint, store)
     store.put(setting.start.to_bytes(), setting.start.MEDIA_TYPE)
     sentences: list[str] = []
+
+    async def linked(node: bytes, offer: Offer) -> Any:
+        return await endpoint.dial(node, offer.addresses)
+
+    def treasurer(purse: Purse) -> Treasurer:
+        return Treasurer(purse, folder, key=OWNER, link=linked, clock=CLOCK, dice=DICE, say=sentences.append)
+
     driver = TrainingDriver(
         JobRecords(envelope, grant, term, 1),
         standing_at_start(setting.job, envelope.record_id),
@@ -249,6 +264,7 @@ async def a_scene(tmp_path: Path, peers: int = 2, known: Sequence[NodeFigures] =
         members_min=peers,
         known=known,
         watchers=Watchers(event=lambda event: sentences.append(event.sentence)),
+        treasurer=treasurer(purse) if purse else None,
     )
     made: list[Peer] = []
     gang: list[LinkedNode] = []
@@ -305,6 +321,25 @@ def test_each_contribution_that_cannot_count_is_refused_with_its_own_sentence(tm
             await one.deliver(one.contribution(0, one.update(4)), one.update(4))
         kept = list(scene.folder.records(Contribution))
         assert len(kept) == 2  # nothing that was refused fills the disk
+        await scene.stop()
+
+    play(story())
+
+
+def test_a_ledger_that_fails_a_node_that_comes_ends_no_job(tmp_path: Path) -> None:
+    async def story() -> None:
+        ledger = BookLedger(CLOCK)
+        scene = await a_scene(tmp_path, peers=1, purse=Purse(ledger, an_account(50), 1000))
+        shop = await a_shop(scene.peers[0].network, a_key(150), ledger, CLOCK, MemoryDisk())
+        link = await scene.driver._endpoint.dial(shop.node, shop.endpoint.addresses)
+        ledger.fails = LedgerFailed("Its disk is full.")
+        for said in ("Its disk is full.", "deposit more"):
+            await scene.driver._invite(LinkedNode(shop.node, shop.offer, link))
+            assert "shop did not join" in scene.sentences[-1] and said in scene.sentences[-1]
+            ledger.fails = None
+        assert not scene.running.done()
+        await shop.sales.close()
+        await shop.endpoint.close()
         await scene.stop()
 
     play(story())
@@ -512,13 +547,13 @@ class NodeScene:
         return await endpoint.dial(self.node.node_id, self.node.addresses)
 
 
-async def a_node(tmp_path: Path) -> NodeScene:
+async def a_node(tmp_path: Path, **changed: Any) -> NodeScene:
     setting = make_setting(tmp_path / "setting")
     network = MemoryNetwork(CLOCK, dice=DICE)
     key = a_key(150)
     endpoint = network.endpoint(key)
     store = BlobStore(tmp_path / "blobs", 1 << 26, CLOCK)
-    settings = NodeSettings(name="heron", folder=tmp_path / "node", listen="tcp://heron:0")
+    settings = NodeSettings(name="heron", folder=tmp_path / "node", listen="tcp://heron:0", **changed)
     settings.folder.mkdir()
     agent = NodeAgent(
         settings,
@@ -617,6 +652,42 @@ def test_strangers_and_old_terms_do_not_disturb_a_member(tmp_path: Path) -> None
         with pytest.raises(Refused, match="busy with 'test'"):
             await link.request(MemberInvite.KIND, encode(an_invitation(other, driver)))
         await link.request(JobEnd.KIND, encode(JobEnd(job=job, reason="done")))
+        await scene.agent.close()
+
+    play(story())
+
+
+def test_a_slot_that_is_paid_for_once_is_worked_in_once(tmp_path: Path) -> None:
+    async def story() -> None:
+        payer, payee = an_account(50), an_account(51)
+        ledger = BookLedger(CLOCK)
+        ledger.give(payer.address, 1_000_000)
+        scene = await a_node(tmp_path, members_max=2, sale=Sale(PRICE, ledger, payee.address))
+        driver = a_key(160)
+        link = await scene.link(driver)
+        with pytest.raises(Refused, match="keeps no slot for"):
+            await link.request(MemberInvite.KIND, encode(an_invitation(scene.setting, driver)))
+
+        async def linked(_node: bytes, _offer: Offer) -> Any:
+            return link
+
+        quotes = Quotes(driver, payer.address, ledger.name, linked)
+        offer = open_record(an_offer(a_key(150), 1, price=PRICE, ledger=ledger.name, slots=2), Offer)
+        held = await quotes.hold(scene.node.node_id, offer)
+        terms = EscrowTerms(
+            payer=payer.address, signer=payer.address, cap_micro=0, auditor=payer.address, amount_micro=1000,
+            fee_ppm=0, holdback_ppm=0, notice_ms=60_000, audit_ms=0, expires_ms=CLOCK.now_ms() + 3_600_000,
+            payees=(Payee(payee.address, 1000),), quote=bytes(32), nonce=bytes(32),
+        )  # fmt: skip
+        escrow = terms.escrow_id(ledger.name)
+        await ledger.apply(Open(terms, payer.sign(escrow)))
+        await quotes.take(held, escrow)
+        await link.request(
+            MemberInvite.KIND, encode(an_invitation(scene.setting, driver)), reply_max_bytes=1 << 17, deadline_s=30.0
+        )
+        other = make_setting(tmp_path / "other", batch_samples=5)
+        with pytest.raises(Refused, match="keeps a slot for this driver, and works for its job 'test' in it"):
+            await link.request(MemberInvite.KIND, encode(an_invitation(other, driver)))
         await scene.agent.close()
 
     play(story())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import sys
@@ -150,6 +151,79 @@ def test_a_job_pays_for_accepted_work_and_gets_the_rest_back(tmp_path: Path) -> 
             wanted = hasty.replace(b"nodes_min: 2", b"nodes_min: 3")
             await train(parsed(wanted, tmp_path), wanted, again)
         assert all(line.paid <= int(PRICES[line.name].removesuffix("/h")) * 1e6 * hours + 1 for line in bill.nodes)
+
+    in_town(tmp_path, story)
+
+
+@pytest.mark.timeout(400)
+def test_jobs_are_looked_at_and_cancelled_from_the_command_line(tmp_path: Path) -> None:
+    async def story(town: Town, ledger: RemoteLedger) -> None:
+        home, run = tmp_path / "keys", tmp_path / "runs" / "job"
+        (home / "account.ledger").write_text(str(town.ticket))
+        (tmp_path / "job.yaml").write_bytes(job_text(tmp_path, tokens=1_000_000))
+
+        async def shoal(*words: str) -> asyncio.subprocess.Process:
+            return await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "shoal", *words, "--json", env={**os.environ, "SHOAL_HOME": str(home)},
+                cwd=tmp_path, stdout=asyncio.subprocess.PIPE,
+            )  # fmt: skip
+
+        async def said(*words: str) -> Any:
+            process = await shoal(*words)
+            async with asyncio.timeout(PATIENCE_S):
+                out, _ = await process.communicate()
+            assert process.returncode == 0, out
+            return json.loads(out)
+
+        async def driver(*words: str) -> asyncio.subprocess.Process:
+            """A driver that has committed three rounds more."""
+            metrics = run / "metrics.jsonl"
+            before = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+            process = await shoal("train", *words, "--hub", town.shoal.hub_tickets[0], "--budget", "20")
+            async with asyncio.timeout(PATIENCE_S):
+                while not metrics.exists() or metrics.read_bytes().count(b"\n") < before + 3:
+                    assert process.returncode is None
+                    await asyncio.sleep(0.02)
+            return process
+
+        async def earned() -> int:
+            """What the ledger has paid to the nodes, with what it holds back."""
+            book = verified([line async for line in ledger.lines()], town.ticket.ledger)
+            return sum(one.redeemed_micro for one in book.escrows.values())
+
+        killed = await driver("job.yaml")
+        assert (await said("jobs"))["runs"][0]["state"] == "running"
+        killed.kill()
+        await killed.communicate()
+        shown = await said("jobs", "show", "runs/job")
+        assert shown["state"] == "died" and 0 < shown["spent_micro"] < 20_000_000
+        assert shown["open_micro"] == 20_000_000 - shown["spent_micro"]
+        assert shown["forecast"]["seconds"] > 0 and shown["forecast"]["micro"] > 0
+        back = await said("jobs", "cancel", "runs/job")
+        assert back["stopped"] is None and back["closed"]["micro"] == shown["open_micro"]
+        assert await earned() == shown["spent_micro"]
+        shown = await said("jobs", "show", "runs/job")
+        assert (shown["state"], shown["open_micro"]) == ("stopped", 0)
+
+        running = await driver("runs/job", "--resume")
+        stopped = await said("jobs", "cancel", "runs/job")
+        assert stopped == {"stopped": running.pid, "closed": None}
+        async with asyncio.timeout(PATIENCE_S):
+            out, _ = await running.communicate()
+        assert running.returncode == 130 and json.loads(out)["error"]["code"] == "SH-601"
+        (shown,) = (await said("jobs", "list", "--runs", "runs"))["runs"]
+        assert (shown["state"], shown["open_micro"]) == ("stopped", 0)
+        assert await earned() == shown["spent_micro"]
+        assert sum(one["earned_micro"] for one in shown["nodes"]) == shown["spent_micro"]
+        assert await said("jobs", "cancel", "runs/job") == {"stopped": None, "closed": None}
+
+        of_nodes = dict[str, Any]()
+        for name in [one["name"] for one in shown["nodes"]]:
+            of_nodes[name] = await said("node", "earnings", "--data", str(tmp_path / "town" / "nodes" / name))
+            assert of_nodes[name]["balances"][0]["account"] == address_text(town.accounts[name].address)
+        earnings = [one for made in of_nodes.values() for one in made["escrows"]]
+        assert sum(one["redeemed_micro"] for one in earnings) == shown["spent_micro"]
+        assert sum(one["paid_micro"] + one["coming_micro"] for one in earnings) == shown["spent_micro"]
 
     in_town(tmp_path, story)
 

@@ -43,6 +43,7 @@ from shoal.protocol.training import (
     RoundSettings,
     TrainJob,
 )
+from shoal.sdk.jobs import DriverGoesOn, JobState, look_at, stop
 from shoal.storage import StorageFull
 from shoal.world import DirectoryDisk, FaultyDisk
 
@@ -327,6 +328,43 @@ def test_a_driver_killed_at_work_leaves_every_published_commit(run: Path) -> Non
         assert rounds == list(range(len(rounds))) and len(rounds) > published
         folder.append(commit(len(rounds)), durable=True)
         assert len(list(folder.records(Commit))) == len(rounds) + 1
+
+
+WAITING = """
+    import signal, sys
+    from pathlib import Path
+    sys.path.insert(0, {tests!r})
+    from test_run_folder import begun
+    signal.signal(signal.SIGINT, signal.SIG_IGN if sys.argv[2] == "stubborn" else signal.default_int_handler)
+    with begun(Path(sys.argv[1])):
+        try:
+            print("ready", flush=True)
+            signal.pause()
+        except KeyboardInterrupt:
+            print("in order", flush=True)
+"""
+
+
+@pytest.mark.parametrize("manner", ["obedient", "stubborn"])
+def test_a_driver_is_asked_to_stop_as_with_ctrl_c(run: Path, manner: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = textwrap.dedent(WAITING).format(tests=str(Path(__file__).parent))
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(run), manner], stdout=subprocess.PIPE, text=True
+    ) as driver:
+        assert driver.stdout is not None and driver.stdout.readline() == "ready\n"
+        try:
+            if manner == "stubborn":
+                monkeypatch.setattr("shoal.sdk.jobs.STOP_S", 0.2)
+                with pytest.raises(DriverGoesOn, match=rf"Process {driver.pid} was .*: kill -9 {driver.pid}"):
+                    stop(run)
+                assert look_at(run).state is JobState.RUNNING
+            else:
+                assert stop(run) == driver.pid
+                assert driver.stdout.read() == "in order\n"
+        finally:
+            driver.kill()
+    assert look_at(run).state is (JobState.DIED if manner == "stubborn" else JobState.STOPPED)
+    assert stop(run) is None
 
 
 # --- a disk that fails ----------------------------------------------------------------------------------------------

@@ -8,8 +8,9 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
-from hub_world import a_key
+from hub_world import a_key, an_offer
 from money_world import LEDGER, PRICE, Shop, Street, an_account
 
 from shoal.errors import StorageError
@@ -18,7 +19,24 @@ from shoal.ledger.commands import Close, Open
 from shoal.ledger.escrows import State
 from shoal.ledger.journal import verified
 from shoal.node.earned import read_earned
-from shoal.node.sales import ENDED, REDEEM_EVERY_S, Ended, NotHeld, SalesDamaged, read_kept
+from shoal.node.sales import (
+    ASKS_BURST,
+    ENDED,
+    LAST_ROUND_S,
+    PAYS_BURST,
+    REDEEM_EVERY_S,
+    TAKES_BURST,
+    UNCOUNTED_MAX,
+    UNTAKEN_S,
+    UNTAKEN_SHARE,
+    Ended,
+    NotHeld,
+    SalesDamaged,
+    Work,
+    read_kept,
+)
+from shoal.protocol.holds import BadHold, Hold, HoldAsk, HoldGiven, HoldTake
+from shoal.protocol.messages import decode, encode, open_record, sign
 from shoal.protocol.money import (
     BadVoucher,
     Closing,
@@ -29,9 +47,10 @@ from shoal.protocol.money import (
     Voucher,
     sign_voucher,
 )
+from shoal.protocol.offers import Offer
 from shoal.protocol.prices import Price
 from shoal.quantities.money import share
-from shoal.world import FaultyDisk, MemoryDisk, Refused
+from shoal.world import FaultyDisk, MemoryDisk, Refused, Request
 from shoal.world.quotes import HOLD_MS, NotSecured, Quotes
 
 PAYER = an_account(50)
@@ -161,6 +180,199 @@ def test_work_ends_with_its_escrow(tmp_path: Path) -> None:
     run(story)
 
 
+def test_what_is_not_paid_is_not_forgotten_when_its_client_invites_anew(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shop = await street.shop(1, tmp_path / "one")
+        client = Client(street)
+        held = await client.quotes.hold(shop.node, shop.offer)
+        escrow = await client.escrow(shop)
+        await client.quotes.take(held, escrow)
+        done = 0
+        with pytest.raises(NotHeld, match="works for .* no longer: its vouchers are for 0.00"):
+            while True:
+                work = shop.sales.work_for(client.key.node_id)
+                work.ready(10.0, 100)
+                await street.clock.advance(1.0)
+                work.accepted(1000)
+                done += 1
+        assert done == 3
+        await client.quotes.pay(shop.node, voucher(escrow, shop, 300), last=False, deadline_s=5)
+        assert shop.sales.work_for(client.key.node_id).accepted(0) is None
+
+    run(story)
+
+
+def test_work_ends_when_what_was_set_aside_is_earned(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shop = await street.shop(1, tmp_path / "one")
+        client = Client(street)
+        held = await client.quotes.hold(shop.node, shop.offer)
+        escrow = await client.escrow(shop, payees=(Payee(shop.sales.terms.payee, 150),))
+        await client.quotes.take(held, escrow)
+        work = shop.sales.work_for(client.key.node_id)
+        work.ready(10.0, 100)
+        await client.quotes.pay(shop.node, voucher(escrow, shop, 150), last=False, deadline_s=5)
+        await street.clock.advance(10.0)
+        assert work.accepted(1000) is None
+        assert "it has earned what was set aside for it, 0.00015" in (work.accepted(1000) or "")
+
+    run(story)
+
+
+def test_money_that_is_promised_to_many_is_not_worked_for(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shops = [await street.shop(number, tmp_path / str(number)) for number in (1, 2)]
+        client = Client(street)
+        held = [await client.quotes.hold(shop.node, shop.offer) for shop in shops]
+        escrow = await client.escrow(*shops)
+        works = list[Work]()
+        for shop, one in zip(shops, held, strict=True):
+            await client.quotes.take(one, escrow)
+            works.append(shop.sales.work_for(client.key.node_id))
+            works[-1].ready(10.0, 100)
+            await client.quotes.pay(shop.node, voucher(escrow, shop, 1_000_000), last=False, deadline_s=5)
+        await settle(street, REDEEM_EVERY_S)
+        assert works[0].accepted(1000) is None
+        assert "what was set aside for it, 0.00" in (works[1].accepted(1000) or "")
+        with pytest.raises(Refused, match="may get 0.00 at most"):
+            await client.quotes.pay(shops[1].node, voucher(escrow, shops[1], 1_000_000), last=False, deadline_s=5)
+        third = await street.shop(3, tmp_path / "3")
+        last = await client.quotes.hold(third.node, third.offer)
+        with pytest.raises(Refused, match="has nothing for"):
+            await client.quotes.take(last, escrow)
+
+    run(story)
+
+
+def test_a_voucher_that_the_ledger_refuses_counts_for_nothing(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shop = await street.shop(1, tmp_path / "one")
+        client = Client(street)
+        held = await client.quotes.hold(shop.node, shop.offer)
+        escrow = await client.escrow(shop, signer=an_account(51).address, cap_micro=150)
+        await client.quotes.take(held, escrow)
+        work = shop.sales.work_for(client.key.node_id)
+        work.ready(10.0, 100)
+        for amount in (100, 200, 300):
+            await client.quotes.pay(shop.node, voucher(escrow, shop, amount, by=51), last=False, deadline_s=5)
+            await street.clock.advance(1.0)
+            assert work.accepted(1000) is None
+        await settle(street, REDEEM_EVERY_S)
+        await client.quotes.pay(shop.node, voucher(escrow, shop, 400, by=51), last=False, deadline_s=5)
+        assert "its vouchers are for 0.00" in (work.accepted(1000) or "")
+        await client.quotes.pay(shop.node, voucher(escrow, shop, 400), last=False, deadline_s=5)
+        await settle(street, REDEEM_EVERY_S)
+        assert work.accepted(0) is None and street.ledger.book.escrows[escrow].redeemed_micro == 400
+
+    run(story)
+
+
+def test_a_slot_is_not_kept_for_ever_for_keys_that_cost_nothing(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shop = await street.shop(1, tmp_path / "one")
+        kept_s, began_s = 0.0, street.clock.monotonic()
+        for number in range(60, 120):
+            client = Client(street, number)
+            try:
+                await client.quotes.hold(shop.node, shop.offer)
+                kept_s += HOLD_MS / 1000
+            except Refused as refused:
+                assert "were held from your address for longer than 120 s and not taken; ask again in" in str(refused)
+            await settle(street, HOLD_MS / 1000)
+        passed_s = street.clock.monotonic() - began_s
+        assert UNTAKEN_S <= kept_s <= UNTAKEN_S + UNTAKEN_SHARE * passed_s
+        await settle(street, 200)
+        for number in range(120, 140):  # whoever takes or gives back what it holds has done nothing
+            client = Client(street, number)
+            held = await client.quotes.hold(shop.node, shop.offer)
+            if number % 2:
+                held = await client.quotes.take(held, await client.escrow(shop))
+            await client.quotes.release(held)
+            await settle(street, 2)
+
+    run(story)
+
+
+def test_questions_of_strangers_cost_a_node_little(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shop = await street.shop(1, tmp_path / "one")
+        client = Client(street)
+        held = await client.quotes.hold(shop.node, shop.offer)
+        await client.quotes.release(held)
+        asked = street.ledger.asked
+        for _ in range(ASKS_BURST - 2):
+            with pytest.raises(Refused, match="No slot is held for"):
+                await client.quotes.take(held, bytes(32))
+        with pytest.raises(Refused, match="came too often"):
+            await client.quotes.take(held, bytes(32))
+        assert street.ledger.asked == asked
+        await street.clock.advance(60)
+        held = await client.quotes.hold(shop.node, shop.offer)
+        for _ in range(TAKES_BURST):
+            with pytest.raises(Refused, match="no such escrow"):
+                await client.quotes.take(held, bytes(32))
+        with pytest.raises(Refused, match="paid for came too often"):
+            await client.quotes.take(held, bytes(32))
+        assert street.ledger.asked == asked + TAKES_BURST
+        await street.clock.advance(10)
+        escrow = await client.escrow(shop)
+        await client.quotes.take(held, escrow)
+        signed = voucher(escrow, shop, 40)
+        for _ in range(PAYS_BURST):
+            await client.quotes.pay(shop.node, signed, last=True, deadline_s=5)
+        with pytest.raises(Refused, match="A voucher came too often"):
+            await client.quotes.pay(shop.node, signed, last=True, deadline_s=5)
+
+    run(story)
+
+
+def test_one_escrow_pays_for_one_client(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shop = await street.shop(1, tmp_path / "one", slots=2)
+        client, other = Client(street), Client(street, 61)
+        held = [await one.quotes.hold(shop.node, shop.offer) for one in (client, other)]
+        escrow = await client.escrow(shop)
+        await client.quotes.take(held[0], escrow)
+        with pytest.raises(Refused, match="pays for what node shop-1 does for"):
+            await other.quotes.take(held[1], escrow)
+
+    run(story)
+
+
+def test_contributions_that_nobody_accepts_are_made_no_longer(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shop = await street.shop(1, tmp_path / "one")
+        client = Client(street)
+        held = await client.quotes.hold(shop.node, shop.offer)
+        escrow = await client.escrow(shop)
+        await client.quotes.take(held, escrow)
+        work = shop.sales.work_for(client.key.node_id)
+        for _ in range(UNCOUNTED_MAX):
+            assert work.made() is None
+        assert work.accepted(0) is None
+        for _ in range(UNCOUNTED_MAX):
+            assert work.made() is None
+        assert "of its last 6 contributions none counted" in (work.made() or "")
+        with pytest.raises(NotHeld, match="none counted"):
+            shop.sales.work_for(client.key.node_id)
+
+    run(story)
+
+
+def test_work_ends_with_its_slot(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shop = await street.shop(1, tmp_path / "one")
+        client = Client(street)
+        held = await client.quotes.hold(shop.node, shop.offer)
+        escrow = await client.escrow(shop)
+        held = await client.quotes.take(held, escrow)
+        work = shop.sales.work_for(client.key.node_id)
+        await client.quotes.release(held)
+        assert "no slot is kept for its client any more" in (work.accepted(10) or "")
+
+    run(story)
+
+
 @pytest.mark.parametrize(
     ("made", "why"),
     [
@@ -244,6 +456,132 @@ def test_a_disk_that_fails_promises_nothing_twice() -> None:
             await other.quotes.hold(shop.node, shop.offer)
         await street.clock.advance(HOLD_MS / 1000)
         await other.quotes.hold(shop.node, shop.offer)
+
+    run(story)
+
+
+def test_a_disk_that_fails_once_ends_no_redeeming() -> None:
+    async def story(street: Street) -> None:
+        failing = list[str]()
+
+        def fault(call: str, name: str) -> None:
+            if f"{call} {name}" in failing:
+                raise OSError(errno.EIO, "no such sector")
+
+        shop = await street.shop(1, FaultyDisk(MemoryDisk(), fault))
+        client = Client(street)
+        held = await client.quotes.hold(shop.node, shop.offer)
+        escrow = await client.escrow(shop)
+        await client.quotes.take(held, escrow)
+        await client.quotes.pay(shop.node, voucher(escrow, shop, 40), last=False, deadline_s=5)
+        failing.append("sync accounts")
+        await settle(street, REDEEM_EVERY_S)
+        failing.clear()
+        await client.quotes.pay(shop.node, voucher(escrow, shop, 50), last=False, deadline_s=5)
+        await settle(street, REDEEM_EVERY_S)
+        assert street.ledger.book.escrows[escrow].redeemed_micro == 50
+
+    run(story)
+
+
+def test_rounds_go_on_beside_last_vouchers(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shop = await street.shop(1, tmp_path / "one")
+        client = Client(street)
+        held = await client.quotes.hold(shop.node, shop.offer)
+        first = await client.escrow(shop)
+        held = await client.quotes.take(held, first)
+        wish = Closing(first)
+        await street.ledger.apply(Close(wish, PAYER.sign(wish.digest(LEDGER))))
+        street.clock.jump(61_000)
+        await asyncio.gather(shop.sales._redeem(first), shop.sales._redeem(first))
+        assert shop.sales.accounts == []
+
+    run(story)
+
+
+def test_a_ledger_that_forgets_an_escrow_costs_no_voucher(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shop = await street.shop(1, tmp_path / "one")
+        client = Client(street)
+        held = await client.quotes.hold(shop.node, shop.offer)
+        escrow = await client.escrow(shop)
+        await client.quotes.take(held, escrow)
+        await client.quotes.pay(shop.node, voucher(escrow, shop, 40), last=False, deadline_s=5)
+        forgotten = street.ledger.book.escrows.pop(escrow)
+        await settle(street, REDEEM_EVERY_S)
+        street.ledger.book.escrows[escrow] = forgotten
+        await settle(street, REDEEM_EVERY_S)
+        assert street.ledger.book.escrows[escrow].redeemed_micro == 40
+
+    run(story)
+
+
+def test_strangers_cannot_fill_the_accounts_of_a_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shoal.node.sales.ACCOUNTS_MAX", 2)
+
+    async def story(street: Street) -> None:
+        shop = await street.shop(1, tmp_path / "one")
+        client = Client(street)
+        escrows = list[bytes]()
+        for owed in (40, 0, 50, 60):
+            held = await client.quotes.hold(shop.node, shop.offer)
+            escrows.append(await client.escrow(shop))
+            if len(escrows) == 4:
+                with pytest.raises(Refused, match="has vouchers of 2 escrows to redeem"):
+                    await client.quotes.take(held, escrows[-1])
+                break
+            held = await client.quotes.take(held, escrows[-1])
+            if owed:
+                await client.quotes.pay(shop.node, voucher(escrows[-1], shop, owed), last=False, deadline_s=5)
+            await client.quotes.release(held)
+        assert [one.escrow for one in shop.sales.accounts] == [escrows[0], escrows[2]]
+
+    run(story)
+
+
+def test_a_node_that_is_paid_elsewhere_now(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shop = await street.shop(1, tmp_path / "one")
+        client = Client(street)
+        held = await client.quotes.hold(shop.node, shop.offer)
+        escrow = await client.escrow(shop)
+        await client.quotes.take(held, escrow)
+        await client.quotes.pay(shop.node, voucher(escrow, shop, 40), last=False, deadline_s=5)
+        shop.sales._rounds.cancel()  # killed
+        await shop.endpoint.close()
+        street.shops.clear()
+        street.ledger.name = HouseLedger(b"x" * 32, "USD")
+        elsewhere = await street.shop(1, tmp_path / "one", payee=9)
+        await settle(street)
+        await settle(street, REDEEM_EVERY_S)
+        await street.close()
+        street.shops.clear()
+        street.ledger.name = LEDGER
+        again = await street.shop(1, tmp_path / "one", payee=9)
+        await settle(street)
+        await settle(street, REDEEM_EVERY_S)
+        assert [one.redeemed_micro for one in again.sales.accounts] == [40]
+        assert await street.ledger.balance(elsewhere.sales.terms.payee) == 0
+        assert await street.ledger.balance(shop.sales.terms.payee) == 36, "all but what is held back"
+
+    run(story)
+
+
+def test_a_ledger_that_is_silent_holds_up_no_node_that_stops(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shop = await street.shop(1, tmp_path / "one")
+        client = Client(street)
+        held = await client.quotes.hold(shop.node, shop.offer)
+        escrow = await client.escrow(shop)
+        await client.quotes.take(held, escrow)
+        street.ledger.silent = True
+        await client.quotes.pay(shop.node, voucher(escrow, shop, 40), last=True, deadline_s=5)
+        closing = asyncio.create_task(shop.sales.close())
+        await settle(street)
+        await settle(street, LAST_ROUND_S)
+        assert closing.done()
+        street.ledger.silent = False
 
     run(story)
 
@@ -364,5 +702,43 @@ def test_a_client_that_asks_for_another_price_or_ledger(tmp_path: Path) -> None:
         elsewhere = Client(street, 61, HouseLedger(b"x" * 32, "USD"))
         with pytest.raises(NotSecured, match="paid at another ledger than yours"):
             await elsewhere.quotes.hold(shop.node, shop.offer)
+
+    run(story)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"price": Price(1)}, {"price": Price(720_000)}, {"slot": 1}, {"work": "serve"},
+        {"ledger": HouseLedger(b"x" * 32, "USD")}, {"until_ms": 1}, {"client": bytes(32)}, {"payer": bytes(20)},
+        {"payee": an_account(9).address},
+    ],
+)  # fmt: skip
+def test_a_node_that_promises_something_else_than_was_asked_is_not_taken(changed: dict[str, Any]) -> None:
+    async def story(street: Street) -> None:
+        node = street.network.endpoint(a_key(1))
+        client, signed = Client(street), list[Hold]()
+
+        async def answer(request: Request) -> bytes:
+            usual = Hold(
+                slot=0, number=len(signed) + 1, client=client.key.node_id, work="train", from_ms=0, until_ms=HOLD_MS,
+                price=PRICE, ledger=LEDGER, payer=PAYER.address, payee=an_account(1).address,
+            )  # fmt: skip
+            if request.kind == HoldTake.KIND:
+                usual = msgspec.structs.replace(usual, escrow=decode(HoldTake, request.body, request.version).escrow)
+            lies = request.kind == HoldTake.KIND or "payee" not in changed
+            signed.append(msgspec.structs.replace(usual, **changed) if lies else usual)
+            return encode(HoldGiven(hold=sign(a_key(1), signed[-1]).to_bytes()), request.version)
+
+        for kind in (HoldAsk.KIND, HoldTake.KIND):
+            node.handle(kind, answer)
+        await node.listen("tcp://liar:0")
+        envelope = an_offer(a_key(1), 1, name="liar", addresses=tuple(node.addresses), price=PRICE, ledger=LEDGER)
+        offer = open_record(envelope, Offer)
+        with pytest.raises(BadHold):
+            held = await client.quotes.hold(node.node_id, offer)
+            await client.quotes.take(held, bytes(32))
+        assert ("payee" in changed) == bool(client.quotes._offers), "whoever keeps no place is not remembered"
+        await node.close()
 
     run(story)

@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
+from typing import Any, TypeVar
 
+import msgspec
 import pytest
 from hub_world import a_key
-from money_world import LEDGER, Shop, Street, an_account
+from money_world import LEDGER, BookLedger, Shop, Street, an_account
+from test_run_folder import JOB
 
 from shoal.driver.bills import FILE, Payments, bill
-from shoal.driver.folder import RunFolder
+from shoal.driver.folder import FolderLocked, RunFolder
 from shoal.driver.gang import LinkedNode
 from shoal.driver.lines import Event
-from shoal.driver.treasurer import RENEW_EVERY_S, NoMoney, Purse, Treasurer
+from shoal.driver.treasurer import ASKED_AGAIN_S, RENEW_EVERY_S, NoMoney, Purse, Treasurer
 from shoal.errors import StorageError
+from shoal.house import OutcomeUnknown
 from shoal.identity import Envelope
 from shoal.ledger.escrows import State
 from shoal.ledger.journal import verified
 from shoal.ledger.moves import ISSUED
 from shoal.protocol.holds import Hold, open_hold
+from shoal.protocol.money import HouseLedger
+from shoal.protocol.prices import Price
+from shoal.sdk.jobs import Closed, OthersMoney, close_escrows, look_at, open_at
 from shoal.world import Refused, SeededDice
 from shoal.world.quotes import NotSecured
 
 PAYER = an_account(50)
 WORK = bytes(32)
+T = TypeVar("T")
+HOUR_MS = 3_600_000
 
 
 def run(story: Callable[[Street], Awaitable[None]], deposit: int = 10_000_000) -> None:
@@ -290,6 +299,39 @@ def test_a_killed_driver_signs_for_no_less_and_gets_the_rest_back(tmp_path: Path
     run(story)
 
 
+def test_what_a_killed_driver_has_set_aside_is_asked_back_without_another(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shop = await street.shop(1, tmp_path / "1")
+        job, path = Job(street, tmp_path / "run"), tmp_path / "run"
+        job.folder.begin(JOB)
+        await job.begin(shop)
+        await street.clock.advance(10.0)
+        await job.commit((shop, 10_000))
+        for task in job.treasurer._tasks:
+            task.cancel()  # killed
+        with pytest.raises(FolderLocked):
+            await close_escrows(path, PAYER, street.ledger)
+        job.folder.close()
+        assert look_at(path).open_micro == 999_000 and open_at(path) == [LEDGER]
+        with pytest.raises(OthersMoney, match=r"has set money of 0x\w+ aside, and your account is 0x\w+: whose it is"):
+            await close_escrows(path, an_account(51), street.ledger)
+        with pytest.raises(OthersMoney, match=f"at the ledger {bytes(32).hex()}/USD; name its ticket with --ledger"):
+            await close_escrows(path, PAYER, BookLedger(street.clock, HouseLedger(bytes(32), "EUR")))
+        street.ledger.fails = StorageError("away")
+        with pytest.raises(StorageError):
+            await close_escrows(path, PAYER, street.ledger)
+        street.ledger.fails = None
+        closed = await close_escrows(path, PAYER, street.ledger)
+        assert (closed.escrows, closed.micro) == ((job.treasurer.payments.terms[0].escrow,), 999_000)
+        assert closed.at_ms == street.clock.now_ms() + 60_000
+        assert look_at(path).open_micro == 0 and open_at(path) == []
+        assert await close_escrows(path, PAYER, street.ledger) == Closed((), 0, None)
+        await settle(street, 62)
+        assert await street.ledger.balance(PAYER.address) == 10_000_000 - 1000
+
+    run(story)
+
+
 def test_places_last_while_the_driver_lives_and_no_longer(tmp_path: Path) -> None:
     async def story(street: Street) -> None:
         shop = await street.shop(1, tmp_path / "1")
@@ -325,5 +367,170 @@ def test_a_node_gone_between_hold_and_escrow_costs_nothing(tmp_path: Path) -> No
             other = Job(street, tmp_path / "other", number=61)
             await other.treasurer._quotes.hold(shops[0].node, shops[0].offer)
         shops.pop()
+
+    run(story)
+
+
+def test_clocks_that_are_put_right_change_nobodys_pay(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shop = await street.shop(1, tmp_path / "1")
+        job = Job(street, tmp_path / "run")
+        await job.begin(shop)
+        work = shop.sales.work_for(a_key(60).node_id)
+        work.ready(10.0, 100)
+        for jump_ms, spent in ((-HOUR_MS, 4000), (HOUR_MS + 300_000, 8000)):
+            street.clock.jump(jump_ms)
+            for _ in range(4):
+                await street.clock.advance(10.0)
+                await job.commit((shop, 10_000))
+                assert work.accepted(10_000) is None
+            assert job.treasurer.payments.spent_micro == spent
+        await job.treasurer.close()
+
+    run(story)
+
+
+def test_an_absurd_speed_is_paid_by_time_and_time_away_is_not_paid(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shop = await street.shop(1, tmp_path / "1")
+        job = Job(street, tmp_path / "run")
+        await job.begin(shop)
+        job.treasurer.ready(shop.node, 1e-9, 100)
+        await street.clock.advance(10.0)
+        await job.commit((shop, 10**9))
+        assert job.treasurer.payments.spent_micro == 1000, "ten seconds"
+        job.treasurer.left(shop.node, "it went away")
+        await settle(street, 3600)
+        (again,) = await job.gang(shop)
+        await job.treasurer.secure(again)
+        job.treasurer.ready(shop.node, 1e-9, 100)
+        await street.clock.advance(1.0)
+        await job.commit((shop, 10**9))
+        assert job.treasurer.payments.spent_micro == 1100, "and one"
+        await job.treasurer.close()
+
+    run(story)
+
+
+async def through(street: Street, work: Coroutine[Any, Any, T]) -> T:
+    """Its outcome, with all the time that it takes."""
+    task = asyncio.create_task(work)
+    while not task.done():
+        await settle(street, 0.5)
+    return task.result()
+
+
+def test_answers_of_a_ledger_that_are_lost_open_no_second_escrow_and_hold_no_money(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shops = [await street.shop(number, tmp_path / str(number)) for number in (1, 2)]
+        job = Job(street, tmp_path / "run")
+        street.ledger.loses = 1
+        await through(street, job.begin(shops[0]))
+        assert len(street.ledger.book.escrows) == 1
+        street.ledger.loses = 1
+        (late,) = await job.gang(shops[1])
+        await through(street, job.treasurer.secure(late))
+        (escrow,) = street.ledger.book.escrows.values()
+        assert escrow.payees == {shop.sales.terms.payee for shop in shops}
+        street.ledger.loses = 1
+        await job.treasurer.close()
+        again = Job(street, job.folder)
+        await again.treasurer.close_former()
+        assert [one.closed for one in again.written.terms] == [True]
+        await settle(street, 62)
+        assert await street.ledger.balance(PAYER.address) == 10_000_000
+
+    run(story)
+
+
+def test_money_that_may_have_been_set_aside_is_asked_back(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shop = await street.shop(1, tmp_path / "1")
+        job = Job(street, tmp_path / "run")
+        await job.treasurer.hold(await job.gang(shop), 1)
+        street.ledger.loses = 1 + len(ASKED_AGAIN_S)
+        with pytest.raises(OutcomeUnknown):
+            await through(street, job.treasurer.open(1))
+        assert [one.closed for one in job.written.terms] == [True]
+        await settle(street, 62)
+        assert await street.ledger.balance(PAYER.address) == 10_000_000
+        await Job(street, tmp_path / "other", number=61).begin(shop)
+
+    run(story)
+
+
+def test_a_dear_node_that_comes_later_is_left(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        cheap = await street.shop(1, tmp_path / "1")
+        dear = await street.shop(2, tmp_path / "2", price=Price(36_000_000))
+        job = Job(street, tmp_path / "run")
+        await job.begin(cheap)
+        with pytest.raises(NotSecured, match=r"shop-2 is not worth its money: it costs 36.00 an hour, and at 2 times"):
+            await job.treasurer.secure((await job.gang(dear))[0])
+        await job.treasurer.close()
+        await job.endpoint.close()
+        resumed = Job(street, job.folder)
+        gang = await resumed.gang(cheap, dear)
+        assert [one.node for one in await resumed.treasurer.hold(gang, 1)] == [cheap.node]
+        assert resumed.said[0].startswith("Without shop-2: it costs 36.00 an hour, and at 2 times what others take")
+        await resumed.treasurer.close()
+        await resumed.endpoint.close()
+        needed = Job(street, job.folder)
+        assert len(await needed.treasurer.hold(await needed.gang(cheap, dear), 2)) == 2, "better dear than not at all"
+        await needed.treasurer.close()
+
+    run(story)
+
+
+def test_nodes_that_come_first_and_at_once_share_an_escrow(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        payees = {1: 1, 2: 9, 3: 9}
+        shops = [await street.shop(number, tmp_path / str(number), payee=payee) for number, payee in payees.items()]
+        job = Job(street, tmp_path / "run")
+        await asyncio.gather(*(job.treasurer.secure(node) for node in await job.gang(*shops)))
+        (escrow,) = street.ledger.book.escrows.values()
+        assert escrow.payees == {an_account(1).address, an_account(9).address}
+        assert len(job.written.terms[0].nodes) == 3
+
+    run(story)
+
+
+def test_a_node_that_comes_where_there_is_no_money_is_without_and_another_is_not(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shop = await street.shop(1, tmp_path / "1")
+        job = Job(street, tmp_path / "run")
+        (node,) = await job.gang(shop)
+        with pytest.raises(NoMoney):
+            await job.treasurer.secure(node)
+        street.ledger.give(PAYER.address, 1_000_000)
+        await job.treasurer.secure(node)
+        assert len(street.ledger.book.escrows) == 1
+        await job.treasurer.close()
+        assert all(one.closed for one in job.written.terms)
+
+    run(story, deposit=500)
+
+
+def test_a_node_that_comes_back_at_another_price_or_account(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shop = await street.shop(1, tmp_path / "1")
+        job = Job(street, tmp_path / "run")
+        await job.begin(shop)
+        await street.clock.advance(10.0)
+        await job.commit((shop, 10_000))
+        job.treasurer.left(shop.node, "it was started anew")
+        await settle(street)
+        shop.sales.terms = msgspec.structs.replace(shop.sales.terms, price=Price(720_000))
+        shop.offer = msgspec.structs.replace(shop.offer, price=Price(720_000))
+        await job.treasurer.secure((await job.gang(shop))[0])
+        job.treasurer.ready(shop.node, 10.0, 100)
+        await street.clock.advance(10.0)
+        await job.commit((shop, 10_000))
+        assert job.treasurer.payments.spent_micro == 1000 + 2000
+        job.treasurer.left(shop.node, "it was started anew")
+        await settle(street)
+        shop.sales.terms = msgspec.structs.replace(shop.sales.terms, payee=an_account(9).address)
+        with pytest.raises(NotSecured, match="shop-1 is paid at 0x.* now, and was paid at 0x"):
+            await job.treasurer.secure((await job.gang(shop))[0])
 
     run(story)

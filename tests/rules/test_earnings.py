@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.market.earnings import Earnings, forecast_micro, lasts_s, say_unpaid
+from shoal.market.earnings import Earnings, forecast_micro, lasts_s, say_dear, say_unpaid
 from shoal.quantities.money import owed
 
 HOUR_MS = 3_600_000
@@ -13,19 +13,29 @@ PLENTY = 10**15
 
 
 def test_an_hour_of_work_at_the_measured_speed_earns_the_price() -> None:
-    earnings = Earnings().measured(350_000, samples_per_s=10.0, tokens_per_sample=128).accepted(10 * 128 * 3600)
+    earnings = Earnings().measured(0, samples_per_s=10.0, tokens_per_sample=128).accepted(10 * 128 * 3600)
     assert earnings.earned_micro(350_000, HOUR_MS, PLENTY) == 350_000
     assert earnings.earned_micro(350_000, HOUR_MS // 2, PLENTY) == 175_000, "never more than the price of the time"
     assert earnings.earned_micro(350_000, HOUR_MS, 1000) == 1000, "nor than was set aside"
 
 
 def test_who_becomes_slower_earns_less_and_what_was_earned_stays() -> None:
-    earnings = Earnings().measured(360_000, 10.0, 100)
+    earnings = Earnings().measured(0, 10.0, 100)
     slow = earnings.accepted(500 * 3600)
     assert slow.earned_micro(360_000, HOUR_MS, PLENTY) == 180_000
-    again = slow.measured(360_000, 5.0, 100)
+    again = slow.measured(180_000, 5.0, 100)
     assert again.earned_micro(360_000, HOUR_MS, PLENTY) == 180_000
-    assert again.accepted(500 * 1800).earned_micro(360_000, 2 * HOUR_MS, PLENTY) == 180_000 + 180_000
+    assert again.accepted(500 * 1800).earned_micro(360_000, HOUR_MS, PLENTY) == 180_000 + 180_000
+
+
+def test_a_speed_that_is_absurd_makes_no_token_dearer_than_time() -> None:
+    claimed = Earnings().measured(0, 1e-9, 100).accepted(10**9)
+    assert claimed.earned_micro(360_000, 1000, PLENTY) == 100
+    again = claimed.measured(100, 10.0, 100).accepted(1000)
+    assert again.earned_micro(360_000, 5000, PLENTY) == 200, "what was claimed before is no credit"
+    away = claimed.measured(100, 1e-9, 100).accepted(10**9)
+    assert away.earned_micro(360_000, 1000, PLENTY) == 200, "nor is time away from the job"
+    assert Earnings().measured(0, 1e12, 10**6).accepted(10**9).earned_micro(360_000, HOUR_MS, PLENTY) == 0
 
 
 @given(
@@ -38,7 +48,7 @@ def test_who_becomes_slower_earns_less_and_what_was_earned_stays() -> None:
 def test_parts_do_not_matter_and_bounds_hold(
     price: int, speed: float, parts: list[int], kept_ms: int, most: int
 ) -> None:
-    one = many = Earnings().measured(price, speed, 128)
+    one = many = Earnings().measured(0, speed, 128)
     last = 0
     for part in parts:
         many = many.accepted(part)
@@ -52,6 +62,17 @@ def test_unpaid_work_ends() -> None:
     assert say_unpaid(0, 0, 1000) is None
     assert say_unpaid(750, 1000, 1500) is None
     assert "its vouchers are for 0.00" in (say_unpaid(0, 1_000_000, 1_500_000) or "")
+
+
+def test_a_node_that_comes_later_is_not_dearer_than_those_that_were_chosen() -> None:
+    chosen = [(18_000_000, 1e12), (36_000_000, 1e12)]
+    assert say_dear(72_000_000, 1e12, chosen) is None
+    assert say_dear(720_000_000, 1e13, chosen) is None
+    assert say_dear(3_600_000_000, 1e12, []) is None
+    assert say_dear(3_600_000_000, 1e12, chosen) == (
+        "it costs 3600.00 an hour, and at 2 times what others take it would be 72.00"
+    )
+    assert say_dear(1, 0.0, chosen) is not None, "who does nothing is worth nothing"
 
 
 def test_how_long_money_lasts_and_what_time_costs() -> None:

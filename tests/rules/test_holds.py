@@ -79,9 +79,17 @@ def test_a_slot_is_held_taken_and_made_to_last() -> None:
     assert opened(second).until_ms == 2000 + LEASE_STEP_MS and opened(second).escrow == b"e" * 32
     third = desk.take(CLIENTS[0], 500_000)
     assert opened(third).until_ms == 500_000 + LEASE_STEP_MS
-    assert [opened(one).number for one in desk.signed] == [1, 2, 3]
+    assert [opened(one).number for one in desk.signed] == [1000, 2000, 500_000]
     with pytest.raises(HoldRefused, match="All 1 slots of this node are taken: 1 held, the next of them for 600 s"):
         desk.ask(CLIENTS[1], 500_000)
+
+
+def test_what_a_node_signs_once_its_slots_are_lost_convicts_it_of_nothing() -> None:
+    desk = Desk()
+    before = [desk.ask(CLIENTS[0], 1000), desk.take(CLIENTS[0], 1000)]
+    desk.slots = Slots()  # moved away, once all that was promised is over
+    after = [desk.ask(CLIENTS[1], 700_000), desk.take(CLIENTS[1], 700_000)]
+    assert all(sold_twice(one, other) is None for one in before for other in after)
 
 
 def test_who_asks_twice_gets_the_same_word() -> None:

@@ -20,6 +20,10 @@ SURFACE = {
     "shoal train": "[JOB.YAML] --hub --runs --resume --replace --dry-run --budget --ledger "
     "--prompt --listen --fields --json",
     "shoal plan": "JOB.YAML --hub --deadline --json",
+    "shoal jobs": "",
+    "shoal jobs list": "--runs --json",
+    "shoal jobs show": "RUN --json",
+    "shoal jobs cancel": "RUN --ledger --json",
     "shoal report": "RUN --json",
     "shoal replay": "RUN --round -r --node -n --threads --device --script --hub --listen --json",
     "shoal serve": "MODEL --name --http --api-keys --threads --device --hub --here --listen --sessions "
@@ -95,7 +99,7 @@ def test_what_is_hidden_is_hidden_for_a_reason() -> None:
 
 
 def test_every_command_that_prints_data_has_json() -> None:
-    groups = {"shoal", "shoal node", "shoal account", "shoal ledger", "shoal market"}
+    groups = {"shoal", "shoal jobs", "shoal node", "shoal account", "shoal ledger", "shoal market"}
     assert [path for path, options in SURFACE.items() if path not in groups and "--json" not in options.split()] == []
 
 

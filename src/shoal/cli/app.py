@@ -18,6 +18,7 @@ COMMANDS = {
     "down": "serving",
     "train": "training",
     "plan": "training",
+    "jobs": "jobs",
     "report": "looking",
     "replay": "looking",
     "serve": "inference",

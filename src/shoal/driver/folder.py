@@ -3,7 +3,7 @@
     runs/<name>/
         job.yaml            the job file as it was given
         job.record          the job's signed TrainJob; a folder without it holds no job yet
-        lock                held by the driver that is writing here
+        lock                held by the driver that is writing here, with its process number until it leaves in order
         records/chain       every other signed record, byte for byte as it was received, in the order it came
         blobs/              the driver's blob store, managed by `shoal.storage`
         metrics.jsonl       RoundMetrics, one line per committed round
@@ -12,6 +12,7 @@
         events.jsonl        Event: what happened, as sentences
         audits.jsonl        AuditLine: replays made while the job ran
         figures.json        what the driver knows beside the records; rewritten as it goes
+        payments.json       what is set aside and paid, and the newest Hold of each node (`bills`)
         report.json, report.html
         model/              the trained model, a checkpoint in the form of `transformers`
         data/               what the job's owner prepared and keeps: token files, the newest state
@@ -113,6 +114,7 @@ S = TypeVar("S", bound=msgspec.Struct)
 
 _CHAIN = "records/chain"
 _LOCK = "lock"
+_PID_BYTES = 20
 _REPLACED = ".replaced"
 """Where an earlier run lies until the one in its place has begun."""
 _GONE = ".gone"
@@ -228,6 +230,8 @@ class RunFolder:
         with self._guard:
             if self._lock is not None:
                 try:
+                    with contextlib.suppress(OSError):
+                        self._disk.write(_LOCK, b" " * _PID_BYTES)  # left in order; who is killed leaves its number
                     with _writing(self.path):
                         _settle_replaced(self.path, self._disk)
                         if self._disk.info("job.record") is None:
@@ -570,12 +574,12 @@ def _take_lock(path: Path, disk: Disk) -> DiskLock:
         try:
             lock = disk.lock(_LOCK)
         except BlockingIOError as error:
-            holder = disk.read(_LOCK, 0, 20).decode("ascii", "replace").strip()
+            holder = disk.read(_LOCK, 0, _PID_BYTES).decode("ascii", "replace").strip()
             raise FolderLocked(
                 f"A driver is running in {path}{f' (process {holder})' if holder.isdigit() else ''}; wait for it, "
                 "stop it, or choose another name."
             ) from error
-        disk.write(_LOCK, f"{os.getpid():<20}".encode())
+        disk.write(_LOCK, f"{os.getpid():<{_PID_BYTES}}".encode())
     return lock
 
 
@@ -605,6 +609,17 @@ def _set_aside(path: Path) -> None:
     entries = [entry for entry in path.iterdir() if entry.name not in (_LOCK, _REPLACED)]
     for entry in sorted(entries, key=lambda entry: entry.name == "job.record"):
         entry.rename(aside / entry.name)
+
+
+def pid_in_lock(path: Path) -> int | None:
+    """The number of the process that drives a run here, or did when it was killed; None where the last one left in
+    order. Numbers are used again: it proves nothing by itself."""
+    try:
+        with (path / _LOCK).open("rb") as file:
+            holder = file.read(_PID_BYTES).strip()
+    except OSError:
+        return None
+    return int(holder) if holder.isdigit() else None
 
 
 def is_unsettled(path: Path) -> bool:

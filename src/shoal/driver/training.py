@@ -22,7 +22,7 @@ from shoal.driver.lines import Event, EventKind, Lane, RoundMetrics
 from shoal.driver.members import MemberLine, MemberLines, NotOfThisJob
 from shoal.driver.nearness import refuse_far
 from shoal.driver.report import NodeFigures, NodeStatus
-from shoal.driver.treasurer import Treasurer
+from shoal.driver.treasurer import NoMoney, Treasurer
 from shoal.errors import BadRecord, LinkError, ShoalError
 from shoal.identity import Envelope, KeyPair, blake3_hash, short_id
 from shoal.ledger.moves import MoneyRefused
@@ -52,6 +52,8 @@ from shoal.rounds.joining import OFFERED_MAX_BYTES, is_offered
 from shoal.rounds.standing import Standing
 from shoal.rounds.weights import weigh
 from shoal.storage import BlobStore, DiskFailed, Fetcher, StorageFull
+from shoal.storage.group_commit import LedgerBusy
+from shoal.storage.ledgers import LedgerFailed
 from shoal.training.outer import OuterStep, WeighedUpdate, measure
 from shoal.training.state import SharedState
 from shoal.training.updates import UPDATE_MEDIA_TYPE, Update, decode_update
@@ -559,7 +561,7 @@ class TrainingDriver:
             member = open_record(envelope, Member, self.network)
             if envelope.signer != node.node or member.job != self.job_id or member.nodes[0].node != node.node:
                 raise BadRecord(f"Node {node.name} answered with a member record that is not its own for this job.")
-        except (LinkError, BadRecord, NotSecured, MoneyRefused) as error:
+        except (LinkError, BadRecord, NotSecured, MoneyRefused, NoMoney, LedgerFailed, LedgerBusy) as error:
             self._note(EventKind.NOTE, node.node, f"{node.name} did not join: {error}")
             if self._treasurer is not None:
                 self._treasurer.left(node.node, "did not join")

@@ -20,16 +20,16 @@ import msgspec
 
 from shoal.driver.bills import FILE, PaidNode, Payments, TermPayments, newest_vouchers
 from shoal.driver.folder import RunFolder
-from shoal.driver.gang import LinkedNode
+from shoal.driver.gang import LinkedNode, fastest_float32
 from shoal.driver.lines import Event
-from shoal.errors import BadInput, ShoalError
+from shoal.errors import BadInput, LinkError, ShoalError
 from shoal.identity import KeyPair
 from shoal.identity.accounts import AccountKey, address_text
-from shoal.ledger.book import UnknownEscrow
+from shoal.ledger.book import SameEscrow, UnknownEscrow
 from shoal.ledger.commands import Admit, Close, Open, Redeem, Withhold
 from shoal.ledger.escrows import EscrowOver, OldVoucher
-from shoal.ledger.moves import TooLittleMoney
-from shoal.market.earnings import lasts_s
+from shoal.ledger.moves import DoneAlready, TooLittleMoney
+from shoal.market.earnings import lasts_s, say_dear
 from shoal.protocol.holds import LEASE_STEP_MS, quote_id
 from shoal.protocol.messages import DEFAULT_NETWORK
 from shoal.protocol.money import (
@@ -51,6 +51,8 @@ from shoal.world.quotes import Held, NotSecured, Quotes, is_free
 
 PAY_DEADLINE_S = 5.0
 LAST_PAY_DEADLINE_S = 15.0
+ASKED_AGAIN_S = (0.5, 1.0, 2.0, 4.0)
+"""After so long each, when an answer of the ledger was lost; places are held for longer."""
 RENEW_EVERY_S = LEASE_STEP_MS / 1000 / 3
 NOTICE_MS, AUDIT_MS = 60_000, 3_600_000
 HOLDBACK_PPM = 100_000
@@ -113,10 +115,15 @@ class Treasurer:
         self._held: dict[bytes, Held] = {}
         self._holding_s = 0.0
         """How long it took that all of these kept a place."""
+        self._chosen: list[tuple[int, float]] = []
+        """Price of an hour and FLOP/s of the nodes with which the job began."""
+        self._opening = asyncio.Lock()
         self._writing = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._sending: set[bytes] = set()
         self._working: set[bytes] = set()
+        self._ready_s: dict[bytes, float] = {}
+        """By the clock that only grows: the wall clock may be put right while a job runs."""
         self.absent: set[bytes] = set()
         """Nodes that kept a place and did not take what was set aside for them."""
         self._dearest_micro = 0
@@ -184,7 +191,7 @@ class Treasurer:
         """Have all of them keep a place; gives those that do, and those that cost nothing. Raises NotSecured where they
         are fewer than `nodes_min`; none is kept then."""
         free = [node for node in gang if is_free(node.offer)]
-        priced = {node.node: node for node in gang if not is_free(node.offer)}
+        priced = self._worth_it([node for node in gang if not is_free(node.offer)], max(0, nodes_min - len(free)))
         wanted = [(node.node, node.offer) for node in priced.values()]
         began_s = self._clock.monotonic()
         held, troubles = await self._quotes.hold_all(wanted, max(0, nodes_min - len(free)))
@@ -192,7 +199,20 @@ class Treasurer:
         for trouble in troubles:
             self._say(f"Without {trouble}")
         self._held |= {one.node: one for one in held}
+        self._chosen = [_price_of(priced[one.node]) for one in held]
         return [*free, *(priced[one.node] for one in held)]
+
+    def _worth_it(self, priced: Sequence[LinkedNode], at_least: int) -> dict[bytes, LinkedNode]:
+        """Without such as are dear beside those that earlier terms paid, as far as the others are enough."""
+        paid = {node for term in self._former for node in term.nodes}
+        known = [_price_of(node) for node in priced if node.node.hex() in paid]
+        left = dict[bytes, LinkedNode]((node.node, node) for node in priced)
+        for node in sorted(priced, key=lambda one: _price_of(one)[0], reverse=True):
+            dear = say_dear(*_price_of(node), known) if node.node.hex() not in paid else None
+            if dear is not None and len(left) > at_least:
+                self._say(f"Without {node.name}: {dear}.")
+                del left[node.node]
+        return left
 
     async def open(self, nodes_min: int) -> set[bytes]:
         """Set the money aside, and have what is held taken; gives the nodes that did. Raises NotSecured, NoMoney, and
@@ -239,18 +259,23 @@ class Treasurer:
         return None
 
     async def secure(self, node: LinkedNode) -> None:
-        """A node that comes later is held, admitted and taken. Raises ShoalError."""
+        """A node that comes later is held, admitted and taken. Raises NotSecured, NoMoney, and what nodes and the
+        ledger do."""
         if is_free(node.offer) or node.node in self._held:
             return
         if not self.left_micro:
             raise NotSecured(f"Nothing of the budget is left for {node.name}.")
+        dear = say_dear(*_price_of(node), self._chosen)
+        if dear is not None:
+            raise NotSecured(f"{node.name} is not worth its money: {dear}.")
         held = await self._quotes.hold(node.node, node.offer)
         try:
-            if self._term is None:
-                await self._open([held])
-                self._beside(self._renew())
-            else:
-                await self._admit(held)
+            async with self._opening:
+                if self._term is None:
+                    await self._open([held])
+                    self._beside(self._renew())
+                else:
+                    await self._admit(held)
             await self._take(held)
             await self._write()
         except BaseException:
@@ -283,10 +308,35 @@ class Treasurer:
         self._term = TermPayments(terms=terms, ledger=ledger, signature=signature, nodes=nodes)
         await self._write()
         try:
-            await purse.ledger.apply(Open(terms, signature))
+            await self._have_done(Open(terms, signature))
         except TooLittleMoney as error:
+            await self._take_back()
             has = await purse.ledger.balance(purse.account.address)
             raise self._no_money(amount, has) from error
+        except BaseException:
+            await self._take_back()
+            raise
+
+    async def _have_done(self, command: Open | Admit) -> None:
+        """Where an answer is lost, the ledger is asked again: what is signed is done once. Raises what it does."""
+        for wait_s in (*ASKED_AGAIN_S, None):
+            try:
+                await self.purse.ledger.apply(command)
+                return
+            except (SameEscrow, DoneAlready):
+                return
+            except LinkError:
+                if wait_s is None:
+                    raise
+            await self._clock.sleep(wait_s)
+
+    async def _take_back(self) -> None:
+        """Of an escrow of which it is not known that it was opened: another one is opened for whoever comes next."""
+        term, self._term = self._open_term(), None
+        with contextlib.suppress(ShoalError):  # --resume asks again
+            term = await close_escrow(term, self.purse.ledger, self.purse.account)
+        self._former = (*self._former, term)
+        await self._write()
 
     def _paid_node(self, held: Held, now_ms: int) -> PaidNode:
         return PaidNode(
@@ -296,13 +346,20 @@ class Treasurer:
 
     async def _admit(self, held: Held) -> None:
         term, payee = self._open_term(), held.hold.payee
-        if held.node.hex() in term.nodes:
+        known = self._node(held.node)
+        if known is not None and known.payee != payee:
+            raise NotSecured(
+                f"{held.name} is paid at {address_text(payee)} now, and was paid at {address_text(known.payee)} for "
+                "this job: it may come back with that account, or for a job that begins or is resumed later."
+            )
+        if known is not None:
+            self._put(held.node, msgspec.structs.replace(known, micro_per_h=held.hold.price.micro_per_h))
             return
         named = {one.payee for one in term.nodes.values()}
         if payee not in named:
             admission = Admission(term.escrow, payee, term.terms.amount_micro)
             signature = self.purse.account.sign(admission.digest(term.ledger))
-            await self.purse.ledger.apply(Admit(admission, signature))
+            await self._have_done(Admit(admission, signature))
         self._put(held.node, self._paid_node(held, self._clock.now_ms()))
         await self._write()
 
@@ -332,7 +389,8 @@ class Treasurer:
         known = self._node(node)
         if known is not None:
             self._working.add(node)
-            earnings = known.earnings.measured(known.micro_per_h, samples_per_s, tokens_per_sample)
+            self._ready_s[node] = self._clock.monotonic()
+            earnings = known.earnings.measured(known.paid_micro, samples_per_s, tokens_per_sample)
             self._put(node, msgspec.structs.replace(known, earnings=earnings, reason="worked"))
 
     async def committed(self, work: Iterable[tuple[bytes, int, bytes]]) -> None:
@@ -343,7 +401,7 @@ class Treasurer:
             known = self._node(node)
             if known is None or not tokens:
                 continue
-            self._put(node, self._earned(known, tokens))
+            self._put(node, self._earned(node, known, tokens))
             self._put_voucher(node, contribution)
             earned_by.append(node)
         if not earned_by:
@@ -354,11 +412,12 @@ class Treasurer:
             if node not in self._sending:
                 self._beside(self._send(node))
 
-    def _earned(self, known: PaidNode, tokens: int) -> PaidNode:
+    def _earned(self, node: bytes, known: PaidNode, tokens: int) -> PaidNode:
         earnings = known.earnings.accepted(tokens)
-        kept_ms = max(0, self._clock.now_ms() - known.since_ms)
+        now_s = self._clock.monotonic()
+        ready_ms = round(1000 * (now_s - self._ready_s.get(node, now_s)))
         most = known.paid_micro + self.left_micro
-        earned = max(known.paid_micro, earnings.earned_micro(known.micro_per_h, kept_ms, most))
+        earned = max(known.paid_micro, earnings.earned_micro(known.micro_per_h, ready_ms, most))
         return msgspec.structs.replace(known, earnings=earnings, paid_micro=earned)
 
     def _put_voucher(self, node: bytes, work: bytes) -> None:
@@ -407,7 +466,7 @@ class Treasurer:
         order = Withholding(escrow=term.escrow, payee=known.payee, amount_micro=before + amount, evidence=evidence)
         signature = self.purse.account.sign(order.digest(term.ledger))
         try:
-            await self._redeem(known)  # what is held back is only there once its voucher is redeemed
+            await _redeem(known, self.purse.ledger)  # what is held back is only there once its voucher is redeemed
             await self.purse.ledger.apply(Withhold(order, signature))
         except ShoalError as error:
             self._say(f"{format_money(amount)} could not be withheld of {known.name}: {error.sentence}")
@@ -423,7 +482,7 @@ class Treasurer:
         """What earlier terms of a driver that was killed have left goes back. Raises ShoalError."""
         closed = list[TermPayments]()
         for term in self._former:
-            closed.append(term if term.closed else await self._close(term))
+            closed.append(term if term.closed else await close_escrow(term, self.purse.ledger, self.purse.account))
         self._former = tuple(closed)
         if closed:
             await self._write()
@@ -442,7 +501,7 @@ class Treasurer:
         await asyncio.gather(*(self._quotes.release(one) for one in held))
         self._held.clear()
         try:
-            self._term = await self._close(self._term)
+            self._term = await close_escrow(self._term, self.purse.ledger, self.purse.account)
         except ShoalError as error:
             ends_s = (self._term.terms.expires_ms - self._clock.now_ms()) / 1000
             self._say(
@@ -450,22 +509,6 @@ class Treasurer:
                 f"{format_duration_s(ends_s)}; --resume asks again."
             )
         await self._write()
-
-    async def _close(self, term: TermPayments) -> TermPayments:
-        wish = Closing(term.escrow)
-        try:
-            for one in newest_vouchers(term):
-                await self._redeem(one)
-            await self.purse.ledger.apply(Close(wish, self.purse.account.sign(wish.digest(term.ledger))))
-        except (UnknownEscrow, EscrowOver):
-            pass  # it never came to be, or is over by itself
-        return msgspec.structs.replace(term, closed=True)
-
-    async def _redeem(self, one: PaidNode) -> None:
-        """On behalf of a node that may be gone: whoever brings a voucher, its payee gets the money."""
-        if one.voucher is not None:
-            with contextlib.suppress(OldVoucher):  # the node has brought it already
-                await self.purse.ledger.apply(Redeem(one.voucher))
 
     # ---- small things ----
 
@@ -488,6 +531,31 @@ class Treasurer:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _price_of(node: LinkedNode) -> tuple[int, float]:
+    """Of an hour, and FLOP/s."""
+    price = node.offer.price
+    return price.micro_per_h if price is not None else 0, fastest_float32(node.offer)
+
+
+async def close_escrow(term: TermPayments, ledger: Ledger, account: AccountKey) -> TermPayments:
+    """The nodes get what they have vouchers for, and the rest is asked back. Raises ShoalError."""
+    wish = Closing(term.escrow)
+    try:
+        for one in newest_vouchers(term):
+            await _redeem(one, ledger)
+        await ledger.apply(Close(wish, account.sign(wish.digest(term.ledger))))
+    except (UnknownEscrow, EscrowOver, DoneAlready):
+        pass  # it never came to be, is over by itself, or was asked for and the answer was lost
+    return msgspec.structs.replace(term, closed=True)
+
+
+async def _redeem(one: PaidNode, ledger: Ledger) -> None:
+    """On behalf of a node that may be gone: whoever brings a voucher, its payee gets the money."""
+    if one.voucher is not None:
+        with contextlib.suppress(OldVoucher):  # the node has brought it already
+            await ledger.apply(Redeem(one.voucher))
 
 
 def _in_short(reason: str) -> str:

@@ -140,6 +140,11 @@ class Escrow:
         agreed = next((one.most_micro for one in self.terms.payees if one.account == payee), None)
         return self.admitted.get(payee, agreed)
 
+    def most_for(self, payee: bytes) -> int:
+        """The highest voucher for it that could be redeemed now: what others were promised may be gone before."""
+        before = self.paid.get(payee, Paid()).redeemed_micro
+        return min(self.most_of(payee) or 0, self.amount_micro - self.redeemed_micro + before)
+
     @property
     def redeemed_micro(self) -> int:
         return sum(one.redeemed_micro for one in self.paid.values())

@@ -1,12 +1,13 @@
 """What a node has earned in a training job: for accepted tokens, at the speed that it measured when it joined.
 
 The price of an hour, divided by the tokens that the node does in an hour of work, is the price of a token: a node that
-becomes slower earns less in an hour, and waiting earns nothing. Whatever its speed, it never earns more than its price
-for the time that it was kept, nor more than was set aside for it.
+becomes slower earns less in an hour, and waiting earns nothing. Whatever speed it says, it never earns more than its
+price for the time since it was ready, nor more than was set aside for it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated
 
 import msgspec
@@ -15,6 +16,8 @@ from msgspec import Meta
 from shoal.quantities.money import MICRO, format_money, owed
 
 TOKENS_PER_H_MAX = 10**16
+DEAR = 2
+"""So many times as dear for its speed as the dearest that was chosen, a node that comes later is left."""
 UNPAID_SHARE = 0.75
 """A node goes on working while its newest voucher is for this share, at least, of what it had earned two accepted
 contributions before: the client's clock may differ, and vouchers take a moment."""
@@ -24,25 +27,24 @@ class Earnings(msgspec.Struct, frozen=True):
     """Of one node in one job."""
 
     before_micro: Annotated[int, Meta(ge=0)] = 0
-    """Earned by the tokens before it last measured its speed."""
+    """Earned before it last measured its speed."""
     tokens: Annotated[int, Meta(ge=0)] = 0
     """Accepted since then."""
     tokens_per_h: Annotated[int, Meta(ge=1, le=TOKENS_PER_H_MAX)] = 1
     """As it measured."""
 
-    def measured(self, micro_per_h: int, samples_per_s: float, tokens_per_sample: int) -> Earnings:
-        """It has joined, maybe anew, and measured its speed on the job."""
+    def measured(self, earned_micro: int, samples_per_s: float, tokens_per_sample: int) -> Earnings:
+        """It is ready, maybe anew, with so much earned, and has measured its speed on the job."""
         per_h = min(TOKENS_PER_H_MAX, max(1, round(samples_per_s * tokens_per_sample * 3600)))
-        return Earnings(self._for_tokens(micro_per_h), 0, per_h)
+        return Earnings(earned_micro, 0, per_h)
 
     def accepted(self, tokens: int) -> Earnings:
         return msgspec.structs.replace(self, tokens=self.tokens + tokens)
 
-    def earned_micro(self, micro_per_h: int, kept_ms: int, most_micro: int) -> int:
-        return min(self._for_tokens(micro_per_h), owed(micro_per_h, kept_ms), most_micro)
-
-    def _for_tokens(self, micro_per_h: int) -> int:
-        return self.before_micro + self.tokens * micro_per_h // self.tokens_per_h
+    def earned_micro(self, micro_per_h: int, ready_ms: int, most_micro: int) -> int:
+        """In all, `ready_ms` after it was ready."""
+        for_tokens = self.tokens * micro_per_h // self.tokens_per_h
+        return min(self.before_micro + min(for_tokens, owed(micro_per_h, ready_ms)), most_micro)
 
 
 def say_unpaid(paid_micro: int, earned_before_micro: int, earned_micro: int) -> str | None:
@@ -52,6 +54,19 @@ def say_unpaid(paid_micro: int, earned_before_micro: int, earned_micro: int) -> 
     return (
         f"its vouchers are for {format_money(paid_micro)}, and it has earned {format_money(earned_micro)}, "
         f"{format_money(earned_before_micro)} of it before its last two contributions"
+    )
+
+
+def say_dear(micro_per_h: int, flops: float, chosen: Iterable[tuple[int, float]]) -> str | None:
+    """Why a node that comes when others were chosen for their price is not worth its own, if it is not. `chosen`: price
+    of an hour and FLOP/s of those."""
+    dearest, its_flops = max(chosen, key=lambda one: one[0] / max(1.0, one[1]), default=(micro_per_h, flops))
+    fair = round(DEAR * dearest * flops / max(1.0, its_flops))
+    if micro_per_h <= fair:
+        return None
+    return (
+        f"it costs {format_money(micro_per_h)} an hour, and at {DEAR} times what others take it would be "
+        f"{format_money(fair)}"
     )
 
 

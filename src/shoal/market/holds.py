@@ -14,7 +14,7 @@ from msgspec import Meta
 from shoal.errors import JobError
 from shoal.identity import Hash, short_id
 from shoal.identity.accounts import Address, address_text
-from shoal.ledger.escrows import Escrow, State
+from shoal.ledger.escrows import Escrow, Paid, State
 from shoal.protocol.holds import LEASE_STEP_MS, RELEASES_MAX, SLOTS_MAX, Hold, HoldAsk, Release
 from shoal.protocol.money import DAY_MS, LedgerName
 from shoal.protocol.offers import UnixMs
@@ -86,6 +86,14 @@ def hold_of(slots: Slots, client: bytes, now_ms: int) -> Kept | None:
     return next((one for one in held(slots, now_ms) if one.hold.client == client), None)
 
 
+def promised(slots: Slots, client: bytes, now_ms: int) -> Kept:
+    """What is held for a client. Raises HoldRefused."""
+    known = hold_of(slots, client, now_ms)
+    if known is None:
+        raise HoldRefused(f"No slot is held for {short_id(client)}, or not any more; ask for one.")
+    return known
+
+
 def ask(slots: Slots, wanted: HoldAsk, client: bytes, terms: Terms, unheld: int, now_ms: int) -> Hold:
     """The Hold to be signed for whoever asks; the one it has, where it has one. `unheld` slots are taken by work that
     nobody holds a place for. Raises HoldRefused."""
@@ -119,7 +127,7 @@ def ask(slots: Slots, wanted: HoldAsk, client: bytes, terms: Terms, unheld: int,
         )
     slot = free[0]
     return Hold(
-        slot=slot, number=slots.number + 1, client=client, work=wanted.work, from_ms=now_ms,
+        slot=slot, number=_number(slots, now_ms), client=client, work=wanted.work, from_ms=now_ms,
         until_ms=now_ms + wanted.lifetime_ms, price=terms.price, ledger=terms.ledger, payer=wanted.payer,
         payee=terms.payee, released=_released(slots, slot, now_ms),
     )  # fmt: skip
@@ -128,14 +136,12 @@ def ask(slots: Slots, wanted: HoldAsk, client: bytes, terms: Terms, unheld: int,
 def take(slots: Slots, client: bytes, escrow: Escrow | None, terms: Terms, now_ms: int) -> Hold:
     """The Hold to be signed once there is money for one, and again to make it last. Raises HoldRefused."""
     now_ms = _now(slots, now_ms)
-    known = hold_of(slots, client, now_ms)
-    if known is None:
-        raise HoldRefused(f"No slot is held for {short_id(client)}, or not any more; ask for one.")
+    known = promised(slots, client, now_ms)
     if escrow is None:
         raise HoldRefused("The ledger has no such escrow.")
     ends_ms = _check_escrow(escrow, known.hold, terms, now_ms)
     return msgspec.structs.replace(
-        known.hold, number=slots.number + 1, from_ms=now_ms,
+        known.hold, number=_number(slots, now_ms), from_ms=now_ms,
         until_ms=max(known.hold.until_ms, min(now_ms + LEASE_STEP_MS, ends_ms)),
         escrow=escrow.escrow_id, released=_released(slots, known.hold.slot, now_ms),
     )  # fmt: skip
@@ -166,6 +172,11 @@ def give_back(slots: Slots, release: Release, client: bytes, packed: bytes, now_
     return Slots(slots.number, now_ms, others, (*slots.pending, more))
 
 
+def _number(slots: Slots, now_ms: int) -> int:
+    """Also where what was signed before is lost: two Holds of one number convict."""
+    return max(slots.number + 1, now_ms)
+
+
 def _now(slots: Slots, now_ms: int) -> int:
     """Raises HoldRefused where the clock has gone back so far that what was promised would last for too long."""
     if slots.now_ms - now_ms > CLOCK_BACK_MAX_MS:
@@ -190,7 +201,7 @@ def _check_escrow(escrow: Escrow, hold: Hold, terms: Terms, now_ms: int) -> int:
         raise HoldRefused(
             f"{said} is {address_text(asked.payer)}'s, and the slot is held for {address_text(hold.payer)}."
         )
-    if not escrow.most_of(hold.payee):
+    if escrow.most_for(hold.payee) <= escrow.paid.get(hold.payee, Paid()).redeemed_micro:
         raise HoldRefused(f"{said} has nothing for {address_text(hold.payee)}, where this node is paid.")
     for what, value, most_allowed in (
         ("holds back", asked.holdback_ppm, terms.holdback_max_ppm),

@@ -445,6 +445,8 @@ class NodeAgent:
                 f"Node {self.settings.name} is a member of job {known.job.name!r} in term {known.term} of its driver; "
                 f"the invitation is of term {member.term}."
             )
+        if self._sales is not None:
+            self._refuse_second_job(invitation.driver, known)
         self._admit(known, held=self._sales is not None)
         if known is not None:
             known.end("It was invited anew.", tell=False)
@@ -459,6 +461,15 @@ class NodeAgent:
         self._members[member.job_id] = member
         self._tasks[member.job_id] = asyncio.create_task(self._run_member(member, scratch))
         return member
+
+    def _refuse_second_job(self, client: bytes, known: MemberRun | None) -> None:
+        """Whoever has paid for one slot has one job done. Raises NodeBusy."""
+        other = next((one for one in self._members.values() if one.driver == client and one is not known), None)
+        if other is not None:
+            raise NodeBusy(
+                f"Node {self.settings.name} keeps a slot for this driver, and works for its job {other.job.name!r} in "
+                "it: another job needs a driver with a key and a slot of its own."
+            )
 
     def _jobs(self, without: MemberRun | None = None) -> list[str]:
         """What this node works for."""

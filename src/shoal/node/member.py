@@ -604,6 +604,10 @@ class MemberRun:
         finally:
             self._idle_since = self._clock.monotonic()
         self._failures = 0
+        unpaid = self._earning.made() if self._earning is not None else None
+        if unpaid is not None:
+            self.end(f"Node {self.name} works for job {self.job.name!r} no longer: {unpaid}.", tell=True)
+            return
         self._contributed += 1
         contribution = self._contribution(work, done, base.state, update_path, snapshot=keep)
         envelope = sign(self._key, contribution, self._network)

@@ -8,6 +8,7 @@ client says that there will be no more, and when the node stops.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, TypeVar
@@ -21,9 +22,11 @@ from shoal.identity.accounts import Address, address_text, signer_of
 from shoal.ledger.commands import Redeem
 from shoal.ledger.escrows import Escrow, EscrowOver, OldVoucher, State
 from shoal.ledger.escrows import Paid as PaidOut
+from shoal.ledger.moves import MoneyRefused
 from shoal.market.earnings import Earnings, say_unpaid
-from shoal.market.holds import Slots, Terms, ask, give_back, held, hold_of, keep, take
+from shoal.market.holds import HoldRefused, Slots, Terms, ask, give_back, held, hold_of, keep, promised, take
 from shoal.protocol.holds import (
+    Hold,
     HoldAsk,
     HoldGiven,
     HoldRelease,
@@ -33,16 +36,32 @@ from shoal.protocol.holds import (
     Release,
 )
 from shoal.protocol.messages import DEFAULT_NETWORK, decode, encode, open_record, sign
-from shoal.protocol.money import Amount, BadVoucher, SignedVoucher
+from shoal.protocol.money import Amount, BadVoucher, LedgerName, SignedVoucher
 from shoal.protocol.offers import Done, UnixMs
 from shoal.protocol.prices import Currency
 from shoal.quantities.money import format_money
 from shoal.storage.faults import disk_faults
+from shoal.transport.allowances import RateLimit
 from shoal.world import Clock, Disk, Endpoint, Ledger, Request
+from shoal.world.clock import within
 
 REDEEM_EVERY_S = 10.0
 REDEEMED_AT_ONCE = 16
 """One after the other, vouchers of many escrows would outlast the notice of some."""
+ASKS_PER_S, ASKS_BURST = 10.0, 100
+"""Questions for slots, from one address."""
+TAKES_PER_S, TAKES_BURST = 0.2, 40
+"""Of one client: for each the node asks the ledger, which lets it ask so often, and has its vouchers to redeem."""
+PAYS_PER_S, PAYS_BURST = 10.0, 100
+"""Vouchers, of one client."""
+UNTAKEN_SHARE, UNTAKEN_S = 0.1, 120
+"""Of the time, for how much one address may hold slots that it sets no money aside for, and how long at once. Keys cost
+nothing: a client that lets its Hold lapse could ask with the next one."""
+LAST_ROUND_S = 8.0
+"""How long a stopping node tries to redeem what it has."""
+UNCOUNTED_MAX = 6
+"""Contributions that a client may have without accepting one: it has them, and pays for none. Some come too late
+without anybody's fault, and two are under way at a time."""
 ENDS_EARLY_MS = 10_000
 """Before an escrow ends, the work for it does: its last vouchers have to come and be redeemed."""
 ACCOUNTS_MAX = 256
@@ -72,25 +91,39 @@ class Account(msgspec.Struct, frozen=True, kw_only=True):
     """One escrow that this node is paid out of."""
 
     escrow: Hash
+    ledger: LedgerName
     client: NodeId
     payer: Address
     signer: Address
+    payee: Address
     most_micro: Amount
+    """The highest voucher that could be redeemed, as the ledger said when it was last asked."""
     ends_ms: UnixMs
     micro_per_h: Annotated[int, Meta(ge=0)]
-    taken_ms: UnixMs
     newest: SignedVoucher | None = None
     redeemed_micro: Amount = 0
     held_micro: Amount = 0
     """Of that, held back and not withheld."""
     withheld_micro: Amount = 0
-    currency: Currency = "USD"
-    last: bool = False
-    """The client has said that no more vouchers will come."""
+    refused: bool = False
+    """The ledger has paid nothing for a voucher: none counts until one is redeemed."""
+
+    @property
+    def currency(self) -> Currency:
+        return self.ledger.currency
+
+    @property
+    def voucher_micro(self) -> int:
+        return self.newest.voucher.amount_micro if self.newest else 0
 
     @property
     def paid_micro(self) -> int:
-        return self.newest.voucher.amount_micro if self.newest else 0
+        return self.redeemed_micro if self.refused else max(self.redeemed_micro, self.voucher_micro)
+
+    @property
+    def waits(self) -> bool:
+        """Something is to be redeemed."""
+        return self.voucher_micro > self.redeemed_micro
 
 
 class Ended(msgspec.Struct, frozen=True, kw_only=True):
@@ -128,31 +161,53 @@ def read_kept(disk: Disk, name: str, kind: type[T], whose: str) -> T | None:
 
 
 class Work:
-    """What one member of a job earns here. It lives as long as the member does."""
+    """What is earned here out of one escrow, however often its client invites the node anew: what was not paid is not
+    forgotten by that."""
 
-    def __init__(self, sales: Sales, escrow: bytes) -> None:
-        self._sales, self._escrow = sales, escrow
+    def __init__(self, sales: Sales, account: Account) -> None:
+        self._sales, self._escrow = sales, account.escrow
+        self._began_micro = account.paid_micro
         self._earnings = Earnings()
         self._earned_lately = [0, 0, 0]
         """After the last three accepted contributions, the newest last."""
-        account = sales.account(escrow)
-        self._began_micro = account.paid_micro if account else 0
+        self._ready_s = sales.monotonic()
+        self._uncounted = 0
+        """Contributions since the last one that counted."""
 
     def ready(self, samples_per_s: float, tokens_per_sample: int) -> None:
-        account = self._sales.account(self._escrow)
-        if account is not None:
-            self._earnings = self._earnings.measured(account.micro_per_h, samples_per_s, tokens_per_sample)
+        self._ready_s = self._sales.monotonic()
+        self._earnings = self._earnings.measured(self._earned_lately[-1], samples_per_s, tokens_per_sample)
+
+    def made(self) -> str | None:
+        """A contribution is about to go to the client. Gives why it should not, if it should not."""
+        self._uncounted += 1
+        return self.over()
 
     def accepted(self, tokens: int) -> str | None:
         """A contribution counts. Gives why the node should work no longer, if it should not."""
-        account, now_ms = self._sales.account(self._escrow), self._sales.now_ms()
-        if account is None or account.ends_ms <= now_ms + ENDS_EARLY_MS:
+        self._uncounted = 0
+        account = self._sales.account(self._escrow)
+        if account is not None:
+            self._earnings = self._earnings.accepted(tokens)
+            ready_ms = round(1000 * (self._sales.monotonic() - self._ready_s))
+            most = max(0, account.most_micro - self._began_micro)
+            earned = self._earnings.earned_micro(account.micro_per_h, ready_ms, most)
+            self._earned_lately = [*self._earned_lately[1:], max(self._earned_lately[-1], earned)]
+        return self.over()
+
+    def over(self) -> str | None:
+        """Why the node should not work for it, if it should not."""
+        account = self._sales.account(self._escrow)
+        if account is None or account.ends_ms <= self._sales.now_ms() + ENDS_EARLY_MS:
             return "the money set aside for it goes back to its client now"
-        self._earnings = self._earnings.accepted(tokens)
-        kept_ms = max(0, now_ms - account.taken_ms)
-        earned = self._earnings.earned_micro(account.micro_per_h, kept_ms, account.most_micro)
-        self._earned_lately = [*self._earned_lately[1:], earned]
-        return say_unpaid(account.paid_micro - self._began_micro, self._earned_lately[0], earned)
+        if not self._sales.keeps_for(account.client):
+            return "no slot is kept for its client any more"
+        if self._uncounted > UNCOUNTED_MAX:
+            return f"of its last {UNCOUNTED_MAX} contributions none counted, so none is paid for"
+        before, _, earned = self._earned_lately
+        if self._began_micro + earned >= account.most_micro:
+            return f"it has earned what was set aside for it, {format_money(account.most_micro)}"
+        return say_unpaid(account.paid_micro - self._began_micro, before, earned)
 
 
 class Sales:
@@ -181,8 +236,21 @@ class Sales:
         self._slots = read_kept(disk, SLOTS, Slots, name) or Slots()
         self._accounts = {one.escrow: one for one in read_kept(disk, ACCOUNTS, list[Account], name) or ()}
         self._ended = read_kept(disk, ENDED, list[Ended], name) or []
+        self._asks = RateLimit(clock, ASKS_PER_S, ASKS_BURST)
+        self._takes = RateLimit(clock, TAKES_PER_S, TAKES_BURST)
+        self._pays = RateLimit(clock, PAYS_PER_S, PAYS_BURST)
+        self._untaken = RateLimit(clock, UNTAKEN_SHARE, UNTAKEN_S)
+        self._works: dict[bytes, Work] = {}
+        """Of these, those that work was done for since the node started."""
         self._deciding = asyncio.Lock()
-        self._redeeming: set[asyncio.Task[None]] = set()
+        self._redeeming: dict[bytes, asyncio.Task[None]] = {}
+        """Beside the rounds, at a client's word that nothing more will come."""
+        for one in self._accounts.values():
+            if one.ledger != ledger.name and one.waits:
+                _log.warning(
+                    "%s: %s of escrow %s wait at another ledger than the one at which this node is paid now; start it "
+                    "with that one to have them", name, format_money(one.voucher_micro), one.escrow.hex()[:12],
+                )  # fmt: skip
         for kind, handler in (
             (HoldAsk.KIND, self._asked),
             (HoldTake.KIND, self._taken),
@@ -194,6 +262,9 @@ class Sales:
 
     def now_ms(self) -> int:
         return self._clock.now_ms()
+
+    def monotonic(self) -> float:
+        return self._clock.monotonic()
 
     # ---- what the agent asks ----
 
@@ -208,13 +279,18 @@ class Sales:
     def work_for(self, client: bytes) -> Work:
         """For a client that has a slot and money for it. Raises NotHeld."""
         kept = hold_of(self._slots, client, self.now_ms())
-        if kept is None or kept.hold.escrow is None:
+        account = self._accounts.get(kept.hold.escrow) if kept and kept.hold.escrow else None
+        if account is None:
             raise NotHeld(
                 f"Node {self._name} costs {format_money(self.terms.price.micro_per_h)} {self.terms.price.currency} an "
                 f"hour, and keeps no slot for {short_id(client)} that there is money for: hold one, set the money "
                 "aside, and take it before inviting."
             )
-        return Work(self, kept.hold.escrow)
+        work = self._works.setdefault(account.escrow, Work(self, account))
+        over = work.over()
+        if over is not None:
+            raise NotHeld(f"Node {self._name} works for {short_id(client)} no longer: {over}.")
+        return work
 
     def account(self, escrow: bytes) -> Account | None:
         """None once it is over."""
@@ -225,58 +301,103 @@ class Sales:
         return list(self._accounts.values())
 
     async def close(self) -> None:
-        """Redeem what is there."""
-        self._rounds.cancel()
-        await asyncio.gather(self._rounds, *self._redeeming, return_exceptions=True)
-        await self._redeem_all()
+        """Redeem what is there. What the ledger does not answer in time for is redeemed by the node's next start."""
+        tasks = [self._rounds, *self._redeeming.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        with contextlib.suppress(TimeoutError):
+            await within(self._clock, LAST_ROUND_S, self._redeem_all())
 
     # ---- what clients ask ----
 
     async def _asked(self, request: Request) -> bytes:
+        self._asks.spend(request.source.encode(), "A question for a slot")
         wanted = decode(HoldAsk, request.body, request.version)
         async with self._deciding:
             known = hold_of(self._slots, request.peer, self.now_ms())
             hold = ask(self._slots, wanted, request.peer, self.terms, self._unheld(), self.now_ms())
             envelope = sign(self._key, hold, self._network)
             if known is None or known.hold_id != envelope.record_id:
+                self._count_untaken(request, wanted.lifetime_ms / 1000)
                 await self._store_slots(keep(self._slots, hold, envelope.record_id))
         await self._changed()
         return encode(HoldGiven(hold=envelope.to_bytes()), request.version)
 
+    def _count_untaken(self, request: Request, lifetime_s: float) -> None:
+        """Raises HoldRefused."""
+        wait_s = self._untaken.take(request.source.encode(), lifetime_s)
+        if wait_s:
+            raise HoldRefused(
+                f"Slots of node {self._name} were held from your address for longer than {UNTAKEN_S} s and not taken; "
+                f"ask again in {wait_s:.0f} s, and give back at once what you do not take."
+            )
+
     async def _taken(self, request: Request) -> bytes:
+        self._asks.spend(request.source.encode(), "A question for a slot")
         wanted = decode(HoldTake, request.body, request.version)
+        promised(self._slots, request.peer, self.now_ms())  # before the ledger is asked
+        self._takes.spend(request.peer, "A question for a slot that is paid for")
         escrow = await self._ledger.escrow(wanted.escrow)
         async with self._deciding:
-            now_ms = self.now_ms()
-            hold = take(self._slots, request.peer, escrow, self.terms, now_ms)
-            assert escrow is not None
+            known = hold_of(self._slots, request.peer, self.now_ms())
+            hold = take(self._slots, request.peer, escrow, self.terms, self.now_ms())
+            assert escrow is not None and known is not None
             envelope = sign(self._key, hold, self._network)
-            await self._store_account(self._known_or_new(escrow, request.peer, hold.price.micro_per_h, now_ms))
+            accounts = self._with(escrow, hold)
+            for gone in self._accounts.keys() - accounts.keys():
+                await self._remember(self._accounts[gone], 0)
+            await self._store_accounts(accounts)
             await self._store_slots(keep(self._slots, hold, envelope.record_id))
+            if known.hold.escrow is None:
+                lifetime_ms = known.hold.until_ms - known.hold.from_ms
+                self._untaken.give_back(request.source.encode(), lifetime_ms / 1000)
         await self._changed()
         return encode(HoldGiven(hold=envelope.to_bytes()), request.version)
 
-    def _known_or_new(self, escrow: Escrow, client: bytes, micro_per_h: int, now_ms: int) -> Account:
-        terms = escrow.terms
-        most = escrow.most_of(self.terms.payee) or 0
-        known = self._accounts.get(escrow.escrow_id)
-        if known is not None:
-            return msgspec.structs.replace(known, ends_ms=escrow.ends_ms, most_micro=most)
-        if len(self._accounts) >= ACCOUNTS_MAX:
-            raise NotHeld(f"Node {self._name} is paid out of {ACCOUNTS_MAX} escrows that are not over yet.")
-        return Account(
-            escrow=escrow.escrow_id, client=client, payer=terms.payer, signer=terms.signer, most_micro=most,
-            ends_ms=escrow.ends_ms, micro_per_h=micro_per_h, taken_ms=now_ms, currency=self._ledger.name.currency,
+    def _with(self, escrow: Escrow, hold: Hold) -> dict[bytes, Account]:
+        """The accounts, once a slot is held for this escrow. Raises HoldRefused."""
+        terms, known = escrow.terms, self._accounts.get(escrow.escrow_id)
+        if known is not None and (known.client, known.payee) != (hold.client, hold.payee):
+            raise HoldRefused(
+                f"{escrow.name} pays for what node {self._name} does for {short_id(known.client)}, at "
+                f"{address_text(known.payee)}: each client sets money aside of its own, and another one where a node "
+                "is paid at another account."
+            )
+        account = known or Account(
+            escrow=escrow.escrow_id, ledger=self._ledger.name, client=hold.client, payer=terms.payer,
+            signer=terms.signer, payee=hold.payee, most_micro=0, ends_ms=0, micro_per_h=0,
         )  # fmt: skip
+        account = msgspec.structs.replace(account, micro_per_h=hold.price.micro_per_h)
+        accounts = {**self._accounts, escrow.escrow_id: _as_at(escrow, account)}
+        while len(accounts) > ACCOUNTS_MAX:
+            idle = next(
+                (name for name, one in self._accounts.items() if name in accounts and not self._needed(one)), None
+            )
+            if idle is None:
+                raise HoldRefused(
+                    f"Node {self._name} has vouchers of {ACCOUNTS_MAX} escrows to redeem; ask again later."
+                )
+            del accounts[idle]
+        return accounts
+
+    def _needed(self, account: Account) -> bool:
+        """Money would be lost without it."""
+        kept = hold_of(self._slots, account.client, self.now_ms())
+        return account.waits or (kept is not None and kept.hold.escrow == account.escrow)
 
     async def _released(self, request: Request) -> bytes:
+        self._asks.spend(request.source.encode(), "A question for a slot")
         packed = decode(HoldRelease, request.body, request.version).release
         envelope = Envelope.from_bytes(packed, Release.MAX_BYTES)
         release = open_record(envelope, Release, self._network)
         if envelope.signer != request.peer or release.node != self._key.node_id:
             raise BadRecord(f"A slot of node {self._name} is given back by who signs for it, at this node alone.")
         async with self._deciding:
+            known = hold_of(self._slots, request.peer, self.now_ms())
             await self._store_slots(give_back(self._slots, release, request.peer, packed, self.now_ms()))
+            if known is not None and known.hold.escrow is None and not self.keeps_for(request.peer):
+                self._untaken.give_back(request.source.encode(), (known.hold.until_ms - self.now_ms()) / 1000)
         await self._changed()
         return encode(Done(), request.version)
 
@@ -289,8 +410,9 @@ class Sales:
                 raise BadVoucher(
                     f"Node {self._name} is not paid out of escrow {voucher.escrow.hex()[:12]} by its peer."
                 )
+            self._pays.spend(request.peer, "A voucher")
             signer = signer_of(voucher.digest(self._ledger.name), signed.signature)
-            if signer not in (account.payer, account.signer) or voucher.payee != self.terms.payee:
+            if signer not in (account.payer, account.signer) or voucher.payee != account.payee:
                 raise BadVoucher(
                     f"A voucher for {address_text(voucher.payee)} came to node {self._name} that nobody signed who "
                     "may; it pays nothing."
@@ -300,92 +422,94 @@ class Sales:
                     f"A voucher for {format_money(voucher.amount_micro)} came to node {self._name}, which has one for "
                     f"{format_money(account.paid_micro)} and may get {format_money(account.most_micro)} at most."
                 )
-            newest = signed if voucher.amount_micro > account.paid_micro else account.newest
-            account = msgspec.structs.replace(account, newest=newest, last=account.last or message.last)
-            await self._store_account(account)
-        if message.last:
-            self._beside(self._redeem(account.escrow))
+            if voucher.amount_micro > account.paid_micro:
+                account = msgspec.structs.replace(account, newest=signed)
+                await self._store_account(account)
+        if message.last and account.waits and account.escrow not in self._redeeming:
+            self._redeeming[account.escrow] = asyncio.create_task(self._redeem_beside(account.escrow))
         return encode(Paid(amount_micro=account.paid_micro), request.version)
 
     # ---- redeeming ----
 
-    def _beside(self, work: Any) -> None:
-        task = asyncio.create_task(work)
-        self._redeeming.add(task)
-        task.add_done_callback(self._redeeming.discard)
+    async def _redeem_beside(self, escrow: bytes) -> None:
+        try:
+            await self._redeem(escrow)
+        finally:
+            del self._redeeming[escrow]
 
     async def _redeem_now_and_then(self) -> None:
         while True:
             await self._clock.sleep(REDEEM_EVERY_S)
-            try:
-                await self._redeem_all()
-            except StorageError as error:  # once more next time: nothing is forgotten meanwhile
-                _log.warning("%s: what was redeemed could not be written down: %s", self._name, error)
+            await self._redeem_all()
 
     async def _redeem_all(self) -> None:
-        waiting = iter(list(self._accounts))
+        """Those that money is to come from first; whether others are over, as far as there is time."""
+        until_s = self.monotonic() + REDEEM_EVERY_S
+        here = [one for one in self.accounts if one.ledger == self._ledger.name]
+        waiting = iter(sorted(here, key=self._needed, reverse=True))
 
         async def some() -> None:
-            for escrow in waiting:
-                await self._redeem(escrow)
+            for account in waiting:
+                if self._needed(account) or self.monotonic() < until_s:
+                    await self._redeem(account.escrow)
 
         await asyncio.gather(*(some() for _ in range(REDEEMED_AT_ONCE)))
 
     async def _redeem(self, escrow: bytes) -> None:
         """Bring the newest voucher to the ledger; an escrow that has ended is forgotten. What fails is tried again."""
-        account = self._accounts.get(escrow)
-        if account is None:
-            return
         try:
-            if account.newest is not None and account.paid_micro > account.redeemed_micro:
-                try:
-                    await self._ledger.apply(Redeem(account.newest))
-                except (OldVoucher, EscrowOver):
-                    pass  # it was redeemed already, and the answer was lost; or it came too late
-            found = await self._ledger.escrow(escrow)
+            account = self._accounts.get(escrow)
+            if account is not None:
+                refused = await self._bring(account) if account.waits else None
+                await self._look_at(account, await self._ledger.escrow(escrow), refused)
         except ShoalError as error:
             _log.warning("%s: a voucher of escrow %s waits: %s", self._name, escrow.hex()[:12], error)
-            return
+
+    async def _bring(self, account: Account) -> str | None:
+        """Why the ledger pays nothing for the newest voucher, if it does not. Raises ShoalError where it cannot be
+        asked."""
+        assert account.newest is not None
+        try:
+            await self._ledger.apply(Redeem(account.newest))
+        except (OldVoucher, EscrowOver):
+            pass  # it was redeemed already, and the answer was lost; or it came too late
+        except MoneyRefused as error:
+            return error.sentence
+        return None
+
+    async def _look_at(self, asked: Account, found: Escrow | None, refused: str | None) -> None:
+        """How an escrow stands now. One that the ledger does not know was there when it was taken: its vouchers are
+        kept until it would have ended."""
         async with self._deciding:
-            newer = self._accounts[escrow]
-            if found is None or found.state is not State.OPEN:
-                if newer.paid_micro > account.paid_micro or (found and self._redeemed(found) < newer.paid_micro):
-                    _log.error(
-                        "%s: escrow %s ended before its last voucher was redeemed", self._name, escrow.hex()[:12]
-                    )
-                await self._remember(newer, found)
-                await self._forget_account(escrow)
+            account = self._accounts.get(asked.escrow)
+            if account is None:
                 return
-            paid = self._paid_by(found)
-            await self._store_account(
-                msgspec.structs.replace(
-                    newer, redeemed_micro=paid.redeemed_micro, held_micro=paid.waiting_micro,
-                    withheld_micro=paid.withheld_micro, ends_ms=found.ends_ms,
-                )
-            )  # fmt: skip
-
-    def _paid_by(self, escrow: Escrow) -> PaidOut:
-        return escrow.paid.get(self.terms.payee, PaidOut())
-
-    def _redeemed(self, escrow: Escrow) -> int:
-        return self._paid_by(escrow).redeemed_micro
+            now = _as_at(found, account) if found is not None else account
+            if found is not None and found.state is State.OPEN:
+                if refused is not None:
+                    _log.error("%s: a voucher is worth nothing: %s", self._name, refused)
+                now = msgspec.structs.replace(now, refused=refused is not None or (now.refused and now.waits))
+                if now != account:
+                    await self._store_account(now)
+            elif found is not None or now.ends_ms <= self.now_ms():
+                if now.waits:
+                    escrow = now.escrow.hex()[:12]
+                    _log.error("%s: escrow %s ended before its last voucher was redeemed", self._name, escrow)
+                await self._remember(now, found.terms.audit_ms if found else 0)
+                others = {name: one for name, one in self._accounts.items() if name != now.escrow}
+                await self._store_accounts(others)
 
     # ---- the disk ----
 
-    async def _remember(self, account: Account, found: Escrow | None) -> None:
+    async def _remember(self, account: Account, audit_ms: int) -> None:
         """What an escrow that is over has paid; again, where the node was killed before it forgot it."""
-        redeemed, held, withheld = account.redeemed_micro, account.held_micro, account.withheld_micro
-        if found is not None:
-            paid = self._paid_by(found)
-            redeemed, held, withheld = paid.redeemed_micro, paid.waiting_micro, paid.withheld_micro
-        if not redeemed:
+        if not account.redeemed_micro:
             return
-        ended_ms = found.ends_ms if found else account.ends_ms
         ended = Ended(
-            escrow=account.escrow, client=account.client, payer=account.payer, payee=self.terms.payee,
-            currency=account.currency, paid_micro=max(account.paid_micro, redeemed), redeemed_micro=redeemed,
-            held_micro=held, withheld_micro=withheld,
-            ended_ms=ended_ms, settles_ms=ended_ms + (found.terms.audit_ms if found else 0),
+            escrow=account.escrow, client=account.client, payer=account.payer, payee=account.payee,
+            currency=account.currency, paid_micro=max(account.voucher_micro, account.redeemed_micro),
+            redeemed_micro=account.redeemed_micro, held_micro=account.held_micro,
+            withheld_micro=account.withheld_micro, ended_ms=account.ends_ms, settles_ms=account.ends_ms + audit_ms,
         )  # fmt: skip
         others = [one for one in self._ended if one.escrow != ended.escrow]
         self._ended = [*others, ended][-ENDED_MAX:]
@@ -396,14 +520,12 @@ class Sales:
         await asyncio.to_thread(self._write, SLOTS, slots)
 
     async def _store_account(self, account: Account) -> None:
-        accounts = {**self._accounts, account.escrow: account}
-        await asyncio.to_thread(self._write, ACCOUNTS, list(accounts.values()))
-        self._accounts = accounts
+        await self._store_accounts({**self._accounts, account.escrow: account})
 
-    async def _forget_account(self, escrow: bytes) -> None:
-        accounts = {name: one for name, one in self._accounts.items() if name != escrow}
+    async def _store_accounts(self, accounts: dict[bytes, Account]) -> None:
         await asyncio.to_thread(self._write, ACCOUNTS, list(accounts.values()))
         self._accounts = accounts
+        self._works = {name: work for name, work in self._works.items() if name in accounts}
 
     def _write(self, name: str, content: Any) -> None:
         packed, scratch = msgspec.msgpack.encode(content), f"{name}.new"
@@ -413,3 +535,12 @@ class Sales:
             self._disk.sync(scratch)
             self._disk.rename(scratch, name)
             self._disk.sync(name)
+
+
+def _as_at(escrow: Escrow, account: Account) -> Account:
+    """With what the ledger says of its escrow."""
+    paid = escrow.paid.get(account.payee, PaidOut())
+    return msgspec.structs.replace(
+        account, most_micro=escrow.most_for(account.payee), ends_ms=escrow.ends_ms,
+        redeemed_micro=paid.redeemed_micro, held_micro=paid.waiting_micro, withheld_micro=paid.withheld_micro,
+    )  # fmt: skip

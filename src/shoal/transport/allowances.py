@@ -32,17 +32,32 @@ class RateLimit:
 
     def spend(self, peer: bytes, what: str) -> None:
         """Count one request. Raises TooManyRequests with the time to wait."""
-        now = self._clock.monotonic()
-        bucket = (self._buckets.pop(peer, None) or Bucket.full(self._burst, self._per_s, now)).seen(now)
-        wait_s = bucket.wait_s(1)
-        self._buckets[peer] = bucket if wait_s else bucket.less(1)
-        while len(self._buckets) > self._peers_max:
-            self._buckets.popitem(last=False)
+        wait_s = self.take(peer, 1)
         if wait_s:
             raise TooManyRequests(
                 f"{what} came too often: {self._burst} at once and {self._per_s:g} a second are allowed here; "
                 f"wait {wait_s:.1f} s."
             )
+
+    def take(self, peer: bytes, amount: float) -> float:
+        """Count so much at once. Gives the seconds to wait where it is too much: nothing is counted then."""
+        bucket = self._bucket(peer)
+        wait_s = bucket.wait_s(amount)
+        self._buckets[peer] = bucket if wait_s else bucket.less(amount)
+        return wait_s
+
+    def give_back(self, peer: bytes, amount: float) -> None:
+        """Of what was counted, what was not used."""
+        self._buckets[peer] = self._bucket(peer).more(amount)
+
+    def _bucket(self, peer: bytes) -> Bucket:
+        """As it is now; it is the one used last."""
+        now = self._clock.monotonic()
+        bucket = (self._buckets.pop(peer, None) or Bucket.full(self._burst, self._per_s, now)).seen(now)
+        self._buckets[peer] = bucket
+        while len(self._buckets) > self._peers_max:
+            self._buckets.popitem(last=False)
+        return bucket
 
 
 class AtOnce:

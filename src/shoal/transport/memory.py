@@ -50,8 +50,10 @@ class MemoryNetwork:
         network: str = DEFAULT_NETWORK,
         versions: Versions = (OLDEST_VERSION, PROTOCOL_VERSION),
         limits: EndpointLimits | None = None,
+        machine: str | None = None,
     ) -> MemoryEndpoint:
-        return MemoryEndpoint(self, key, network=network, versions=versions, limits=limits)
+        """On `machine`, which is what others see as its source; none: on one of its own."""
+        return MemoryEndpoint(self, key, network=network, versions=versions, limits=limits, machine=machine)
 
     def set_path(self, one: bytes, other: bytes, path: Path) -> None:
         """What lies between two nodes, for the connections they make from now on."""
@@ -125,9 +127,11 @@ class MemoryEndpoint(BaseEndpoint):
         network: str = DEFAULT_NETWORK,
         versions: Versions = (OLDEST_VERSION, PROTOCOL_VERSION),
         limits: EndpointLimits | None = None,
+        machine: str | None = None,
     ) -> None:
         super().__init__(key, clock=memory.clock, dice=memory.dice, network=network, versions=versions, limits=limits)
         self._memory = memory
+        self._machine = machine or key.node_id.hex()
         self._addresses: list[Address] = []
 
     @property
@@ -153,7 +157,7 @@ class MemoryEndpoint(BaseEndpoint):
         attempt = self._next_attempt(node)
         theirs = Agreed(self.node_id, version, self._me.instance, attempt, dialled=False)
         ours = Agreed(node, version, answerer._me.instance, attempt, dialled=True)
-        here, there = self.node_id.hex(), node.hex()  # each endpoint is a machine of its own
+        here, there = self._machine, answerer._machine
         try:
             await answerer._vet(theirs, here)
         except ShoalError as error:

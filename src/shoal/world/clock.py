@@ -60,6 +60,10 @@ class HeldClock:
         heapq.heappush(self._sleepers, (self._elapsed_s + seconds, self._count, future))
         await future
 
+    def jump(self, ms: int) -> None:
+        """The wall clock is put right, or wrong: no time passes."""
+        self._start_ms += ms
+
     async def advance(self, seconds: float) -> None:
         """Move time forward, waking each sleeper at its own moment and letting it run until it waits again."""
         until = self._elapsed_s + seconds

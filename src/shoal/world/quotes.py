@@ -78,7 +78,7 @@ class Quotes:
         self._work: Work = work
         self._network = network
         self._offers: dict[bytes, Offer] = {}
-        """Of the nodes that were asked: where they can be dialled."""
+        """Of the nodes that kept a place: where they can be dialled."""
 
     async def hold_all(self, wanted: Sequence[tuple[bytes, Offer]], at_least: int) -> tuple[list[Held], list[str]]:
         """A place at each of these; what kept the others from it, as sentences. Raises NotSecured where they are fewer
@@ -103,20 +103,31 @@ class Quotes:
         assert offer.price is not None and not is_free(offer), "free nodes are not held"
         if offer.ledger != self._ledger:
             raise NotSecured(f"Node {offer.name} is paid at another ledger than yours.")
-        self._offers[node] = offer
         wanted = HoldAsk(
             work=self._work, payer=self._payer, price=offer.price, ledger=self._ledger, lifetime_ms=HOLD_MS
         )
-        held = self._opened(node, offer.name, await self._ask(node, wanted, HoldGiven, ASK_DEADLINE_S))
-        if (held.hold.price, held.hold.ledger) != (offer.price, offer.ledger) or held.hold.slot >= offer.slots:
-            raise BadHold(f"Node {offer.name} keeps another place than it offered, or at another price.")
+        known = node in self._offers
+        self._offers[node] = offer
+        try:
+            held = self._opened(node, offer.name, await self._ask(node, wanted, HoldGiven, ASK_DEADLINE_S))
+            hold = held.hold
+            if (hold.work, hold.price, hold.ledger) != (self._work, offer.price, offer.ledger) or (
+                hold.slot >= offer.slots or hold.until_ms - hold.from_ms < HOLD_MS
+            ):
+                raise BadHold(
+                    f"Node {offer.name} keeps another place than it offered, or for another time, or at another price."
+                )
+        except BaseException:
+            if not known:
+                del self._offers[node]
+            raise
         return held
 
     async def take(self, held: Held, escrow: bytes) -> Held:
         """There is money for it: the place is kept for longer; again, to make it last. Raises ShoalError."""
         wanted = HoldTake(escrow=escrow)
         taken = self._opened(held.node, held.name, await self._ask(held.node, wanted, HoldGiven, TAKE_DEADLINE_S))
-        if taken.hold.escrow != escrow or (taken.hold.price, taken.hold.payee) != (held.hold.price, held.hold.payee):
+        if taken.hold.escrow != escrow or _place(taken.hold) != _place(held.hold):
             raise BadHold(f"Node {held.name} took something else than was set aside for it.")
         return replace(held, envelope=taken.envelope, hold=taken.hold)
 
@@ -154,3 +165,8 @@ class Quotes:
             message.KIND, encode(message, link.version), deadline_s=deadline_s, reply_max_bytes=answer.MAX_BYTES
         )
         return decode(answer, body, link.version)
+
+
+def _place(hold: Hold) -> tuple[object, ...]:
+    """What a node must not change once it has promised it."""
+    return hold.slot, hold.work, hold.price, hold.ledger, hold.payee

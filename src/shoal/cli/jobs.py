@@ -1,0 +1,177 @@
+"""`shoal jobs`: the runs of this machine, what each costs, and how one is stopped."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from shoal.cli import places
+from shoal.cli.app import JOBS, Commands, Group, app
+from shoal.cli.output import JsonFlag, LedgerFlag, err, out, print_json, shown, when
+from shoal.quantities import format_count, format_duration_s
+from shoal.quantities.money import format_money, format_price
+
+if TYPE_CHECKING:
+    from shoal.house import RemoteLedger
+    from shoal.sdk.jobs import Closed, DamagedRun, JobStanding
+
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, such as runs/quickstart.")]
+_COLOURS = {"running": "green", "finished": "green", "stopped": "yellow", "died": "red"}
+
+
+class ListFirst(Group):
+    """`shoal jobs` alone is `shoal jobs list`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args or (args[0].startswith("-") and args[0] not in ctx.help_option_names):
+            args = ["list", *args]
+        return super().parse_args(ctx, args)
+
+
+jobs_app = Commands(cls=ListFirst, help="The runs of this machine: how they stand, what they cost: `shoal jobs`.")
+app.add_typer(jobs_app, name="jobs", rich_help_panel=JOBS)
+
+
+@jobs_app.command("list")
+def list_jobs(
+    runs: Annotated[Path, typer.Option(help="Where run folders are.")] = Path("runs"), json: JsonFlag = False
+) -> None:
+    """List all runs, the newest first: how each stands, how far it came and what it has spent.
+
+    A run is *running*, *finished*, *stopped* in order before its goal, or its driver *died*. One that cannot be read is
+    named with the reason.
+    """  # fmt: skip
+    from shoal.sdk.jobs import DamagedRun, look_at_all
+
+    found = look_at_all(runs)
+    if json:
+        print_json({"runs": [_plain(one) for one in found]})
+        return
+    if not found:
+        out.print(f"There are no runs in {runs}.", markup=False, soft_wrap=True)
+        return
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("run", overflow="fold")
+    table.add_column("state", no_wrap=True)
+    for name in ("tokens", "of", "time", "nodes", "spent", "of"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for one in found:
+        if isinstance(one, DamagedRun):
+            table.add_row(escape(shown(one.folder)), "[red]damaged[/]")
+            continue
+        money = (format_money(one.spent_micro), f"{format_money(one.budget_micro)} {one.currency}")
+        table.add_row(
+            escape(shown(one.folder)), f"[{_COLOURS[one.state]}]{one.state}[/]", format_count(one.tokens),
+            format_count(one.token_budget), format_duration_s(one.elapsed_s), str(one.working),
+            *(money if one.currency else ()),
+        )  # fmt: skip
+    out.print(table)
+    for one in found:
+        if isinstance(one, DamagedRun):
+            out.print(f"[red]{escape(shown(one.folder))}[/]  {escape(shown(one.sentence))}", soft_wrap=True)
+
+
+@jobs_app.command("show")
+def show(run: RunArgument, json: JsonFlag = False) -> None:
+    """Show how a run stands: its nodes, what each has earned, the cost so far, and what the rest takes.
+
+    The forecast is for the speed of the newest rounds and the nodes that work now; it names what the rest costs at
+    most, and whether the budget ends first. `shoal report` counts the work itself.
+    """  # fmt: skip
+    from shoal.sdk.jobs import look_at
+
+    found = look_at(places.find_run(run))
+    if json:
+        print_json(_plain(found))
+        return
+    loss = f", loss {found.loss:.3f}" if found.loss is not None else ""
+    out.print(f"[bold]{escape(shown(found.name))}[/] [{_COLOURS[found.state]}]{found.state}[/]", soft_wrap=True)
+    out.print(
+        f"{format_count(found.tokens)} of {format_count(found.token_budget)} tokens in {found.round + 1} rounds and "
+        f"{format_duration_s(found.elapsed_s)}{loss}.",
+        markup=False,
+    )
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("node", overflow="fold")
+    table.add_column("what became of it", no_wrap=True)
+    for name in ("price", "earned", "withheld"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for node in found.nodes:
+        table.add_row(
+            escape(shown(node.name)), node.status.value, format_price(node.micro_per_h) if node.micro_per_h else "free",
+            format_money(node.earned_micro) if node.micro_per_h else "",
+            format_money(node.withheld_micro) if node.withheld_micro else "",
+        )  # fmt: skip
+    out.print(table)
+    for line in (_say_money(found), _say_forecast(found)):
+        if line:
+            out.print(line, markup=False, soft_wrap=True)
+
+
+@jobs_app.command("cancel")
+def cancel(run: RunArgument, ledger: LedgerFlag = None, json: JsonFlag = False) -> None:
+    """Stop a run in order, as Ctrl-C does where it was started, and have back what it has not spent.
+
+    What was committed is kept, and `shoal train RUN --resume` goes on from there. Of a run whose driver was killed the
+    nodes get what they have vouchers for, and the rest is asked back.
+    """  # fmt: skip
+    from shoal.cli.accounts import ask
+    from shoal.sdk.jobs import close_escrows, driver_of, open_at, stop
+
+    driver = driver_of(run)
+    if driver is not None and not json:
+        err.print(f"Asking process {driver.pid} to stop; it pays its nodes and writes down what it knows.", style="dim")
+    pid = stop(run)
+    closed: Closed | None = None
+    if (pid is None or places.holds_run(run)) and open_at(places.find_run(run)):
+        ticket, key = places.ledger_ticket(ledger), places.account_key()
+
+        async def work(one: RemoteLedger) -> Closed:
+            return await close_escrows(run, key, one)
+
+        closed = ask(ticket, work)
+    if json:
+        print_json({"stopped": pid, "closed": None if closed is None else asdict(closed)})
+        return
+    if pid is not None:
+        out.print(f"Stopped process {pid}, which drove {run}.", markup=False, soft_wrap=True)
+    elif closed is None:
+        out.print(f"No driver runs in {run}, and nothing is set aside for it.", markup=False, soft_wrap=True)
+    if closed is not None:
+        at = "" if closed.at_ms is None else f" {when(closed.at_ms)}"
+        out.print(f"{format_money(closed.micro)} {ticket.currency} comes back{at}.", markup=False)
+
+
+def _plain(one: JobStanding | DamagedRun) -> dict[str, Any]:
+    from shoal.sdk.jobs import DamagedRun
+
+    if isinstance(one, DamagedRun):
+        return {"folder": one.folder, "state": "damaged", "error": {"code": one.code, "sentence": one.sentence}}
+    return asdict(one) | {"working": one.working}
+
+
+def _say_money(one: JobStanding) -> str:
+    if one.currency is None:
+        return ""
+    aside = f"; {format_money(one.open_micro)} more is set aside" if one.open_micro else ""
+    return f"Spent {format_money(one.spent_micro)} of {format_money(one.budget_micro)} {one.currency}{aside}."
+
+
+def _say_forecast(one: JobStanding) -> str:
+    if one.forecast is None:
+        return ""
+    said = f"At the present rate: {format_duration_s(one.forecast.seconds)} left"
+    if one.currency is not None:
+        whole = one.spent_micro + one.forecast.micro
+        said += f", for up to {format_money(one.forecast.micro)} {one.currency}, {format_money(whole)} in all"
+    if one.forecast.money_lasts_s is not None:
+        said += (
+            f". The budget ends first, in {format_duration_s(one.forecast.money_lasts_s)}; then the job stops, to be "
+            "resumed with a larger --budget"
+        )
+    return f"{said}."

@@ -1,0 +1,303 @@
+"""The runs of this machine: how each stands and what it costs, read beside its driver; how one is stopped, and what it
+has set aside comes back."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections import deque
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+import msgspec
+import psutil
+
+from shoal.driver.bills import FILE as PAYMENTS
+from shoal.driver.bills import Payments, TermPayments, bill
+from shoal.driver.folder import RunFolder, is_unsettled, pid_in_lock
+from shoal.driver.lines import RoundMetrics
+from shoal.driver.report import Figures, NodeStatus, Report
+from shoal.driver.treasurer import close_escrow
+from shoal.errors import BadInput, JobError, ShoalError
+from shoal.identity.accounts import AccountKey, address_text
+from shoal.ledger.escrows import State
+from shoal.market.earnings import forecast_micro, lasts_s
+from shoal.protocol.money import LedgerName, ledger_text
+from shoal.world import Ledger
+
+STOP_S = 60.0
+"""So long a driver has to stop in order: it pays its nodes, and writes down what it knows."""
+RATE_ROUNDS = 8
+"""Of so many rounds, the newest, the present speed is the mean."""
+_REMEDY = "restore it from a copy: it says what nodes were paid"
+
+
+class DriverGoesOn(JobError):
+    """A driver was asked to stop, and still runs."""
+
+    code = "SH-613"
+
+
+class OthersMoney(BadInput):
+    """What a run has set aside is of another account than the user's, or at another ledger than was named."""
+
+    code = "SH-165"
+
+
+class JobState(StrEnum):
+    RUNNING = "running"
+    STOPPED = "stopped"
+    """In order, before its goal."""
+    FINISHED = "finished"
+    DIED = "died"
+    """Its driver was killed."""
+
+
+@dataclass(frozen=True)
+class NodeStanding:
+    """Money in millionths; zero for a node that works for nothing."""
+
+    name: str
+    node: str
+    """Its NodeId, in hexadecimal digits."""
+    status: NodeStatus
+    micro_per_h: int
+    earned_micro: int
+    """Less what was withheld."""
+    withheld_micro: int
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What is left to do, at the present speed with the present nodes."""
+
+    seconds: float
+    micro: int
+    """What that costs at most; beyond the budget, too."""
+    money_lasts_s: float | None
+    """Where the rest of the budget is used up earlier than the job is done."""
+
+
+@dataclass(frozen=True)
+class JobStanding:
+    """Times in seconds, money in millionths."""
+
+    folder: str
+    name: str
+    state: JobState
+    begun_ms: int
+    round: int
+    """The last one that was committed; -1 for none."""
+    tokens: int
+    token_budget: int
+    elapsed_s: float
+    tokens_per_s: float
+    loss: float | None
+    """Of the last round, nats per token."""
+    nodes: tuple[NodeStanding, ...]
+    budget_micro: int
+    spent_micro: int
+    open_micro: int
+    """Set aside in escrows that nobody has asked back, and not spent."""
+    currency: str | None
+    """None where nothing was set aside."""
+    forecast: Forecast | None
+    """None where nothing is left to do, or nothing is known of its speed."""
+
+    @property
+    def working(self) -> int:
+        return sum(one.status in (NodeStatus.WORKING, NodeStatus.FINISHED) for one in self.nodes)
+
+
+@dataclass(frozen=True)
+class DamagedRun:
+    """A run folder that cannot be read, and why."""
+
+    folder: str
+    begun_ms: int
+    """When it was last written to, about."""
+    code: str
+    sentence: str
+
+
+def forecast(tokens_left: int, tokens_per_s: float, left_micro: int, micro_per_h: int) -> Forecast | None:
+    """None where nothing is left, or nothing is known."""
+    if tokens_left <= 0 or tokens_per_s <= 0:
+        return None
+    seconds = tokens_left / tokens_per_s
+    lasts = lasts_s(left_micro, micro_per_h)
+    return Forecast(seconds, forecast_micro(micro_per_h, seconds), lasts if lasts < seconds else None)
+
+
+def driver_of(folder: Path) -> psutil.Process | None:
+    """The process that drives the run in a folder now: the one whose number stands in the lock and which has that very
+    lock open. A number alone may be another's by now, or of another machine, and a copied folder has a lock, too."""
+    return _driver(folder, pid_in_lock(folder))
+
+
+def _driver(folder: Path, pid: int | None) -> psutil.Process | None:
+    if pid is None:
+        return None
+    try:
+        process = psutil.Process(pid)
+        held = {one.path for one in process.open_files()}
+    except (psutil.Error, OSError):
+        return None
+    return process if str((folder / "lock").resolve()) in held else None
+
+
+def look_at(path: Path) -> JobStanding:
+    """How the run in a folder stands; its lock is left alone. Raises FolderUnreadable, FolderDamaged, BadRecord."""
+    pid = pid_in_lock(path)
+    running = _driver(path, pid) is not None
+    with RunFolder.open(path, read_only=True) as folder:
+        job = folder.train_job()
+        newest = deque(folder.notes(RoundMetrics), maxlen=RATE_ROUNDS)
+        figures = folder.read("figures.json", Figures) or Figures()
+        payments = folder.read(PAYMENTS, Payments, remedy=_REMEDY) or Payments(budget_micro=0)
+        report = folder.read("report.json", Report)
+    last = newest[-1] if newest else None
+    tokens = last.tokens_total if last else 0
+    state = JobState.STOPPED if pid is None else JobState.DIED
+    if running:
+        state = JobState.RUNNING
+    elif report is not None and report.tokens_accepted >= job.token_budget:
+        state = JobState.FINISHED
+    nodes = _nodes(figures, payments)
+    per_s = sum(one.tokens_per_s for one in newest) / len(newest) if newest else 0.0
+    per_h = sum(one.micro_per_h for one in nodes if one.status is NodeStatus.WORKING)
+    left = max(0, payments.budget_micro - payments.spent_micro)
+    return JobStanding(
+        folder=str(path),
+        name=job.name,
+        state=state,
+        begun_ms=job.created_ms,
+        round=last.round if last else -1,
+        tokens=tokens,
+        token_budget=job.token_budget,
+        elapsed_s=max(figures.wall_s, last.time_s if last else 0.0),
+        tokens_per_s=per_s,
+        loss=last.loss if last else None,
+        nodes=nodes,
+        budget_micro=payments.budget_micro,
+        spent_micro=payments.spent_micro,
+        open_micro=sum(map(_unspent, _open_terms(payments))),
+        currency=payments.terms[0].ledger.currency if payments.terms else None,
+        forecast=None if state is JobState.FINISHED else forecast(job.token_budget - tokens, per_s, left, per_h),
+    )
+
+
+def look_at_all(runs: Path) -> list[JobStanding | DamagedRun]:
+    """Every run in a folder of runs, the newest first. One that cannot be read hides no other."""
+    found = list[JobStanding | DamagedRun]()
+    for path in sorted(runs.iterdir()) if runs.is_dir() else ():
+        if not (path / "job.record").is_file() and not is_unsettled(path):
+            continue
+        try:
+            found.append(look_at(path))
+        except ShoalError as error:
+            found.append(DamagedRun(str(path), round(path.stat().st_mtime * 1000), error.code, error.sentence))
+    return sorted(found, key=lambda one: -one.begun_ms)
+
+
+def stop(folder: Path) -> int | None:
+    """Ask the driver of a run to stop, as Ctrl-C does, and wait until it has; its process number, None where none runs.
+    Raises DriverGoesOn."""
+    driver = driver_of(folder)
+    if driver is None:
+        return None
+    try:
+        driver.send_signal(signal.SIGINT)
+    except psutil.NoSuchProcess:
+        return int(driver.pid)
+    except psutil.Error as error:
+        raise DriverGoesOn(
+            f"Process {driver.pid}, which drives {folder}, could not be asked to stop: {error}."
+        ) from error
+    until = time.monotonic() + STOP_S
+    while driver_of(folder) == driver:
+        if time.monotonic() > until:
+            raise DriverGoesOn(
+                f"Process {driver.pid} was asked to stop driving {folder} and still does so after {STOP_S:.0f} s. What "
+                f"is committed is kept if you end it with: kill -9 {driver.pid}"
+            )
+        time.sleep(0.1)
+    return int(driver.pid)
+
+
+def open_at(folder: Path) -> list[LedgerName]:
+    """The ledgers at which a run has escrows that nobody has asked back. Raises FolderUnreadable, FolderDamaged."""
+    with RunFolder.open(folder, read_only=True) as run:
+        payments = run.read(PAYMENTS, Payments, remedy=_REMEDY)
+    return [one.ledger for one in _open_terms(payments)] if payments else []
+
+
+@dataclass(frozen=True)
+class Closed:
+    """What was asked back."""
+
+    escrows: tuple[bytes, ...]
+    micro: int
+    """What comes back of them."""
+    at_ms: int | None
+    """When the last of it does; None where all of it has."""
+
+
+async def close_escrows(folder: Path, account: AccountKey, ledger: Ledger) -> Closed:
+    """Of a run whose driver is gone: its nodes get what they have vouchers for, and the rest is asked back. Raises
+    FolderLocked, FolderDamaged, OthersMoney, and what the ledger does."""
+    with RunFolder.open(folder) as run:
+        payments = run.read(PAYMENTS, Payments, remedy=_REMEDY) or Payments(budget_micro=0)
+        for one in _open_terms(payments):
+            if one.terms.payer != account.address:
+                raise OthersMoney(
+                    f"{folder} has set money of {address_text(one.terms.payer)} aside, and your account is "
+                    f"{address_text(account.address)}: whose it is asks for it, or it comes back by itself."
+                )
+            if one.ledger != ledger.name:
+                raise OthersMoney(
+                    f"{folder} has set money aside at the ledger {ledger_text(one.ledger)}; name its ticket with "
+                    "--ledger."
+                )
+        escrows, micro, at_ms = list[bytes](), 0, None
+        terms = list(payments.terms)
+        for place, one in enumerate(terms):
+            if one.closed:
+                continue
+            terms[place] = await close_escrow(one, ledger, account)
+            payments = msgspec.structs.replace(payments, terms=tuple(terms))
+            run.write(PAYMENTS, msgspec.json.encode(payments))
+            escrows.append(one.escrow)
+            found = await ledger.escrow(one.escrow)
+            if found is not None and found.state is State.OPEN:
+                micro += found.amount_micro - found.redeemed_micro
+                at_ms = max(at_ms or 0, found.ends_ms)
+    return Closed(tuple(escrows), micro, at_ms)
+
+
+def _open_terms(payments: Payments) -> list[TermPayments]:
+    return [one for one in payments.terms if not one.closed]
+
+
+def _unspent(term: TermPayments) -> int:
+    return term.terms.amount_micro - sum(one.paid_micro for one in term.nodes.values())
+
+
+def _nodes(figures: Figures, payments: Payments) -> tuple[NodeStanding, ...]:
+    """All that had to do with the job; of those that are paid, by the newest term that they are in."""
+    made = bill(payments)
+    lines = {one.node_id: one for one in made.nodes} if made else {}
+    prices = {node: one.micro_per_h for term in payments.terms for node, one in term.nodes.items()}
+    known = {one.node_id: one for one in figures.nodes}
+    return tuple(
+        NodeStanding(
+            name=known[node].name if node in known else lines[node].name,
+            node=node,
+            status=known[node].status if node in known else NodeStatus.WORKING,
+            micro_per_h=prices.get(node, 0),
+            earned_micro=lines[node].paid if node in lines else 0,
+            withheld_micro=lines[node].withheld if node in lines else 0,
+        )
+        for node in {**known, **lines}
+    )

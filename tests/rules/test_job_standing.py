@@ -1,0 +1,153 @@
+"""How runs stand, by their folders alone: whose driver lives, what is spent, what the rest takes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+from report_story import Story
+
+from shoal.driver.bills import PaidNode, Payments, TermPayments
+from shoal.driver.folder import RunFolder
+from shoal.driver.report import NodeStatus
+from shoal.driver.write_report import write_report
+from shoal.protocol.money import EscrowTerms, HouseLedger, Payee
+from shoal.quantities.money import MICRO
+from shoal.sdk.jobs import DamagedRun, Forecast, JobStanding, JobState, driver_of, forecast, look_at, look_at_all, stop
+
+
+def write(path: Path, story: Story) -> RunFolder:
+    folder = RunFolder.create(path)
+    story.write(folder)
+    folder.write("figures.json", msgspec.json.encode(story.figures()))
+    return folder
+
+
+def leave_number(path: Path, pid: int) -> None:
+    (path / "lock").write_bytes(f"{pid:<20}".encode())
+
+
+def a_gone_process() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def state_of(path: Path) -> JobState:
+    return look_at(path).state
+
+
+def test_a_run_is_running_while_its_driver_holds_the_lock(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with write(run, Story()):
+        assert state_of(run) is JobState.RUNNING
+        driver = driver_of(run)
+        assert driver is not None and driver.pid == os.getpid()
+        shutil.copytree(run, tmp_path / "copy")
+        assert state_of(tmp_path / "copy") is JobState.DIED, "its number is that of the other run's driver"
+        (tmp_path / "link").symlink_to(run)
+        assert state_of(tmp_path / "link") is JobState.RUNNING
+    assert state_of(run) is JobState.STOPPED
+    leave_number(run, a_gone_process())
+    assert state_of(run) is JobState.DIED
+    leave_number(run, os.getpid())
+    assert state_of(run) is JobState.DIED, "the number is used again, by who does not hold the lock"
+    assert driver_of(run) is None and stop(run) is None, "so it is not stopped"
+
+
+def test_a_run_is_finished_by_its_report_and_not_before_its_goal(tmp_path: Path) -> None:
+    story = Story()
+    with write(tmp_path / "run", story) as folder:
+        report = write_report(folder, story.figures())
+    for tokens, state in ((report.token_budget, JobState.FINISHED), (report.token_budget - 1, JobState.STOPPED)):
+        made = msgspec.structs.replace(report, tokens_accepted=tokens)
+        (tmp_path / "run" / "report.json").write_bytes(msgspec.json.encode(made))
+        assert state_of(tmp_path / "run") is state
+    leave_number(tmp_path / "run", a_gone_process())
+    assert state_of(tmp_path / "run") is JobState.DIED
+
+
+def payments_of(story: Story) -> Payments:
+    """One term that is over, and one that is not, in which the first node works on."""
+    ledger = HouseLedger(bytes(32), "USD")
+
+    def term(nonce: int, closed: bool, **nodes: PaidNode) -> TermPayments:
+        terms = EscrowTerms(
+            payer=bytes(20), signer=bytes(20), cap_micro=0, auditor=bytes(20), amount_micro=3 * MICRO, fee_ppm=0,
+            holdback_ppm=100_000, notice_ms=60_000, audit_ms=0, expires_ms=1 << 50, payees=(Payee(bytes(20), MICRO),),
+            quote=bytes(32), nonce=bytes([nonce] * 32),
+        )  # fmt: skip
+        return TermPayments(terms=terms, ledger=ledger, signature=bytes(65), nodes=nodes, closed=closed)
+
+    def node(place: int, paid: int, per_h: int, withheld: int = 0) -> dict[str, PaidNode]:
+        made = PaidNode(
+            name=story.names[place], payee=bytes(20), micro_per_h=per_h, since_ms=0, paid_micro=paid,
+            withheld_micro=withheld,
+        )  # fmt: skip
+        return {story.keys[place].node_id.hex(): made}
+
+    first = term(1, True, **node(0, 700_000, MICRO), **node(2, 400_000, MICRO, 40_000))
+    return Payments(budget_micro=3 * MICRO, terms=(first, term(2, False, **node(0, 300_000, 2 * MICRO))))
+
+
+def test_what_a_run_has_spent_and_what_the_rest_takes(tmp_path: Path) -> None:
+    story = Story(rounds=60)
+    figures = story.figures()
+    works = msgspec.structs.replace(figures.nodes[0], status=NodeStatus.WORKING)
+    figures = msgspec.structs.replace(figures, nodes=(works, *figures.nodes[1:]))
+    with write(tmp_path / "run", story) as folder:
+        folder.write("figures.json", msgspec.json.encode(figures))
+        free = look_at(tmp_path / "run")
+        folder.write("payments.json", msgspec.json.encode(payments_of(story)))
+    found = look_at(tmp_path / "run")
+    assert (found.spent_micro, found.budget_micro, found.currency) == (1_360_000, 3 * MICRO, "USD")
+    assert found.open_micro == 2_700_000, "of the term that nobody has closed"
+    earned = {one.name: (one.earned_micro, one.withheld_micro, one.micro_per_h) for one in found.nodes}
+    assert earned["anchovy"] == (MICRO, 0, 2 * MICRO) and earned["cod"] == (360_000, 40_000, MICRO)
+    assert earned["dab"] == (0, 0, 0) and set(earned) == set(story.names)
+    assert (free.spent_micro, free.currency, free.tokens) == (0, None, found.tokens) and free.tokens > 0
+    left = found.token_budget - found.tokens
+    assert found.forecast == forecast(left, found.tokens_per_s, 1_640_000, 2 * MICRO)
+    assert found.forecast is not None and found.forecast.micro > 0
+    assert free.forecast == Forecast(left / found.tokens_per_s, 0, None)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        pytest.param((7200, 1.0, 3 * MICRO, MICRO), Forecast(7200.0, 2 * MICRO, None), id="enough"),
+        pytest.param((7200, 1.0, MICRO, MICRO), Forecast(7200.0, 2 * MICRO, 3600.0), id="not enough"),
+        pytest.param((7200, 1.0, 0, MICRO), Forecast(7200.0, 2 * MICRO, 0.0), id="nothing left"),
+        pytest.param((7200, 1.0, 0, 0), Forecast(7200.0, 0, None), id="free nodes"),
+        pytest.param((0, 1.0, MICRO, MICRO), None, id="done"),
+        pytest.param((-5, 1.0, MICRO, MICRO), None, id="more than done"),
+        pytest.param((7200, 0.0, MICRO, MICRO), None, id="nothing known"),
+    ],
+)
+def test_a_forecast_is_for_the_present_rate(given: tuple[int, float, int, int], expected: Forecast | None) -> None:
+    assert forecast(*given) == expected
+
+
+def test_a_damaged_run_hides_no_other(tmp_path: Path) -> None:
+    assert look_at_all(tmp_path / "none") == []
+    for number, name in enumerate(("one", "two", "three", "four")):
+        write(tmp_path / name, Story(seed=number)).close()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "text").write_text("no run")
+    (tmp_path / "two" / "metrics.jsonl").write_text("{\n")
+    (tmp_path / "three" / "payments.json").write_text("{")
+    (tmp_path / "four" / "job.record").write_bytes(b"\xff")
+    found = look_at_all(tmp_path)
+    assert {Path(one.folder).name for one in found} == {"one", "two", "three", "four"}
+    damaged = {Path(one.folder).name: one for one in found if isinstance(one, DamagedRun)}
+    assert set(damaged) == {"two", "three", "four"}
+    assert {one.code for one in damaged.values()} == {"SH-450"}
+    assert "metrics.jsonl line 1 is damaged" in damaged["two"].sentence
+    assert "it says what nodes were paid" in damaged["three"].sentence
+    assert isinstance(found[-1], JobStanding), "the newest first, damaged ones by when they were written to"
+    assert [one.begun_ms for one in found] == sorted((one.begun_ms for one in found), reverse=True)
