@@ -10,6 +10,11 @@ latency; and gangs beside those of an exact solver.
 **journal**: transactions a second that are durable before the reply, on SQLite and on PostgreSQL: one writer that waits
 for each, and 64 that share transactions (group commit); beside each, the same number of bare one-row transactions.
 
+**hammer**: 200 clients that buy and pay at once, from 16 nodes, through two hubs of which one is killed: what was sold
+twice, what was lost, and how long a quote takes.
+
+**start**: from `shoal train` to the first inner step, on nodes that cost something, and what of it the market takes.
+
 Prints a table, and last one JSON object.
 """
 
@@ -25,8 +30,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import sqlalchemy as sa
+from hammer import hammer
 from results_form import chosen, figure, report, show
 from selection import selection
+from starting import start
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "processes"))
 from ledger_requests import CLIENT, DRIVER, LEDGER, NODES, a_voucher, an_escrow
@@ -146,7 +153,7 @@ def rows_alone(place: Path | str, count: int) -> float:
     return rate
 
 
-PARTS = {"selection": selection, "vouchers": vouchers, "journal": journal}
+PARTS = {"selection": selection, "vouchers": vouchers, "journal": journal, "hammer": hammer, "start": start}
 
 
 def main() -> None:

@@ -131,6 +131,11 @@ def test_a_job_pays_for_accepted_work_and_gets_the_rest_back(tmp_path: Path) -> 
             await train(parsed(bonded, tmp_path), bonded, town.options(tmp_path, Watch(), 5_000_000))
         report = await train(parsed(text, tmp_path), text, town.options(tmp_path, watch, 5_000_000))
         assert any(said.startswith("Chosen 2 of 3 nodes: ") for said in watch.said)
+        (times,) = (said for said in watch.said if "held in" in said)
+        assert re.match(
+            r"2 places were held in \d+ ms, the money for that was set aside in \d+ ms, and taken in", times
+        )
+        assert times in (tmp_path / "run" / "report.html").read_text()
         check_account(report, tmp_path / "run")
         bill = check_bill(report, tmp_path / "run")
         await check_settled(town, ledger, bill, tmp_path / "run")

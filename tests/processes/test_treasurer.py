@@ -16,6 +16,7 @@ from test_run_folder import JOB
 from shoal.driver.bills import FILE, Payments, bill
 from shoal.driver.folder import FolderLocked, RunFolder
 from shoal.driver.gang import LinkedNode
+from shoal.driver.lines import Event
 from shoal.driver.treasurer import ASKED_AGAIN_S, RENEW_EVERY_S, NoMoney, Purse, Treasurer
 from shoal.errors import StorageError
 from shoal.house import OutcomeUnknown
@@ -185,9 +186,12 @@ def test_a_budget_that_is_used_up_stops_the_job_after_a_warning(tmp_path: Path) 
                 break
         assert stopped is not None
         assert "The budget of 0.01 USD is used up: 0.001 is left, and a round costs up to 0.001." in stopped
+        times = "1 place was held in 0 ms, the money for that was set aside in 0 ms, and taken in 0 ms."
+        assert [event.sentence for event in job.folder.notes(Event)] == [times]
         assert job.said == [
+            times,
             "0.004 USD of the budget is left, enough for about 40.0 s; then the job stops, to be resumed with a larger "
-            "--budget."
+            "--budget.",
         ]
         assert job.treasurer.payments.spent_micro == 9000
 

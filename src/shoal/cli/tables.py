@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -19,7 +20,9 @@ from shoal.driver.report import NodeStatus, Report
 from shoal.driver.training import Progress as JobProgress
 from shoal.quantities import format_bytes, format_count, format_duration_s
 from shoal.quantities.money import format_money
-from shoal.sdk.quickstart import Asked
+
+if TYPE_CHECKING:
+    from shoal.sdk.quickstart import Asked  # with nodes, servers and databases, that `shoal train` has no use for
 
 _COLOURS = {
     NodeStatus.FINISHED: "green",

@@ -21,6 +21,7 @@ import msgspec
 from shoal.driver.bills import FILE, PaidNode, Payments, TermPayments, newest_vouchers
 from shoal.driver.folder import RunFolder
 from shoal.driver.gang import LinkedNode, fastest_float32
+from shoal.driver.lines import Event
 from shoal.errors import BadInput, LinkError, ShoalError
 from shoal.identity import KeyPair
 from shoal.identity.accounts import AccountKey, address_text
@@ -119,6 +120,8 @@ class Treasurer:
         self._idle: dict[bytes, str] = {}
         """Nodes that were left for what they cost, and why."""
         self._opening = asyncio.Lock()
+        self._holding_s = 0.0
+        """How long it took that all of these kept a place."""
         self._writing = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._sending: set[bytes] = set()
@@ -194,7 +197,9 @@ class Treasurer:
         free = [node for node in gang if is_free(node.offer)]
         priced = self._worth_it([node for node in gang if not is_free(node.offer)], max(0, nodes_min - len(free)))
         wanted = [(node.node, node.offer) for node in priced.values()]
+        began_s = self._clock.monotonic()
         held, troubles = await self._quotes.hold_all(wanted, max(0, nodes_min - len(free)))
+        self._holding_s = self._clock.monotonic() - began_s
         for trouble in troubles:
             self._say(f"Without {trouble}")
         self._held |= {one.node: one for one in held}
@@ -216,11 +221,12 @@ class Treasurer:
     async def open(self, nodes_min: int) -> set[bytes]:
         """Set the money aside, and have what is held taken; gives the nodes that did. Raises NotSecured, NoMoney, and
         what the ledger does: nothing is held then, and nothing set aside."""
-        held = list(self._held.values())
+        held, began_s = list(self._held.values()), self._clock.monotonic()
         try:
             if held:
                 await self._open(held)
                 self._beside(self._renew())
+            opened_s = self._clock.monotonic()
             for one, trouble in zip(held, await asyncio.gather(*map(self._taken, held)), strict=True):
                 if trouble is not None:
                     self._say(f"Without {one.name}: {trouble}")
@@ -228,10 +234,22 @@ class Treasurer:
                 await self._write()
             if len(self._held) < min(nodes_min, len(held)):
                 raise NotSecured(f"Only {len(self._held)} of {len(held)} nodes took what was set aside for them.")
+            if held:
+                self._tell_times(len(self._held), opened_s - began_s, self._clock.monotonic() - opened_s)
         except BaseException:
             await self.close()
             raise
         return set(self._held)
+
+    def _tell_times(self, places: int, opening_s: float, taking_s: float) -> None:
+        """To whoever watches, and among the run's events."""
+        held_ms, set_ms, taken_ms = (round(1000 * one) for one in (self._holding_s, opening_s, taking_s))
+        told = (
+            f"{places} {'place was' if places == 1 else 'places were'} held in {held_ms} ms, the money for that was "
+            f"set aside in {set_ms} ms, and taken in {taken_ms} ms."
+        )
+        self._say(told)
+        self._folder.note(Event(time_s=self._folder.elapsed_s(), sentence=told))
 
     async def _taken(self, held: Held) -> str | None:
         """Why not, if not."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import shutil
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeAlias
 
 import msgspec
 
@@ -31,7 +33,7 @@ from shoal.node.sales import Sales
 from shoal.node.stages import StageHost
 from shoal.node.surveying import Prober, Surveyor
 from shoal.protocol.messages import DEFAULT_NETWORK, decode, encode, sign
-from shoal.protocol.offers import Capability, Device, Done, Offer, Place
+from shoal.protocol.offers import Capability, Device, Done, EngineOffer, NetworkCoordinate, Offer, Place
 from shoal.protocol.prices import Price
 from shoal.protocol.serving import LinkEcho
 from shoal.protocol.training import (
@@ -46,7 +48,7 @@ from shoal.protocol.training import (
 )
 from shoal.storage import BlobStore, Fetcher, serve
 from shoal.transport import DuplicateKey
-from shoal.world import Clock, Dice, DirectoryDisk, Endpoint, Ledger, Request
+from shoal.world import Clock, Dice, DirectoryDisk, Endpoint, Ledger, Request, within
 from shoal.world.reach import echo
 
 MEMBERS_MAX = 4
@@ -59,9 +61,15 @@ LEAVE_S = 8.0
 """How long a stopping node gives its members to say so."""
 OFFER_LIFETIME_MS = 30_000
 """So long a node that was killed stays listed, as busy as it was. It renews its offer three times in that time."""
+OFFER_LOOK_S = 0.5
+"""So often a node looks whether its offer still says what is, and so long at least it waits between two of them: hubs
+take no more."""
 HEAD_DEADLINE_S = 8.0
 INVITED_ANEW = "It was invited anew."
 """The reason with which a membership ends that another one of the same job follows at once."""
+
+_Said: TypeAlias = tuple[bool, EngineOffer | None, NetworkCoordinate | None]
+"""What of an offer changes while the node runs: busy, its engine, where it is."""
 
 _log = logging.getLogger("shoal.node")
 
@@ -202,6 +210,10 @@ class NodeAgent:
         self._engine: EngineHost | None = None
         self._publishing = asyncio.Lock()
         self._sequence = 0
+        self._news = asyncio.Event()
+        """Something changed that the offer may say."""
+        self._telling: asyncio.Task[None] | None = None
+        self._said: _Said | None = None
         self._sales: Sales | None = None
         self._surveyor = Surveyor(endpoint, hubs, clock, dice, self._changed)
         self._surveying: asyncio.Task[None] | None = None
@@ -286,6 +298,7 @@ class NodeAgent:
         self._refuse_twin()
         await self._measure_hub_link()
         await self._publish()
+        self._telling = asyncio.create_task(self._tell_hubs())
         self._surveying = asyncio.create_task(self._surveyor.run())
 
     def _start_selling(self, sale: Sale) -> Sales:
@@ -319,8 +332,9 @@ class NodeAgent:
     async def close(self) -> None:
         """Leave all jobs, saying so, and stop."""
         self._closing = True
-        if self._surveying is not None:
-            self._surveying.cancel()
+        for task in (self._telling, self._surveying):
+            if task is not None:
+                task.cancel()
         for member in list(self._members.values()):
             member.end("The node is stopping.", tell=True)
         tasks = list(self._tasks.values())
@@ -353,6 +367,7 @@ class NodeAgent:
         assert self.capability is not None
         async with self._publishing:
             now, sale = self._clock.now_ms(), self.settings.sale
+            self._said = busy, engine, coordinate = self._to_say()
             self._sequence = max(self._sequence + 1, now)
             offer = Offer(
                 name=self.settings.name,
@@ -362,10 +377,10 @@ class NodeAgent:
                 addresses=tuple(self._endpoint.addresses),
                 capability=self.capability,
                 accepts=self._accepts(),
-                busy=len(self._unheld()) + (self._sales.held if self._sales else 0) >= self.settings.members_max,
-                engine=self._engine.offer if self._engine else None,
+                busy=busy,
+                engine=engine,
                 place=self.settings.place,
-                coordinate=self._surveyor.coordinate.told() if self._surveyor.coordinate else None,
+                coordinate=coordinate,
                 price=sale.price if sale else None,
                 ledger=sale.ledger.name if sale else None,
                 slots=self.settings.members_max,
@@ -374,6 +389,22 @@ class NodeAgent:
                 await self._hubs.publish(sign(self._key, offer, self.settings.network))
             except LinkError as error:
                 _log.warning("%s: the offer was not taken: %s", self.settings.name, error)
+
+    def _to_say(self) -> _Said:
+        taken = len(self._unheld()) + (self._sales.held if self._sales else 0)
+        coordinate = self._surveyor.said.told() if self._surveyor.said else None
+        return taken >= self.settings.members_max, self._engine.offer if self._engine else None, coordinate
+
+    async def _tell_hubs(self) -> None:
+        """Whoever asks something of this node does not wait until hubs have heard what changed by it. Some of it nobody
+        says, such as that a slot was held and is not any more: that is looked for."""
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await within(self._clock, OFFER_LOOK_S, self._news.wait())
+            self._news.clear()
+            if self._said != self._to_say():
+                await self._publish()
+                await self._clock.sleep(OFFER_LOOK_S)
 
     def _accepts(self) -> tuple[str, ...]:
         server, kinds = self.settings.server, self.settings.accepts
@@ -466,12 +497,11 @@ class NodeAgent:
             raise NodeUnable(f"Node {self.settings.name} is stopping.")
 
     async def _changed(self) -> None:
-        if not self._closing and self.capability is not None:
-            await self._publish()
+        self._news.set()
 
     async def _run_member(self, member: MemberRun, scratch: Path) -> None:
         try:
-            await self._publish()
+            await self._changed()
             reason = await member.run()
             _log.warning("%s: job %r ended here: %s", self.settings.name, member.job.name, reason)
         finally:

@@ -46,7 +46,8 @@ class Surveyor:
         self._moved = moved
         self.coordinate: Coordinate | None = None
         """None while nobody was measured."""
-        self._said: Coordinate | None = None
+        self.said: Coordinate | None = None
+        """As it was when it was last news."""
 
     async def run(self) -> None:
         measured = 0
@@ -72,7 +73,7 @@ class Surveyor:
         mine = self.coordinate or Coordinate()
         self.coordinate = mine.measured(Coordinate.of(peer.offer), took_ms, direction)
         if self._is_news():
-            self._said = self.coordinate
+            self.said = self.coordinate
             await self._moved()
 
     async def _peers(self, after: bytes | None) -> list[FoundOffer]:
@@ -80,7 +81,7 @@ class Surveyor:
         return [one for one in found if one.node != self._endpoint.node_id]
 
     def _is_news(self) -> bool:
-        new, old = self.coordinate, self._said
+        new, old = self.coordinate, self.said
         if new is None or old is None:
             return new is not None
         moved_ms = max(
