@@ -564,6 +564,12 @@ def test_a_node_that_is_paid_elsewhere_now(tmp_path: Path) -> None:
         assert [one.redeemed_micro for one in again.sales.accounts] == [40]
         assert await street.ledger.balance(elsewhere.sales.terms.payee) == 0
         assert await street.ledger.balance(shop.sales.terms.payee) == 36, "all but what is held back"
+        street.ledger.name = HouseLedger(b"x" * 32, "USD")
+        await settle(street, REDEEM_EVERY_S)
+        assert len(again.sales.accounts) == 1
+        street.clock.jump(3_600_000)
+        await settle(street, REDEEM_EVERY_S)
+        assert again.sales.accounts == [], "it would have ended"
 
     run(story)
 

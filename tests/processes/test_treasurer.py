@@ -482,6 +482,26 @@ def test_a_dear_node_that_comes_later_is_left(tmp_path: Path) -> None:
     run(story)
 
 
+def test_a_node_that_claims_to_be_slow_is_left(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        honest, idle = [await street.shop(number, tmp_path / str(number)) for number in (1, 2)]
+        job = Job(street, tmp_path / "run")
+        await job.begin(honest, idle)
+        job.treasurer.ready(idle.node, 1e-9, 100)
+        for _ in range(3):
+            assert job.treasurer.idle() == {}
+            await street.clock.advance(50.0)
+            await job.commit((honest, 50_000), (idle, 500))
+        assert list(job.treasurer.idle()) == [idle.node]
+        job.treasurer.left(idle.node, "it is not worth its money")
+        await settle(street)
+        with pytest.raises(NotSecured, match="shop-2 is not worth its money: it did 1500 tokens for 0.015, and others"):
+            await job.treasurer.secure((await job.gang(idle))[0])
+        await job.treasurer.close()
+
+    run(story)
+
+
 def test_nodes_that_come_first_and_at_once_share_an_escrow(tmp_path: Path) -> None:
     async def story(street: Street) -> None:
         payees = {1: 1, 2: 9, 3: 9}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.market.earnings import Earnings, forecast_micro, lasts_s, say_dear, say_unpaid
+from shoal.market.earnings import Earnings, forecast_micro, lasts_s, say_dear, say_idle, say_unpaid
 from shoal.quantities.money import owed
 
 HOUR_MS = 3_600_000
@@ -73,6 +73,16 @@ def test_a_node_that_comes_later_is_not_dearer_than_those_that_were_chosen() -> 
         "it costs 3600.00 an hour, and at 2 times what others take it would be 72.00"
     )
     assert say_dear(1, 0.0, chosen) is not None, "who does nothing is worth nothing"
+
+
+def test_a_node_that_says_it_is_slow_is_not_paid_for_its_time_for_ever() -> None:
+    assert say_idle(100_000, 10, 3, 100_000, 100) is None, "ten times as dear"
+    assert say_idle(100_000, 9, 3, 100_000, 100) == (
+        "it did 9 tokens for 0.10, and others did 100 for 0.10: that is more than 10 times as dear"
+    )
+    assert say_idle(100_000, 9, 2, 100_000, 100) is None, "it has only begun"
+    assert say_idle(9_999, 9, 3, 9_999, 100_000) is None, "it hardly costs anything"
+    assert say_idle(10**9, 101, 3, 1, 100) is None, "without it the job would hardly go on"
 
 
 def test_how_long_money_lasts_and_what_time_costs() -> None:

@@ -446,6 +446,10 @@ class TrainingDriver:
         await treasurer.committed(
             (part.node, part.tokens, contribution_id) for contribution_id, one in given for part in one.work
         )
+        for node, sentence in treasurer.idle().items():
+            line = self._lines.of_node(node)
+            if line is not None:
+                self._beside(self._leave(line, f"it is not worth its money: {sentence}."))
         reason = treasurer.used_up()
         if reason is not None and commit.tokens_total < self.job.token_budget:
             self.stop(reason)
@@ -695,6 +699,10 @@ class TrainingDriver:
                 EventKind.NOTE, None, "No member is left; the job goes on as soon as a node at the hubs takes part."
             )
         self._tell(driving.MemberLeft(line.member_id, reason))
+
+    async def _leave(self, line: MemberLine, reason: str) -> None:
+        self._left(line, NodeStatus.LEFT, reason)
+        await self._lines.tell_end(self.job_id, line, reason)
 
     def _close_line(self, line: MemberLine, status: NodeStatus, reason: str, *, stays: bool = False) -> None:
         kind = {NodeStatus.DIED: EventKind.DIED, NodeStatus.LEFT: EventKind.LEFT}.get(status, EventKind.EXCLUDED)

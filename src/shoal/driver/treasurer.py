@@ -29,7 +29,7 @@ from shoal.ledger.book import SameEscrow, UnknownEscrow
 from shoal.ledger.commands import Admit, Close, Open, Redeem, Withhold
 from shoal.ledger.escrows import EscrowOver, OldVoucher
 from shoal.ledger.moves import DoneAlready, TooLittleMoney
-from shoal.market.earnings import lasts_s, say_dear
+from shoal.market.earnings import lasts_s, say_dear, say_idle
 from shoal.protocol.holds import LEASE_STEP_MS, quote_id
 from shoal.protocol.messages import DEFAULT_NETWORK
 from shoal.protocol.money import (
@@ -117,6 +117,10 @@ class Treasurer:
         """How long it took that all of these kept a place."""
         self._chosen: list[tuple[int, float]] = []
         """Price of an hour and FLOP/s of the nodes with which the job began."""
+        self._done: dict[bytes, tuple[int, int]] = {}
+        """Accepted contributions and tokens of each node."""
+        self._idle: dict[bytes, str] = {}
+        """Nodes that were left for what they cost, and why."""
         self._opening = asyncio.Lock()
         self._writing = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -265,7 +269,7 @@ class Treasurer:
             return
         if not self.left_micro:
             raise NotSecured(f"Nothing of the budget is left for {node.name}.")
-        dear = say_dear(*_price_of(node), self._chosen)
+        dear = self._idle.get(node.node) or say_dear(*_price_of(node), self._chosen)
         if dear is not None:
             raise NotSecured(f"{node.name} is not worth its money: {dear}.")
         held = await self._quotes.hold(node.node, node.offer)
@@ -401,6 +405,8 @@ class Treasurer:
             known = self._node(node)
             if known is None or not tokens:
                 continue
+            parts, done = self._done.get(node, (0, 0))
+            self._done[node] = parts + 1, done + tokens
             self._put(node, self._earned(node, known, tokens))
             self._put_voucher(node, contribution)
             earned_by.append(node)
@@ -411,6 +417,20 @@ class Treasurer:
         for node in earned_by:
             if node not in self._sending:
                 self._beside(self._send(node))
+
+    def idle(self) -> dict[bytes, str]:
+        """Nodes at work that are not worth their money any more, and why. They are not taken again."""
+        paid = {node: self._node(node) for node in self._done}
+        micro = sum(one.paid_micro for one in paid.values() if one is not None)
+        tokens = sum(done for _, done in self._done.values())
+        found = dict[bytes, str]()
+        for node in self._working & self._done.keys():
+            (parts, done), one = self._done[node], paid[node]
+            why = say_idle(one.paid_micro, done, parts, micro - one.paid_micro, tokens - done) if one else None
+            if why is not None:
+                found[node] = why
+        self._idle |= found
+        return found
 
     def _earned(self, node: bytes, known: PaidNode, tokens: int) -> PaidNode:
         earnings = known.earnings.accepted(tokens)

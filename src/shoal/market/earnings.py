@@ -18,6 +18,9 @@ from shoal.quantities.money import MICRO, format_money, owed
 TOKENS_PER_H_MAX = 10**16
 DEAR = 2
 """So many times as dear for its speed as the dearest that was chosen, a node that comes later is left."""
+IDLE, IDLE_FROM_MICRO, IDLE_FROM_PARTS = 10, 10_000, 3
+"""So many times as much as those of others its tokens cost, a node that says that it is slow is left; once it has cost
+a hundredth, for that many contributions."""
 UNPAID_SHARE = 0.75
 """A node goes on working while its newest voucher is for this share, at least, of what it had earned two accepted
 contributions before: the client's clock may differ, and vouchers take a moment."""
@@ -67,6 +70,19 @@ def say_dear(micro_per_h: int, flops: float, chosen: Iterable[tuple[int, float]]
     return (
         f"it costs {format_money(micro_per_h)} an hour, and at {DEAR} times what others take it would be "
         f"{format_money(fair)}"
+    )
+
+
+def say_idle(paid_micro: int, tokens: int, parts: int, others_micro: int, others_tokens: int) -> str | None:
+    """Why a node that got so much for its tokens, in so many contributions, is to be left, if it is: whatever speed it
+    says it has, it is paid for its time, and others do most of the work for far less."""
+    if paid_micro < IDLE_FROM_MICRO or parts < IDLE_FROM_PARTS or tokens >= others_tokens:
+        return None
+    if paid_micro * others_tokens <= IDLE * others_micro * tokens:
+        return None
+    return (
+        f"it did {tokens} tokens for {format_money(paid_micro)}, and others did {others_tokens} for "
+        f"{format_money(others_micro)}: that is more than {IDLE} times as dear"
     )
 
 

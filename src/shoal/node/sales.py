@@ -445,8 +445,7 @@ class Sales:
     async def _redeem_all(self) -> None:
         """Those that money is to come from first; whether others are over, as far as there is time."""
         until_s = self.monotonic() + REDEEM_EVERY_S
-        here = [one for one in self.accounts if one.ledger == self._ledger.name]
-        waiting = iter(sorted(here, key=self._needed, reverse=True))
+        waiting = iter(sorted(self.accounts, key=self._needed, reverse=True))
 
         async def some() -> None:
             for account in waiting:
@@ -457,11 +456,15 @@ class Sales:
 
     async def _redeem(self, escrow: bytes) -> None:
         """Bring the newest voucher to the ledger; an escrow that has ended is forgotten. What fails is tried again."""
+        account = self._accounts.get(escrow)
+        if account is None:
+            return
         try:
-            account = self._accounts.get(escrow)
-            if account is not None:
-                refused = await self._bring(account) if account.waits else None
-                await self._look_at(account, await self._ledger.escrow(escrow), refused)
+            if account.ledger != self._ledger.name:
+                await self._look_at(account, None, None)
+                return
+            refused = await self._bring(account) if account.waits else None
+            await self._look_at(account, await self._ledger.escrow(escrow), refused)
         except ShoalError as error:
             _log.warning("%s: a voucher of escrow %s waits: %s", self._name, escrow.hex()[:12], error)
 
@@ -478,8 +481,8 @@ class Sales:
         return None
 
     async def _look_at(self, asked: Account, found: Escrow | None, refused: str | None) -> None:
-        """How an escrow stands now. One that the ledger does not know was there when it was taken: its vouchers are
-        kept until it would have ended."""
+        """How an escrow stands now. One that was not found was there when it was taken, here or at the ledger at which
+        this node was paid before: its vouchers are kept until it would have ended."""
         async with self._deciding:
             account = self._accounts.get(asked.escrow)
             if account is None:
