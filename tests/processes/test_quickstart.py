@@ -12,11 +12,15 @@ from shoal.driver.folder import RunFolder
 from shoal.driver.lines import AuditLine, AuditVerdict
 from shoal.driver.report import NodeStatus, Report
 from shoal.driver.write_report import make_report
-from shoal.identity import KeyPair
+from shoal.identity import KeyPair, load_key
+from shoal.identity.accounts import load_account
+from shoal.ledger.journal import verified
 from shoal.node.dishonest import LIES
+from shoal.protocol.money import HouseLedger
 from shoal.protocol.training import Contribution
 from shoal.sdk.quickstart import (
     ASKED_TOKENS,
+    BUDGET_MICRO,
     NODES,
     TEMPERATURE,
     Asked,
@@ -27,6 +31,7 @@ from shoal.sdk.quickstart import (
     quickstart,
 )
 from shoal.sdk.replay import replay_round
+from shoal.storage.ledgers import SqlLedger
 from shoal.world import SeededDice, SystemClock
 
 TOKENS = 150_000
@@ -70,6 +75,34 @@ def test_it_trains_and_knows_who_died_and_who_lied(run: tuple[Path, Report, Trut
     assert wanted | {"compute_fraction", "nodes"} <= written.keys()
     row = {"node_id", "name", "tokens", "bytes_sent", "bytes_received", "accepted_share", "status", "reason"}
     assert all(row <= one.keys() for one in written["nodes"])
+
+
+@pytest.mark.timeout(600)
+def test_it_ends_with_a_bill_that_adds_up_and_stands_in_the_ledger(run: tuple[Path, Report, Truth]) -> None:
+    folder, report, truth = run
+    bill = msgspec.json.decode((folder / "report.json").read_bytes())["bill"]
+    assert bill["quoted"] == bill["charged"] + bill["refunded"] == BUDGET_MICRO and bill["currency"] == "USD"
+    assert bill["charged"] == sum(line["paid"] for line in bill["nodes"]) > 0
+    assert all({"name", "paid", "withheld", "reason"} <= line.keys() for line in bill["nodes"])
+    assert {line["name"] for line in bill["nodes"]} >= {name for name, _ in NODES}
+    worked = {one.name for one in report.nodes if one.tokens}
+    assert {line["name"] for line in bill["nodes"] if line["paid"]} == worked
+    withheld = {line["name"] for line in bill["nodes"] if line["withheld"]}
+    assert withheld <= {truth.liar}
+
+    data = folder / "local" / "ledger"
+    name = HouseLedger(load_key(data / "operator.key").node_id, "USD")
+    ledger = SqlLedger.open(data / "ledger.sqlite", name, SystemClock())
+    try:
+        book = verified(ledger.lines(), name)
+    finally:
+        ledger.close()
+    assert sum(book.balances.values()) == 0
+    (escrow,) = book.escrows.values()
+    for line in bill["nodes"]:
+        payee = load_account(folder / "local" / "accounts" / f"{line['name']}.key").address
+        redeemed = escrow.paid[payee].redeemed_micro if payee in escrow.paid else 0
+        assert redeemed == line["paid"] + line["withheld"], line["name"]
 
 
 @pytest.mark.timeout(600)
