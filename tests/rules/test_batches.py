@@ -12,7 +12,18 @@ from msgspec.structs import replace
 
 from shoal.errors import BadRecord
 from shoal.identity import BadSignature, Envelope, KeyPair, blake3_hash
-from shoal.market.batches import HELD_MAX, HORIZON_MS, BadBatch, Carried, Held, Outcome, Signed, block_hash, clear
+from shoal.market.batches import (
+    HELD_MAX,
+    HORIZON_MS,
+    BadBatch,
+    Carried,
+    Gathering,
+    Held,
+    Outcome,
+    Signed,
+    block_hash,
+    clear,
+)
 from shoal.market.publishing import Published, Verified, close, left_out, verified
 from shoal.protocol.messages import BadMessage, encode, open_record, sign
 from shoal.protocol.money import HouseLedger
@@ -35,6 +46,7 @@ from shoal.protocol.orders import (
     Purchase,
     Resale,
     Trade,
+    closed_twice,
     open_order,
 )
 from shoal.protocol.prices import PRICE_MAX_MICRO_PER_H
@@ -505,3 +517,68 @@ def test_no_altered_byte_goes_unnoticed(at: int, mask: int) -> None:
     except BadRecord:
         return
     assert changed == right
+
+
+# --- while a batch is open, and after it was closed -------------------------------------------------------------------
+
+
+@settings(max_examples=200)
+@given(st.data())
+def test_what_is_taken_counts_when_its_batch_is_closed_and_what_is_refused_would_not(data: st.DataObject) -> None:
+    """But for what its own trader replaced. Two nodes have sold an hour before."""
+    market = Auctioneer()
+    market.close(*market.usual())
+    closes_ms = NOON + 1000 * market.number
+    gathering = Gathering(market.carried, AUCTIONEER.node_id)
+    orders = [
+        data.draw(st.sampled_from([
+            lambda limit, **changed: market.bid(data.draw(st.sampled_from([ANN, BEN])), limit, **changed),
+            lambda limit, **changed: market.ask(data.draw(st.sampled_from(NODES[:4])), limit, **changed),
+            lambda limit, **changed: market.resale(
+                ANN, limit, (2, data.draw(st.sampled_from(NODES[:3]))), **changed
+            ),
+        ]))(
+            data.draw(st.sampled_from([200_000, 300_000])),
+            sequence=data.draw(st.integers(0, 2)),
+            block=data.draw(st.sampled_from([BLOCK, LATER, replace(BLOCK, of=replace(H100, country="FR"))])),
+            batch=data.draw(st.sampled_from([market.number] * 5 + [2])),
+            expires_ms=data.draw(st.sampled_from([LATER.start_ms] * 5 + [closes_ms - 1])),
+        )
+        for _ in range(data.draw(st.integers(1, 12)))
+    ]  # fmt: skip
+    taken: dict[bytes, Envelope] = {}
+    refused: dict[bytes, Envelope] = {}
+    for envelope in orders:
+        one = Signed(envelope.record_id, envelope.signer, open_order(envelope))
+        if one.id in taken:
+            continue
+        if gathering.refusal(one, closes_ms) is None:
+            gathering.add(one)
+            taken[one.id] = envelope
+        else:
+            refused[one.id] = envelope
+    before, previous = market.carried, market.previous
+    assert set(why(market.close(*taken.values())).values()) <= {"replaced", "limit", "sets-price", "lot"}
+    for name, envelope in refused.items():
+        market.carried, market.previous = before, previous
+        fate = why(market.close(*taken.values(), envelope))[name]
+        assert fate not in {"limit", "sets-price", "lot", "no-room"}
+
+
+def test_two_batches_of_one_number_convict_their_auctioneer() -> None:
+    def closed(published: Published) -> Envelope:
+        return Envelope.from_bytes(published.batch, Batch.MAX_BYTES)
+
+    market, twin = Auctioneer(), Auctioneer()
+    one, other = closed(market.close(*market.usual())), closed(twin.close(*twin.usual()[:4]))
+    said = closed_twice(one, other)
+    assert said is not None and "has closed batch 2 twice: with 6 orders" in said and "and with 4 orders" in said
+    assert closed_twice(other, one) is not None
+    assert closed_twice(one, one) is None
+    assert closed_twice(one, closed(market.close(*market.usual()))) is None, "of two numbers"
+    somebody = sign(OTHER, open_record(other, Batch))
+    assert closed_twice(one, somebody) is None, "by two auctioneers"
+    with pytest.raises(BadSignature):
+        closed_twice(one, replace(somebody, signer=AUCTIONEER.node_id))
+    with pytest.raises(BadRecord):
+        closed_twice(one, Envelope.from_bytes(market.published[-1].clearing, Clearing.MAX_BYTES))

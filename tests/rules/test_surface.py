@@ -53,12 +53,18 @@ SURFACE = {
     "shoal offers": "--hub --device --device-name --memory --flops --bandwidth --latency --country --without-country "
     "--region --without-region --tier --reputation --max-price --currency --idle --sort --limit --json",
     "shoal market": "",
+    "shoal market run": "--listen --every --public --data --json",
+    "shoal market sell": "--hour --price --class --auction --ledger --hub --data --json",
+    "shoal market buy": "--class --hour --price --blocks --auction --ledger --json",
+    "shoal market show": "[NUMBER] --save --auction --json",
+    "shoal market mine": "--last --auction --data --json",
     "shoal market verify": "BATCH --order --json",
 }
 HIDDEN = {
     "shoal serve": {"--with-parent"},
     "shoal hub": {"--with-parent"},
     "shoal ledger start": {"--with-parent"},
+    "shoal market run": {"--with-parent"},
     "shoal node start": {"--with-parent", "--dishonest"},
 }
 """For the processes that Shoal starts itself, and for trying its defences."""

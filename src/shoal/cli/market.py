@@ -1,27 +1,343 @@
-"""`shoal market verify`: whether a batch of orders was cleared as it had to be."""
+"""`shoal market`: an auction of hours, by who runs one and by who trades there; and whether its batches are right."""
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
+import msgspec
 import typer
+from rich.markup import escape
+from rich.table import Table
 
+from shoal.cli import places
 from shoal.cli.app import MACHINES, Commands, Group, app
-from shoal.cli.output import BadFlag, JsonFlag, out, print_json, shown
-from shoal.errors import BadInput, BadRecord
+from shoal.cli.output import (
+    BadFlag,
+    HubFlag,
+    JsonFlag,
+    LedgerFlag,
+    WithParent,
+    out,
+    print_json,
+    run,
+    shown,
+    until_stopped,
+)
+from shoal.errors import BadInput, BadRecord, ShoalError
+from shoal.identity import KeyPair, load_key, short_id
+from shoal.protocol.orders import (
+    BID_BLOCKS_MAX,
+    HOUR_MS,
+    Ask,
+    Bid,
+    Block,
+    NodeClass,
+    Order,
+    OrderTerms,
+)
+from shoal.protocol.prices import PRICE_MAX_MICRO_PER_H
+from shoal.quantities import format_duration_s, parse_duration_s
+from shoal.quantities.money import format_money
+from shoal.sdk.local import shoal_home
+from shoal.world import DeadlineExceeded, LinkLost, SystemClock, SystemDice
+from shoal.world.processes import die_with_parent
+
+if TYPE_CHECKING:
+    from shoal.auctions import RemoteAuction
+    from shoal.market.publishing import Verified
 
 WRONG, MISSING = 3, 4
 """Exit codes."""
+EVERY_MIN_S, EVERY_MAX_S = 0.1, 24 * 3600.0
+EXPIRES_AFTER_MS = 60_000
+"""An order expires so long after its batch was to be closed: an auctioneer may be late, and not wait for its price."""
+SIGNED_AGAIN_MAX = 5
+"""How often an order is signed for the next batch because the one that it was signed for has just been closed."""
+LAST_MAX = 1000
+SHORT = 12
+"""Hexadecimal digits of an order's id, for people."""
+T = TypeVar("T")
 
-market_app = Commands(cls=Group, help="Check what auctioneers publish: `shoal market verify`.")
+market_app = Commands(cls=Group, help="Buy and sell hours of nodes in an auction: `shoal market buy`.")
 app.add_typer(market_app, name="market", rich_help_panel=MACHINES)
+
+AuctionFlag = Annotated[
+    str | None,
+    typer.Option(
+        "--auction",
+        metavar="TICKET",
+        help="An auction's ticket, shoal-auction://NODEID@HOST:PORT, as it prints it. It is remembered. Without it: "
+        "SHOAL_AUCTION, else the one remembered.",
+        show_default=False,
+    ),
+]
+HourFlag = Annotated[
+    str, typer.Option(metavar="HOUR", help="Which hour, in UTC: 2026-11-28T14 is the one that begins at 14:00.")
+]
+CLASS_HELP = "What kind of node, such as 'H100 80 GiB' or '8 x H100 80 GiB, DE, sandboxed'"
+NodeData = Annotated[Path | None, typer.Option("--data", help="The node's folder.", show_default="~/.shoal/node")]
 
 
 class NoBatch(BadInput):
     """A file that was named holds no published batch."""
 
     code = "SH-107"
+
+
+@market_app.command("run")
+def run_auction(
+    listen: Annotated[
+        str,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Where traders link to it: tcp://HOST:PORT with an address of this machine that they can reach. Port 0 "
+            "takes a free one; a fixed one keeps the ticket the same after a restart.",
+        ),
+    ] = "tcp://127.0.0.1:0",
+    every: Annotated[str, typer.Option(metavar="TIME", help="How often a batch that has orders is closed.")] = "10s",
+    public: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="tcp://HOST:PORT where others dial it, when that is not where it listens: behind a port mapping, or "
+            "when it listens on 0.0.0.0. May be given several times.",
+            show_default=False,
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Its key and database.", show_default="~/.shoal/auction")
+    ] = None,
+    json: JsonFlag = False,
+    with_parent: WithParent = 0,
+) -> None:
+    """Run an auction: it takes orders for hours of nodes, closes a batch of them every so often, and publishes it.
+
+    It prints its ticket; give that to `--auction` elsewhere. What it acknowledged or published survives a crash. Keep
+    its folder, and never put an old copy in its place: two batches of one number, signed with its key, convict it.
+    """  # fmt: skip
+    from shoal.auctions import AuctionServer, AuctionSettings
+    from shoal.transport import TlsEndpoint
+
+    if with_parent:
+        die_with_parent(with_parent)
+    if not public:
+        places.refuse_wildcard(
+            listen, "name with --public where others dial it, or listen on an address of this machine"
+        )
+    every_s = parse_duration_s(every)
+    if not EVERY_MIN_S <= every_s <= EVERY_MAX_S:
+        raise BadFlag(f"--every {every} cannot be used: from 100 ms to a day.")
+    settings = AuctionSettings(
+        data=data or shoal_home() / "auction", every_s=every_s, listen=listen, public=tuple(public or ())
+    )
+
+    async def work() -> None:
+        server = AuctionServer(settings, TlsEndpoint, SystemClock(), SystemDice())
+        ticket = await server.start()
+        if json:
+            print_json({"ready": "auction", "ticket": str(ticket), "pid": os.getpid()})
+        else:
+            out.print("An auction is up.  Ticket:", soft_wrap=True)
+            out.print(str(ticket), soft_wrap=True, markup=False)
+            out.print("[dim]Ctrl-C stops it.[/]")
+        try:
+            await until_stopped()
+        finally:
+            await server.stop()
+
+    run(work)
+
+
+@market_app.command("sell")
+def sell(
+    hour: HourFlag,
+    price: Annotated[str, typer.Option(metavar="AMOUNT", help="What the hour brings at least, such as 0.40.")],
+    of: Annotated[
+        str | None,
+        typer.Option("--class", metavar="CLASS", help=f"{CLASS_HELP}.", show_default="as its offer at a hub has it"),
+    ] = None,
+    auction: AuctionFlag = None,
+    ledger: LedgerFlag = None,
+    hub: HubFlag = None,
+    data: NodeData = None,
+    json: JsonFlag = False,
+) -> None:
+    """Sell an hour of this machine's node in the batch that is open, for at least so much.
+
+    The order is signed with the node's key. Its class is what the node measured and offers at a hub: its first kind of
+    device, how many, their memory, the tier, wherever it is. It is good for one batch: where it does not trade, sign
+    another one. Whoever has bought an hour gets it from you: a trade moves no money yet.
+    """  # fmt: skip
+    key = load_key((data or shoal_home() / "node") / "node.key")
+    block = Block(
+        of=_offered_class(key.node_id, hub) if of is None else _class_of(of),
+        start_ms=_hour_of(hour),
+        ledger=places.ledger_ticket(ledger).ledger,
+    )
+    _hand_in(auction, key, block, _limit_of(price), lambda terms: Ask(terms=terms), "sells", json)
+
+
+@market_app.command("buy")
+def buy(
+    of: Annotated[str, typer.Option("--class", metavar="CLASS", help=f"{CLASS_HELP}: any node of it will do.")],
+    hour: HourFlag,
+    price: Annotated[str, typer.Option(metavar="AMOUNT", help="What a block costs at most, such as 0.40.")],
+    blocks: Annotated[int, typer.Option(metavar="N", help="So many nodes for that hour; fewer will do.")] = 1,
+    auction: AuctionFlag = None,
+    ledger: LedgerFlag = None,
+    json: JsonFlag = False,
+) -> None:
+    """Buy an hour of so many nodes of a class in the batch that is open, each for at most so much.
+
+    You pay what the last one costs who is left out, and never more than your price: it pays to say what an hour is
+    worth to you. The order is signed with your key, and good for one batch. A trade moves no money yet.
+    """  # fmt: skip
+    if not 1 <= blocks <= BID_BLOCKS_MAX:
+        raise BadFlag(f"--blocks {blocks} cannot be used: from 1 to {BID_BLOCKS_MAX}.")
+    block = Block(of=_class_of(of), start_ms=_hour_of(hour), ledger=places.ledger_ticket(ledger).ledger)
+    said = f"buys up to {blocks} x" if blocks > 1 else "buys"
+    _hand_in(
+        auction, places.user_key(), block, _limit_of(price), lambda terms: Bid(terms=terms, blocks=blocks), said, json
+    )
+
+
+@market_app.command("show")
+def show(
+    number: Annotated[
+        int | None, typer.Argument(metavar="NUMBER", help="Which batch.", show_default="the newest")
+    ] = None,
+    save: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write what was published of it to a new file, for `shoal market verify`."),
+    ] = None,
+    auction: AuctionFlag = None,
+    json: JsonFlag = False,
+) -> None:
+    """Show what a batch came to: prices, trades, and why orders got less than they asked for.
+
+    It is cleared again first, from the signed orders: where it is not right, the first thing that differs is said.
+    """  # fmt: skip
+    if number is not None and number < 1:
+        raise BadFlag(f"{number} is no batch: they are counted from 1.")
+
+    async def work(one: RemoteAuction) -> tuple[int, Verified]:
+        running = (await one.about()).running
+        which = running - 1 if number is None else number
+        published = await one.published(which)
+        if save is not None:
+            _save(save, published.to_bytes())
+        return running, await one.checked(published, which)
+
+    running, checked = _ask(auction, work)
+    if json:
+        print_json({"running": running, **_document(checked)})
+        return
+    cleared = checked.outcome.cleared
+    out.print(
+        f"Batch {checked.batch.number}, closed {_time(checked.batch.closed_ms)}: {len(checked.orders)} orders. "
+        f"Batch {running} is open.", markup=False, soft_wrap=True,
+    )  # fmt: skip
+    if cleared:
+        table = Table("what", "price", "node", "seller", "buyer", box=None, pad_edge=False)
+        for market in cleared:
+            price = f"{format_money(market.price_micro)} {market.block.ledger.currency}"
+            for trade in market.trades:
+                who = (short_id(one) for one in (trade.node, trade.seller, trade.buyer))
+                table.add_row(escape(_described(market.block)), price, *who)
+        out.print(table)
+    else:
+        out.print("Nothing was traded.")
+    for sentence in checked.outcome.markets.values():
+        out.print(shown(sentence), markup=False, soft_wrap=True)
+    for left in checked.outcome.left_out:
+        sentence = f"{left.order.hex()[:SHORT]}  {left.why}: {checked.outcome.reasons[left.order]}"
+        out.print(shown(sentence), markup=False, soft_wrap=True)
+
+
+@market_app.command("mine")
+def mine(
+    last: Annotated[int, typer.Option(metavar="N", help="Look through the newest so many batches.")] = 10,
+    auction: AuctionFlag = None,
+    data: NodeData = None,
+    json: JsonFlag = False,
+) -> None:
+    """Show what you and this machine's node bought and sold in the last batches, and what became of your orders.
+
+    Orders that were signed on this machine are looked for in their batches: one that is missing is told. Exit code 4
+    where one is.
+    """  # fmt: skip
+    from shoal.market.batches import short
+    from shoal.market.publishing import left_out
+    from shoal.sdk.orders import KeptOrders
+
+    if not 1 <= last <= LAST_MAX:
+        raise BadFlag(f"--last {last} cannot be used: from 1 to {LAST_MAX}.")
+    ticket = places.auction_ticket(auction)
+    node_key = (data or shoal_home() / "node") / "node.key"
+    keys = {places.user_key().node_id, *([load_key(node_key).node_id] if node_key.exists() else [])}
+    kept = KeptOrders(_orders_folder(), ticket.auctioneer)
+    trades: list[dict[str, Any]] = []
+    orders: list[dict[str, Any]] = []
+
+    def look(checked: Verified) -> None:
+        number = checked.batch.number
+        for market in checked.outcome.cleared:
+            for trade in market.trades:
+                for what, who, other in (
+                    ("bought", trade.buyer, trade.seller),
+                    ("sold", trade.seller, trade.buyer),
+                ):  # fmt: skip
+                    if who in keys:
+                        trades.append(
+                            {
+                                "batch": number, "what": what, "block": market.block,
+                                "price_micro": market.price_micro, "node": trade.node, "with": other,
+                            }
+                        )  # fmt: skip
+        signed_here = {order.record_id: order for order in kept.of(number)}
+        for one in checked.orders:
+            if one.trader in keys or one.id in signed_here:
+                said = f"Order {short(one.id)} is in batch {number}: {checked.outcome.reasons[one.id]}"
+                orders.append({"order": one.id, "batch": number, "missing": False, "sentence": said})
+        for order in signed_here.values():
+            if order.record_id not in checked.outcome.reasons:
+                missing, said = left_out(checked, order)
+                orders.append({"order": order.record_id, "batch": number, "missing": missing, "sentence": said})
+
+    async def work(one: RemoteAuction) -> tuple[int, int]:
+        info = await one.about()
+        first = max(info.oldest, info.running - last)
+        for number in range(first, info.running):
+            look(await one.batch(number))
+        return first, info.running
+
+    first, running = _ask(auction, work)
+    waiting = [one.record_id for one in kept.of(running)]
+    if json:
+        print_json({"from": first, "to": running - 1, "trades": trades, "orders": orders, "waiting": waiting})
+    else:
+        if trades:
+            table = Table("batch", "what", "block", "price", "node", "with", box=None, pad_edge=False)
+            for row in trades:
+                table.add_row(
+                    str(row["batch"]), row["what"], escape(_described(row["block"])),
+                    f"{format_money(row['price_micro'])} {row['block'].ledger.currency}",
+                    short_id(row["node"]), short_id(row["with"]),
+                )  # fmt: skip
+            out.print(table)
+        for row in orders:
+            out.print(shown(row["sentence"]), markup=False, soft_wrap=True)
+        for name in waiting:
+            out.print(f"Order {short(name)} was signed for batch {running}, which is open.", markup=False)
+        if not (trades or orders or waiting):
+            out.print(f"Nothing of yours is in batches {first} to {running - 1}.")
+    if any(row["missing"] for row in orders):
+        raise typer.Exit(MISSING)
 
 
 @market_app.command("verify")
@@ -74,20 +390,7 @@ def verify(
         asked.append({"file": str(path), "missing": missing, "sentence": sentence})
     outcome = checked.outcome
     if json:
-        print_json(
-            {
-                "right": True,
-                "auctioneer": checked.auctioneer,
-                "batch": checked.batch.number,
-                "closed_ms": checked.batch.closed_ms,
-                "previous": checked.batch.previous,
-                "clearing": checked.clearing,
-                "orders": outcome.reasons,
-                "markets": list(outcome.markets.values()),
-                "cleared": outcome.cleared,
-                "asked": asked,
-            }
-        )
+        print_json({"right": True, **_document(checked), "asked": asked})
     else:
         out.print("[bold green]right[/]  ", end="")
         said = f"Batch {checked.batch.number} of {checked.auctioneer.hex()}: {len(checked.orders)} orders, of which "
@@ -96,6 +399,200 @@ def verify(
             out.print(shown(str(line)), markup=False, soft_wrap=True)
     if any(one["missing"] for one in asked):
         raise typer.Exit(MISSING)
+
+
+def _ask(named: str | None, question: Callable[[RemoteAuction], Awaitable[T]]) -> T:
+    """Link to an auction, ask it something, and leave; one that was named and answered is remembered. Who asks is nobody
+    in particular: orders are signed."""
+    from shoal.auctions import RemoteAuction
+    from shoal.transport import TlsEndpoint
+
+    ticket = places.auction_ticket(named)
+
+    async def work() -> T:
+        endpoint = TlsEndpoint(KeyPair.generate())
+        try:
+            return await question(RemoteAuction(endpoint, ticket, SystemClock()))
+        finally:
+            await endpoint.close()
+
+    answer = run(work)
+    if named is not None:
+        places.remember_auction(ticket)
+    return answer
+
+
+def _hand_in(
+    named: str | None,
+    key: KeyPair,
+    block: Block,
+    limit_micro: int,
+    order_of: Callable[[OrderTerms], Order],
+    says: str,
+    json: bool,
+) -> None:
+    """Sign an order for the batch that is open, keep it, and hand it in; again for the next one where that one was closed
+    meanwhile."""
+    from shoal.auctions.auctioneer import OrderRefused
+    from shoal.protocol.messages import sign
+    from shoal.sdk.orders import KeptOrders
+
+    ticket, clock = places.auction_ticket(named), SystemClock()
+    kept = KeptOrders(_orders_folder(), ticket.auctioneer)
+
+    async def work(one: RemoteAuction) -> tuple[Any, Path]:
+        info = await one.about()
+        for again in range(SIGNED_AGAIN_MAX + 1):
+            terms = OrderTerms(
+                auctioneer=ticket.auctioneer, batch=info.running, sequence=clock.now_ms(), block=block,
+                expires_ms=min(info.closes_ms, block.start_ms) + EXPIRES_AFTER_MS, limit_micro=limit_micro,
+            )  # fmt: skip
+            order = sign(key, order_of(terms))
+            path = kept.keep(order)
+            try:
+                return await one.hand_in(order), path
+            except (LinkLost, DeadlineExceeded) as error:
+                raise type(error)(
+                    f"{error} Whether the order was taken is not known: `shoal market mine` says so when batch "
+                    f"{terms.batch} is closed."
+                ) from error
+            except ShoalError as error:
+                path.unlink(missing_ok=True)
+                if not isinstance(error, OrderRefused) or again == SIGNED_AGAIN_MAX:
+                    raise
+                info = await one.about()
+                if info.running == terms.batch:
+                    raise
+        raise AssertionError("the last try returns or raises")
+
+    taken, path = _ask(named, work)
+    if json:
+        print_json({"order": taken.order, "batch": taken.batch, "closes_ms": taken.closes_ms, "file": str(path)})
+        return
+    left = format_duration_s(max(0, taken.closes_ms - clock.now_ms()) / 1000)
+    out.print(
+        f"Order {taken.order.hex()[:SHORT]} {says} {_described(block)} for {format_money(limit_micro)} "
+        f"{block.ledger.currency} or {'less' if says.startswith('buys') else 'more'}. It is in batch {taken.batch}, which "
+        f"is closed in {left}; then: shoal market mine", markup=False, soft_wrap=True,
+    )  # fmt: skip
+
+
+def _offered_class(node: bytes, hub: list[str] | None) -> NodeClass:
+    """Of a node's offer at the hubs. Raises BadFlag where there is none."""
+    from shoal.hub import HubClient
+    from shoal.protocol.offers import OfferFind
+    from shoal.transport import TlsEndpoint
+
+    tickets = places.find_hubs(hub)
+
+    async def work() -> NodeClass:
+        clock, dice = SystemClock(), SystemDice()
+        endpoint = TlsEndpoint(KeyPair.generate(), clock=clock, dice=dice)
+        client = HubClient(endpoint, tickets, clock=clock, dice=dice)
+        try:
+            await client.start()
+            found = await client.find(OfferFind(node=node))
+        finally:
+            await client.close()
+            await endpoint.close()
+        if not found:
+            raise BadFlag(
+                f"Node {short_id(node)} has no offer at the hubs that would say what it is: start it, or name its kind "
+                "with --class 'DEVICE N GiB'."
+            )
+        offer = found[0].offer
+        first = offer.capability.devices[0]
+        same = [one.memory_bytes for one in offer.capability.devices if one.name == first.name]
+        return _class(first.name, len(same), min(same) >> 30, None, offer.tier)
+
+    return run(work)
+
+
+_CLASS = re.compile(
+    r"(?:(\d{1,2}) x )?(.{1,96}?) (\d{1,7}) GiB(?:, ([A-Z]{2}|anywhere))?(?:, (open|sandboxed|attested))?"
+)
+
+
+def _class_of(text: str) -> NodeClass:
+    match = _CLASS.fullmatch(text.strip())
+    if match is None:
+        raise BadFlag(
+            f"--class {text!r} cannot be used: write DEVICE N GiB, with 'M x ' before and ', COUNTRY' or ', TIER' behind "
+            "it where wanted, such as '8 x H100 80 GiB, DE, sandboxed'."
+        )
+    country = None if match[4] in (None, "anywhere") else match[4]
+    return _class(match[2], int(match[1] or 1), int(match[3]), country, match[5] or "open")
+
+
+def _class(device: str, devices: int, memory_gib: int, country: str | None, tier: str) -> NodeClass:
+    try:
+        return msgspec.convert(
+            {"device": device, "devices": devices, "memory_gib": memory_gib, "country": country, "tier": tier},
+            NodeClass,
+        )  # fmt: skip
+    except msgspec.ValidationError as error:
+        raise BadFlag(f"{devices} x {device} {memory_gib} GiB is no class of nodes: {error}.") from error
+
+
+def _hour_of(text: str) -> int:
+    """Unix time in milliseconds."""
+    try:
+        at = datetime.strptime(text, "%Y-%m-%dT%H").replace(tzinfo=UTC)
+    except ValueError:
+        raise BadFlag(f"--hour {text!r} cannot be used; write it as 2026-11-28T14, in UTC.") from None
+    start_ms = int(at.timestamp()) * 1000
+    if start_ms < SystemClock().now_ms():
+        raise BadFlag(f"--hour {text} cannot be used: it has begun, and hours are traded before.")
+    assert start_ms % HOUR_MS == 0
+    return start_ms
+
+
+def _limit_of(text: str) -> int:
+    micro = places.amount_of(text)
+    if micro > PRICE_MAX_MICRO_PER_H:
+        raise BadFlag(f"--price {text} cannot be used: at most {format_money(PRICE_MAX_MICRO_PER_H)}.")
+    return micro
+
+
+def _orders_folder() -> Path:
+    return shoal_home() / "orders"
+
+
+def _described(block: Block) -> str:
+    from shoal.market.batches import described
+
+    return shown(described(block))
+
+
+def _time(at_ms: int) -> str:
+    """Whatever an auctioneer writes: `datetime` ends with the year 9999."""
+    import numpy as np
+
+    return f"{np.datetime_as_string(np.datetime64(at_ms, 'ms'), unit='s')} UTC"
+
+
+def _document(checked: Verified) -> dict[str, Any]:
+    """A batch that is right, for machines."""
+    outcome = checked.outcome
+    return {
+        "auctioneer": checked.auctioneer,
+        "batch": checked.batch.number,
+        "closed_ms": checked.batch.closed_ms,
+        "previous": checked.batch.previous,
+        "clearing": checked.clearing,
+        "orders": outcome.reasons,
+        "markets": list(outcome.markets.values()),
+        "cleared": outcome.cleared,
+        "left_out": outcome.left_out,
+    }
+
+
+def _save(path: Path, data: bytes) -> None:
+    try:
+        with path.open("xb") as file:
+            file.write(data)
+    except FileExistsError as error:
+        raise BadFlag(f"{path} is there already; name a new file.") from error
 
 
 def _read(path: Path, most: int) -> bytes:

@@ -113,6 +113,8 @@ class Treasurer:
         self._budget_micro = purse.budget_micro
         self._term: TermPayments | None = None
         self._held: dict[bytes, Held] = {}
+        self._holding_s = 0.0
+        """How long it took that all of these kept a place."""
         self._chosen: list[tuple[int, float]] = []
         """Price of an hour and FLOP/s of the nodes with which the job began."""
         self._done: dict[bytes, tuple[int, int]] = {}
@@ -120,8 +122,6 @@ class Treasurer:
         self._idle: dict[bytes, str] = {}
         """Nodes that were left for what they cost, and why."""
         self._opening = asyncio.Lock()
-        self._holding_s = 0.0
-        """How long it took that all of these kept a place."""
         self._writing = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._sending: set[bytes] = set()

@@ -6,7 +6,8 @@
 - `fits(node, offer, wanted)`: what a hub asks of one offer.
 - `compare(held, new)`: which of two offers by one node counts.
 - `auction.crossed(bids, asks)`: the price of one kind of thing, and who trades at it; `batches.clear`: what a batch of
-  signed orders comes to; `publishing`: what an auctioneer publishes of a batch, and whether that is right.
+  signed orders comes to; `batches.Gathering`: whether an order would count in the one that is open; `publishing`: what
+  an auctioneer publishes of a batch, and whether that is right.
 
 Invariants: of two offers by one node the one with the higher sequence counts, whatever any clock said; two different
 offers with one sequence never replace one another; a device must meet all demands made on a device by itself; nobody

@@ -157,6 +157,37 @@ def clear(carried: Carried, batch: Batch, auctioneer: bytes, orders: Iterable[Si
     return Outcome(tuple(cleared), tuple(LeftOut(*one) for one in sorted(left_out.items())), after, markets, reasons)
 
 
+class Gathering:
+    """The orders of a batch that is open, each of which would count if it was closed with those that came before it."""
+
+    def __init__(self, carried: Carried, auctioneer: bytes) -> None:
+        self.number = carried.number + 1
+        self._auctioneer = auctioneer
+        self._held = {(one.start_ms, one.node): one for one in carried.held}
+        self._sequences: dict[tuple[bytes, bytes], int] = {}
+
+    def refusal(self, one: Signed, closes_ms: int) -> str | None:
+        """Why an order would not count, or would keep another of its trader's from counting, if this batch was closed
+        at that time; None where it would count."""
+        name = block_hash(one.order.terms.block)
+        trouble = _trouble(one, self.number, closes_ms, self._auctioneer, self._held, name)
+        if trouble is not None:
+            return trouble[1]
+        sequence = one.order.terms.sequence
+        most = max(self._sequences.get(key, -1) for key in _excluding(one, name))
+        if most >= sequence:
+            return (
+                f"Trader {short_id(one.trader)} has given order {most} for this already, which order {sequence} does "
+                "not replace: give it a higher sequence."
+            )
+        return None
+
+    def add(self, one: Signed) -> None:
+        """One that is not refused, or was taken already."""
+        for key in _excluding(one, block_hash(one.order.terms.block)):
+            self._sequences[key] = max(self._sequences.get(key, -1), one.order.terms.sequence)
+
+
 def _check_follows(carried: Carried, batch: Batch, orders: Mapping[bytes, Signed]) -> None:
     said = f"Batch {batch.number}"
     if batch.number != carried.number + 1:
@@ -187,15 +218,12 @@ def _refused(
     counted: list[tuple[Signed, list[tuple[bytes, bytes]]]] = []
     sequences: dict[tuple[bytes, bytes], list[int]] = defaultdict(list)
     for one in orders:
-        trouble = _trouble(one, batch, auctioneer, held, names)
+        name = names[one.order.terms.block]
+        trouble = _trouble(one, batch.number, batch.closed_ms, auctioneer, held, name)
         if trouble is not None:
             refused[one.id] = trouble
             continue
-        block, trader = one.order.terms.block, one.trader
-        # One order of a trader in a market, and of a node's hour in all markets.
-        keys = [(trader, names[block])]
-        if isinstance(one.order, Ask):
-            keys.append((trader, block.start_ms.to_bytes(8)))
+        keys = _excluding(one, name)
         counted.append((one, keys))
         for key in keys:
             sequences[key].append(one.order.terms.sequence)
@@ -215,25 +243,30 @@ def _refused(
     return refused
 
 
+def _excluding(one: Signed, name: bytes) -> list[tuple[bytes, bytes]]:
+    """Orders that share one of these exclude one another: one of a trader counts in a market (`name` is its block's),
+    and one of a node's hour in all markets."""
+    market = (one.trader, name)
+    if isinstance(one.order, Ask):
+        return [market, (one.trader, one.order.terms.block.start_ms.to_bytes(8))]
+    return [market]
+
+
 def _trouble(
-    one: Signed,
-    batch: Batch,
-    auctioneer: bytes,
-    held: Mapping[tuple[int, bytes], Held],
-    names: Mapping[Block, bytes],
+    one: Signed, number: int, closed_ms: int, auctioneer: bytes, held: Mapping[tuple[int, bytes], Held], name: bytes
 ) -> tuple[Why, str] | None:
-    """Why an order does not count, whatever others there are."""
+    """Why an order does not count, whatever others there are; `name` is its block's."""
     terms = one.order.terms
     start_ms = terms.block.start_ms
     if terms.auctioneer != auctioneer:
         return "elsewhere", f"It is for the auctioneer {short_id(terms.auctioneer)}, not for {short_id(auctioneer)}."
-    if terms.batch != batch.number:
-        return "other-batch", f"It is for batch {terms.batch}; this is {batch.number}. Sign another one for the next."
-    if terms.expires_ms < batch.closed_ms:
-        return "expired", f"It had expired {batch.closed_ms - terms.expires_ms} ms before the batch was closed."
-    if start_ms <= batch.closed_ms:
-        return "begun", f"Its hour had begun {batch.closed_ms - start_ms} ms before the batch was closed."
-    if start_ms > batch.closed_ms + HORIZON_MS:
+    if terms.batch != number:
+        return "other-batch", f"It is for batch {terms.batch}; this is {number}. Sign another one for the next."
+    if terms.expires_ms < closed_ms:
+        return "expired", f"It had expired {closed_ms - terms.expires_ms} ms before the batch was closed."
+    if start_ms <= closed_ms:
+        return "begun", f"Its hour had begun {closed_ms - start_ms} ms before the batch was closed."
+    if start_ms > closed_ms + HORIZON_MS:
         return "too-far", f"Its hour is more than {HORIZON_MS // HOUR_MS} hours after the batch was closed."
     if isinstance(one.order, Ask) and (sold := held.get((start_ms, one.trader))) is not None:
         reason = (
@@ -242,7 +275,7 @@ def _trouble(
         return "sold", reason
     if isinstance(one.order, Resale):
         for purchase in one.order.purchases:
-            reason = _not_held(purchase, one.trader, held.get((start_ms, purchase.node)), names[terms.block])
+            reason = _not_held(purchase, one.trader, held.get((start_ms, purchase.node)), name)
             if reason:
                 return "not-held", reason
         if len({purchase.node for purchase in one.order.purchases}) < len(one.order.purchases):

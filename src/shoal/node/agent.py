@@ -298,8 +298,8 @@ class NodeAgent:
         self._refuse_twin()
         await self._measure_hub_link()
         await self._publish()
-        self._telling = asyncio.create_task(self._tell_hubs())
         self._surveying = asyncio.create_task(self._surveyor.run())
+        self._telling = asyncio.create_task(self._tell_hubs())
 
     def _start_selling(self, sale: Sale) -> Sales:
         terms = Terms(
@@ -391,9 +391,10 @@ class NodeAgent:
                 _log.warning("%s: the offer was not taken: %s", self.settings.name, error)
 
     def _to_say(self) -> _Said:
+        """What of the offer changes while the node runs."""
         taken = len(self._unheld()) + (self._sales.held if self._sales else 0)
-        coordinate = self._surveyor.said.told() if self._surveyor.said else None
-        return taken >= self.settings.members_max, self._engine.offer if self._engine else None, coordinate
+        engine, at = self._engine.offer if self._engine else None, self._surveyor.said
+        return taken >= self.settings.members_max, engine, at.told() if at else None
 
     async def _tell_hubs(self) -> None:
         """Whoever asks something of this node does not wait until hubs have heard what changed by it. Some of it nobody

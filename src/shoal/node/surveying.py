@@ -47,7 +47,7 @@ class Surveyor:
         self.coordinate: Coordinate | None = None
         """None while nobody was measured."""
         self.said: Coordinate | None = None
-        """As it was when it was last news."""
+        """The one that others are told."""
 
     async def run(self) -> None:
         measured = 0

@@ -18,7 +18,7 @@ TICKET_ADDRESSES_MAX = 8
 
 
 class BadTicket(BadInput):
-    """A text is not the ticket of a hub or a ledger."""
+    """A text is not the ticket of a hub, a ledger or an auction."""
 
     code = "SH-112"
 

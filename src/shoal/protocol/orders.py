@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Meta
 
 from shoal.errors import BadRecord
-from shoal.identity import Envelope, Hash, NodeId
+from shoal.identity import Envelope, Hash, NodeId, short_id
 from shoal.protocol.messages import DEFAULT_NETWORK, Record, open_record
 from shoal.protocol.money import LedgerName
 from shoal.protocol.offers import Country, Tier, UnixMs
@@ -142,6 +142,18 @@ class Batch(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_
     seed: Hash
     """Of the lots, drawn before there was an order: its hash stands in the batch before."""
     next_seed_hash: Hash
+
+
+def closed_twice(one: Envelope, other: Envelope, network: str = DEFAULT_NETWORK) -> str | None:
+    """What two Batches prove of the auctioneer that signed both: that it has closed one batch twice, as each of them
+    says to be the only one of its number; None where they do not. Raises what `open_record` does."""
+    first, second = (open_record(each, Batch, network) for each in (one, other))
+    if one.signer != other.signer or one.record_id == other.record_id or first.number != second.number:
+        return None
+    return (
+        f"Auctioneer {short_id(one.signer)} has closed batch {first.number} twice: with {len(first.orders)} orders at "
+        f"{first.closed_ms} ms and with {len(second.orders)} orders at {second.closed_ms} ms."
+    )
 
 
 class Trade(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):

@@ -14,6 +14,7 @@ import psutil
 from shoal.errors import BadInput
 from shoal.identity import KeyPair, load_or_create_key
 from shoal.identity.accounts import AccountKey, load_account
+from shoal.protocol.auctions import AuctionTicket
 from shoal.protocol.hubs import HubTicket
 from shoal.protocol.ledgers import LedgerTicket
 from shoal.sdk.acquaintances import Acquaintances
@@ -36,6 +37,12 @@ class NoLedger(BadInput):
     """No ledger was named, and none is remembered with the account."""
 
     code = "SH-136"
+
+
+class NoAuction(BadInput):
+    """No auction was named, and none is remembered."""
+
+    code = "SH-155"
 
 
 def user_key() -> KeyPair:
@@ -135,10 +142,7 @@ def _ledger_file() -> Path:
 
 def remember_ledger(ticket: LedgerTicket) -> None:
     """As the one to ask where none is named."""
-    _ledger_file().parent.mkdir(parents=True, exist_ok=True)
-    scratch = _ledger_file().with_suffix(".new")
-    scratch.write_text(f"{ticket}\n")
-    scratch.replace(_ledger_file())
+    _remember(_ledger_file(), ticket)
 
 
 def ledger_ticket(named: str | None = None) -> LedgerTicket:
@@ -155,3 +159,35 @@ def ledger_ticket(named: str | None = None) -> LedgerTicket:
             "have it remembered with: shoal account create --ledger TICKET"
         )
     return LedgerTicket.parse(text)
+
+
+def _auction_file() -> Path:
+    return shoal_home() / "auction.ticket"
+
+
+def remember_auction(ticket: AuctionTicket) -> None:
+    """As the one to ask where none is named."""
+    _remember(_auction_file(), ticket)
+
+
+def auction_ticket(named: str | None = None) -> AuctionTicket:
+    """The auction to use: the one named, else that in SHOAL_AUCTION, else the one remembered.
+
+    Raises BadTicket, and NoAuction when there is none.
+    """
+    text = named or os.environ.get("SHOAL_AUCTION", "")
+    if not text and _auction_file().exists():
+        text = _auction_file().read_text()
+    if not text.strip():
+        raise NoAuction(
+            "No auction is known. Name one with --auction shoal-auction://NODEID@HOST:PORT, which is then remembered, "
+            "or in SHOAL_AUCTION; `shoal market run` prints the ticket of one."
+        )
+    return AuctionTicket.parse(text)
+
+
+def _remember(file: Path, ticket: LedgerTicket | AuctionTicket) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    scratch = file.with_suffix(".new")
+    scratch.write_text(f"{ticket}\n")
+    scratch.replace(file)

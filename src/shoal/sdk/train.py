@@ -478,8 +478,8 @@ class _Session:
         self, job_file: JobFile, prepared: Prepared, gang: list[LinkedNode], length: RoundLength
     ) -> tuple[list[LinkedNode], RoundLength]:
         """Those of a gang that have a bond, are near to one another, worth their money and keep a place, as far as the
-        job asks for it, and the round length for them. While too few do, others are looked for, as long as the job file
-        says. Raises NotSecured."""
+        job asks for it, and the round length for them. While too few do, others are looked for, as long as the job
+        file says. Raises NotSecured."""
         needs = job_file.requirements
         if self.treasurer is None and needs.latency_within_ms is None and not needs.bond_min:
             return gang, length
