@@ -86,7 +86,7 @@ def payments_of(story: Story) -> Payments:
 
     def node(place: int, paid: int, per_h: int, withheld: int = 0) -> dict[str, PaidNode]:
         made = PaidNode(
-            name=story.names[place], payee=bytes(20), micro_per_h=per_h, since_ms=0, paid_micro=paid,
+            name=story.names[place], payee=bytes(20), micro_per_h=per_h, paid_micro=paid,
             withheld_micro=withheld,
         )  # fmt: skip
         return {story.keys[place].node_id.hex(): made}

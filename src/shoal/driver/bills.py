@@ -13,7 +13,6 @@ from shoal.identity.accounts import AccountSignature, Address
 from shoal.ledger.commands import HoldBytes
 from shoal.market.earnings import Earnings
 from shoal.protocol.money import Amount, EscrowTerms, LedgerName, SignedVoucher
-from shoal.protocol.offers import UnixMs
 
 FILE = "payments.json"
 
@@ -46,7 +45,6 @@ class PaidNode(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     payee: Address
     micro_per_h: Annotated[int, Meta(ge=0)]
-    since_ms: UnixMs
     earnings: Earnings = Earnings()
     paid_micro: Amount = 0
     voucher: SignedVoucher | None = None

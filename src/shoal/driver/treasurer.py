@@ -308,7 +308,7 @@ class Treasurer:
         )
         ledger = purse.ledger.name
         signature = purse.account.sign(terms.escrow_id(ledger))
-        nodes = {one.node.hex(): self._paid_node(one, now_ms) for one in held}
+        nodes = {one.node.hex(): self._paid_node(one) for one in held}
         self._term = TermPayments(terms=terms, ledger=ledger, signature=signature, nodes=nodes)
         await self._write()
         try:
@@ -342,9 +342,9 @@ class Treasurer:
         self._former = (*self._former, term)
         await self._write()
 
-    def _paid_node(self, held: Held, now_ms: int) -> PaidNode:
+    def _paid_node(self, held: Held) -> PaidNode:
         return PaidNode(
-            name=held.name, payee=held.hold.payee, micro_per_h=held.hold.price.micro_per_h, since_ms=now_ms,
+            name=held.name, payee=held.hold.payee, micro_per_h=held.hold.price.micro_per_h,
             hold=held.envelope.to_bytes(),
         )  # fmt: skip
 
@@ -364,7 +364,7 @@ class Treasurer:
             admission = Admission(term.escrow, payee, term.terms.amount_micro)
             signature = self.purse.account.sign(admission.digest(term.ledger))
             await self._have_done(Admit(admission, signature))
-        self._put(held.node, self._paid_node(held, self._clock.now_ms()))
+        self._put(held.node, self._paid_node(held))
         await self._write()
 
     async def _take(self, held: Held) -> None:
