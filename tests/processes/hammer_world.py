@@ -492,14 +492,14 @@ async def hammered(
             await clock.sleep(began + seconds - clock.monotonic())
             busy = psutil.cpu_percent() / 100
             await asyncio.gather(*(one.ended(PATIENCE_S) for one in buyers))
+            seen = together((folder / f"seen-{at}").read_bytes() for at in range(client_processes))
+            book, lines = await _at_the_end(plan, seen.papers)  # nodes redeem until then
             for one in sellers:
                 one.tell()
             await asyncio.gather(*(one.ended(PATIENCE_S) for one in sellers))
         finally:
             for one in started:
                 await one.kill()
-        seen = together((folder / f"seen-{at}").read_bytes() for at in range(client_processes))
-        book, lines = await _at_the_end(plan, seen.papers)
     return Outcome(
         seen=seen,
         contradictions=contradictions(Envelope.from_bytes(one, Hold.MAX_BYTES) for one in seen.holds),
