@@ -145,7 +145,7 @@ async def start_seller(plan: Plan, number: int) -> NodeAgent:
     """A node as its owner starts it, but for measuring the machine: nothing is computed here."""
     key, clock, dice = node_key(number), SystemClock(), SystemDice()
     folder = Path(plan.folder) / "nodes" / str(number)
-    endpoint = TlsEndpoint(key, clock=clock, dice=dice)
+    endpoint = PlacedEndpoint(key, f"127.8.0.{number + 1}", clock)
     sale = Sale(PRICE, RemoteLedger(endpoint, LedgerTicket.parse(plan.ledger), clock), node_account(number).address)
 
     async def measured(**_: object) -> Capability:
