@@ -70,7 +70,7 @@ def empty(url: str) -> None:
     """Forget the ledger in it."""
     engine = sa.create_engine(url)
     with engine.begin() as connection:
-        for table in ("about", "accounts", "escrows", "withdrawals", "bonds", "references", "journal"):
+        for table in ("about", "accounts", "escrows", "paid", "withdrawals", "bonds", "references", "journal"):
             connection.execute(sa.text(f"DROP TABLE IF EXISTS ledger_{table}"))
     engine.dispose()
 

@@ -10,10 +10,11 @@ not allow, whoever sends it; a checkpoint is signed of a line that is on the dis
 the operator, as the journal can be checked from its beginning.
 """
 
-from shoal.house.client import OtherLedger, OutcomeUnknown, RemoteLedger
+from shoal.house.client import OtherLedger, RemoteLedger
 from shoal.house.messages import LedgerInfo
 from shoal.house.server import LedgerServer, LedgerSettings, deposit
 from shoal.house.service import LedgerService
+from shoal.world import OutcomeUnknown
 
 __all__ = [
     "LedgerInfo",
