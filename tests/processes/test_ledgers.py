@@ -431,6 +431,30 @@ def test_what_was_acknowledged_is_there_after_a_kill(place: Path | str, after: i
     ledger.close()
 
 
+@pytest.mark.parametrize("after", [40, 300])
+def test_what_was_acknowledged_to_many_is_there_after_a_kill(place: Path | str, after: int) -> None:
+    """While they share transactions: of each, all that it was told, and at most the one that it waits for."""
+    script = Path(__file__).with_name("ledger_writers.py")
+    writers = subprocess.Popen([sys.executable, str(script), str(place), "32"], stdout=subprocess.PIPE, text=True)
+    assert writers.stdout is not None
+    said = [writers.stdout.readline() for _ in range(after)]
+    os.kill(writers.pid, signal.SIGKILL)
+    said += [one for one in writers.stdout.read().splitlines(keepends=True) if one.endswith("\n")]
+    writers.wait()
+    writers.stdout.close()
+    ledger = SqlLedger.open(place, LEDGER, HeldClock())
+    ledger.apply(Deposit(CLIENT.address, 1, "after that"))  # what is still under way comes before it
+    book = verified(ledger.lines(), LEDGER)
+    assert ledger.balances() == {name: one for name, one in book.balances.items() if one}
+    told = dict(tuple(map(int, one.split())) for one in said)  # the newest of each
+    paid = {int.from_bytes(one.terms.nonce): one.redeemed_micro for one in book.escrows.values()}
+    assert len(told) > 20 and all(
+        10 * told.get(who, 0) <= micro <= 10 * told.get(who, 0) + 10 for who, micro in paid.items()
+    )
+    assert told.keys() <= paid.keys()
+    ledger.close()
+
+
 # --- many callers ------------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ nobody else may write. So what was read once need not be read again before that 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -480,11 +480,11 @@ class SqlLedger:
         connection.execute(ABOUT.update().values(version=SCHEMA))
 
     def _transaction(self) -> _Transaction:
-        return _Transaction(self._engine.begin(), self._place)
+        return _Transaction(self._engine.begin, self._place)
 
     def _reading(self) -> _Transaction:
         """What is written in it is given up."""
-        return _Transaction(self._engine.connect(), self._place)
+        return _Transaction(self._engine.connect, self._place)
 
 
 def _read_escrow(connection: sa.Connection, name: bytes) -> Escrow | None:
@@ -555,11 +555,12 @@ class _LazyTransaction:
 class _Transaction:
     """All of it is there when it ends, or nothing."""
 
-    def __init__(self, begun: AbstractContextManager[sa.Connection], place: str) -> None:
-        self._begun, self._place = begun, place
+    def __init__(self, begin: Callable[[], AbstractContextManager[sa.Connection]], place: str) -> None:
+        self._begin, self._place = begin, place
 
     def __enter__(self) -> sa.Connection:
         try:
+            self._begun = self._begin()
             return self._begun.__enter__()
         except SQLAlchemyError as error:
             raise _failed(error, self._place) from error
