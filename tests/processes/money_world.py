@@ -17,6 +17,7 @@ from shoal.identity.accounts import AccountKey
 from shoal.ledger.book import Book
 from shoal.ledger.commands import Command, Deposit
 from shoal.ledger.escrows import Escrow
+from shoal.ledger.fees import Announced
 from shoal.ledger.journal import BEGINNING, Line, line
 from shoal.ledger.moves import MoneyRefused, Move, account
 from shoal.market.holds import Terms
@@ -66,6 +67,10 @@ class BookLedger:
     async def escrow(self, escrow_id: bytes) -> Escrow | None:
         await self._asked()
         return self.book.escrows.get(escrow_id)
+
+    async def fees(self) -> tuple[Announced, ...]:
+        await self._asked()
+        return self.book.fees
 
     def give(self, address: bytes, micro: int) -> None:
         self._apply(Deposit(address, micro, f"payment {len(self.lines)}"))

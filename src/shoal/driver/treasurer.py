@@ -14,7 +14,7 @@ import logging
 import math
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -28,6 +28,7 @@ from shoal.identity.accounts import AccountKey, address_text
 from shoal.ledger.book import SameEscrow, UnknownEscrow
 from shoal.ledger.commands import Admit, Close, Open, Redeem, Withhold
 from shoal.ledger.escrows import EscrowOver, OldVoucher
+from shoal.ledger.fees import fee_at
 from shoal.ledger.moves import DoneAlready, TooLittleMoney
 from shoal.market.earnings import lasts_s, say_dear, say_idle
 from shoal.protocol.holds import LEASE_STEP_MS, quote_id
@@ -66,6 +67,7 @@ REASON_MAX = 160
 WARNED_AT = 0.8
 """Of the budget: it is said then for how long the rest does."""
 
+T = TypeVar("T")
 _log = logging.getLogger("shoal.driver")
 
 
@@ -291,13 +293,14 @@ class Treasurer:
         amount = self.left_micro
         lasts_ms = 1000 * ENDS_AFTER * lasts_s(amount, sum(one.hold.price.micro_per_h for one in held))
         payees = {one.hold.payee for one in held}
+        tables = await self._answer_of(purse.ledger.fees)
         terms = EscrowTerms(
             payer=purse.account.address,
             signer=purse.account.address,
             cap_micro=0,
             auditor=purse.account.address,
             amount_micro=amount,
-            fee_ppm=0,
+            fee_ppm=fee_at(tables, now_ms) or 0,
             holdback_ppm=purse.holdback_ppm,
             notice_ms=purse.notice_ms,
             audit_ms=purse.audit_ms,
@@ -322,17 +325,18 @@ class Treasurer:
             raise
 
     async def _have_done(self, command: Open | Admit) -> None:
-        """Where an answer is lost, the ledger is asked again: what is signed is done once. Raises what it does."""
-        for wait_s in (*ASKED_AGAIN_S, None):
+        """Raises what the ledger does."""
+        with contextlib.suppress(SameEscrow, DoneAlready):  # what is signed is done once
+            await self._answer_of(lambda: self.purse.ledger.apply(command))
+
+    async def _answer_of(self, ask: Callable[[], Awaitable[T]]) -> T:
+        """Where an answer is lost, the ledger is asked again. Raises what it does."""
+        for wait_s in ASKED_AGAIN_S:
             try:
-                await self.purse.ledger.apply(command)
-                return
-            except (SameEscrow, DoneAlready):
-                return
+                return await ask()
             except LinkError:
-                if wait_s is None:
-                    raise
-            await self._clock.sleep(wait_s)
+                await self._clock.sleep(wait_s)
+        return await ask()
 
     async def _take_back(self) -> None:
         """Of an escrow of which it is not known that it was opened: another one is opened for whoever comes next."""

@@ -26,8 +26,9 @@ from sqlalchemy.exc import SQLAlchemyError
 from shoal.errors import ShoalError, StorageError
 from shoal.ledger.bonds import Bond
 from shoal.ledger.book import Book
-from shoal.ledger.commands import Command, Deposit, Pass, PayBack, Withdraw, bond_named_by, escrow_of
+from shoal.ledger.commands import Command, Deposit, Pass, PayBack, SetFee, Withdraw, bond_named_by, escrow_of
 from shoal.ledger.escrows import Escrow
+from shoal.ledger.fees import Announced
 from shoal.ledger.journal import BEGINNING, BadJournal, Line, line, verified
 from shoal.ledger.moves import Move
 from shoal.protocol.messages import DEFAULT_NETWORK
@@ -37,6 +38,7 @@ from shoal.storage.ledger_tables import (
     ACCOUNTS,
     BONDS,
     ESCROWS,
+    FEES,
     JOURNAL,
     METADATA,
     PAID,
@@ -46,10 +48,12 @@ from shoal.storage.ledger_tables import (
     Rows,
     bond_row,
     decode_bond,
+    decode_fees,
     decode_line,
     encode,
     escrow_of_rows,
     escrow_row,
+    fees_row,
     line_row,
     paid_rows,
     put_into,
@@ -98,6 +102,7 @@ _BONDS_BEHIND, _BONDS_BY = (
     sa.select(BONDS.c.content).where(*which).order_by(BONDS.c.at_stake_micro.desc(), BONDS.c.bond).limit(BONDS_MAX)
     for which in ((*_BEHIND, BONDS.c.at_stake_micro > 0), (BONDS.c.account == sa.bindparam("account"),))
 )
+_FEES = sa.select(FEES.c.content)
 _REFERENCE = sa.select(REFERENCES.c.reference).where(REFERENCES.c.reference == sa.bindparam("one"))
 _WITHDRAWN = sa.select(WITHDRAWALS.c.number).where(WITHDRAWALS.c.account == sa.bindparam("one"))
 _LINE = sa.select(JOURNAL.c.line).where(JOURNAL.c.number == sa.bindparam("number"))
@@ -143,13 +148,14 @@ class _Known:
     """What was read of a ledger, or written, up to the last line of its journal: while that is the last one, it need
     not be read again."""
 
-    def __init__(self, ledger: LedgerName, number: int, last: bytes) -> None:
+    def __init__(self, book: Book, number: int, last: bytes) -> None:
         self.number, self.last = number, last
         """Of that line, its hash."""
         self.due_ms = 0
         """Before this the time brings nothing."""
         self.balances = _Balances()
-        self.book = Book(ledger, balances=self.balances)
+        self.book = book
+        book.balances = self.balances
 
     def __len__(self) -> int:
         book = self.book
@@ -175,8 +181,8 @@ class _Step:
 class SqlLedger:
     """One thread at a time uses it."""
 
-    def __init__(self, engine: sa.Engine, place: str, ledger: LedgerName, clock: Clock) -> None:
-        self._engine, self._place, self.ledger, self.clock = engine, place, ledger, clock
+    def __init__(self, engine: sa.Engine, place: str, ledger: LedgerName, clock: Clock, network: str) -> None:
+        self._engine, self._place, self.ledger, self.clock, self._network = engine, place, ledger, clock, network
         self._writer = SqliteWriter(engine) if engine.dialect.name == "sqlite" else PostgresWriter(engine)
         self._known: _Known | None = None
         self._open: tuple[Sequence[Command], _Known, _Step] | None = None
@@ -185,7 +191,7 @@ class SqlLedger:
         """Of what the clock has said: the time never goes back, also where nothing was written at it."""
 
     @classmethod
-    def open(cls, place: Path | str, ledger: LedgerName, clock: Clock) -> SqlLedger:
+    def open(cls, place: Path | str, ledger: LedgerName, clock: Clock, network: str = DEFAULT_NETWORK) -> SqlLedger:
         """A file, or a `postgresql+psycopg://` URL. Raises LedgerFailed: also for a database of another ledger, and for
         one that acknowledges what it may still lose."""
         try:
@@ -195,7 +201,7 @@ class SqlLedger:
                 "The URL of the ledger's database cannot be used; write postgresql+psycopg://USER@HOST/DATABASE, and "
                 "install shoal[postgres]. Or name a file, for SQLite."
             ) from None
-        made = cls(engine, engine.url.render_as_string(hide_password=True), ledger, clock)
+        made = cls(engine, engine.url.render_as_string(hide_password=True), ledger, clock, network)
         try:
             with made._transaction() as connection:
                 made._create_or_check(connection)
@@ -287,6 +293,11 @@ class SqlLedger:
         with self._reading() as connection:
             return int(connection.execute(_WITHDRAWN, {"one": account}).scalar() or 0)
 
+    def fees(self) -> tuple[Announced, ...]:
+        """The table that holds, if any, and the one that is to follow."""
+        with self._reading() as connection:
+            return _read_fees(connection)
+
     def escrow(self, name: bytes) -> Escrow | None:
         with self._reading() as connection:
             return _read_escrow(connection, name)
@@ -337,9 +348,12 @@ class SqlLedger:
     def _read_head(self, connection: sa.Connection) -> _Known:
         last = self._last_line(connection)
         if last is None:
-            return _Known(self.ledger, 0, BEGINNING)
+            return self._known_to(0, BEGINNING, ())
         self._latest_ms = max(self._latest_ms, last.at_ms)
-        return _Known(self.ledger, last.number, last.hash)
+        return self._known_to(last.number, last.hash, _read_fees(connection))
+
+    def _known_to(self, number: int, last: bytes, fees: tuple[Announced, ...]) -> _Known:
+        return _Known(Book(self.ledger, fees=fees, network=self._network), number, last)
 
     def _page(self, connection: sa.Connection, after: int) -> list[Line]:
         return [decode_line(row) for row in connection.execute(_PAGE, {"after": after}).scalars()]
@@ -445,7 +459,8 @@ class SqlLedger:
     def _is_known(self, known: _Known, step: _Step) -> None:
         if step.lines:
             known.number, known.last = step.lines[-1].number, step.lines[-1].hash
-        self._known = known if len(known) <= KNOWN_MAX else _Known(self.ledger, known.number, known.last)
+        forget = len(known) > KNOWN_MAX
+        self._known = self._known_to(known.number, known.last, known.book.fees) if forget else known
 
     def _create_or_check(self, connection: sa.Connection) -> None:
         METADATA.create_all(connection)
@@ -466,7 +481,7 @@ class SqlLedger:
         """All tables but the journal, which the others follow from. Takes as long as it takes to verify that, and the
         memory of a whole `Book`."""
         try:
-            book = verified(self._all_lines(connection), self.ledger)
+            book = verified(self._all_lines(connection), self.ledger, network=self._network)
         except BadJournal as error:
             raise LedgerFailed(
                 f"The ledger in {self._place} has tables of form {version}, and those of form {SCHEMA} cannot be made "
@@ -476,7 +491,7 @@ class SqlLedger:
         METADATA.drop_all(connection, derived)
         METADATA.create_all(connection, derived)
         escrows = dict[bytes, Escrow | None].fromkeys(book.escrows)
-        _put(connection, _rows_of(book, book.balances, escrows, book.bonds, book.withdrawals, book.references))
+        _put(connection, _rows_of(book, book.balances, escrows, book.bonds, book.withdrawals, book.references, True))
         connection.execute(ABOUT.update().values(version=SCHEMA))
 
     def _transaction(self) -> _Transaction:
@@ -485,6 +500,11 @@ class SqlLedger:
     def _reading(self) -> _Transaction:
         """What is written in it is given up."""
         return _Transaction(self._engine.connect, self._place)
+
+
+def _read_fees(connection: sa.Connection) -> tuple[Announced, ...]:
+    found = connection.execute(_FEES).scalar()
+    return () if found is None else decode_fees(found)
 
 
 def _read_escrow(connection: sa.Connection, name: bytes) -> Escrow | None:
@@ -499,13 +519,14 @@ def _rows_after(book: Book, escrows: Mapping[bytes, Escrow | None], bonds: Itera
     accounts = {name for one in lines for move in one.moves for name in (move.source, move.target)}
     drawn = {one.command.order.account for one in lines if isinstance(one.command, Withdraw)}
     references = {one.command.reference for one in lines if isinstance(one.command, Deposit)}
-    rows = _rows_of(book, accounts, escrows, bonds, drawn, references)
+    fees = any(isinstance(one.command, SetFee) for one in lines)
+    rows = _rows_of(book, accounts, escrows, bonds, drawn, references, fees)
     return {**rows, JOURNAL: [line_row(one) for one in lines]} if lines else {}
 
 
 def _rows_of(
     book: Book, accounts: Iterable[str], escrows: Mapping[bytes, Escrow | None], bonds: Iterable[bytes],
-    drawn: Iterable[bytes], references: Iterable[str],
+    drawn: Iterable[bytes], references: Iterable[str], fees: bool,
 ) -> Rows:  # fmt: skip
     """As they are in the book now; of escrows, what is not as it was before."""
     rows: Rows = {
@@ -523,6 +544,7 @@ def _rows_of(
         BONDS: [bond_row(book.bonds[name]) for name in bonds],
         WITHDRAWALS: [(account, book.withdrawals[account]) for account in drawn],
         REFERENCES: [(one.encode(),) for one in references],
+        FEES: [fees_row(book.fees)] if fees else [],
     }
     return {table: some for table, some in rows.items() if some}
 
