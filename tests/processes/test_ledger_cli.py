@@ -147,7 +147,7 @@ def test_a_statement_names_escrows_and_what_they_hold_back(
     short = escrow_story(ticket, load_account(tmp_path / "home" / "account.key")).hex()[:10]
     shown = shoal("account", "statement")[1]
     assert re.search(rf"into escrow {short} +1.00 +1.00\n", shown)
-    assert re.search(rf"earned of escrow {short}, 0.02 held back, 0.0036 to the ledger +0.1764 +1.1764\n", shown)
+    assert re.search(rf"earned of escrow {short}, 0.02 held back, fee 0.0036 +0.1764 +1.1764\n", shown)
     lines = done(shoal("account", "statement", "--json"))["newest"]
     assert [one["held_micro"] for one in lines[:3]] == [0, 0, 20_000]
     assert [one["fee_micro"] for one in lines[:3]] == [0, 0, 3600]

@@ -142,6 +142,7 @@ def test_the_ledger_takes_its_fee_and_bill_and_nodes_say_how_much(tmp_path: Path
         job = Job(street, tmp_path / "run")
         await job.begin(*shops)
         assert job.written.terms[0].terms.fee_ppm == 20_000
+        assert "Of what nodes are paid, the ledger takes 2 %." in job.said
         await street.clock.advance(10.0)
         await job.commit((shops[0], 12_345), (shops[1], 4_000))
         await job.treasurer.withhold(shops[1].node, "it lied", WORK)
@@ -342,7 +343,7 @@ def test_what_a_killed_driver_has_set_aside_is_asked_back_without_another(tmp_pa
         assert look_at(path).open_micro == 999_000 and open_at(path) == [LEDGER]
         with pytest.raises(OthersMoney, match=r"has set money of 0x\w+ aside, and your account is 0x\w+: whose it is"):
             await close_escrows(path, an_account(51), street.ledger)
-        with pytest.raises(OthersMoney, match=f"at the ledger {bytes(32).hex()}/USD; name its ticket with --ledger"):
+        with pytest.raises(OthersMoney, match=f"at the ledger {LEDGER.operator.hex()}/USD; name its ticket with --ledger"):
             await close_escrows(path, PAYER, BookLedger(street.clock, HouseLedger(bytes(32), "EUR")))
         street.ledger.fails = StorageError("away")
         with pytest.raises(StorageError):

@@ -442,7 +442,7 @@ def statement(
     for line, change, after in newest:
         held, fee = _held(line.moves, mine), _fee(line, mine)
         what = _what(line.command, mine, ticket.ledger) + (f", {format_money(held)} held back" if held > 0 else "")
-        what += f", {format_money(fee)} to the ledger" if fee else ""
+        what += f", fee {format_money(fee)}" if fee else ""
         table.add_row(
             when(line.at_ms), escape(shown(what)), format_money(change) if change > 0 else "",
             format_money(-change) if change < 0 else "", format_money(after),

@@ -46,7 +46,7 @@ from shoal.protocol.money import (
 )
 from shoal.protocol.offers import Offer
 from shoal.quantities import format_duration_s
-from shoal.quantities.money import format_money, share
+from shoal.quantities.money import format_money, format_share, share
 from shoal.world import Clock, Dice, Ledger, Link
 from shoal.world.quotes import Held, NotSecured, Quotes, is_free
 
@@ -323,6 +323,8 @@ class Treasurer:
         except BaseException:
             await self._take_back()
             raise
+        if terms.fee_ppm:
+            self._say(f"Of what nodes are paid, the ledger takes {format_share(terms.fee_ppm)}.")
 
     async def _have_done(self, command: Open | Admit) -> None:
         """Raises what the ledger does."""
