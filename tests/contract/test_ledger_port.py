@@ -214,7 +214,7 @@ def test_a_payer_gets_the_rest_after_its_notice(play: Callable[[Scene], None]) -
         await world.ledger.apply(world.voucher(name, 300))
         wish = Closing(name)
         with pytest.raises(NotSigned):
-            await world.ledger.apply(Close(wish, DRIVER.sign(wish.digest(world.name))))
+            await world.ledger.apply(Close(wish, NODES[0].sign(wish.digest(world.name))))
         assert await world.ledger.apply(Close(wish, CLIENT.sign(wish.digest(world.name)))) == ()
         await world.ledger.apply(world.voucher(name, 400))
         await world.clock.advance(0.1)

@@ -343,7 +343,9 @@ def test_what_a_killed_driver_has_set_aside_is_asked_back_without_another(tmp_pa
         assert look_at(path).open_micro == 999_000 and open_at(path) == [LEDGER]
         with pytest.raises(OthersMoney, match=r"has set money of 0x\w+ aside, and your account is 0x\w+: whose it is"):
             await close_escrows(path, an_account(51), street.ledger)
-        with pytest.raises(OthersMoney, match=f"at the ledger {LEDGER.operator.hex()}/USD; name its ticket with --ledger"):
+        with pytest.raises(
+            OthersMoney, match=f"at the ledger {LEDGER.operator.hex()}/USD; name its ticket with --ledger"
+        ):
             await close_escrows(path, PAYER, BookLedger(street.clock, HouseLedger(bytes(32), "EUR")))
         street.ledger.fails = StorageError("away")
         with pytest.raises(StorageError):

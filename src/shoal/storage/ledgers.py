@@ -107,8 +107,6 @@ _REFERENCE = sa.select(REFERENCES.c.reference).where(REFERENCES.c.reference == s
 _WITHDRAWN = sa.select(WITHDRAWALS.c.number).where(WITHDRAWALS.c.account == sa.bindparam("one"))
 _LINE = sa.select(JOURNAL.c.line).where(JOURNAL.c.number == sa.bindparam("number"))
 _LOCK = sa.text(f"LOCK TABLE {JOURNAL} IN EXCLUSIVE MODE")
-_WAIT_FOR_LINE = sa.text(f"INSERT INTO {JOURNAL} (number, line) VALUES (:number, :line) ON CONFLICT DO NOTHING")
-"""Where somebody is writing a line of this number, it waits until that is written or given up."""
 _PUT = {
     table: sa.text(put_into(table, f"VALUES ({', '.join(f':{one.name}' for one in table.columns)})"))
     for table in METADATA.sorted_tables
@@ -167,6 +165,9 @@ class _Known:
 class _Step:
     """What follows from some commands, and is to be written."""
 
+    commands: Sequence[Command]
+    known: _Known
+    """As it is when that is written."""
     due: int
     """How many of the outcomes are of what the time has brought."""
     outcomes: list[tuple[Move, ...] | ShoalError]
@@ -185,7 +186,7 @@ class SqlLedger:
         self._engine, self._place, self.ledger, self.clock, self._network = engine, place, ledger, clock, network
         self._writer = SqliteWriter(engine) if engine.dialect.name == "sqlite" else PostgresWriter(engine)
         self._known: _Known | None = None
-        self._open: tuple[Sequence[Command], _Known, _Step] | None = None
+        self._unsure: _Step | None = None
         """Of which it is not known whether it was written."""
         self._latest_ms = 0
         """Of what the clock has said: the time never goes back, also where nothing was written at it."""
@@ -227,34 +228,43 @@ class SqlLedger:
         writing: asked for the same list again, it looks whether that was written, and writes it if not."""
         if len(commands) > COMMANDS_MAX:
             raise ValueError(f"{len(commands)} commands are more than {COMMANDS_MAX}")
-        (asked, known, step), self._open = self._open or (None, None, None), None
-        if asked is commands and known is not None and step is not None and self._was_written(commands, known, step):
-            return step.answers
+        unsure, self._unsure = self._unsure, None
+        if unsure is not None and unsure.commands is not commands:
+            unsure = None  # who asked for that has been told
         known, self._known = self._known, None  # if this fails, nothing is known any more
-        if known is not None:
+        if unsure is None and known is not None:
             with _LazyTransaction(self._reading()) as reading:
                 step = self._decided(known, reading, commands)
-                if not step.lines and commands and self._newest(reading.connection) != known.number:
-                    known = None
-            if known is not None and self._written(commands, known, step):
-                return step.answers
-        return self._alone(commands).answers
+                stale = not step.lines and bool(commands) and self._newest(reading.connection) != known.number
+            try:
+                if not stale and self._written(step):
+                    return step.answers
+            except OutcomeOpen:
+                unsure = step
+        return self._alone(commands, unsure).answers
 
-    def _alone(self, commands: Sequence[Command]) -> _Step:
-        """While nobody else writes. What was known may be of before somebody did."""
-        decided = None
+    def _alone(self, commands: Sequence[Command], unsure: _Step | None) -> _Step:
+        """While nobody else writes: what was known may be of before somebody did. Where it is not known whether
+        something was written, the journal says so, once the server is done with it."""
         try:
             with _LazyTransaction(self._transaction()) as reading:
                 if self._engine.dialect.name != "sqlite":  # which lets nobody else write as it is
                     reading.connection.execute(_LOCK)
-                known = self._read_head(reading.connection)
-                step = self._decided(known, reading, commands)
-                _put(reading.connection, step.rows)
-                decided = (known, step) if step.lines else None
-        except LedgerFailed:
-            if decided is None or not self._was_written(commands, *decided):
+                if unsure is not None and self._holds(reading.connection, unsure.lines[-1]):
+                    step = unsure
+                else:
+                    step = self._decided(self._read_head(reading.connection), reading, commands)
+                    _put(reading.connection, step.rows)
+                    unsure = step if step.lines else None  # until the commit is answered
+        except LedgerFailed as error:
+            if unsure is None:
                 raise
-        self._is_known(known, step)
+            self._unsure = unsure
+            raise OutcomeUnknown(
+                f"The ledger in {self._place} went away while it was writing, so that it is not known whether that "
+                f"was done: {error} What is signed is done once at most: hand the same in again."
+            ) from error
+        self._is_known(step)
         return step
 
     def balance(self, name: str) -> int:
@@ -393,7 +403,7 @@ class SqlLedger:
             previous = lines[-1].hash
         touched = (*(book.escrows[name].due_ms for name in escrows), *(book.bonds[name].due_ms for name in bonds))
         known.due_ms = min((known.due_ms, *(due_ms for due_ms in touched if due_ms is not None)))
-        return _Step(len(due), outcomes, lines, _rows_after(book, escrows, bonds, lines))
+        return _Step(commands, known, len(due), outcomes, lines, _rows_after(book, escrows, bonds, lines))
 
     def _due(self, known: _Known, reading: _LazyTransaction) -> list[Command]:
         """As `Book.due`."""
@@ -427,36 +437,21 @@ class SqlLedger:
         if isinstance(command, Deposit) and row(_REFERENCE, command.reference.encode()) is not None:
             book.references.add(command.reference)
 
-    def _written(self, commands: Sequence[Command], known: _Known, step: _Step) -> bool:
-        """False where another process has written meanwhile. Raises LedgerFailed, OutcomeUnknown."""
+    def _written(self, step: _Step) -> bool:
+        """False where another process has written meanwhile. Raises LedgerFailed, OutcomeOpen."""
         try:
             if step.lines and not self._writer.write(step.rows):
                 return False
-        except OutcomeOpen:
-            return self._was_written(commands, known, step)
         except (SQLAlchemyError, self._engine.dialect.loaded_dbapi.Error) as error:
             raise _failed(error, self._place) from error
-        self._is_known(known, step)
+        self._is_known(step)
         return True
 
-    def _was_written(self, commands: Sequence[Command], known: _Known, step: _Step) -> bool:
-        """The journal says so. Raises OutcomeUnknown where it cannot be asked."""
-        newest = step.lines[-1]
-        try:
-            with self._reading() as connection:
-                connection.execute(_WAIT_FOR_LINE, {"number": newest.number, "line": b""})
-                there = connection.execute(_LINE, {"number": newest.number}).scalar() == encode(newest)
-        except LedgerFailed as error:
-            self._open = commands, known, step
-            raise OutcomeUnknown(
-                f"The ledger in {self._place} went away while it was writing, so that it is not known whether that "
-                f"was done: {error} What is signed is done once at most: hand the same in again."
-            ) from error
-        if there:
-            self._is_known(known, step)
-        return there
+    def _holds(self, connection: sa.Connection, one: Line) -> bool:
+        return connection.execute(_LINE, {"number": one.number}).scalar() == encode(one)
 
-    def _is_known(self, known: _Known, step: _Step) -> None:
+    def _is_known(self, step: _Step) -> None:
+        known = step.known
         if step.lines:
             known.number, known.last = step.lines[-1].number, step.lines[-1].hash
         forget = len(known) > KNOWN_MAX
@@ -498,7 +493,6 @@ class SqlLedger:
         return _Transaction(self._engine.begin, self._place)
 
     def _reading(self) -> _Transaction:
-        """What is written in it is given up."""
         return _Transaction(self._engine.connect, self._place)
 
 
