@@ -112,7 +112,8 @@ L = TypeVar("L", bound=Line)
 R = TypeVar("R", bound=Record)
 S = TypeVar("S", bound=msgspec.Struct)
 
-_CHAIN = "records/chain"
+CHAIN = "records/chain"
+"""Where the records are."""
 _LOCK = "lock"
 _PID_BYTES = 20
 _REPLACED = ".replaced"
@@ -311,10 +312,10 @@ class RunFolder:
         with self._guard:
             if self._failed:
                 raise FolderWriteFailed(f"The disk under {self.path} failed before; resume the job on a sound disk.")
-            self._extend(_CHAIN, _frame(self._end(_CHAIN), durable, payload))
+            self._extend(CHAIN, _frame(self._end(CHAIN), durable, payload))
             if durable:
                 try:
-                    self._disk.sync(_CHAIN)
+                    self._disk.sync(CHAIN)
                 except OSError as error:
                     self._failed = True
                     raise _write_failure(self.path, error) from error
@@ -324,7 +325,7 @@ class RunFolder:
         verified here: `open_record` does that for those that are looked into. Raises FolderDamaged when they end
         before those that were there when the reading began."""
         wanted = {kind.KIND for kind in kinds}
-        for _, payload in self._frames(self._end(_CHAIN)):
+        for _, payload in self._frames(self._end(CHAIN)):
             envelope = Envelope.from_bytes(payload, RECORD_BODY_MAX_BYTES)
             if not wanted or envelope.kind in wanted:
                 yield envelope
@@ -462,34 +463,34 @@ class RunFolder:
             offset = position - start
             if len(window) - offset < _FRAME_MAX_BYTES:
                 start, offset = position, 0
-                window = self._read(_CHAIN, start, _WINDOW_BYTES)
+                window = self._read(CHAIN, start, _WINDOW_BYTES)
             frame = _parse_frame(window, offset, position)
             if frame is None:
                 if position < least:
-                    raise self._damaged(_CHAIN, f"its records end at byte {position}, and {least} bytes were there")
+                    raise self._damaged(CHAIN, f"its records end at byte {position}, and {least} bytes were there")
                 return
             position += _FRAME.size + len(frame[1])
             yield position, frame[1]
 
     def _check_chain(self) -> None:
         """Find where the intact frames end. Raises FolderDamaged unless what follows is a torn tail."""
-        size = self._size(_CHAIN) or 0  # first: a driver may be appending more meanwhile
+        size = self._size(CHAIN) or 0  # first: a driver may be appending more meanwhile
         end = 0
         for end, _ in self._frames():
             if end >= size:
                 break
         if end < size and self._durable_between(end + 1, size):
             raise FolderDamaged(
-                f"{self.path / _CHAIN} is damaged at byte {end}, and records that were safe on the disk follow. "
+                f"{self.path / CHAIN} is damaged at byte {end}, and records that were safe on the disk follow. "
                 "Restore the file from a copy; the job's members hold its Commits too."
             )
-        self._ends[_CHAIN] = end
+        self._ends[CHAIN] = end
         self.cut_bytes = max(0, size - end)
 
     def _durable_between(self, start: int, size: int) -> bool:
         """Whether an intact durable frame starts in [start, size)."""
         for base in range(start, size, _WINDOW_BYTES):
-            window = self._read(_CHAIN, base, _WINDOW_BYTES + _FRAME_MAX_BYTES)
+            window = self._read(CHAIN, base, _WINDOW_BYTES + _FRAME_MAX_BYTES)
             found = window.find(_MARK)
             while 0 <= found < _WINDOW_BYTES:
                 frame = _parse_frame(window, found, base + found)
@@ -501,7 +502,7 @@ class RunFolder:
     def _cut_tails(self) -> None:
         with _writing(self.path):
             if self.cut_bytes:
-                self._cut(_CHAIN, self._ends[_CHAIN])
+                self._cut(CHAIN, self._ends[CHAIN])
             for kind in LINES:
                 size = self._size(kind.FILE) or 0
                 tail = self._read(kind.FILE, max(0, size - LINE_MAX_BYTES), LINE_MAX_BYTES)
@@ -564,7 +565,7 @@ def _moment(line: Line) -> float:
 def _is_own(name: str) -> bool:
     scratch = re.fullmatch(r"\.(.+)\.(new|\d+)", name)  # `.new` as it is written here, a number by process so-and-so
     if scratch is not None:
-        return scratch[1] in _OWN_NAMES or scratch[1] == _CHAIN.replace("/", ".")
+        return scratch[1] in _OWN_NAMES or scratch[1] == CHAIN.replace("/", ".")
     return name in _OWN_NAMES or name in (_REPLACED, _GONE)
 
 
@@ -620,6 +621,12 @@ def pid_in_lock(path: Path) -> int | None:
     except OSError:
         return None
     return int(holder) if holder.isdigit() else None
+
+
+def intact_end(path: Path) -> int:
+    """Where the intact frames of a folder's records end, be it a whole run folder or not."""
+    frames = RunFolder(path, DirectoryDisk(path), None)._frames()
+    return max((end for end, _ in frames), default=0)
 
 
 def is_unsettled(path: Path) -> bool:
