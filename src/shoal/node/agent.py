@@ -65,6 +65,7 @@ OFFER_LOOK_S = 0.5
 """So often a node looks whether its offer still says what is, and so long at least it waits between two of them: hubs
 take no more."""
 HEAD_DEADLINE_S = 8.0
+NOTICE_OVER = "Its owner took it back when the notice was over."
 INVITED_ANEW = "It was invited anew."
 """The reason with which a membership ends that another one of the same job follows at once."""
 
@@ -106,6 +107,8 @@ class Sale:
     ledger: Ledger
     payee: bytes
     """The account."""
+    reclaim_notice_ms: int = 0
+    """What clients are given when the owner wants the machine back."""
 
 
 @dataclass(frozen=True)
@@ -206,6 +209,8 @@ class NodeAgent:
         """Ended jobs, the oldest first: who may drive, and the newest Commit that was applied here."""
         self._inviting = asyncio.Lock()
         self._closing = False
+        self._leaves_s: float | None = None
+        """When its owner takes it back, once clients are given notice."""
         self._stages: StageHost | None = None
         self._engine: EngineHost | None = None
         self._publishing = asyncio.Lock()
@@ -304,6 +309,7 @@ class NodeAgent:
     def _start_selling(self, sale: Sale) -> Sales:
         terms = Terms(
             price=sale.price, ledger=sale.ledger.name, payee=sale.payee, slots=self.settings.members_max,
+            reclaim_notice_ms=sale.reclaim_notice_ms,
         )  # fmt: skip
         return Sales(
             terms,
@@ -329,14 +335,29 @@ class NodeAgent:
                     f"(--data) with a key file of its own: a node is its key. ({state.trouble})"
                 )
 
+    async def give_notice(self) -> float | None:
+        """The owner wants the machine back: the node takes nothing new, and whoever has paid for a place hears until
+        when it is kept. Gives the seconds; None where nobody has, and the node may stop at once."""
+        notice_s = await self._sales.give_notice() if self._sales is not None else None
+        if notice_s is not None:
+            self._leaves_s = self._clock.monotonic() + notice_s
+        return notice_s
+
+    async def vacated(self) -> None:
+        """Returns when all who were given notice have left, or when it is over."""
+        assert self._leaves_s is not None and self._sales is not None, "notice was given"
+        while self._sales.taken and self._clock.monotonic() < self._leaves_s:
+            await self._clock.sleep(OFFER_LOOK_S)
+
     async def close(self) -> None:
         """Leave all jobs, saying so, and stop."""
         self._closing = True
+        over = self._leaves_s is not None and self._clock.monotonic() >= self._leaves_s
         for task in (self._telling, self._surveying):
             if task is not None:
                 task.cancel()
         for member in list(self._members.values()):
-            member.end("The node is stopping.", tell=True)
+            member.end(NOTICE_OVER if over else "The node is stopping.", tell=True)
         tasks = list(self._tasks.values())
         serving = [asyncio.create_task(each.close()) for each in (self._stages, self._engine) if each is not None]
         if tasks:
@@ -384,6 +405,7 @@ class NodeAgent:
                 price=sale.price if sale else None,
                 ledger=sale.ledger.name if sale else None,
                 slots=self.settings.members_max,
+                reclaim_notice_ms=sale.reclaim_notice_ms if sale else 0,
             )
             try:
                 await self._hubs.publish(sign(self._key, offer, self.settings.network))
@@ -394,7 +416,7 @@ class NodeAgent:
         """What of the offer changes while the node runs."""
         taken = len(self._unheld()) + (self._sales.held if self._sales else 0)
         engine, at = self._engine.offer if self._engine else None, self._surveyor.said
-        return taken >= self.settings.members_max, engine, at.told() if at else None
+        return self._leaves_s is not None or taken >= self.settings.members_max, engine, at.told() if at else None
 
     async def _tell_hubs(self) -> None:
         """Whoever asks something of this node does not wait until hubs have heard what changed by it. Some of it nobody
@@ -493,6 +515,8 @@ class NodeAgent:
     def _admit(self, without: MemberRun | None = None, *, held: bool = False) -> None:
         """Raises NodeUnable, NodeBusy; `without` makes way, and whoever has a slot `held` may take it."""
         self._refuse_when_stopping()
+        if self._leaves_s is not None:
+            raise NodeUnable(f"Node {self.settings.name} takes nothing new: its owner takes it back soon.")
         if self.settings.server is not None and self.settings.server.alone:
             raise NodeUnable(f"Node {self.settings.name} takes no jobs: it has an engine for whole replicas alone.")
         jobs = self._jobs(without)

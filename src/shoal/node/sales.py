@@ -2,7 +2,8 @@
 
 What `market.holds` decides is on the disk before anybody hears of it, and so is each voucher before it is acknowledged:
 a node that was killed keeps its word, and loses no money. Vouchers are redeemed at the ledger now and then, when a
-client says that there will be no more, and when the node stops.
+client says that there will be no more, and when the node stops. An owner who wants the machine back gives clients the
+notice that their Holds name.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 from msgspec import Meta
 
-from shoal.errors import BadRecord, JobError, ShoalError, StorageError
+from shoal.errors import BadRecord, JobError, LinkError, ShoalError, StorageError
 from shoal.identity import Envelope, Hash, KeyPair, NodeId, short_id
 from shoal.identity.accounts import Address, address_text, signer_of
 from shoal.ledger.commands import Redeem
@@ -25,16 +26,18 @@ from shoal.ledger.escrows import Escrow, EscrowOver, OldVoucher, State
 from shoal.ledger.escrows import Paid as PaidOut
 from shoal.ledger.moves import MoneyRefused
 from shoal.market.earnings import Earnings, say_unpaid
-from shoal.market.holds import HoldRefused, Slots, Terms, ask, give_back, held, hold_of, keep, promised, take
+from shoal.market.holds import HoldRefused, Slots, Terms, ask, give_back, held, hold_of, keep, promised, take, taken
 from shoal.protocol.holds import (
     Deputy,
     Hold,
     HoldAsk,
     HoldGiven,
+    HoldReclaim,
     HoldRelease,
     HoldTake,
     Paid,
     Pay,
+    Reclaim,
     Release,
 )
 from shoal.protocol.messages import DEFAULT_NETWORK, decode, encode, open_record, sign
@@ -61,6 +64,8 @@ UNTAKEN_SHARE, UNTAKEN_S = 0.1, 120
 nothing: a client that lets its Hold lapse could ask with the next one."""
 LAST_ROUND_S = 8.0
 """How long a stopping node tries to redeem what it has."""
+TELL_DEADLINE_S, TELL_AGAIN_S = 5.0, 2.0
+"""For a client that is told that its place ends."""
 UNCOUNTED_MAX = 6
 """Contributions that a client may have without accepting one: it has them, and pays for none. Some come too late
 without anybody's fault, and two are under way at a time."""
@@ -235,7 +240,7 @@ class Sales:
         back. Raises SalesDamaged."""
         self.terms = terms
         self._key, self._name, self._network = key, name, network
-        self._disk, self._ledger, self._clock = disk, ledger, clock
+        self._disk, self._ledger, self._clock, self._endpoint = disk, ledger, clock, endpoint
         self._unheld, self._changed = unheld, changed
         self._slots = read_kept(disk, SLOTS, Slots, name) or Slots()
         self._accounts = {one.escrow: one for one in read_kept(disk, ACCOUNTS, list[Account], name) or ()}
@@ -248,6 +253,9 @@ class Sales:
         """Drivers that act for another client, as that one has signed."""
         self._works: dict[bytes, Work] = {}
         """Of these, those that work was done for since the node started."""
+        self.closes_ms: int | None = None
+        """When the owner takes the machine back, once its clients are told."""
+        self._telling = list[asyncio.Task[None]]()
         self._deciding = asyncio.Lock()
         self._redeeming: dict[bytes, asyncio.Task[None]] = {}
         """Beside the rounds, at a client's word that nothing more will come."""
@@ -278,6 +286,11 @@ class Sales:
     def held(self) -> int:
         """Slots that are promised now."""
         return len(held(self._slots, self.now_ms()))
+
+    @property
+    def taken(self) -> int:
+        """Of these, slots that money is set aside for."""
+        return len(taken(self._slots, self.now_ms()))
 
     def client_of(self, driver: bytes) -> bytes:
         """For whom a driver acts: itself, unless it has shown otherwise."""
@@ -310,9 +323,39 @@ class Sales:
     def accounts(self) -> list[Account]:
         return list(self._accounts.values())
 
+    async def give_notice(self) -> float | None:
+        """The owner wants the machine back: whoever has taken a slot is told until when it is kept, and no more are
+        given. Gives the seconds until then; None where no slot is taken, or none with a notice."""
+        async with self._deciding:
+            kept, now_ms = taken(self._slots, self.now_ms()), self.now_ms()
+            notice_ms = max((one.hold.reclaim_notice_ms for one in kept), default=0)
+            if not notice_ms:
+                return None
+            self.closes_ms = now_ms + notice_ms
+            for one in kept:
+                reclaim = Reclaim(client=one.hold.client, from_ms=now_ms, until_ms=self.closes_ms)
+                self._telling.append(asyncio.create_task(self._tell(reclaim)))
+        await self._changed()
+        return notice_ms / 1000
+
+    async def _tell(self, reclaim: Reclaim) -> None:
+        """A client, or who acts for it; one that cannot be told, or not yet, is told again."""
+        word = HoldReclaim(reclaim=sign(self._key, reclaim, self._network).to_bytes())
+        while True:
+            acting = [driver for driver, client in reversed(self._clients.items()) if client == reclaim.client]
+            for peer in (*acting, reclaim.client):
+                link = self._endpoint.links().get(peer)
+                try:
+                    if link is not None:
+                        await link.request(word.KIND, encode(word, link.version), deadline_s=TELL_DEADLINE_S)
+                        return
+                except LinkError as error:
+                    _log.info("%s: %s was not told that its place ends: %s", self._name, short_id(peer), error)
+            await self._clock.sleep(TELL_AGAIN_S)
+
     async def close(self) -> None:
         """Redeem what is there. What the ledger does not answer in time for is redeemed by the node's next start."""
-        tasks = [self._rounds, *self._redeeming.values()]
+        tasks = [self._rounds, *self._telling, *self._redeeming.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -340,7 +383,7 @@ class Sales:
         client = self._client(request, wanted.deputy)
         async with self._deciding:
             known = hold_of(self._slots, client, self.now_ms())
-            hold = ask(self._slots, wanted, client, self.terms, self._unheld(), self.now_ms())
+            hold = ask(self._slots, wanted, client, self.terms, self._unheld(), self.now_ms(), self.closes_ms)
             envelope = sign(self._key, hold, self._network)
             if known is None or known.hold_id != envelope.record_id:
                 self._count_untaken(request, wanted.lifetime_ms / 1000)
@@ -366,7 +409,7 @@ class Sales:
         escrow = await self._ledger.escrow(wanted.escrow)
         async with self._deciding:
             known = hold_of(self._slots, client, self.now_ms())
-            hold = take(self._slots, client, escrow, self.terms, self.now_ms())
+            hold = take(self._slots, client, escrow, self.terms, self.now_ms(), self.closes_ms)
             assert escrow is not None and known is not None
             envelope = sign(self._key, hold, self._network)
             accounts = self._with(escrow, hold)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from shoal.node.agent import NodeAgent, NodeSettings, Sale
 from shoal.node.dishonest import dishonest_member
 from shoal.node.member import EngineSettings, MemberRun
 from shoal.node.openai_server import ServerSettings
+from shoal.node.stopping import PID_FILE
 from shoal.protocol.hubs import HubTicket
 from shoal.protocol.ledgers import PaidAt
 from shoal.protocol.offers import Place
@@ -79,6 +81,7 @@ async def start_node(
     dishonest: str,
     price: Price | None = None,
     paid: PaidAt | None = None,
+    reclaim_notice_ms: int = 0,
     serve_free: bool = False,
     place: Place | None = None,
     server: ServerSettings | None = None,
@@ -95,6 +98,7 @@ async def start_node(
     folder.mkdir(parents=True, exist_ok=True)
     key = load_or_create_key(folder / "node.key")
     store = BlobStore(folder / "blobs", storage_bytes, clock)
+    (folder / PID_FILE).write_text(str(os.getpid()))
     endpoint = TlsEndpoint(key, clock=clock, dice=dice)
     client = HubClient(endpoint, hubs, clock=clock, dice=dice)
     settings = NodeSettings(
@@ -104,7 +108,7 @@ async def start_node(
         listen=listen,
         memory_bytes=memory_bytes,
         accepts=("train",) if priced and not serve_free else ("train", "serve"),
-        sale=_sale(price, paid, endpoint, clock),
+        sale=_sale(price, paid, reclaim_notice_ms, endpoint, clock),
         place=place,
         server=server,
     )
@@ -129,7 +133,9 @@ async def start_node(
     return running
 
 
-def _sale(price: Price | None, paid: PaidAt | None, endpoint: Endpoint, clock: Clock) -> Sale | None:
+def _sale(
+    price: Price | None, paid: PaidAt | None, reclaim_notice_ms: int, endpoint: Endpoint, clock: Clock
+) -> Sale | None:
     """Raises CannotSell."""
     if price is None or not price.micro_per_h:
         return None
@@ -142,7 +148,7 @@ def _sale(price: Price | None, paid: PaidAt | None, endpoint: Endpoint, clock: C
         raise CannotSell(
             f"The price is in {price.currency}, and the ledger at which this node is paid keeps {paid.ledger.currency}."
         )
-    return Sale(price, RemoteLedger(endpoint, paid.ledger, clock), paid.account)
+    return Sale(price, RemoteLedger(endpoint, paid.ledger, clock), paid.account, reclaim_notice_ms)
 
 
 def _name(text: str) -> str:

@@ -25,6 +25,7 @@ from shoal.ledger.escrows import State
 from shoal.market.earnings import forecast_micro, lasts_s
 from shoal.protocol.money import LedgerName, ledger_text
 from shoal.world import Ledger
+from shoal.world.processes import process_holding
 
 STOP_S = 60.0
 """So long a driver has to stop in order: it pays its nodes, and writes down what it knows."""
@@ -137,14 +138,7 @@ def driver_of(folder: Path) -> psutil.Process | None:
 
 
 def _driver(folder: Path, pid: int | None) -> psutil.Process | None:
-    if pid is None:
-        return None
-    try:
-        process = psutil.Process(pid)
-        held = {one.path for one in process.open_files()}
-    except (psutil.Error, OSError):
-        return None
-    return process if str((folder / "lock").resolve()) in held else None
+    return process_holding(folder / "lock", pid) if pid is not None else None
 
 
 def look_at(path: Path) -> JobStanding:
