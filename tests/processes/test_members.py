@@ -63,7 +63,7 @@ from shoal.protocol.training import (
 )
 from shoal.rounds.standing import standing_at_start
 from shoal.storage import BlobStore, Fetcher, serve
-from shoal.storage.ledgers import LedgerFailed
+from shoal.storage.faults import LedgerFailed
 from shoal.training.updates import encode_update
 from shoal.transport.memory import MemoryEndpoint, MemoryNetwork
 from shoal.world import MemoryDisk, Refused, Request, SeededDice, SystemClock

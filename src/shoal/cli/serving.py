@@ -95,7 +95,7 @@ def hub(
     For a lab: `shoal hub --listen tcp://192.168.1.10:7700`. The ticket names the hub's key, so nobody else can answer
     in its place; keep the data directory, and the key with it.
     """  # fmt: skip
-    from shoal.hub import HubServer, HubSettings
+    from shoal.hub.server import HubServer, HubSettings
     from shoal.transport import TlsEndpoint
 
     if with_parent:

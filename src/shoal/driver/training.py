@@ -52,8 +52,7 @@ from shoal.rounds.joining import OFFERED_MAX_BYTES, is_offered
 from shoal.rounds.standing import Standing
 from shoal.rounds.weights import weigh
 from shoal.storage import BlobStore, DiskFailed, Fetcher, StorageFull
-from shoal.storage.group_commit import LedgerBusy
-from shoal.storage.ledgers import LedgerFailed
+from shoal.storage.faults import LedgerBusy, LedgerFailed
 from shoal.training.outer import OuterStep, WeighedUpdate, measure
 from shoal.training.state import SharedState
 from shoal.training.updates import UPDATE_MEDIA_TYPE, Update, decode_update

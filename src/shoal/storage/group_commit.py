@@ -11,22 +11,16 @@ from collections import deque
 from collections.abc import Callable
 from typing import TypeVar
 
-from shoal.errors import StorageError
 from shoal.ledger.commands import Command
 from shoal.ledger.escrows import Escrow
 from shoal.ledger.moves import Move
 from shoal.ledger.moves import account as account_name
 from shoal.protocol.money import LedgerName
+from shoal.storage.faults import LedgerBusy
 from shoal.storage.ledgers import COMMANDS_MAX, SqlLedger
 
 WAITING_MAX = 8 * COMMANDS_MAX
 T = TypeVar("T")
-
-
-class LedgerBusy(StorageError):
-    """More commands wait for a ledger than it lets wait."""
-
-    code = "SH-446"
 
 
 class GroupCommit:

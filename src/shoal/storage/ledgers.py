@@ -17,7 +17,7 @@ import msgspec
 import sqlalchemy as sa
 from sqlalchemy.exc import SQLAlchemyError
 
-from shoal.errors import ShoalError, StorageError
+from shoal.errors import ShoalError
 from shoal.ledger.bonds import Bond
 from shoal.ledger.book import Book
 from shoal.ledger.commands import Command, Deposit, Pass, PayBack, Withdraw, bond_named_by, escrow_of
@@ -26,6 +26,7 @@ from shoal.ledger.journal import BEGINNING, BadJournal, Line, line, verified
 from shoal.ledger.moves import Move
 from shoal.protocol.messages import DEFAULT_NETWORK
 from shoal.protocol.money import LedgerName
+from shoal.storage.faults import LedgerFailed
 from shoal.storage.sqlite import sqlite_engine
 from shoal.world import Clock
 
@@ -146,12 +147,6 @@ def _bond_row(one: Bond) -> dict[str, Any]:
         "account": one.terms.account, "at_stake_micro": one.at_stake_micro, "due_ms": one.due_ms,
         "content": _encode(one),
     }  # fmt: skip
-
-
-class LedgerFailed(StorageError):
-    """A ledger's database cannot be read or written; nothing was acknowledged."""
-
-    code = "SH-445"
 
 
 @dataclass(frozen=True)
