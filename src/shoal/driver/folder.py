@@ -455,10 +455,10 @@ class RunFolder:
         self._disk.sync(name)
         self._ragged.discard(name)
 
-    def _frames(self, least: int = 0) -> Iterator[tuple[int, bytes]]:
-        """The intact frames from the start on: where each one ends, and its payload. Raises FolderDamaged when they end
+    def _frames(self, least: int = 0, start: int = 0) -> Iterator[tuple[int, bytes]]:
+        """The intact frames from `start` on: where each one ends, and its payload. Raises FolderDamaged when they end
         before byte `least`."""
-        position, start, window = 0, 0, b""
+        position, window = start, b""
         while True:
             offset = position - start
             if len(window) - offset < _FRAME_MAX_BYTES:
@@ -625,8 +625,14 @@ def pid_in_lock(path: Path) -> int | None:
 
 def intact_end(path: Path) -> int:
     """Where the intact frames of a folder's records end, be it a whole run folder or not."""
-    frames = RunFolder(path, DirectoryDisk(path), None)._frames()
-    return max((end for end, _ in frames), default=0)
+    return max((end for end, _ in records_after(path, 0)), default=0)
+
+
+def records_after(path: Path, position: int) -> Iterator[tuple[int, Envelope]]:
+    """The records of a folder, be it a whole one or not, from where one of them begins: where each ends, and what it
+    is."""
+    for end, payload in RunFolder(path, DirectoryDisk(path), None)._frames(start=position):
+        yield end, Envelope.from_bytes(payload, RECORD_BODY_MAX_BYTES)
 
 
 def is_unsettled(path: Path) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from blake3 import blake3
@@ -99,7 +100,14 @@ def _tail_hash(disk: DirectoryDisk, name: str, size: int) -> bytes:
 
 
 def _whole(disk: DirectoryDisk, name: str) -> tuple[int, bytes]:
-    hasher, at = blake3(), 0
+    info = disk.info(name)
+    return _hashed(disk.place, name, info.modified_ns) if info is not None else (0, b"")
+
+
+@lru_cache(maxsize=4 * FILES_MAX)
+def _hashed(place: str, name: str, modified_ns: int) -> tuple[int, bytes]:
+    """A model is asked for in many pieces."""
+    disk, hasher, at = DirectoryDisk(Path(place)), blake3(), 0
     while data := disk.read(name, at, PIECE_BYTES):
         hasher.update(data)
         at += len(data)

@@ -153,7 +153,12 @@ def take(
         raise HoldRefused("The ledger has no such escrow.")
     if known.hold.escrow != escrow.escrow_id:
         _refuse_closing(closes_ms, now_ms)
-    ends_ms = _check_escrow(escrow, known.hold, terms, now_ms)
+    if escrow.terms.payer != known.hold.payer:
+        raise HoldRefused(
+            f"{escrow.name} is {address_text(escrow.terms.payer)}'s, and the slot is held for "
+            f"{address_text(known.hold.payer)}."
+        )
+    ends_ms = check_escrow(escrow, known.hold.payee, terms, now_ms)
     if closes_ms is not None:
         ends_ms = min(ends_ms, closes_ms)
     return msgspec.structs.replace(
@@ -216,18 +221,14 @@ def _released(slots: Slots, slot: int, now_ms: int) -> tuple[bytes, ...]:
     return tuple(one.packed for one in slots.pending if one.slot == slot and one.until_ms > now_ms)
 
 
-def _check_escrow(escrow: Escrow, hold: Hold, terms: Terms, now_ms: int) -> int:
-    """When it ends. Raises HoldRefused."""
+def check_escrow(escrow: Escrow, payee: bytes, terms: Terms, now_ms: int) -> int:
+    """When it ends; that it has something for `payee` until then, on the node's terms. Raises HoldRefused."""
     said, asked = escrow.name, escrow.terms
     if escrow.state is not State.OPEN or escrow.ends_ms - now_ms < LEASE_LEAST_MS:
         left_s = max(0, escrow.ends_ms - now_ms) / 1000 if escrow.state is State.OPEN else 0
         raise HoldRefused(f"{said} ends in {left_s:.0f} s; {LEASE_LEAST_MS / 1000:.0f} s are needed at least.")
-    if asked.payer != hold.payer:
-        raise HoldRefused(
-            f"{said} is {address_text(asked.payer)}'s, and the slot is held for {address_text(hold.payer)}."
-        )
-    if escrow.most_for(hold.payee) <= escrow.paid.get(hold.payee, Paid()).redeemed_micro:
-        raise HoldRefused(f"{said} has nothing for {address_text(hold.payee)}, where this node is paid.")
+    if escrow.most_for(payee) <= escrow.paid.get(payee, Paid()).redeemed_micro:
+        raise HoldRefused(f"{said} has nothing for {address_text(payee)}, where this node is paid.")
     for what, value, most_allowed in (
         ("holds back", asked.holdback_ppm, terms.holdback_max_ppm),
         ("takes a fee of", asked.fee_ppm, terms.fee_max_ppm),

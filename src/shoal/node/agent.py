@@ -20,6 +20,8 @@ from shoal.hub import HubClient, NoHub
 from shoal.identity import Envelope, KeyPair
 from shoal.market.holds import Terms
 from shoal.node.engine import EngineHost
+from shoal.node.hosted_job import Around, HostSettings
+from shoal.node.hosting import CannotHost, Hosting
 from shoal.node.member import (
     PIN_PREFIX,
     PRIVATE_MEDIA_TYPE,
@@ -32,6 +34,7 @@ from shoal.node.openai_server import ServerSettings
 from shoal.node.sales import Sales
 from shoal.node.stages import StageHost
 from shoal.node.surveying import Prober, Surveyor
+from shoal.protocol.driving import DriveBegin
 from shoal.protocol.messages import DEFAULT_NETWORK, decode, encode, sign
 from shoal.protocol.offers import Capability, Device, Done, EngineOffer, NetworkCoordinate, Offer, Place
 from shoal.protocol.prices import Price
@@ -69,8 +72,8 @@ NOTICE_OVER = "Its owner took it back when the notice was over."
 INVITED_ANEW = "It was invited anew."
 """The reason with which a membership ends that another one of the same job follows at once."""
 
-_Said: TypeAlias = tuple[bool, EngineOffer | None, NetworkCoordinate | None]
-"""What of an offer changes while the node runs: busy, its engine, where it is."""
+_Said: TypeAlias = tuple[bool, EngineOffer | None, NetworkCoordinate | None, bool]
+"""What of an offer changes while the node runs: busy, its engine, where it is, whether it would drive a job."""
 
 _log = logging.getLogger("shoal.node")
 
@@ -130,6 +133,8 @@ class NodeSettings:
     place: Place | None = None
     server: ServerSettings | None = None
     """A server beside it that serves a whole model, which it offers, too."""
+    driving: HostSettings | None = None
+    """None: it drives no jobs for others."""
     network: str = DEFAULT_NETWORK
 
 
@@ -172,6 +177,11 @@ def check_device(name: str, capability: Capability) -> None:
     if kind not in known or (index and not (index.isdecimal() and int(index) < known.count(kind))):
         there = ", ".join(f"{one}:{known[:at].count(one)}" for at, one in enumerate(known))
         raise DeviceMissing(f"This machine has no device {name!r} that works; it has {there}.")
+
+
+def _beside(listen: str | None) -> str | None:
+    """Where a process beside the node accepts links, at a port of its own."""
+    return f"{listen.rpartition(':')[0]}:0" if listen is not None else None
 
 
 class NodeAgent:
@@ -220,6 +230,7 @@ class NodeAgent:
         self._telling: asyncio.Task[None] | None = None
         self._said: _Said | None = None
         self._sales: Sales | None = None
+        self._hosting: Hosting | None = None
         self._surveyor = Surveyor(endpoint, hubs, clock, dice, self._changed)
         self._surveying: asyncio.Task[None] | None = None
 
@@ -301,6 +312,8 @@ class NodeAgent:
             await self._endpoint.listen(self.settings.listen)
         await self._hubs.start()
         self._refuse_twin()
+        if self.settings.driving is not None:
+            self._hosting = self._start_hosting(self.settings.driving)
         await self._measure_hub_link()
         await self._publish()
         self._surveying = asyncio.create_task(self._surveyor.run())
@@ -323,6 +336,23 @@ class NodeAgent:
             changed=self._changed,
             network=self.settings.network,
         )
+
+    def _start_hosting(self, settings: HostSettings) -> Hosting:
+        async def paid(begin: DriveBegin) -> None:
+            if self._sales is None or begin.allowance is None:
+                raise CannotHost(f"Node {self.settings.name} drives no job for nothing; set money aside for it.")
+            client = KeyPair.from_seed(begin.allowance.client).node_id
+            await self._sales.paid_for_driving(begin.allowance.escrow, client)
+
+        around = Around(
+            self._key.node_id, self._endpoint, self._hubs, self._store, self._fetcher, self._clock, settings,
+            _beside(self.settings.listen), self.settings.network, self._changed,
+        )  # fmt: skip
+        payee = self.settings.sale.payee if self.settings.sale else None
+        folder = self.settings.folder / "hosted"
+        hosting = Hosting(around, folder=folder, name=self.settings.name, payee=payee, paid=paid)
+        hosting.start()
+        return hosting
 
     def _refuse_twin(self) -> None:
         states = self._hubs.states()
@@ -359,7 +389,8 @@ class NodeAgent:
         for member in list(self._members.values()):
             member.end(NOTICE_OVER if over else "The node is stopping.", tell=True)
         tasks = list(self._tasks.values())
-        serving = [asyncio.create_task(each.close()) for each in (self._stages, self._engine) if each is not None]
+        beside = (self._stages, self._engine, self._hosting)
+        serving = [asyncio.create_task(each.close()) for each in beside if each is not None]
         if tasks:
             _, slow = await asyncio.wait(tasks, timeout=LEAVE_S)
             for task in slow:
@@ -388,7 +419,7 @@ class NodeAgent:
         assert self.capability is not None
         async with self._publishing:
             now, sale = self._clock.now_ms(), self.settings.sale
-            self._said = busy, engine, coordinate = self._to_say()
+            self._said = busy, engine, coordinate, drives = self._to_say()
             self._sequence = max(self._sequence + 1, now)
             offer = Offer(
                 name=self.settings.name,
@@ -397,7 +428,7 @@ class NodeAgent:
                 lifetime_ms=OFFER_LIFETIME_MS,
                 addresses=tuple(self._endpoint.addresses),
                 capability=self.capability,
-                accepts=self._accepts(),
+                accepts=(*self._accepts(), *(("drive",) if drives else ())),
                 busy=busy,
                 engine=engine,
                 place=self.settings.place,
@@ -405,6 +436,7 @@ class NodeAgent:
                 price=sale.price if sale else None,
                 ledger=sale.ledger.name if sale else None,
                 slots=self.settings.members_max,
+                driving_micro_per_h=self.settings.driving.micro_per_h if drives and self.settings.driving else None,
                 reclaim_notice_ms=sale.reclaim_notice_ms if sale else 0,
             )
             try:
@@ -416,7 +448,9 @@ class NodeAgent:
         """What of the offer changes while the node runs."""
         taken = len(self._unheld()) + (self._sales.held if self._sales else 0)
         engine, at = self._engine.offer if self._engine else None, self._surveyor.said
-        return self._leaves_s is not None or taken >= self.settings.members_max, engine, at.told() if at else None
+        leaves, hosting = self._leaves_s is not None, self._hosting
+        drives = hosting is not None and hosting.places > 0 and not leaves
+        return leaves or taken >= self.settings.members_max, engine, at.told() if at else None, drives
 
     async def _tell_hubs(self) -> None:
         """Whoever asks something of this node does not wait until hubs have heard what changed by it. Some of it nobody

@@ -26,10 +26,22 @@ from shoal.ledger.escrows import Escrow, EscrowOver, OldVoucher, State
 from shoal.ledger.escrows import Paid as PaidOut
 from shoal.ledger.moves import MoneyRefused
 from shoal.market.earnings import Earnings, say_unpaid
-from shoal.market.holds import HoldRefused, Slots, Terms, ask, give_back, held, hold_of, keep, promised, take, taken
+from shoal.market.holds import (
+    HoldRefused,
+    Slots,
+    Terms,
+    ask,
+    check_escrow,
+    give_back,
+    held,
+    hold_of,
+    keep,
+    promised,
+    take,
+    taken,
+)
 from shoal.protocol.holds import (
     Deputy,
-    Hold,
     HoldAsk,
     HoldGiven,
     HoldReclaim,
@@ -315,6 +327,17 @@ class Sales:
             raise NotHeld(f"Node {self._name} works for {short_id(client)} no longer: {over}.")
         return work
 
+    async def paid_for_driving(self, escrow_id: bytes, client: bytes) -> None:
+        """Money is set aside for driving a job: its vouchers are taken from whoever acts for `client`. Raises
+        HoldRefused, and what the ledger does."""
+        escrow = await self._ledger.escrow(escrow_id)
+        if escrow is None:
+            raise HoldRefused("The ledger has no such escrow.")
+        async with self._deciding:
+            check_escrow(escrow, self.terms.payee, self.terms, self.now_ms())
+            if escrow_id not in self._accounts:
+                await self._store_accounts(self._with(escrow, client, self.terms.payee, 0))
+
     def account(self, escrow: bytes) -> Account | None:
         """None once it is over."""
         return self._accounts.get(escrow)
@@ -412,7 +435,7 @@ class Sales:
             hold = take(self._slots, client, escrow, self.terms, self.now_ms(), self.closes_ms)
             assert escrow is not None and known is not None
             envelope = sign(self._key, hold, self._network)
-            accounts = self._with(escrow, hold)
+            accounts = self._with(escrow, client, hold.payee, hold.price.micro_per_h)
             for gone in self._accounts.keys() - accounts.keys():
                 await self._remember(self._accounts[gone], 0)
             await self._store_accounts(accounts)
@@ -423,20 +446,20 @@ class Sales:
         await self._changed()
         return encode(HoldGiven(hold=envelope.to_bytes()), request.version)
 
-    def _with(self, escrow: Escrow, hold: Hold) -> dict[bytes, Account]:
-        """The accounts, once a slot is held for this escrow. Raises HoldRefused."""
+    def _with(self, escrow: Escrow, client: bytes, payee: bytes, micro_per_h: int) -> dict[bytes, Account]:
+        """The accounts, once `client` has work done for this escrow. Raises HoldRefused."""
         terms, known = escrow.terms, self._accounts.get(escrow.escrow_id)
-        if known is not None and (known.client, known.payee) != (hold.client, hold.payee):
+        if known is not None and (known.client, known.payee) != (client, payee):
             raise HoldRefused(
                 f"{escrow.name} pays for what node {self._name} does for {short_id(known.client)}, at "
                 f"{address_text(known.payee)}: each client sets money aside of its own, and another one where a node "
                 "is paid at another account."
             )
         account = known or Account(
-            escrow=escrow.escrow_id, ledger=self._ledger.name, client=hold.client, payer=terms.payer,
-            signer=terms.signer, payee=hold.payee, most_micro=0, ends_ms=0, micro_per_h=0,
+            escrow=escrow.escrow_id, ledger=self._ledger.name, client=client, payer=terms.payer,
+            signer=terms.signer, payee=payee, most_micro=0, ends_ms=0, micro_per_h=0,
         )  # fmt: skip
-        account = msgspec.structs.replace(account, micro_per_h=hold.price.micro_per_h)
+        account = msgspec.structs.replace(account, micro_per_h=micro_per_h)
         accounts = {**self._accounts, escrow.escrow_id: _as_at(escrow, account)}
         while len(accounts) > ACCOUNTS_MAX:
             idle = next(

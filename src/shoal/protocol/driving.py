@@ -33,7 +33,8 @@ WAIT_MAX_MS = 20_000
 FileName = Annotated[str, Meta(min_length=1, max_length=128)]
 Size = Annotated[int, Meta(ge=0, le=1 << 44)]
 Secret = Annotated[bytes, Meta(min_length=32, max_length=32)]
-Phase = Literal["fetching", "standing by", "driving", "over"]
+Phase = Literal["fetching", "standing by", "driving", "over", "given up"]
+"""`over`: for all hosts; `given up`: this one cannot go on, and others may."""
 
 
 class DriveAsk(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -74,6 +75,7 @@ class Allowance(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     ledger: Annotated[str, Meta(max_length=1024)]
     """A ticket."""
+    escrow: Hash
     signer: Secret
     """The secp256k1 key that the escrow names as its signer."""
     client: Secret
@@ -125,6 +127,8 @@ class FolderAsk(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, 
     MAX_BYTES: ClassVar[int] = 64 * 1024
 
     job: Hash
+    standing_only: bool = False
+    """Nothing of the folder is wanted."""
     files: Annotated[tuple[FileThere, ...], Meta(max_length=FILES_MAX)] = ()
     wait_ms: Annotated[int, Meta(ge=0, le=WAIT_MAX_MS)] = 0
     term: Annotated[int, Meta(ge=0, le=1 << 31)] = 0

@@ -132,6 +132,8 @@ class Offer(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_
     reclaim_notice_ms: ReclaimNoticeMs = 0
     """What each of its Holds names, too."""
     tier: Tier = "open"
+    driving_micro_per_h: Annotated[int, Meta(ge=0)] | None = None
+    """What it asks for driving a job, in the currency of `price`; None where it drives none for others."""
 
 
 class OfferPublish(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
