@@ -52,9 +52,12 @@ async def take_over(
     store: BlobStore,
     clock: Clock,
     reach: Callable[[Sequence[bytes]], Awaitable[None]],
+    alone: bool = False,
 ) -> TakenOver:
     """Begin the next term on the newest Commit of the folder's chain. `reach` opens links to nodes that worked for the
-    job, so that they can be asked whether they hold a newer one. Raises CannotTakeOver, StorageError."""
+    job, so that they can be asked whether they hold a newer one. Who follows another driver needs the promise of most
+    of them to follow that one no longer, unless it is left `alone`: they are gone as well. Raises CannotTakeOver,
+    StorageError."""
     chain = await asyncio.to_thread(read_record, folder)
     older = say_if_older(folder, folder.notes(RoundMetrics), (commit for commit, _, _ in chain.commits))
     if older is not None:
@@ -68,7 +71,11 @@ async def take_over(
     last = chain.commits[-1][0].round if chain.commits else -1
     former = list(dict.fromkeys(chain.node_of.values()))
     await reach(former)
-    heads = await _heads(former, folder, endpoint)
+    heir = chain.driver not in (None, key.node_id)
+    answers = await _heads(former, folder, endpoint, chain.term_number + 1 if heir else None)
+    if heir and not alone:
+        _check_promises(chain, answers)
+    heads = list(answers.values())
     own = chain.commits[-1][1] if chain.commits else None
     choice = choose_head(folder.job.record_id, grant, [own, *heads], folder.job.network)
     if choice.round > last:
@@ -101,22 +108,37 @@ async def take_over(
     return TakenOver(records, standing, state, retired)
 
 
-async def _heads(former: Sequence[bytes], folder: RunFolder, endpoint: Endpoint) -> list[Envelope | None]:
-    """What members that can be reached over open links report as their newest Commit."""
+def _check_promises(chain: Chain, answers: Mapping[bytes, Envelope | None]) -> None:
+    """Raises CannotTakeOver unless most of those whose work counted last have promised to follow this driver."""
+    last = {chain.node_of[entry.member] for entry in chain.commits[-1][0].accepted} if chain.commits else set()
+    promised = len(last & answers.keys())
+    if 2 * promised < len(last):
+        raise CannotTakeOver(
+            f"{promised} of the {len(last)} members whose work counted last have promised to follow no older driver; "
+            "the others cannot be reached, or have heard of theirs just now."
+        )
 
-    async def ask(node: bytes) -> Envelope | None:
+
+async def _heads(
+    former: Sequence[bytes], folder: RunFolder, endpoint: Endpoint, term: int | None
+) -> dict[bytes, Envelope | None]:
+    """What members that can be reached over open links report as their newest Commit, by node; with a `term`, of those
+    that promise to follow no older one."""
+
+    async def ask(node: bytes) -> tuple[bytes, Envelope | None] | None:
         link = endpoint.links().get(node)
         if link is None or link.closed:
             return None
-        body = encode(HeadAsk(job=folder.job.record_id), link.version)
+        body = encode(HeadAsk(job=folder.job.record_id, term=term), link.version)
         try:
             answer = await link.request(HeadAsk.KIND, body, deadline_s=HEAD_DEADLINE_S, reply_max_bytes=Head.MAX_BYTES)
             packed = decode(Head, answer, link.version).commit
-            return Envelope.from_bytes(packed, Head.MAX_BYTES) if packed else None
+            return node, Envelope.from_bytes(packed, Head.MAX_BYTES) if packed else None
         except (LinkError, BadRecord):
             return None
 
-    return list(await asyncio.gather(*(ask(node) for node in former[-ASKED_MAX:])))
+    answers = await asyncio.gather(*(ask(node) for node in former[-ASKED_MAX:]))
+    return dict(one for one in answers if one is not None)
 
 
 def _state_after(chain: Chain, store: BlobStore) -> SharedState:

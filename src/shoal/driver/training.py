@@ -167,6 +167,8 @@ class Watchers:
     event: Callable[[Event], None] = lambda _: None
     recorded: Callable[[Envelope], None] = lambda _: None
     """After each record that was written down."""
+    written: Callable[[], Awaitable[None]] = _nothing
+    """After each Commit that is on the disk, before anybody else hears of it."""
     closing: Callable[[], Awaitable[None]] = _nothing
     """When all rounds are done and the members are still there."""
 
@@ -394,7 +396,7 @@ class TrainingDriver:
             self._broadcast(commit, None, attached)
 
     def _broadcast(self, commit: Envelope | None, assignment: Envelope | None, attached: Mapping[bytes, bytes]) -> None:
-        holders = self._holders()
+        holders = self.holders
         for line in self._lines.by_member.values():
             if line.ready:
                 line.send(
@@ -412,6 +414,7 @@ class TrainingDriver:
         commit = effect.commit
         envelope = sign(self._key, commit, self.network)
         await asyncio.to_thread(self._folder.append, envelope, durable=True)
+        await self._watchers.written()
         self._watchers.recorded(envelope)
         self._commits[commit.round] = envelope
         while len(self._commits) > COMMITS_KEPT:
@@ -468,7 +471,7 @@ class TrainingDriver:
         problem = None
         try:
             if not self._store.has(contribution.update.hash):
-                await self._fetcher.fetch(contribution.update, self._holders())
+                await self._fetcher.fetch(contribution.update, self.holders)
             data = self._store.read(contribution.update.hash)
             given = self._given.get(contribution_id)
             if given is not None:
@@ -526,7 +529,7 @@ class TrainingDriver:
         line = self._lines.by_member.get(effect.member_id)
         if line is None:
             return
-        holders = self._holders()
+        holders = self.holders
         for number in range(effect.first_round, effect.last_round + 1):
             if number in self._commits:
                 line.send(Turn(job=self.job_id, commit=self._commits[number].to_bytes(), holders=holders))
@@ -550,7 +553,7 @@ class TrainingDriver:
             term=self.records.term.to_bytes(),
             head=head.to_bytes() if head else None,
             state=ref,
-            holders=self._holders(),
+            holders=self.holders,
         )
         self._being_invited += 1
         try:
@@ -677,7 +680,7 @@ class TrainingDriver:
                 break
             if packed:
                 commits.append(packed)
-        given = CommitsGiven(commits=tuple(commits), holders=self._holders())
+        given = CommitsGiven(commits=tuple(commits), holders=self.holders)
         return encode(given, request.version)
 
     def _line(self, member_id: bytes, peer: bytes) -> MemberLine:
@@ -792,7 +795,9 @@ class TrainingDriver:
         await self._lines.close()
         await asyncio.gather(*(self._lines.tell_end(self.job_id, line, reason) for line in lines))
 
-    def _holders(self) -> tuple[BlobHolder, ...]:
+    @property
+    def holders(self) -> tuple[BlobHolder, ...]:
+        """Who holds the job's blobs: this driver first."""
         own = BlobHolder(self._key.node_id, tuple(self._endpoint.addresses))
         return (own, *(line.node.holder for line in list(self._lines.by_member.values())[:63]))
 

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import os
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -34,6 +34,8 @@ class DriverOrders(msgspec.Struct, frozen=True, kw_only=True):
     listen: str | None
     """Where it accepts links of nodes that cannot be dialled."""
     network: str
+    alone: bool = False
+    """Members have been silent for so long that they are not waited for any more."""
 
 
 class _Word(msgspec.Struct, frozen=True, tag_field="says", tag=str.lower):
@@ -70,9 +72,10 @@ Said: TypeAlias = Began | Committed | Ended | Failed
 
 
 class Mirrored(_Word, frozen=True):
-    """So much of the records all hosts have that stand by and are in touch; None where there is none."""
+    """So much of the records all hosts have that stand by and are in touch, and which those are."""
 
-    chain_bytes: int | None
+    chain_bytes: int
+    hosts: tuple[NodeId, ...]
 
 
 class StopDriving(_Word, frozen=True):
@@ -118,8 +121,9 @@ class DriverProcess:
                 break  # its end, or it does not speak as it should
         await self.kill()
 
-    def mirrored(self, chain_bytes: int | None) -> None:
-        self._write(Mirrored(chain_bytes))
+    def mirrored(self, far: Mapping[bytes, int]) -> None:
+        """How far the hosts that are in touch have the records."""
+        self._write(Mirrored(min(far.values(), default=0), tuple(far)))
 
     async def stop(self) -> None:
         """In order; after STOP_S at once."""

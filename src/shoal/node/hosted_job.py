@@ -28,15 +28,14 @@ from shoal.identity import NodeId
 from shoal.node.driver_process import Began, Committed, DriverOrders, DriverProcess, Ended, Failed
 from shoal.protocol.blobs import BlobHolder, BlobRef
 from shoal.protocol.driving import DriveBegin, FolderAsk, FolderGiven, Host, Phase
+from shoal.protocol.holds import LEASE_STEP_MS
 from shoal.protocol.messages import decode, encode, open_record
-from shoal.protocol.offers import OfferFind
 from shoal.protocol.training import Commit, Grant, Term
 from shoal.storage import BlobStore, Fetcher
 from shoal.world import Clock, Endpoint, Link
 from shoal.world.clock import within
 from shoal.world.directory import Directory
-from shoal.world.lookout import offers_of
-from shoal.world.reach import reach
+from shoal.world.reach import reach_again
 
 SILENCE_S = 20.0
 """A host that was not heard for so long is gone; the second after it waits twice as long, and so on."""
@@ -55,6 +54,8 @@ FAILURES_MAX = 5
 """Times in a row that driving may fail without a Commit between."""
 WAITS_MAX = 720
 """Times in a row that a host may be told to wait: until members let it drive."""
+ALONE_S = LEASE_STEP_MS / 1000
+"""After so long nobody keeps a place for the driver before it any more: members that do not answer are gone as well."""
 LATER = ("SH-634",)
 """What a driver says that may be otherwise later: members still follow another one, or hold more than is here."""
 
@@ -129,6 +130,8 @@ class HostedJob:
         """Those that Commits name and that are not here."""
         self._fetching: asyncio.Task[None] | None = None
         self._failures = self._waits = 0
+        self._waits_s: float | None = None
+        """Since when it is told to wait."""
 
     @property
     def ended(self) -> bool:
@@ -157,6 +160,7 @@ class HostedJob:
             await self._end("over", why)
 
     def remove(self) -> None:
+        self._around.store.release(self._pin)
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def write(self) -> None:
@@ -200,8 +204,9 @@ class HostedJob:
         """The process that drives waits until those who stand by have what it wrote."""
         if self._process is not None:
             now_s = self._around.clock.monotonic()
-            in_touch = [far for asked_s, far in self._mirrored.values() if now_s - asked_s < IN_TOUCH_S]
-            self._process.mirrored(min(in_touch, default=None))
+            self._process.mirrored(
+                {node: far for node, (asked_s, far) in self._mirrored.items() if now_s - asked_s < IN_TOUCH_S}
+            )
 
     def _say(self, phase: Phase, sentence: str = "") -> None:
         if (phase, sentence) != (self._phase, self._sentence):
@@ -229,7 +234,6 @@ class HostedJob:
         self.record = msgspec.structs.replace(self.record, ended=phase, why=why[:400])
         await asyncio.to_thread(self.write)
         self._say(phase, why)
-        self._around.store.release(self._pin)
         await self._around.changed()
 
     async def _step(self) -> None:
@@ -280,9 +284,9 @@ class HostedJob:
         """The blobs that a driver needs, once it is known that the folder is the job's, and that its owner wants this
         node to drive it. Raises ShoalError."""
         with RunFolder.open(self.run_folder, read_only=True) as folder:
-            if folder.job.record_id != self._begin.job or folder.job.signer != self.record.owner:
+            if folder.job.record_id != self._begin.job:
                 raise BadHandover("What came is another job than the one that was announced.")
-            granted = [grant for envelope, grant in folder.opened(Grant) if envelope.signer == self.record.owner]
+            granted = [grant for envelope, grant in folder.opened(Grant) if envelope.signer == folder.job.signer]
             if not any(self._begin.hosts[self._rank].driver in grant.drivers for grant in granted):
                 raise BadHandover("Its owner has not granted this node to drive it.")
             job = folder.train_job()
@@ -376,16 +380,10 @@ class HostedJob:
     async def _link(self, host: Host) -> Link:
         """Raises LinkError."""
         around = self._around
-        known = around.endpoint.links().get(host.node)
-        if known is not None and not known.closed:
-            return known
-        with contextlib.suppress(LinkError):
-            for one in await offers_of(around.directory, OfferFind(), host.node):
-                return await reach(
-                    host.node, one.offer, endpoint=around.endpoint, directory=around.directory, clock=around.clock,
-                    dial_deadline_s=REACH_DEADLINE_S,
-                )  # fmt: skip
-        return await around.endpoint.dial(host.node, host.addresses, deadline_s=REACH_DEADLINE_S)
+        return await reach_again(
+            host.node, host.addresses, endpoint=around.endpoint, directory=around.directory, clock=around.clock,
+            dial_deadline_s=REACH_DEADLINE_S,
+        )  # fmt: skip
 
     def _look_through(self) -> None:
         """The records that have come since: in which term they are, and the updates that a driver needs. What they say
@@ -425,13 +423,15 @@ class HostedJob:
         with contextlib.suppress(TimeoutError):
             await within(self._around.clock, UPDATES_WITHIN_S, self._fetch_updates())
         await asyncio.to_thread(self._lend_blobs)
+        now_s = self._around.clock.monotonic()
         orders = DriverOrders(
-            begin=self._begin, node=self._around.node, listen=self._around.listen, network=self._around.network
-        )
+            begin=self._begin, node=self._around.node, listen=self._around.listen, network=self._around.network,
+            alone=self._waits_s is not None and now_s - self._waits_s >= ALONE_S,
+        )  # fmt: skip
         process = await DriverProcess.start(
             self._around.settings.command, self.run_folder, orders, self._folder / "driver.log"
         )
-        self._process, last = process, Failed("SH-000", "The process that drives has died.")
+        self._process, last, ended = process, Failed("SH-000", "The process that drives has died."), None
         rivals = asyncio.create_task(self._look_for_rivals(process))
         try:
             async for word in process.words():
@@ -442,24 +442,29 @@ class HostedJob:
                         self._tell_mirrored()
                     case Committed():
                         self._failures = self._waits = 0
+                        self._waits_s = None
                         self._holders = word.holders
                         self._tell_mirrored()
                         self._tell_news()
                     case Ended():
-                        await self._end("over", word.sentence)
-                        return
+                        ended = word
                     case Failed():
                         last = word
         finally:
             rivals.cancel()
             self._process = None
             await process.kill()
-        await self._failed(last)
+            await asyncio.to_thread(self._keep_blobs)
+        if ended is not None:
+            await self._end("over", ended.sentence)
+        else:
+            await self._failed(last)
 
     async def _failed(self, last: Failed) -> None:
         """Driving has ended before the job has: another host drives, or it is tried again."""
         if last.code in LATER and self._waits < WAITS_MAX:
             self._waits += 1
+            self._waits_s = self._waits_s or self._around.clock.monotonic()
         else:
             self._failures += 1
         if self._failures >= FAILURES_MAX:
@@ -476,6 +481,15 @@ class HostedJob:
                 if not store.has(name):
                     store.adopt(mine.path(name))
                 store.pin("run", name)
+
+    def _keep_blobs(self) -> None:
+        """What the process has fetched is kept for the next host, and for the owner."""
+        mine, path = self._around.store, self.run_folder / "blobs"
+        with contextlib.closing(BlobStore(path, mine.capacity_bytes, self._around.clock)) as store:
+            for name in store.pins("run"):
+                if not mine.has(name):
+                    mine.adopt(store.path(name))
+                mine.pin(self._pin, name)
 
     async def _look_for_rivals(self, process: DriverProcess) -> None:
         """Where another host drives in a newer term, this one has been silent for too long: its members are gone."""

@@ -49,7 +49,8 @@ class PaidNode(msgspec.Struct, frozen=True, kw_only=True):
     withheld_micro: Amount = 0
     reason: str = "worked"
     hold: HoldBytes = b""
-    """The node's newest Hold for this client, as it signed it: one half of the proof if it has sold the place twice."""
+    """The node's newest Hold for this client, as it signed it: one half of the proof if it has sold the place twice.
+    None of a node that drives: it finds its vouchers in its copy of this."""
 
 
 class TermPayments(msgspec.Struct, frozen=True, kw_only=True):

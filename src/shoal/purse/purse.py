@@ -4,8 +4,8 @@ Either enough nodes are held or none is. Then one escrow is opened for all of th
 to it. Each voucher is on the disk before it goes out, so that a client that was killed never signs for less than it
 did. Each run of a client has an escrow of its own, a term: what an earlier one has left goes back first.
 
-Two hands pay: the payer's account opens an escrow, withholds and asks the rest back; vouchers and admissions carry the
-signature of whoever may sign them.
+Two hands pay: the payer's account opens an escrow, and whoever the escrow names as its signer does the rest: vouchers,
+admissions, and asking for what is left. Where that is another one, it goes on with the escrow that the payer opened.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import msgspec
 
 from shoal.errors import BadInput, LinkError, ShoalError
 from shoal.identity import KeyPair
-from shoal.identity.accounts import AccountKey, address_text
+from shoal.identity.accounts import AccountKey, address_text, signer_of
 from shoal.ledger.book import SameEscrow, UnknownEscrow
 from shoal.ledger.commands import Admit, Close, Open, Redeem, Withhold
 from shoal.ledger.escrows import EscrowOver, OldVoucher
@@ -82,7 +82,7 @@ class Funds:
     """Of vouchers and admissions: the payer's, or one that the escrow names."""
     budget_micro: int
     account: AccountKey | None = None
-    """The payer's; without it no escrow is opened, none is asked back, and nothing is withheld."""
+    """The payer's; without it no escrow is opened: one goes on with the newest that is open."""
     notice_ms: int = NOTICE_MS
     audit_ms: int = AUDIT_MS
     holdback_ppm: int = HOLDBACK_PPM
@@ -111,17 +111,22 @@ class Purse:
         again: str,
         work: Work = "train",
         network: str = DEFAULT_NETWORK,
+        deputy: bytes | None = None,
     ) -> None:
         """`known`: what was written at last; `write` keeps what it is given until it is told something newer, durable
-        when it returns, and is called in a thread. Nodes keep their places for whoever has `key`. `link` gives an open
-        link to a node. `again` says what asks once more for money that could not be asked back."""
+        when it returns, and is called in a thread. Nodes keep their places for whoever has `key`; `deputy` is the word
+        that this one acts for it, where it is another's. `link` gives an open link to a node. `again` says what asks
+        once more for money that could not be asked back."""
         self.funds = funds
         self._clock, self._dice, self._say, self._again = clock, dice, say, again
         self._keep = write
-        self._quotes = Quotes(key, funds.payer, funds.ledger.name, link, work=work, network=network)
+        self._quotes = Quotes(key, funds.payer, funds.ledger.name, link, work=work, network=network, deputy=deputy)
         self._former = known.terms if known else ()
         self._budget_micro = funds.budget_micro
         self._term: TermPayments | None = None
+        if funds.account is None and self._former and not self._former[-1].closed:
+            *former, self._term = self._former
+            self._former = tuple(former)
         self._held: dict[bytes, Held] = {}
         self.holding_s = self.opening_s = self.taking_s = 0.0
         """How long it took that nodes kept places, that money was set aside, and that it was taken."""
@@ -173,6 +178,8 @@ class Purse:
     async def check(self) -> None:
         """That the account has what may be spent, before anything is begun. Raises NoMoney, and what the ledger
         does."""
+        if self._term is not None:
+            return  # it is set aside
         has = await self.funds.ledger.balance(self.funds.payer)
         if has < self.left_micro:
             raise self._no_money(self.left_micro, has)
@@ -201,7 +208,7 @@ class Purse:
         held, began_s = list(self._held.values()), self._clock.monotonic()
         try:
             if held:
-                await self._open(held)
+                await self._set_aside(held)
                 self._beside(self._renew())
             opened_s = self._clock.monotonic()
             for one, trouble in zip(held, await asyncio.gather(*map(self._taken, held)), strict=True):
@@ -226,6 +233,7 @@ class Purse:
             self.absent.add(held.node)
             await self._quotes.release(held)
             return error.sentence
+        await self._send(held.node)  # whoever had this purse before may have signed for more
         return None
 
     async def join(self, node: bytes, offer: Offer) -> None:
@@ -236,40 +244,47 @@ class Purse:
         held = await self._quotes.hold(node, offer)
         try:
             async with self._opening:
-                if self._term is None:
-                    await self._open([held])
+                opens = self._term is None
+                await self._set_aside([held])
+                if opens:
                     self._beside(self._renew())
-                else:
-                    await self._admit(held)
             await self._take(held)
             await self._write()
         except BaseException:
             await self._quotes.release(held)
             raise
 
-    async def _open(self, held: Sequence[Held]) -> None:
+    async def _set_aside(self, held: Sequence[Held]) -> None:
+        if self._term is not None:
+            for one in held:
+                await self._admit(one)
+            return
+        nodes = {one.node.hex(): self._paid_node(one) for one in held}
+        await self.open_for(nodes, quote_id(tuple(one.envelope for one in held)))
+
+    async def open_for(self, nodes: dict[str, PaidNode], quote: bytes) -> None:
+        """Set the money aside, first for these. Raises NoMoney, and what the ledger does; nothing is set aside then."""
         funds, now_ms = self.funds, self._clock.now_ms()
         amount = self.left_micro
-        lasts_ms = 1000 * ENDS_AFTER * lasts_s(amount, sum(one.hold.price.micro_per_h for one in held))
-        payees = {one.hold.payee for one in held}
+        lasts_ms = 1000 * ENDS_AFTER * lasts_s(amount, sum(one.micro_per_h for one in nodes.values()))
         terms = EscrowTerms(
             payer=funds.payer,
             signer=funds.signer.address,
             cap_micro=0 if funds.signer.address == funds.payer else amount,
-            auditor=funds.payer,
+            auditor=funds.signer.address,
             amount_micro=amount,
             fee_ppm=0,
             holdback_ppm=funds.holdback_ppm,
             notice_ms=funds.notice_ms,
             audit_ms=funds.audit_ms,
             expires_ms=now_ms + round(min(ENDS_MOST_MS, max(funds.ends_least_ms, lasts_ms))),
-            payees=tuple(Payee(payee, amount) for payee in sorted(payees)),
-            quote=quote_id(tuple(one.envelope for one in held)),
+            payees=tuple(Payee(payee, amount) for payee in sorted({one.payee for one in nodes.values()})),
+            quote=quote,
             nonce=self._dice.bytes(32),
         )
         ledger = funds.ledger.name
-        signature = self._account.sign(terms.escrow_id(ledger))
-        nodes = {one.node.hex(): self._paid_node(one) for one in held}
+        assert funds.account is not None, "it is the payer's own purse"
+        signature = funds.account.sign(terms.escrow_id(ledger))
         self._term = TermPayments(terms=terms, ledger=ledger, signature=signature, nodes=nodes)
         await self._write()
         try:
@@ -299,7 +314,7 @@ class Purse:
         """Of an escrow of which it is not known that it was opened: another one is opened for whoever comes next."""
         term, self._term = self._open_term(), None
         with contextlib.suppress(ShoalError):  # it is asked again
-            term = await close_escrow(term, self.funds.ledger, self._account)
+            term = await close_escrow(term, self.funds.ledger, self._hand)
         self._former = (*self._former, term)
         await self._write()
 
@@ -368,7 +383,7 @@ class Purse:
             self._put_voucher(node, work)
         await self._write()
         for node in earned:
-            if node not in self._sending:
+            if node not in self._sending and self._open_term().nodes[node.hex()].hold:
                 self._beside(self._send(node))
 
     def _put_voucher(self, node: bytes, work: bytes) -> None:
@@ -388,11 +403,24 @@ class Purse:
             while (known := self.paid(node)) is not None and known.voucher not in (None, sent):
                 assert known.voucher is not None
                 sent = known.voucher
-                await self._quotes.pay(node, sent, last=last, deadline_s=deadline_s)
+                newer = await self._quotes.pay(node, sent, last=last, deadline_s=deadline_s)
+                if newer is not None:
+                    self._learn(node, newer)
         except ShoalError as error:
             _log.info("%s did not take its voucher: %s", node.hex()[:8], error)
         finally:
             self._sending.discard(node)
+
+    def _learn(self, node: bytes, newer: SignedVoucher) -> None:
+        """A node has a voucher that says more than what was written here: whoever had this purse before was killed, or
+        cut off, before that was."""
+        term, known, voucher = self._open_term(), self.paid(node), newer.voucher
+        assert known is not None and known.voucher is not None
+        signer = signer_of(voucher.digest(term.ledger), newer.signature)
+        mine = voucher.escrow == term.escrow and voucher.payee == known.payee and signer == self.funds.signer.address
+        more = voucher.amount_micro - known.voucher.voucher.amount_micro
+        if mine and more > 0:
+            self._put(node, msgspec.structs.replace(known, paid_micro=known.paid_micro + more, voucher=newer))
 
     def left(self, node: bytes, reason: str) -> None:
         """A node is gone: it earns no more, and what it has earned stays."""
@@ -415,7 +443,7 @@ class Purse:
             return
         before = sum(one.withheld_micro for one in term.nodes.values() if one.payee == known.payee)
         order = Withholding(escrow=term.escrow, payee=known.payee, amount_micro=before + amount, evidence=evidence)
-        signature = self._account.sign(order.digest(term.ledger))
+        signature = self._hand.sign(order.digest(term.ledger))
         try:
             await _redeem(known, self.funds.ledger)  # what is held back is only there once its voucher is redeemed
             await self.funds.ledger.apply(Withhold(order, signature))
@@ -433,17 +461,21 @@ class Purse:
         """What earlier terms have left, as of a client that was killed, goes back. Raises ShoalError."""
         closed = list[TermPayments]()
         for term in self._former:
-            closed.append(term if term.closed else await close_escrow(term, self.funds.ledger, self._account))
+            closed.append(term if term.closed else await close_escrow(term, self.funds.ledger, self._hand))
         self._former = tuple(closed)
         if closed:
             await self._write()
 
-    async def close(self) -> None:
-        """Nodes get their last vouchers, and the rest goes back."""
+    async def leave(self) -> None:
+        """To whoever goes on with this purse: nothing is given back."""
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def close(self) -> None:
+        """Nodes get their last vouchers, and the rest goes back."""
+        await self.leave()
         held = list(self._held.values())
         if self._term is None or self._term.closed:
             await self._quotes.release_all(held)
@@ -452,7 +484,7 @@ class Purse:
         await asyncio.gather(*(self._quotes.release(one) for one in held))
         self._held.clear()
         try:
-            self._term = await close_escrow(self._term, self.funds.ledger, self._account)
+            self._term = await close_escrow(self._term, self.funds.ledger, self._hand)
         except ShoalError as error:
             ends_s = (self._term.terms.expires_ms - self._clock.now_ms()) / 1000
             self._say(
@@ -464,9 +496,9 @@ class Purse:
     # ---- small things ----
 
     @property
-    def _account(self) -> AccountKey:
-        assert self.funds.account is not None, "it is not the payer's own purse"
-        return self.funds.account
+    def _hand(self) -> AccountKey:
+        """By which the rest is asked back, also of an escrow of an earlier term."""
+        return self.funds.account or self.funds.signer
 
     def _open_term(self) -> TermPayments:
         assert self._term is not None, "money was set aside"
