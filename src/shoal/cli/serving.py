@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from shoal.house import RemoteLedger
     from shoal.node.agent import NodeAgent
     from shoal.node.earned import Earned
+    from shoal.node.hosted_job import HostSettings
 
 NODES_MAX = 64
 """Nodes that `shoal up` starts on one machine."""
@@ -56,6 +57,10 @@ PAYEES_MAX = 4
 STOP_S = 30
 """`shoal up` gives each of its processes a third of that before it insists."""
 
+DRIVER = ("shoal.sdk.hosted",)
+"""The process in which a node drives a job."""
+DRIVING_OF_PRICE = 20
+"""It computes little: so much less than training does it cost where nothing else is said."""
 node_app = Commands(cls=Group, help="Lend this machine to jobs: `shoal node start`.")
 app.add_typer(node_app, name="node", rich_help_panel=MACHINES)
 
@@ -182,6 +187,15 @@ def node_start(
             "node meanwhile. 0 s to 1 h.",
         ),
     ] = "60 s",
+    drive: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PRICE",
+            help="What an hour of driving a job costs that its owner has handed over (`shoal train --detach`); 'no' for "
+            "driving none.",
+            show_default="a twentieth of its price",
+        ),
+    ] = None,
     serve_free: Annotated[
         bool,
         typer.Option(
@@ -272,6 +286,7 @@ def node_start(
             paid=paid,
             reclaim_notice_ms=notice_ms,
             serve_free=serve_free,
+            driving=_driving(drive, named),
             place=place,
             server=server,
             clock=SystemClock(),
@@ -454,6 +469,21 @@ def _price(text: str | None, currency: str) -> Price | None:
         return msgspec.convert({"micro_per_h": parse_price(text), "currency": currency}, Price)
     except msgspec.ValidationError as error:
         raise BadFlag(f"--price {text} {currency} cannot be used: {error}.") from error
+
+
+def _driving(text: str | None, price: Price | None) -> HostSettings | None:
+    """What the node asks for driving a job; None where it drives none."""
+    from shoal.node.hosted_job import HostSettings
+
+    hour = price.micro_per_h if price is not None else 0
+    if text is None:
+        return HostSettings(hour // DRIVING_OF_PRICE, DRIVER)
+    if text == "no":
+        return None
+    micro_per_h = parse_price(text)
+    if micro_per_h and not hour:
+        raise BadFlag(f"--drive {text} needs a --price: a node that works for nothing has no account to be paid at.")
+    return HostSettings(micro_per_h, DRIVER)
 
 
 def _notice_ms(text: str) -> int:

@@ -17,6 +17,7 @@ from shoal.hub import HubClient
 from shoal.identity import load_or_create_key
 from shoal.node.agent import NodeAgent, NodeSettings, Sale
 from shoal.node.dishonest import dishonest_member
+from shoal.node.hosted_job import HostSettings
 from shoal.node.member import EngineSettings, MemberRun
 from shoal.node.openai_server import ServerSettings
 from shoal.node.stopping import PID_FILE
@@ -83,6 +84,7 @@ async def start_node(
     paid: PaidAt | None = None,
     reclaim_notice_ms: int = 0,
     serve_free: bool = False,
+    driving: HostSettings | None = None,
     place: Place | None = None,
     server: ServerSettings | None = None,
     clock: Clock,
@@ -111,6 +113,7 @@ async def start_node(
         sale=_sale(price, paid, reclaim_notice_ms, endpoint, clock),
         place=place,
         server=server,
+        driving=driving if server is None or not server.alone else None,
     )
     agent = NodeAgent(
         settings,
