@@ -202,7 +202,8 @@ def train_command(
 
 
 def _detach(job_file: JobFile, text: bytes, options: TrainOptions, view: RunView, json: bool) -> None:
-    from shoal.sdk.detached import Handed, Standing, detach
+    from shoal.sdk.detached import Standing, detach
+    from shoal.sdk.handed import Handed
 
     told = dict[str, str]()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from shoal.driver.account import say_if_older
@@ -52,12 +52,13 @@ async def take_over(
     store: BlobStore,
     clock: Clock,
     reach: Callable[[Sequence[bytes]], Awaitable[None]],
+    gone: Collection[bytes] = (),
     alone: bool = False,
 ) -> TakenOver:
     """Begin the next term on the newest Commit of the folder's chain. `reach` opens links to nodes that worked for the
     job, so that they can be asked whether they hold a newer one. Who follows another driver needs the promise of most
-    of them to follow that one no longer, unless it is left `alone`: they are gone as well. Raises CannotTakeOver,
-    StorageError."""
+    of them to follow that one no longer, those left out that are `gone` with it, or all where it is left `alone`.
+    Raises CannotTakeOver, StorageError."""
     chain = await asyncio.to_thread(read_record, folder)
     older = say_if_older(folder, folder.notes(RoundMetrics), (commit for commit, _, _ in chain.commits))
     if older is not None:
@@ -74,7 +75,7 @@ async def take_over(
     heir = chain.driver not in (None, key.node_id)
     answers = await _heads(former, folder, endpoint, chain.term_number + 1 if heir else None)
     if heir and not alone:
-        _check_promises(chain, answers)
+        _check_promises(chain, answers, gone)
     heads = list(answers.values())
     own = chain.commits[-1][1] if chain.commits else None
     choice = choose_head(folder.job.record_id, grant, [own, *heads], folder.job.network)
@@ -108,9 +109,10 @@ async def take_over(
     return TakenOver(records, standing, state, retired)
 
 
-def _check_promises(chain: Chain, answers: Mapping[bytes, Envelope | None]) -> None:
+def _check_promises(chain: Chain, answers: Mapping[bytes, Envelope | None], gone: Collection[bytes]) -> None:
     """Raises CannotTakeOver unless most of those whose work counted last have promised to follow this driver."""
     last = {chain.node_of[entry.member] for entry in chain.commits[-1][0].accepted} if chain.commits else set()
+    last -= set(gone) - answers.keys()
     promised = len(last & answers.keys())
     if 2 * promised < len(last):
         raise CannotTakeOver(

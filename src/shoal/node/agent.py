@@ -36,6 +36,7 @@ from shoal.node.stages import StageHost
 from shoal.node.surveying import Prober, Surveyor
 from shoal.protocol.driving import DriveBegin
 from shoal.protocol.messages import DEFAULT_NETWORK, decode, encode, sign
+from shoal.protocol.money import SignedVoucher
 from shoal.protocol.offers import Capability, Device, Done, EngineOffer, NetworkCoordinate, Offer, Place
 from shoal.protocol.prices import Price
 from shoal.protocol.serving import LinkEcho
@@ -344,9 +345,13 @@ class NodeAgent:
             client = KeyPair.from_seed(begin.allowance.client).node_id
             await self._sales.paid_for_driving(begin.allowance.escrow, client)
 
+        async def took(voucher: SignedVoucher) -> None:
+            if self._sales is not None:
+                await self._sales.paid_by_copy(voucher)
+
         around = Around(
             self._key.node_id, self._endpoint, self._hubs, self._store, self._fetcher, self._clock, settings,
-            _beside(self.settings.listen), self.settings.network, self._changed,
+            _beside(self.settings.listen), self.settings.network, self._changed, took,
         )  # fmt: skip
         payee = self.settings.sale.payee if self.settings.sale else None
         folder = self.settings.folder / "hosted"

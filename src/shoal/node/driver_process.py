@@ -34,8 +34,10 @@ class DriverOrders(msgspec.Struct, frozen=True, kw_only=True):
     listen: str | None
     """Where it accepts links of nodes that cannot be dialled."""
     network: str
+    gone: tuple[NodeId, ...] = ()
+    """Hosts that were not heard for long: as members they are not waited for."""
     alone: bool = False
-    """Members have been silent for so long that they are not waited for any more."""
+    """All members have been silent for so long that they are not waited for any more."""
 
 
 class _Word(msgspec.Struct, frozen=True, tag_field="says", tag=str.lower):

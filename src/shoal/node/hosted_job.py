@@ -30,7 +30,10 @@ from shoal.protocol.blobs import BlobHolder, BlobRef
 from shoal.protocol.driving import DriveBegin, FolderAsk, FolderGiven, Host, Phase
 from shoal.protocol.holds import LEASE_STEP_MS
 from shoal.protocol.messages import decode, encode, open_record
+from shoal.protocol.money import SignedVoucher
 from shoal.protocol.training import Commit, Grant, Term
+from shoal.purse.bills import FILE as PAYMENTS
+from shoal.purse.bills import Payments
 from shoal.storage import BlobStore, Fetcher
 from shoal.world import Clock, Endpoint, Link
 from shoal.world.clock import within
@@ -43,6 +46,8 @@ IN_TOUCH_S = 30.0
 """A standby that asked for news so lately is waited for by the process that drives, for a while."""
 AGAIN_S = 2.0
 RIVALS_EVERY_S = 5.0
+PAID_EVERY_S = 30.0
+"""So often the copy is looked at for the newest voucher."""
 WAIT_MS = 10_000
 ASK_DEADLINE_S = 30.0
 LOOK_DEADLINE_S = 5.0
@@ -93,6 +98,8 @@ class Around:
     network: str
     changed: Callable[[], Awaitable[None]]
     """Told when a job is over."""
+    paid: Callable[[SignedVoucher], Awaitable[None]]
+    """Given the vouchers for what this node drives."""
 
 
 class HostingRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -130,6 +137,7 @@ class HostedJob:
         """Those that Commits name and that are not here."""
         self._fetching: asyncio.Task[None] | None = None
         self._failures = self._waits = 0
+        self._paid_s = -PAID_EVERY_S
         self._waits_s: float | None = None
         """Since when it is told to wait."""
 
@@ -233,6 +241,8 @@ class HostedJob:
     async def _end(self, phase: Phase, why: str) -> None:
         self.record = msgspec.structs.replace(self.record, ended=phase, why=why[:400])
         await asyncio.to_thread(self.write)
+        self._paid_s = -PAID_EVERY_S
+        await self._look_for_pay()
         self._say(phase, why)
         await self._around.changed()
 
@@ -353,6 +363,7 @@ class HostedJob:
             await asyncio.to_thread(self._look_through)
             self._term = max(self._term, given.term)
             self._fetch_updates_beside()
+            await self._look_for_pay()
             if given.phase not in ("driving", "over"):
                 return
             if given.phase == "over" and not given.pieces and not given.more:
@@ -416,6 +427,24 @@ class HostedJob:
                 return
             self._updates.pop(ref.hash, None)
 
+    async def _look_for_pay(self) -> None:
+        """Vouchers for driving stand in the folder: nobody has to send them."""
+        now_s = self._around.clock.monotonic()
+        if self._begin.hosts[self._rank].payee is None or now_s - self._paid_s < PAID_EVERY_S:
+            return
+        self._paid_s = now_s
+        driver = self._begin.hosts[self._rank].driver.hex()
+        try:
+            payments = msgspec.json.decode(
+                await asyncio.to_thread((self.run_folder / PAYMENTS).read_bytes), type=Payments
+            )
+            for term in payments.terms:
+                mine = term.nodes.get(driver)
+                if mine is not None and mine.voucher is not None:
+                    await self._around.paid(mine.voucher)
+        except (OSError, msgspec.DecodeError, ShoalError) as error:
+            _log.warning("job %s: no pay for driving it: %s", self._begin.job.hex()[:12], error)
+
     # ---- driving ----
 
     async def _drive(self) -> None:
@@ -426,6 +455,7 @@ class HostedJob:
         now_s = self._around.clock.monotonic()
         orders = DriverOrders(
             begin=self._begin, node=self._around.node, listen=self._around.listen, network=self._around.network,
+            gone=tuple(node for node, heard_s in self._heard_s.items() if now_s - heard_s >= SILENCE_S),
             alone=self._waits_s is not None and now_s - self._waits_s >= ALONE_S,
         )  # fmt: skip
         process = await DriverProcess.start(
@@ -446,6 +476,7 @@ class HostedJob:
                         self._holders = word.holders
                         self._tell_mirrored()
                         self._tell_news()
+                        await self._look_for_pay()
                     case Ended():
                         ended = word
                     case Failed():

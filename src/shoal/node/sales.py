@@ -496,7 +496,7 @@ class Sales:
     async def _paid(self, request: Request) -> bytes:
         message = decode(Pay, request.body, request.version)
         client = self._client(request, message.deputy)
-        signed, voucher = message.signed, message.signed.voucher
+        voucher = message.signed.voucher
         async with self._deciding:
             account = self._accounts.get(voucher.escrow)
             if account is None or client != account.client:
@@ -504,24 +504,37 @@ class Sales:
                     f"Node {self._name} is not paid out of escrow {voucher.escrow.hex()[:12]} by its peer."
                 )
             self._pays.spend(client, "A voucher")
-            signer = signer_of(voucher.digest(self._ledger.name), signed.signature)
-            if signer not in (account.payer, account.signer) or voucher.payee != account.payee:
-                raise BadVoucher(
-                    f"A voucher for {address_text(voucher.payee)} came to node {self._name} that nobody signed who "
-                    "may; it pays nothing."
-                )
-            if voucher.amount_micro > account.most_micro:
-                raise BadVoucher(
-                    f"A voucher for {format_money(voucher.amount_micro)} came to node {self._name}, which may get "
-                    f"{format_money(account.most_micro)} at most."
-                )
-            if voucher.amount_micro > account.paid_micro:
-                account = msgspec.structs.replace(account, newest=signed)
-                await self._store_account(account)
+            account = await self._keep_voucher(account, message.signed)
         if message.last and account.waits and account.escrow not in self._redeeming:
             self._redeeming[account.escrow] = asyncio.create_task(self._redeem_beside(account.escrow))
         newer = account.newest if account.voucher_micro > voucher.amount_micro else None
         return encode(Paid(amount_micro=account.paid_micro, newest=newer), request.version)
+
+    async def paid_by_copy(self, signed: SignedVoucher) -> None:
+        """A voucher that stands in the folder of a job that this node drives, or stands by for. Raises BadVoucher."""
+        async with self._deciding:
+            account = self._accounts.get(signed.voucher.escrow)
+            if account is not None:
+                await self._keep_voucher(account, signed)
+
+    async def _keep_voucher(self, account: Account, signed: SignedVoucher) -> Account:
+        """On the disk, where it says more than the one before. Raises BadVoucher."""
+        voucher = signed.voucher
+        signer = signer_of(voucher.digest(self._ledger.name), signed.signature)
+        if signer not in (account.payer, account.signer) or voucher.payee != account.payee:
+            raise BadVoucher(
+                f"A voucher for {address_text(voucher.payee)} came to node {self._name} that nobody signed who may; it "
+                "pays nothing."
+            )
+        if voucher.amount_micro > account.most_micro:
+            raise BadVoucher(
+                f"A voucher for {format_money(voucher.amount_micro)} came to node {self._name}, which may get "
+                f"{format_money(account.most_micro)} at most."
+            )
+        if voucher.amount_micro > account.paid_micro:
+            account = msgspec.structs.replace(account, newest=signed)
+            await self._store_account(account)
+        return account
 
     # ---- redeeming ----
 

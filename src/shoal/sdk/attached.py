@@ -25,7 +25,9 @@ from shoal.protocol.driving import DriveStop, FolderAsk, FolderGiven, Host
 from shoal.protocol.hubs import HubTicket
 from shoal.protocol.offers import Done
 from shoal.protocol.training import TrainJob
-from shoal.sdk.detached import DETACHED, Handed, ask, handed, link_to_host
+from shoal.sdk.detached import ask, link_to_host
+from shoal.sdk.handed import FILE as HANDED
+from shoal.sdk.handed import Handed, handed
 from shoal.sdk.train import DRIVER_KEY, STORE_BYTES
 from shoal.storage import BlobStore, Fetcher
 from shoal.transport import TlsEndpoint
@@ -35,7 +37,7 @@ L = TypeVar("L", bound=Line)
 WAIT_MS = 2_000
 AGAIN_S = 1.0
 SILENT_S = 60.0
-"""So long no host may answer; then it is said that they do not, and tried on."""
+"""So long no host may answer."""
 SIZE_MAX = 64 << 30
 BAD_COPIES_MAX = 16
 
@@ -58,6 +60,7 @@ class AttachOptions:
     hubs: Sequence[HubTicket] = ()
     """Beside those that the job was handed over with."""
     listen: str | None = "tcp://127.0.0.1:0"
+    silent_s: float = SILENT_S
     say: Callable[[str], None] = lambda _: None
     progress: Callable[[Progress], None] = lambda _: None
     event: Callable[[Event], None] = lambda _: None
@@ -71,6 +74,12 @@ async def attach(options: AttachOptions) -> Report | None:
     NotHandedOver, HostsSilent, FolderLocked, and what the disk does."""
     async with _Looking.at(options) as looking:
         return await looking.follow()
+
+
+async def refresh(options: AttachOptions) -> None:
+    """Get what the hosts have now. Raises NotHandedOver, HostsSilent, FolderLocked."""
+    async with _Looking.at(options) as looking:
+        await looking.follow(once=True)
 
 
 async def stop_detached(options: AttachOptions) -> None:
@@ -120,29 +129,28 @@ class _Looking:
 
     # ---- following ----
 
-    async def follow(self) -> Report | None:
+    async def follow(self, *, once: bool = False) -> Report | None:
+        """Until the job is over; `once`: until nothing is missing."""
         path = self._folder.path
         if self._known.ended is None:
             with saying_room(path):
                 copy = await asyncio.to_thread(Copy, path, SIZE_MAX)
-                said = await self._copy(copy)
+                said = await self._copy(copy, once)
+                if said is None:
+                    return None
                 await self._fetch_updates()
             self._known = msgspec.structs.replace(self._known, ended=said)
-            self._folder.write(DETACHED, msgspec.json.encode(self._known))
+            self._folder.write(HANDED, msgspec.json.encode(self._known))
             self._options.say(said)
         return self._folder.read("report.json", Report)
 
-    async def _copy(self, copy: Copy) -> str:
-        """Until the job is over and nothing is missing; gives how it ended."""
+    async def _copy(self, copy: Copy, once: bool) -> str | None:
+        """Until the job is over and nothing is missing; gives how it ended. `once`: until nothing is missing."""
         bad = 0
         while True:
             host, standing = await self._who()
             if host is None:
                 raise HostsSilent(f"All hosts have given the job up: {standing.sentence}")
-            if standing.drives not in (None, self._drives):
-                self._drives = standing.drives
-                name = next((one.name for one in self._known.hosts if one.node == standing.drives), host.name)
-                self._options.say(f"{name} drives the job, in term {standing.term}.")
             while True:
                 try:
                     message = FolderAsk(job=self._known.job, files=copy.there, wait_ms=WAIT_MS)
@@ -156,9 +164,9 @@ class _Looking:
                     continue
                 except ShoalError:
                     break  # somebody else may drive by now
-                self._tell()
-                if given.phase == "over" and not given.pieces and not given.more:
-                    return given.sentence
+                self._tell(given)
+                if not given.pieces and not given.more and (once or given.phase == "over"):
+                    return given.sentence if given.phase == "over" else None
                 if given.phase not in ("driving", "over"):
                     await self.clock.sleep(AGAIN_S)
                     break
@@ -166,7 +174,7 @@ class _Looking:
     async def _who(self) -> tuple[Host | None, FolderGiven]:
         """The host that drives in the newest term, or that is nearest to it; None where all have given up. Raises
         HostsSilent."""
-        until_s = self.clock.monotonic() + SILENT_S
+        until_s = self.clock.monotonic() + self._options.silent_s
         while True:
             answers = await asyncio.gather(*(self._standing(one) for one in self._known.hosts))
             there = [(one, given) for one, given in zip(self._known.hosts, answers, strict=True) if given is not None]
@@ -202,9 +210,13 @@ class _Looking:
 
     # ---- what there is to see ----
 
-    def _tell(self) -> None:
+    def _tell(self, given: FolderGiven) -> None:
         """What has come since."""
         options = self._options
+        if given.phase == "driving" and given.drives not in (None, self._drives):
+            self._drives = given.drives
+            name = next((one.name for one in self._known.hosts if one.node == given.drives), "a node")
+            options.say(f"{name} drives the job, in term {given.term}.")
         for event in self._new(Event):
             options.event(event)
         for audit in self._new(AuditLine):

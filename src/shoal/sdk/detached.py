@@ -39,6 +39,8 @@ from shoal.protocol.training import Grant
 from shoal.purse.bills import FILE, PaidNode
 from shoal.purse.purse import Funds, Purse
 from shoal.quantities.money import format_money
+from shoal.sdk.handed import FILE as HANDED
+from shoal.sdk.handed import Handed
 from shoal.sdk.jobfile import JobFile
 from shoal.sdk.train import DRIVER_KEY, GRANT_MS, TOKENIZER, Session, Spending, TrainOptions, refuse_script
 from shoal.world import Clock, Endpoint, Link, Request
@@ -46,7 +48,6 @@ from shoal.world.directory import Directory, FoundOffer
 from shoal.world.reach import reach_again
 
 M = TypeVar("M", bound=Message)
-DETACHED = "detached.json"
 HOSTS_WANTED = 2
 """One that drives, and one that takes over."""
 ASK_DEADLINE_S = 10.0
@@ -60,23 +61,6 @@ class NoHost(JobError):
     """No node would drive a job, or none that was asked to does."""
 
     code = "SH-636"
-
-
-class Handed(msgspec.Struct, frozen=True, kw_only=True):
-    """`detached.json`: who drives a run, and how it is looked at."""
-
-    job: bytes
-    hosts: tuple[Host, ...]
-    hubs: tuple[str, ...]
-    ended: str | None = None
-    """How, once all that the hosts had is here."""
-
-
-def handed(folder: Path) -> Handed | None:
-    """How the run in a folder was handed over; None for one that was not."""
-    with suppress(OSError, msgspec.DecodeError):
-        return msgspec.json.decode((folder / DETACHED).read_bytes(), type=Handed)
-    return None
 
 
 class Surroundings(Protocol):
@@ -124,7 +108,7 @@ async def detach(
             grant = Grant(job=job.record_id, drivers=tuple(dict.fromkeys(drivers)), not_after_ms=until_ms)
             folder.append(sign(options.key, grant), durable=True)
             kept = Handed(job=job.record_id, hosts=hosts, hubs=tuple(str(one) for one in options.hubs))
-            folder.write(DETACHED, msgspec.json.encode(kept))
+            folder.write(HANDED, msgspec.json.encode(kept))
             folder.begin(job, yaml)
             await _hand_over(session, kept, watch)
             return kept

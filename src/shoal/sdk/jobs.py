@@ -24,6 +24,7 @@ from shoal.protocol.money import LedgerName, ledger_text
 from shoal.purse.bills import FILE as PAYMENTS
 from shoal.purse.bills import Payments, TermPayments, bill
 from shoal.purse.purse import close_escrow
+from shoal.sdk.handed import is_driven_by_nodes
 from shoal.world import Ledger
 from shoal.world.processes import process_holding
 
@@ -48,6 +49,8 @@ class OthersMoney(BadInput):
 
 class JobState(StrEnum):
     RUNNING = "running"
+    DETACHED = "detached"
+    """Driven by nodes, as it stood when it was looked at last."""
     STOPPED = "stopped"
     """In order, before its goal."""
     FINISHED = "finished"
@@ -154,7 +157,9 @@ def look_at(path: Path) -> JobStanding:
     last = newest[-1] if newest else None
     tokens = last.tokens_total if last else 0
     state = JobState.STOPPED if pid is None else JobState.DIED
-    if running:
+    if is_driven_by_nodes(path):
+        state = JobState.DETACHED
+    elif running:
         state = JobState.RUNNING
     elif report is not None and report.tokens_accepted >= job.token_budget:
         state = JobState.FINISHED

@@ -62,6 +62,7 @@ from shoal.rounds.length import RoundLength, choose_round_length, exchange_takes
 from shoal.rounds.standing import Standing, standing_at_start
 from shoal.sdk.acquaintances import Acquaintances, AcquaintancesDamaged
 from shoal.sdk.costs import Costs, costs_of, mix_for
+from shoal.sdk.handed import is_driven_by_nodes
 from shoal.sdk.jobfile import JobFile
 from shoal.sdk.loop_script import ScriptFailed, engine_for, how_to_take_part, loop_kind, measure
 from shoal.sdk.preparation import Prepared, prepare
@@ -140,6 +141,8 @@ class Hosted:
 
     key: KeyPair
     """To drive with."""
+    gone: Collection[bytes]
+    """Nodes that are gone with the driver before."""
     alone: bool
     """Members that do not answer are gone."""
     began: Callable[[int], None]
@@ -258,6 +261,11 @@ async def plan(job_file: JobFile, options: TrainOptions, scratch: Path, deadline
 
 async def resume(job_file: JobFile, options: TrainOptions) -> Report:
     """Go on with the job in a folder, in a new term, from its newest Commit."""
+    if options.hosted is None and is_driven_by_nodes(options.folder):
+        raise NothingToResume(
+            f"Nodes drive the job in {options.folder}: look at it with `shoal attach`, stop it with `shoal jobs "
+            "cancel`. When it is over, what is left of it can be gone on with here."
+        )
     with RunFolder.open(options.folder) as folder, saying_room(folder.path):
         written = folder.read("report.json", Report)
         if written is not None and written.tokens_accepted >= folder.train_job().token_budget:
@@ -297,6 +305,7 @@ async def resume(job_file: JobFile, options: TrainOptions) -> Report:
                     directory=session.hubs,
                     clock=options.clock,
                 ),
+                gone=hosted.gone if hosted is not None else (),
                 alone=hosted is not None and hosted.alone,
             )
             if hosted is not None:
