@@ -553,18 +553,18 @@ class TrainingDriver:
 
     async def _invite(self, node: LinkedNode) -> None:
         self._invited.tried(node.node)
-        state, head = self._offered
-        ref = await asyncio.to_thread(self._store.put, state.to_bytes(), SharedState.MEDIA_TYPE)
-        invite = MemberInvite(
-            job=self.records.job.to_bytes(),
-            grant=self.records.grant.to_bytes(),
-            term=self.records.term.to_bytes(),
-            head=head.to_bytes() if head else None,
-            state=ref,
-            holders=self._holders(),
-        )
         self._being_invited += 1
         try:
+            state, head = self._offered
+            ref = await asyncio.to_thread(self._store.put, state.to_bytes(), SharedState.MEDIA_TYPE)
+            invite = MemberInvite(
+                job=self.records.job.to_bytes(),
+                grant=self.records.grant.to_bytes(),
+                term=self.records.term.to_bytes(),
+                head=head.to_bytes() if head else None,
+                state=ref,
+                holders=self._holders(),
+            )
             if self._treasurer is not None:
                 await self._treasurer.secure(node)
             body = encode(invite, node.link.version)
