@@ -22,7 +22,7 @@ from shoal.driver.gang import LinkedNode
 from shoal.driver.lines import RoundMetrics
 from shoal.driver.report import NodeFigures
 from shoal.driver.training import JobRecords, Outcome, TrainingDriver, Watchers
-from shoal.driver.treasurer import Purse, Treasurer
+from shoal.driver.treasurer import Treasurer
 from shoal.errors import LinkError
 from shoal.hub import HubClient
 from shoal.identity import KeyPair, blake3_hash
@@ -61,6 +61,7 @@ from shoal.protocol.training import (
     Term,
     Turn,
 )
+from shoal.purse.purse import Funds
 from shoal.rounds.standing import standing_at_start
 from shoal.storage import BlobStore, Fetcher, serve
 from shoal.storage.ledgers import LedgerFailed
@@ -225,7 +226,7 @@ class Scene:
 
 
 async def a_scene(
-    tmp_path: Path, peers: int = 2, known: Sequence[NodeFigures] = (), purse: Purse | None = None, **rounds: Any
+    tmp_path: Path, peers: int = 2, known: Sequence[NodeFigures] = (), funds: Funds | None = None, **rounds: Any
 ) -> Scene:
     rounds = {"codec": Codec.NONE, "lag": 0, "grace_ms": 3_600_000, "deadline_ms": 3_600_000} | rounds
     setting = make_setting(tmp_path / "setting", **rounds)
@@ -246,8 +247,8 @@ async def a_scene(
     async def linked(node: bytes, offer: Offer) -> Any:
         return await endpoint.dial(node, offer.addresses)
 
-    def treasurer(purse: Purse) -> Treasurer:
-        return Treasurer(purse, folder, key=OWNER, link=linked, clock=CLOCK, dice=DICE, say=sentences.append)
+    def treasurer(funds: Funds) -> Treasurer:
+        return Treasurer(funds, folder, key=OWNER, link=linked, clock=CLOCK, dice=DICE, say=sentences.append)
 
     driver = TrainingDriver(
         JobRecords(envelope, grant, term, 1),
@@ -264,7 +265,7 @@ async def a_scene(
         members_min=peers,
         known=known,
         watchers=Watchers(event=lambda event: sentences.append(event.sentence)),
-        treasurer=treasurer(purse) if purse else None,
+        treasurer=treasurer(funds) if funds else None,
     )
     made: list[Peer] = []
     gang: list[LinkedNode] = []
@@ -329,7 +330,7 @@ def test_each_contribution_that_cannot_count_is_refused_with_its_own_sentence(tm
 def test_a_ledger_that_fails_a_node_that_comes_ends_no_job(tmp_path: Path) -> None:
     async def story() -> None:
         ledger = BookLedger(CLOCK)
-        scene = await a_scene(tmp_path, peers=1, purse=Purse(ledger, an_account(50), 1000))
+        scene = await a_scene(tmp_path, peers=1, funds=Funds.own(ledger, an_account(50), 1000))
         shop = await a_shop(scene.peers[0].network, a_key(150), ledger, CLOCK, MemoryDisk())
         link = await scene.driver._endpoint.dial(shop.node, shop.endpoint.addresses)
         ledger.fails = LedgerFailed("Its disk is full.")

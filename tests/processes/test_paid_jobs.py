@@ -15,10 +15,8 @@ import msgspec
 import pytest
 from job_world import PATIENCE_S, Watch, check_account, job_text, options_for, owner_key, parsed
 
-from shoal.driver.bills import FILE, Bill, Payments, bill
 from shoal.driver.gang import TooFewNodes
 from shoal.driver.report import Report
-from shoal.driver.treasurer import NoMoney
 from shoal.house import RemoteLedger
 from shoal.identity import KeyPair
 from shoal.identity.accounts import AccountKey, address_text, create_account
@@ -27,6 +25,8 @@ from shoal.ledger.journal import verified
 from shoal.market.reputation import NEW, Outcome
 from shoal.protocol.ledgers import LedgerTicket
 from shoal.protocol.money import BondTerms
+from shoal.purse.bills import FILE, Bill, Payments, bill
+from shoal.purse.purse import NoMoney
 from shoal.sdk.acquaintances import Acquaintances
 from shoal.sdk.local import LocalShoal
 from shoal.sdk.train import Spending, TrainOptions, train

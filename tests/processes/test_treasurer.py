@@ -13,20 +13,22 @@ from hub_world import a_key
 from money_world import LEDGER, BookLedger, Shop, Street, an_account
 from test_run_folder import JOB
 
-from shoal.driver.bills import FILE, Payments, bill
 from shoal.driver.folder import FolderLocked, RunFolder
 from shoal.driver.gang import LinkedNode
 from shoal.driver.lines import Event
-from shoal.driver.treasurer import ASKED_AGAIN_S, RENEW_EVERY_S, NoMoney, Purse, Treasurer
+from shoal.driver.treasurer import Treasurer
 from shoal.errors import StorageError
 from shoal.house import OutcomeUnknown
 from shoal.identity import Envelope
+from shoal.identity.accounts import AccountKey, signer_of
 from shoal.ledger.escrows import State
 from shoal.ledger.journal import verified
 from shoal.ledger.moves import ISSUED
 from shoal.protocol.holds import Hold, open_hold
 from shoal.protocol.money import HouseLedger
 from shoal.protocol.prices import Price
+from shoal.purse.bills import FILE, Payments, bill
+from shoal.purse.purse import ASKED_AGAIN_S, RENEW_EVERY_S, Funds, NoMoney
 from shoal.sdk.jobs import Closed, OthersMoney, close_escrows, look_at, open_at
 from shoal.world import Refused, SeededDice
 from shoal.world.quotes import NotSecured
@@ -55,12 +57,20 @@ def run(story: Callable[[Street], Awaitable[None]], deposit: int = 10_000_000) -
 class Job:
     """A driver's money, without the rest of the driver."""
 
-    def __init__(self, street: Street, folder: Path | RunFolder, *, budget: int = 1_000_000, number: int = 60) -> None:
+    def __init__(
+        self,
+        street: Street,
+        folder: Path | RunFolder,
+        *,
+        budget: int = 1_000_000,
+        number: int = 60,
+        signer: AccountKey = PAYER,
+    ) -> None:
         self.street, self.said = street, list[str]()
         self.endpoint = street.client(number)
         self.folder = RunFolder.create(folder) if isinstance(folder, Path) else folder
         self.treasurer = Treasurer(
-            Purse(street.ledger, PAYER, budget, notice_ms=60_000, audit_ms=1000),
+            Funds(street.ledger, PAYER.address, signer, budget, PAYER, notice_ms=60_000, audit_ms=1000),
             self.folder,
             key=a_key(number),
             link=street.linker(self.endpoint),
@@ -128,6 +138,28 @@ def test_each_is_paid_for_what_was_accepted_and_the_bill_adds_up(tmp_path: Path)
         assert balances == [2000, 400, 250]
         assert await street.ledger.balance(PAYER.address) == 10_000_000 - 2650
         assert street.ledger.book.balances[ISSUED] == -10_000_000
+
+    run(story)
+
+
+def test_another_hand_than_the_payers_signs_vouchers_and_admissions(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shops = [await street.shop(number, tmp_path / str(number)) for number in (1, 2)]
+        hand = an_account(51)
+        job = Job(street, tmp_path / "run", signer=hand)
+        await job.begin(shops[0])
+        await job.treasurer.secure((await job.gang(shops[1]))[0])
+        job.treasurer.ready(shops[1].node, 10.0, 100)
+        await street.clock.advance(10.0)
+        await job.commit((shops[0], 10_000), (shops[1], 4_000))
+        (term,) = job.written.terms
+        for one in term.nodes.values():
+            assert one.voucher is not None
+            assert signer_of(one.voucher.voucher.digest(LEDGER), one.voucher.signature) == hand.address
+        await job.treasurer.close()
+        await settle(street, 62)
+        assert [await street.ledger.balance(an_account(number).address) for number in (1, 2)] == [1000, 400]
+        assert await street.ledger.balance(PAYER.address) == 10_000_000 - 1400
 
     run(story)
 

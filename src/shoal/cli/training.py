@@ -29,8 +29,8 @@ from shoal.cli.output import (
     shown,
 )
 from shoal.cli.tables import RunView, print_completion, print_report
-from shoal.driver.bills import budget_of
 from shoal.driver.report import Report
+from shoal.purse.bills import budget_of
 from shoal.quantities import format_bytes, format_count, format_duration_s, format_flops, parse_duration_s
 from shoal.quantities.money import format_money, parse_money
 from shoal.sdk.costs import Costs, Way

@@ -12,7 +12,7 @@
         events.jsonl        Event: what happened, as sentences
         audits.jsonl        AuditLine: replays made while the job ran
         figures.json        what the driver knows beside the records; rewritten as it goes
-        payments.json       what is set aside and paid, and the newest Hold of each node (`bills`)
+        payments.json       what is set aside and paid, and the newest Hold of each node (`purse.bills`)
         report.json, report.html
         model/              the trained model, a checkpoint in the form of `transformers`
         data/               what the job's owner prepared and keeps: token files, the newest state

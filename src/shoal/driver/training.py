@@ -23,7 +23,7 @@ from shoal.driver.lines import Event, EventKind, Lane, RoundMetrics
 from shoal.driver.members import MemberLine, MemberLines, NotOfThisJob
 from shoal.driver.nearness import refuse_far
 from shoal.driver.report import NodeFigures, NodeStatus
-from shoal.driver.treasurer import NoMoney, Treasurer
+from shoal.driver.treasurer import Treasurer
 from shoal.errors import BadRecord, LinkError, ShoalError
 from shoal.identity import Envelope, KeyPair, blake3_hash, short_id
 from shoal.ledger.moves import MoneyRefused
@@ -49,6 +49,7 @@ from shoal.protocol.training import (
     TrainJob,
     Turn,
 )
+from shoal.purse.purse import NoMoney
 from shoal.rounds import driving
 from shoal.rounds.joining import OFFERED_MAX_BYTES, is_offered
 from shoal.rounds.standing import Standing

@@ -13,17 +13,17 @@ from pathlib import Path
 import msgspec
 import psutil
 
-from shoal.driver.bills import FILE as PAYMENTS
-from shoal.driver.bills import Payments, TermPayments, bill
 from shoal.driver.folder import RunFolder, is_unsettled, pid_in_lock
 from shoal.driver.lines import RoundMetrics
 from shoal.driver.report import Figures, NodeStatus, Report
-from shoal.driver.treasurer import close_escrow
 from shoal.errors import BadInput, JobError, ShoalError
 from shoal.identity.accounts import AccountKey, address_text
 from shoal.ledger.escrows import State
 from shoal.market.earnings import forecast_micro, lasts_s
 from shoal.protocol.money import LedgerName, ledger_text
+from shoal.purse.bills import FILE as PAYMENTS
+from shoal.purse.bills import Payments, TermPayments, bill
+from shoal.purse.purse import close_escrow
 from shoal.world import Ledger
 from shoal.world.processes import process_holding
 

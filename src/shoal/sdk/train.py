@@ -37,7 +37,7 @@ from shoal.driver.report import (
 from shoal.driver.takeover import CannotTakeOver, take_over
 from shoal.driver.training import NOT_BACK, JobRecords, Progress, TrainingDriver, Watchers
 from shoal.driver.training import Outcome as Ending
-from shoal.driver.treasurer import AUDIT_MS, NOTICE_MS, Purse, Treasurer
+from shoal.driver.treasurer import Treasurer
 from shoal.driver.write_report import make_report, write_missing_page, write_report
 from shoal.engines import EngineFailed
 from shoal.errors import BadInput
@@ -55,6 +55,7 @@ from shoal.protocol.ledgers import LedgerTicket
 from shoal.protocol.messages import record_id_of, sign
 from shoal.protocol.offers import Offer, OfferFind
 from shoal.protocol.training import Commit, Contribution, Grant, Term, TrainJob
+from shoal.purse.purse import AUDIT_MS, NOTICE_MS, Funds
 from shoal.quantities.money import format_money
 from shoal.rounds.length import RoundLength, choose_round_length, exchange_takes_s, members_of_full_speed
 from shoal.rounds.standing import Standing, standing_at_start
@@ -386,7 +387,7 @@ class _Session:
             return found.link
 
         self.ledger = RemoteLedger(self.endpoint, spending.ledger, self.clock)
-        purse = Purse(
+        funds = Funds.own(
             self.ledger,
             spending.account,
             spending.budget_micro,
@@ -394,7 +395,7 @@ class _Session:
             audit_ms=spending.audit_ms,
         )
         return Treasurer(
-            purse, self.folder, key=self.key, link=link, clock=self.clock, dice=self.dice, say=self.options.say
+            funds, self.folder, key=self.key, link=link, clock=self.clock, dice=self.dice, say=self.options.say
         )
 
     async def __aexit__(self, *_: object) -> None:

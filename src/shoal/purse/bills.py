@@ -1,4 +1,4 @@
-"""What a job has set aside and paid, as its run folder keeps it; and the bill that follows from it."""
+"""What was set aside and paid, as a file keeps it; and the bill that follows from it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from msgspec import Meta
 
 from shoal.identity.accounts import AccountSignature, Address
 from shoal.ledger.commands import HoldBytes
-from shoal.market.earnings import Earnings
 from shoal.protocol.money import Amount, EscrowTerms, LedgerName, SignedVoucher
 
 FILE = "payments.json"
@@ -29,7 +28,7 @@ class BillLine(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Bill(msgspec.Struct, frozen=True, kw_only=True):
-    """What a job cost; whole millionths of the currency. `quoted` is `charged` and `refunded` together."""
+    """What all of it cost; whole millionths of the currency. `quoted` is `charged` and `refunded` together."""
 
     quoted: Amount
     """What was set aside at most."""
@@ -45,17 +44,16 @@ class PaidNode(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     payee: Address
     micro_per_h: Annotated[int, Meta(ge=0)]
-    earnings: Earnings = Earnings()
     paid_micro: Amount = 0
     voucher: SignedVoucher | None = None
     withheld_micro: Amount = 0
     reason: str = "worked"
     hold: HoldBytes = b""
-    """The node's newest Hold for this job, as it signed it: one half of the proof if it has sold the place twice."""
+    """The node's newest Hold for this client, as it signed it: one half of the proof if it has sold the place twice."""
 
 
 class TermPayments(msgspec.Struct, frozen=True, kw_only=True):
-    """All that one term of a driver sets aside and pays. It is written down before the ledger is asked."""
+    """All that one run of a client sets aside and pays. It is written down before the ledger is asked."""
 
     terms: EscrowTerms
     ledger: LedgerName
@@ -75,7 +73,7 @@ class TermPayments(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Payments(msgspec.Struct, frozen=True, kw_only=True):
-    """`payments.json` in a run folder."""
+    """`payments.json`, in the folder of a run or of a gateway."""
 
     budget_micro: Amount
     terms: tuple[TermPayments, ...] = ()
