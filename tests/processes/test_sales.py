@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import re
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from money_world import LEDGER, PRICE, Shop, Street, an_account
 
 from shoal.errors import BadRecord, StorageError
 from shoal.identity import KeyPair
-from shoal.ledger.commands import Close, Open
+from shoal.ledger.commands import Close, Open, Redeem
 from shoal.ledger.escrows import State
 from shoal.ledger.journal import verified
 from shoal.node.earned import read_earned
@@ -353,6 +354,55 @@ def test_a_voucher_that_the_ledger_refuses_counts_for_nothing(tmp_path: Path) ->
         assert work.accepted(0) is None and street.ledger.book.escrows[escrow].redeemed_micro == 400
 
     run(story)
+
+
+@pytest.mark.parametrize("amounts", [(100, 100), (100, 90), (90, 100)])
+def test_a_node_says_when_another_is_paid_at_its_account(
+    amounts: tuple[int, int], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def story(street: Street) -> None:
+        shops = [await street.shop(number, tmp_path / str(number), payee=9) for number in (1, 2)]
+        client = Client(street)
+        held = [await client.quotes.hold(shop.node, shop.offer) for shop in shops]
+        escrow = await client.escrow(shops[0])
+        for shop, one, amount in zip(shops, held, amounts, strict=True):
+            await client.quotes.take(one, escrow)
+            work = shop.sales.work_for(client.key.node_id)
+            work.ready(10.0, 100)
+            await street.clock.advance(1.0)
+            work.accepted(1000)
+            await client.quotes.pay(shop.node, voucher(escrow, shop, amount), last=False, deadline_s=5)
+            assert work.over() is None, "it takes the voucher for its own"
+        for _ in range(4):
+            await settle(street, REDEEM_EVERY_S)
+        assert street.ledger.book.escrows[escrow].redeemed_micro == max(amounts)
+
+    run(story)
+    assert len(re.findall("another node is paid at 0x.* out of escrow", caplog.text)) == 1
+
+
+def test_a_node_with_an_account_of_its_own_sees_no_other(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def story(street: Street) -> None:
+        shop = await street.shop(1, tmp_path / "one")
+        client = Client(street)
+        escrow = await client.escrow(shop)
+        await client.quotes.take(await client.quotes.hold(shop.node, shop.offer), escrow)
+        street.ledger.loses = 1
+        await client.quotes.pay(shop.node, voucher(escrow, shop, 50), last=False, deadline_s=5)
+        for _ in range(4):
+            await settle(street, REDEEM_EVERY_S)
+        await street.close()  # as killed, and started anew
+        street.shops.clear()
+        again = await street.shop(1, tmp_path / "one")
+        await street.ledger.apply(Redeem(voucher(escrow, again, 80)))  # for the node, as whoever asks for the rest does
+        wish = Closing(escrow)
+        await street.ledger.apply(Close(wish, PAYER.sign(wish.digest(LEDGER))))
+        for _ in range(4):
+            await settle(street, REDEEM_EVERY_S)
+        assert street.ledger.book.escrows[escrow].redeemed_micro == 80
+
+    run(story)
+    assert "another node" not in caplog.text
 
 
 def test_a_slot_is_not_kept_for_ever_for_keys_that_cost_nothing(tmp_path: Path) -> None:

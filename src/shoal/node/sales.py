@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, TypeVar
@@ -265,6 +266,10 @@ class Sales:
         """Drivers that act for another client, as that one has signed."""
         self._works: dict[bytes, Work] = {}
         """Of these, those that work was done for since the node started."""
+        self._brought = {one.escrow: one.redeemed_micro for one in self._accounts.values()}
+        """Of each escrow, the highest voucher that this node has brought to the ledger itself."""
+        self._elsewhere_s: dict[bytes, float] = {}
+        """Escrows of which somebody else has, and since when that is known; infinite once it was said."""
         self.closes_ms: int | None = None
         """When the owner takes the machine back, once its clients are told."""
         self._telling = list[asyncio.Task[None]]()
@@ -582,10 +587,29 @@ class Sales:
         try:
             await self._ledger.apply(Redeem(account.newest))
         except (OldVoucher, EscrowOver):
-            pass  # it was redeemed already, and the answer was lost; or it came too late
+            return None  # it was redeemed already, and the answer was lost, or by somebody else; or it came too late
         except MoneyRefused as error:
             return error.sentence
+        except LinkError:
+            self._brought[account.escrow] = account.voucher_micro  # it may be done, though no answer came
+            raise
+        self._brought[account.escrow] = account.voucher_micro
         return None
+
+    def _watch_others(self, account: Account, found: Escrow) -> None:
+        """Of several nodes with one account none sees whether a voucher is for its own work: that there are such is
+        said once. Whoever asks for the rest of an escrow redeems the last vouchers, too."""
+        if account.redeemed_micro <= self._brought.get(account.escrow, 0) or found.ends_ms < found.terms.expires_ms:
+            return
+        now_s = self.monotonic()
+        if now_s - self._elsewhere_s.setdefault(account.escrow, now_s) < REDEEM_EVERY_S:
+            return
+        self._elsewhere_s[account.escrow] = math.inf
+        _log.warning(
+            "%s: another node is paid at %s out of escrow %s, too: a client can show both one voucher, and neither "
+            "sees that the other's work is not paid. Give each node an account of its own (--account).",
+            self._name, address_text(account.payee), account.escrow.hex()[:12],
+        )  # fmt: skip
 
     async def _look_at(self, asked: Account, found: Escrow | None, refused: str | None) -> None:
         """How an escrow stands now. One that was not found was there when it was taken, here or at the ledger at which
@@ -598,6 +622,7 @@ class Sales:
             if found is not None and found.state is State.OPEN:
                 if refused is not None:
                     _log.error("%s: a voucher is worth nothing: %s", self._name, refused)
+                self._watch_others(now, found)
                 now = msgspec.structs.replace(now, refused=refused is not None or (now.refused and now.waits))
                 if now != account:
                     await self._store_account(now)
@@ -636,6 +661,8 @@ class Sales:
         await asyncio.to_thread(self._write, ACCOUNTS, list(accounts.values()))
         self._accounts = accounts
         self._works = {name: work for name, work in self._works.items() if name in accounts}
+        self._brought = {name: micro for name, micro in self._brought.items() if name in accounts}
+        self._elsewhere_s = {name: since for name, since in self._elsewhere_s.items() if name in accounts}
 
     def _write(self, name: str, content: Any) -> None:
         packed, scratch = msgspec.msgpack.encode(content), f"{name}.new"

@@ -20,14 +20,14 @@ from typing import Any
 import msgspec
 
 from shoal.errors import BadInput, LinkError, ShoalError
-from shoal.identity import KeyPair
+from shoal.identity import KeyPair, short_id
 from shoal.identity.accounts import AccountKey, address_text, signer_of
 from shoal.ledger.book import SameEscrow, UnknownEscrow
 from shoal.ledger.commands import Admit, Close, Open, Redeem, Withhold
 from shoal.ledger.escrows import EscrowOver, OldVoucher
 from shoal.ledger.moves import DoneAlready, TooLittleMoney
 from shoal.market.earnings import lasts_s
-from shoal.protocol.holds import LEASE_STEP_MS, Work, quote_id
+from shoal.protocol.holds import LEASE_STEP_MS, BadHold, HoldReclaim, Work, quote_id
 from shoal.protocol.messages import DEFAULT_NETWORK
 from shoal.protocol.money import (
     DAY_MS,
@@ -430,7 +430,19 @@ class Purse:
             self._put(node, msgspec.structs.replace(known, reason=_in_short(reason)))
         held = self._held.pop(node, None)
         if held is not None:
-            self._beside(self._quotes.release(held))
+            self._beside(self._part_from(held))
+
+    async def _part_from(self, held: Held) -> None:
+        """The voucher first: a node whose owner wants it back waits for no more once its place is given back."""
+        await self._send(held.node, last=True)
+        await self._quotes.release(held)
+
+    def reclaimed(self, node: bytes, word: HoldReclaim) -> float:
+        """The owner of a node takes it back: in how many seconds. Raises BadRecord."""
+        held = self._held.get(node)
+        if held is None:
+            raise BadHold(f"Node {short_id(node)} says of a place that it ends, and keeps none here.")
+        return self._quotes.reclaimed(held, word)
 
     async def withhold(self, node: bytes, reason: str, evidence: bytes) -> None:
         """What is held back of a node whose work was replayed and was not what was assigned."""
