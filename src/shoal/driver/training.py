@@ -581,6 +581,7 @@ class TrainingDriver:
         self._note_lanes(lane.closed(self.elapsed_s(), Lane.GONE))
         line = MemberLine(node, envelope.record_id, member, envelope, lane)
         self._lines.add(line)
+        _log.info("%s was invited", line.name)
         self._names[line.member_id] = line.name
         known = self.nodes.get(node.node)
         self.nodes[node.node] = NodeFigures(
