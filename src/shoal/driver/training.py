@@ -597,6 +597,7 @@ class TrainingDriver:
         line = MemberLine(node, envelope.record_id, member, envelope, lane)
         self._lines.add(line)
         self._reclaimed_s.pop(node.node, None)
+        _log.info("%s was invited", line.name)
         self._names[line.member_id] = line.name
         known = self.nodes.get(node.node)
         self.nodes[node.node] = NodeFigures(

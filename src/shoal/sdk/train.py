@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
+import logging
 import math
 import threading
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
@@ -55,7 +56,7 @@ from shoal.protocol.hubs import HubTicket
 from shoal.protocol.ledgers import LedgerTicket
 from shoal.protocol.messages import record_id_of, sign
 from shoal.protocol.offers import Offer, OfferFind
-from shoal.protocol.training import Commit, Contribution, Grant, Term, TrainJob
+from shoal.protocol.training import Assignment, Commit, Contribution, Grant, Term, TrainJob
 from shoal.purse.purse import AUDIT_MS, NOTICE_MS, Funds
 from shoal.quantities.money import format_money
 from shoal.rounds.length import RoundLength, choose_round_length, exchange_takes_s, members_of_full_speed
@@ -98,6 +99,8 @@ READING_SAID_S = 0.2
 """How often at most it is said how far reading data has come."""
 STEP_LEAST_S = 0.004
 """No inner step is quicker: launching its kernels takes that long."""
+
+_log = logging.getLogger("shoal.train")
 
 
 class NothingToResume(BadInput):
@@ -541,6 +544,8 @@ class Session:
             )
         )
         looking = asyncio.create_task(self.gang(job_file, waiting=waiting))
+        preparing.add_done_callback(lambda _: _log.info("data and model are prepared"))
+        looking.add_done_callback(lambda _: _log.info("nodes were looked for"))
         try:
             prepared, gang = await asyncio.gather(asyncio.shield(preparing), looking)
         finally:
@@ -840,13 +845,14 @@ class Session:
                 progress=options.progress,
                 committed=lambda commit, given, after: self._committed(auditor, commit, given, after),
                 event=options.event,
-                recorded=auditor.recorded,
+                recorded=lambda envelope: self._recorded(auditor, envelope),
                 written=self._written,
                 closing=lambda: self._close_out(auditor),
             ),
         )
         self._next_evaluation = standing.tokens_total + self.job.token_budget / (EVALUATIONS + 1)
         self._evaluations: set[asyncio.Task[float | None]] = set()
+        self._at_work = asyncio.Event()
         self._starting_engine = asyncio.create_task(self._start_engine(state))
         if all(one.round >= 0 for one in folder.notes(Evaluation)):
             self._evaluate_beside(-1, 0, await self._start_state())
@@ -856,7 +862,10 @@ class Session:
             else:
                 outcome = Ending(True, f"{standing.tokens_total} tokens were accepted before.", state)
             self._driven = True
+            self._at_work.set()
         finally:
+            if not self._at_work.is_set():
+                self._starting_engine.cancel()
             cost = await auditor.close()
             await asyncio.gather(*self._evaluations, self._starting_engine, *self._withholding, return_exceptions=True)
             await self._settle()
@@ -890,9 +899,11 @@ class Session:
 
     async def _start_engine(self, state: SharedState) -> None:
         """An engine of the owner's own, for held-out losses, the completion and the checkpoint; a script does what of
-        this it can."""
+        this it can. It loads its libraries, which takes seconds of every core here, when the members are at work: those
+        on this machine measure themselves before."""
         if self.script is not None:
             return
+        await self._at_work.wait()
         self.engine = await EngineProcess.start("the driver")
         path = await self._write_now(state)
         shards = tuple(
@@ -906,6 +917,11 @@ class Session:
         with saying_room(self.folder.path):
             await asyncio.to_thread(state.write, path)
         return path
+
+    def _recorded(self, auditor: Auditor, envelope: Envelope) -> None:
+        auditor.recorded(envelope)
+        if envelope.kind == Assignment.KIND:
+            self._at_work.set()
 
     def _committed(
         self,
