@@ -12,7 +12,8 @@ the operator, as the journal can be checked from its beginning.
 Only the client is imported with the room: databases are for those who run a ledger.
 """
 
-from shoal.house.client import OtherLedger, OutcomeUnknown, RemoteLedger
+from shoal.house.client import OtherLedger, RemoteLedger
 from shoal.house.messages import LedgerInfo
+from shoal.world import OutcomeUnknown
 
 __all__ = ["LedgerInfo", "OtherLedger", "OutcomeUnknown", "RemoteLedger"]
