@@ -17,8 +17,9 @@ SURFACE = {
     "shoal quickstart": "--seed --honest --tokens --files --runs --json",
     "shoal up": "--nodes --speeds --threads --json",
     "shoal down": "--json",
-    "shoal train": "[JOB.YAML] --hub --runs --resume --replace --dry-run --budget --ledger "
+    "shoal train": "[JOB.YAML] --hub --runs --resume --replace --detach --dry-run --budget --ledger "
     "--prompt --listen --fields --json",
+    "shoal attach": "RUN --hub --listen --json",
     "shoal plan": "JOB.YAML --hub --deadline --json",
     "shoal jobs": "",
     "shoal jobs list": "--runs --json",
@@ -33,7 +34,7 @@ SURFACE = {
     "shoal hub": "--listen --http --data --name --public --json",
     "shoal node": "",
     "shoal node start": "--hub --name --max-speed --threads --device --processes --listen --storage --memory --price "
-    "--currency --account --ledger --notice --serve-free --country --region --data "
+    "--currency --account --ledger --notice --drive --serve-free --country --region --data "
     "--engine --engine-model --engine-key --engine-only --json",
     "shoal node stop": "--data --json",
     "shoal node earnings": "--data --ledger --json",
