@@ -74,7 +74,7 @@ Said: TypeAlias = Began | Committed | Ended | Failed
 
 
 class Mirrored(_Word, frozen=True):
-    """So much of the records all hosts have that stand by and are in touch, and which those are."""
+    """From so far in the records all hosts could drive that stand by and are in touch, and which those are."""
 
     chain_bytes: int
     hosts: tuple[NodeId, ...]
@@ -124,7 +124,7 @@ class DriverProcess:
         await self.kill()
 
     def mirrored(self, far: Mapping[bytes, int]) -> None:
-        """How far the hosts that are in touch have the records."""
+        """From how far in the records the hosts that are in touch could drive."""
         self._write(Mirrored(min(far.values(), default=0), tuple(far)))
 
     async def stop(self) -> None:

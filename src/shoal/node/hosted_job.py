@@ -55,6 +55,7 @@ REACH_DEADLINE_S = 5.0
 FETCHED_WITHIN_S = 3600.0
 """A job whose owner has not handed it over by then is dropped."""
 UPDATES_WITHIN_S = 60.0
+FETCHED_AT_ONCE = 32
 FAILURES_MAX = 5
 """Times in a row that driving may fail without a Commit between."""
 WAITS_MAX = 720
@@ -127,7 +128,7 @@ class HostedJob:
         self._holders: tuple[BlobHolder, ...] = ()
         self._process: DriverProcess | None = None
         self._mirrored: dict[bytes, tuple[float, int]] = {}
-        """Other hosts: when each asked last, and how far it had the records then."""
+        """Other hosts: when each asked last, and from how far in the records it could drive then."""
         self._heard_s = {one.node: around.clock.monotonic() for one in self._others}
         self._news = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -135,7 +136,8 @@ class HostedJob:
         """How far the records were looked through, for `_term` and `_updates`."""
         self._updates: dict[bytes, BlobRef] = {}
         """Those that Commits name and that are not here."""
-        self._fetching: asyncio.Task[None] | None = None
+        self._sound = 0
+        """So far the records go of which all updates are here."""
         self._failures = self._waits = 0
         self._paid_s = -PAID_EVERY_S
         self._waits_s: float | None = None
@@ -154,10 +156,9 @@ class HostedJob:
 
     async def close(self) -> None:
         """The node stops; it goes on when it is started again."""
-        tasks = [task for task in (self._task, self._fetching) if task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
 
     async def stop(self, why: str) -> None:
         """In order, for good."""
@@ -189,7 +190,7 @@ class HostedJob:
         if peer in self._heard_s:
             self._heard_s[peer] = now_s
             if not message.standing_only:
-                self._mirrored[peer] = now_s, next((one.size for one in message.files if one.name == CHAIN), 0)
+                self._mirrored[peer] = now_s, message.sound_bytes
                 self._tell_mirrored()
             if message.term > self._term and self._process is not None:
                 await self._process.kill()
@@ -362,7 +363,8 @@ class HostedJob:
             self._drives, self._holders = given.drives, given.holders
             await asyncio.to_thread(self._look_through)
             self._term = max(self._term, given.term)
-            self._fetch_updates_beside()
+            with contextlib.suppress(TimeoutError):
+                await within(self._around.clock, UPDATES_WITHIN_S, self._fetch_updates())
             await self._look_for_pay()
             if given.phase not in ("driving", "over"):
                 return
@@ -373,7 +375,7 @@ class HostedJob:
 
     async def _take_from(self, link: Link, copy: Copy, wait_ms: int) -> FolderGiven:
         """Ask for what is missing, and take it in. Raises LinkError, OSError."""
-        message = FolderAsk(job=self._begin.job, files=copy.there, wait_ms=wait_ms)
+        message = FolderAsk(job=self._begin.job, files=copy.there, wait_ms=wait_ms, sound_bytes=self._sound)
         given = await self._asked(link, message, ASK_DEADLINE_S + wait_ms / 1000)
         try:
             await asyncio.to_thread(copy.take, given.pieces)
@@ -413,19 +415,18 @@ class HostedJob:
                     commit = open_record(envelope, Commit, self._around.network)
                     self._updates |= {one.update.hash: one.update for one in commit.accepted}
 
-    def _fetch_updates_beside(self) -> None:
-        if self._fetching is None or self._fetching.done():
-            self._fetching = asyncio.create_task(self._fetch_updates())
-
     async def _fetch_updates(self) -> None:
         """What does not come now is tried again with the next ones."""
-        for ref in list(self._updates.values()):
+        read, refs = self._read, list(self._updates.values())
+        for some in (refs[at : at + FETCHED_AT_ONCE] for at in range(0, len(refs), FETCHED_AT_ONCE)):
             try:
-                await self._have([ref], self._holders)
+                await self._have(some, self._holders)
             except ShoalError as error:
                 _log.info("job %s: an update did not come: %s", self._begin.job.hex()[:12], error)
                 return
-            self._updates.pop(ref.hash, None)
+            for ref in some:
+                self._updates.pop(ref.hash, None)
+        self._sound = read
 
     async def _look_for_pay(self) -> None:
         """Vouchers for driving stand in the folder: nobody has to send them."""

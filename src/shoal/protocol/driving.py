@@ -131,6 +131,8 @@ class FolderAsk(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, 
     """Nothing of the folder is wanted."""
     files: Annotated[tuple[FileThere, ...], Meta(max_length=FILES_MAX)] = ()
     wait_ms: Annotated[int, Meta(ge=0, le=WAIT_MAX_MS)] = 0
+    sound_bytes: Size = 0
+    """So far the records go of which the asker has all updates, too: from there it could drive."""
     term: Annotated[int, Meta(ge=0, le=1 << 31)] = 0
     """In which the asker drives this job itself; 0 where it does not. The newest term counts."""
 

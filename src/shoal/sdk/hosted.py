@@ -7,7 +7,6 @@ node how it gets on (`node.driver_process`). Where it ends otherwise than in ord
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import signal
 import sys
@@ -54,6 +53,8 @@ class _Node:
         self.driving: asyncio.Task[None] | None = None
         self._folder = folder
         self._far = Mirrored(0, ())
+        self._awaited = 0
+        """So far a host did not come in time."""
         self._news = asyncio.Event()
 
     async def listen(self, pipe: asyncio.StreamReader) -> None:
@@ -74,10 +75,14 @@ class _Node:
         """The hosts that stand by have it, too, or are out of touch."""
         size = (self._folder / CHAIN).stat().st_size
         say(Committed(size, tuple(holders)))
-        with contextlib.suppress(TimeoutError):
+        if self._far.chain_bytes < self._awaited:
+            return  # a host that has not caught up yet holds up no more than one Commit
+        try:
             async with asyncio.timeout(MIRRORED_S):
                 while self._far.hosts and self._far.chain_bytes < size:
                     await self._news.wait()
+        except TimeoutError:
+            self._awaited = size
 
     def present(self) -> Collection[bytes]:
         """The driver keys of this host and of those that have the newest records."""

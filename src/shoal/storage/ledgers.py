@@ -113,8 +113,6 @@ _PUT = {
 _ledger = msgspec.msgpack.Decoder(LedgerName)
 
 
-
-
 @dataclass(frozen=True)
 class Page:
     """Of a journal."""
