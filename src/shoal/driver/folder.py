@@ -36,7 +36,7 @@ import re
 import shutil
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
@@ -335,6 +335,29 @@ class RunFolder:
         network = self.job.network
         for envelope in self.records(kind):
             yield envelope, open_record(envelope, kind, network)
+
+    def take_back(self, commits: Collection[bytes], first_round: int) -> None:
+        """Leave out these Commits, and what is noted of their rounds, from `first_round` on. Raises
+        FolderWriteFailed."""
+        with self._guard, _writing(self.path):
+            self._check_writable()
+            kept, end = f".{CHAIN.replace('/', '.')}.new", 0
+            self._disk.delete(kept)
+            for _, payload in self._frames(self._end(CHAIN)):
+                if Envelope.from_bytes(payload, RECORD_BODY_MAX_BYTES).record_id not in commits:
+                    frame = _frame(end, True, payload)
+                    self._disk.write(kept, frame, end)
+                    end += len(frame)
+            lines = [line for line in self.notes(RoundMetrics) if line.round < first_round]
+            data = b"".join(msgspec.json.encode(line) + b"\n" for line in lines)
+            noted = f".{RoundMetrics.FILE}.new"
+            self._disk.delete(noted)
+            self._disk.write(noted, data)
+            for scratch, name, size in ((noted, RoundMetrics.FILE, len(data)), (kept, CHAIN, end)):
+                self._disk.sync(scratch)
+                self._disk.rename(scratch, name)
+                self._disk.sync(name)
+                self._ends[name] = size
 
     # --- lines
 

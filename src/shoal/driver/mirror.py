@@ -49,8 +49,11 @@ def missing(folder: Path, there: Sequence[FileThere]) -> tuple[list[Piece], bool
     disk = DirectoryDisk(folder)
     known = {one.name: one for one in there}
     pieces, room = list[Piece](), ANSWER_BYTES
-    for name in _names(disk):
-        for piece in _pieces(disk, name, known.get(name)):
+    names = _names(disk)
+    ends = {name: _size(disk, name) for name in names if name in _GROWING and name != CHAIN}
+    """Lines go no further than they did before the records were read: none tells of a record that is not there."""
+    for name in names:
+        for piece in _pieces(disk, name, known.get(name), ends.get(name)):
             if len(piece.data) > room:
                 return pieces, True
             pieces.append(piece)
@@ -66,9 +69,15 @@ def _names(disk: DirectoryDisk) -> list[str]:
     return [name for name in order if disk.info(name) is not None][:FILES_MAX]
 
 
-def _pieces(disk: DirectoryDisk, name: str, there: FileThere | None) -> Iterator[Piece]:
+def _size(disk: DirectoryDisk, name: str) -> int:
+    info = disk.info(name)
+    return info.size if info is not None else 0
+
+
+def _pieces(disk: DirectoryDisk, name: str, there: FileThere | None, end: int | None) -> Iterator[Piece]:
+    """Of a file that grows only up to `end`, where that is said."""
     if name in _GROWING:
-        yield from _growth(disk, name, there)
+        yield from _growth(disk, name, there, _size(disk, name) if end is None else end)
         return
     size, digest = _whole(disk, name)
     if there is not None and (there.size, there.hash) == (size, digest):
@@ -82,15 +91,14 @@ def _pieces(disk: DirectoryDisk, name: str, there: FileThere | None) -> Iterator
             return
 
 
-def _growth(disk: DirectoryDisk, name: str, there: FileThere | None) -> Iterator[Piece]:
+def _growth(disk: DirectoryDisk, name: str, there: FileThere | None, end: int) -> Iterator[Piece]:
     at = there.size if there is not None else 0
     anew = there is None or _tail_hash(disk, name, at) != there.hash  # its end was lost here, and written anew
     if anew:
         at = 0
-    while (data := disk.read(name, at, PIECE_BYTES)) or anew:
+    while (data := disk.read(name, at, min(PIECE_BYTES, max(0, end - at)))) or anew:
         anew = False
-        info = disk.info(name)
-        yield Piece(name, at, data, info.size if info else at + len(data))
+        yield Piece(name, at, data, end)
         at += len(data)
 
 
@@ -166,11 +174,13 @@ class Copy:
             raise BadCopy(f"A copy of a run folder was sent {piece.name!r}, which is no file of one.")
 
     def _grow(self, piece: Piece) -> None:
-        if piece.offset == 0 and self._size(piece.name):  # what is here stays until what is there is here as well
+        if piece.offset == 0 and _size(
+            self._disk, piece.name
+        ):  # what is here stays until what is there is here as well
             self._anew[piece.name] = piece.size
             self._disk.delete(_scratch(piece.name))
         target = _scratch(piece.name) if piece.name in self._anew else piece.name
-        size = self._size(target)
+        size = _size(self._disk, target)
         if piece.offset != size:
             raise BadCopy(f"{piece.name} has {size} bytes here, and what comes begins at {piece.offset}.")
         self._make_room(len(piece.data))
@@ -210,17 +220,13 @@ class Copy:
         grows = name in _GROWING
         self._have[name] = _grown(self._disk, name, name) if grows else FileThere(name, *_whole(self._disk, name))
 
-    def _size(self, name: str) -> int:
-        info = self._disk.info(name)
-        return info.size if info is not None else 0
-
     def _cut_tail(self) -> None:
         """Who was killed may have left half a record; whoever drives from here cuts it, and so must who goes on
         copying."""
         for info in self._disk.files(_SCRATCH):
             self._disk.delete(info.name)
-        end = intact_end(self.folder) if self._size(CHAIN) else 0
-        if end < self._size(CHAIN):
+        end = intact_end(self.folder) if _size(self._disk, CHAIN) else 0
+        if end < _size(self._disk, CHAIN):
             scratch = _scratch(CHAIN)
             for at in range(0, end, PIECE_BYTES):
                 self._disk.write(scratch, self._disk.read(CHAIN, at, min(PIECE_BYTES, end - at)), at)
@@ -234,6 +240,5 @@ def _scratch(name: str) -> str:
 
 
 def _grown(disk: DirectoryDisk, name: str, where: str) -> FileThere:
-    info = disk.info(where)
-    size = info.size if info is not None else 0
+    size = _size(disk, where)
     return FileThere(name, size, _tail_hash(disk, where, size))

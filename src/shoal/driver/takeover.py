@@ -69,13 +69,15 @@ async def take_over(
     allowed = may_drive(grant, key.node_id, None, 0, 0, clock.now_ms())
     if not allowed.allowed:
         raise CannotTakeOver(allowed.sentence)
-    last = chain.commits[-1][0].round if chain.commits else -1
     former = list(dict.fromkeys(chain.node_of.values()))
     await reach(former)
     heir = chain.driver not in (None, key.node_id)
     answers = await _heads(former, folder, endpoint, chain.term_number + 1 if heir else None)
-    if heir and not alone:
-        _check_promises(chain, answers, gone)
+    if heir:
+        if not alone:
+            _check_promises(chain, answers, gone)
+        await asyncio.to_thread(_take_back_unheard, folder, chain, store)
+    last = chain.commits[-1][0].round if chain.commits else -1
     heads = list(answers.values())
     own = chain.commits[-1][1] if chain.commits else None
     choice = choose_head(folder.job.record_id, grant, [own, *heads], folder.job.network)
@@ -119,6 +121,20 @@ def _check_promises(chain: Chain, answers: Mapping[bytes, Envelope | None], gone
             f"{promised} of the {len(last)} members whose work counted last have promised to follow no older driver; "
             "the others cannot be reached, or have heard of theirs just now."
         )
+
+
+def _take_back_unheard(folder: RunFolder, chain: Chain, store: BlobStore) -> None:
+    """The last Commits of a driver before this one, where their updates are not here: it has died before they came, and
+    before any member heard of them. Where one did hear, its head says so."""
+    sound = next(
+        (at for at, (commit, _, _) in enumerate(chain.commits)
+         if not all(store.has(entry.update.hash) for entry in commit.accepted)),
+        len(chain.commits),
+    )  # fmt: skip
+    if sound < len(chain.commits):
+        unheard = chain.commits[sound:]
+        folder.take_back({envelope.record_id for _, envelope, _ in unheard}, unheard[0][0].round)
+        del chain.commits[sound:]
 
 
 async def _heads(

@@ -7,10 +7,14 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from report_story import Story
 
-from shoal.driver.folder import CHAIN, intact_end
+from shoal.driver.folder import CHAIN, RunFolder, intact_end
+from shoal.driver.lines import RoundMetrics
 from shoal.driver.mirror import ANSWER_BYTES, BadCopy, Copy, missing, size_of
 from shoal.protocol.driving import PIECE_BYTES, FileThere, Piece
+from shoal.protocol.training import Commit
+from shoal.world import DirectoryDisk
 
 ROOM = 1 << 30
 
@@ -143,3 +147,34 @@ def test_whatever_is_lost_a_copy_comes_to_be_the_same(
 def test_more_files_than_a_folder_has_are_not_named(tmp_path: Path) -> None:
     source = written(tmp_path / "one", job_dot_yaml=b"x")
     assert missing(source, (FileThere("nothing", 4, b""),)) == (missing(source, ())[0], False)
+
+
+def test_what_nobody_heard_of_is_taken_back(tmp_path: Path) -> None:
+    story = Story(rounds=12)
+    with RunFolder.create(tmp_path / "run") as folder:
+        story.write(folder)
+        commits = [envelope for envelope, _ in folder.opened(Commit)]
+        before = [envelope.record_id for envelope in folder.records()]
+        gone = {envelope.record_id for envelope in commits[-2:]}
+        folder.take_back(gone, 10)
+        folder.append(commits[-1])
+    with RunFolder.open(tmp_path / "run") as again:
+        assert [envelope.record_id for envelope in again.records()] == [
+            *(one for one in before if one not in gone), commits[-1].record_id,
+        ]  # fmt: skip
+        assert max(line.round for line in again.notes(RoundMetrics)) == 9 and again.cut_bytes == 0
+
+
+def test_lines_never_tell_of_records_that_did_not_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = written(tmp_path / "one", records__chain=b"", metrics_dot_jsonl=b"0\n")
+    read = DirectoryDisk.read
+
+    def and_a_commit_follows(disk: DirectoryDisk, name: str, offset: int = 0, length: int | None = None) -> bytes:
+        data = read(disk, name, offset, length)
+        if name == CHAIN:
+            (source / "metrics.jsonl").write_bytes(b"0\n1\n")
+        return data
+
+    monkeypatch.setattr(DirectoryDisk, "read", and_a_commit_follows)
+    pieces, _ = missing(source, ())
+    assert [(one.name, one.data) for one in pieces] == [(CHAIN, b""), ("metrics.jsonl", b"0\n")]
