@@ -320,6 +320,8 @@ def test_a_node_that_is_taken_back_works_until_then_is_replaced_and_not_blamed(t
         assert json.loads(told) == {"stopped": True, "pid": town.shoal.nodes[first].pid, "places": 1}
         assert len(watch.shares) > at_notice + 3, "it worked until then"
         assert await town.shoal.nodes[first].process.wait() == 0
+        said = (tmp_path / "town" / "logs" / f"{first}.log").read_text()
+        assert "Jobs that pay for this node have 5.0 s notice: it stops then, or before when they have left." in said
         done = len(watch.shares)
         await watch.until(lambda: len(watch.sentences("joined with")) > 1 and len(watch.shares) > done + 3)
         running.cancel()
