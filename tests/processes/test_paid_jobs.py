@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import re
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import msgspec
 import pytest
 from job_world import PATIENCE_S, Watch, check_account, job_text, options_for, owner_key, parsed
 
+from shoal.driver.folder import RunFolder
 from shoal.driver.gang import TooFewNodes
 from shoal.driver.report import Report
 from shoal.house import RemoteLedger
@@ -25,6 +27,7 @@ from shoal.ledger.journal import verified
 from shoal.market.reputation import NEW, Outcome
 from shoal.protocol.ledgers import LedgerTicket
 from shoal.protocol.money import BondTerms
+from shoal.protocol.training import Commit
 from shoal.purse.bills import FILE, Bill, Payments, bill
 from shoal.purse.purse import NoMoney
 from shoal.sdk.acquaintances import Acquaintances
@@ -39,6 +42,27 @@ DEPOSIT = 50_000_000
 PRICES = {"amber": "36/h", "birch": "18/h", "cedar": "3600/h"}
 """Dear ones, as these jobs take seconds; the last one is not worth its money."""
 WORTH_IT = {"amber", "birch"}
+
+
+KILLED_AT_A_COMMIT = """
+import os, signal
+from shoal.cli.main import main
+from shoal.driver.folder import RunFolder
+from shoal.protocol.training import Commit
+
+append, commits = RunFolder.append, []
+
+def last(self, envelope, **how):
+    append(self, envelope, **how)
+    if envelope.kind == Commit.KIND:
+        commits.append(envelope)
+    if len(commits) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+RunFolder.append = last
+main()
+"""
+"""`shoal`, killed when its third Commit is on the disk, before anything comes of it."""
 
 
 @dataclass
@@ -235,9 +259,9 @@ def test_money_that_runs_out_stops_the_job_and_a_killed_driver_loses_none(tmp_pa
         (home / "account.ledger").write_text(str(town.ticket))
         (tmp_path / "job.yaml").write_bytes(job_text(tmp_path, tokens=150_000))
 
-        async def driver(*arguments: str) -> asyncio.subprocess.Process:
+        async def driver(*arguments: str, by: tuple[str, ...] = ("-m", "shoal")) -> asyncio.subprocess.Process:
             return await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "shoal", "train", *arguments, "--json", "--hub", town.shoal.hub_tickets[0],
+                sys.executable, *by, "train", *arguments, "--json", "--hub", town.shoal.hub_tickets[0],
                 env={**os.environ, "SHOAL_HOME": str(home)}, cwd=tmp_path, stdout=asyncio.subprocess.PIPE,
             )  # fmt: skip
 
@@ -252,16 +276,17 @@ def test_money_that_runs_out_stops_the_job_and_a_killed_driver_loses_none(tmp_pa
         first = check_bill(report, run)
         assert 0 < first.charged <= 40_000
 
-        killed = await driver("runs/job", "--resume", "--budget", "20")
-        lines = (run / "metrics.jsonl").read_bytes().count(b"\n")
+        killed = await driver("runs/job", "--resume", "--budget", "20", by=("-c", KILLED_AT_A_COMMIT))
         async with asyncio.timeout(PATIENCE_S):
-            while (run / "metrics.jsonl").read_bytes().count(b"\n") < lines + 3:
-                assert killed.returncode is None
-                await asyncio.sleep(0.02)
-        killed.kill()
-        await killed.communicate()
-        spent = msgspec.json.decode((run / FILE).read_bytes(), type=Payments).spent_micro
+            await killed.communicate()
+        assert killed.returncode == -signal.SIGKILL
+        with RunFolder.open(run, read_only=True) as folder:
+            *_, newest = (commit for _, commit in folder.opened(Commit))
+            payments = folder.payments()
+        assert payments is not None and newest.accepted
+        spent, vouchers = payments.spent_micro, [one.voucher for one in payments.terms[-1].nodes.values()]
         assert spent > first.charged
+        assert {one.contribution for one in newest.accepted} == {one.voucher.work for one in vouchers if one}
 
         report = await report_of(await driver("runs/job", "--resume"))
         assert report.goal is not None and report.goal.reached
@@ -295,6 +320,8 @@ def test_a_node_that_is_taken_back_works_until_then_is_replaced_and_not_blamed(t
         assert json.loads(told) == {"stopped": True, "pid": town.shoal.nodes[first].pid, "places": 1}
         assert len(watch.shares) > at_notice + 3, "it worked until then"
         assert await town.shoal.nodes[first].process.wait() == 0
+        said = (tmp_path / "town" / "logs" / f"{first}.log").read_text()
+        assert "Jobs that pay for this node have 5.0 s notice: it stops then, or before when they have left." in said
         done = len(watch.shares)
         await watch.until(lambda: len(watch.sentences("joined with")) > 1 and len(watch.shares) > done + 3)
         running.cancel()

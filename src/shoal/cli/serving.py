@@ -326,7 +326,8 @@ def node_start(
             return
         err.print(
             f"Jobs that pay for this node have {format_duration_s(notice_s)} notice: it stops then, or before when they "
-            "have left.  Ctrl-C again stops it at once: what is under way is lost, and held against it."
+            "have left.  Ctrl-C again stops it at once: what is under way is lost, and held against it.",
+            soft_wrap=True,
         )
         await agent.vacated()
 

@@ -47,7 +47,9 @@ from shoal.driver.lines import LINES, Event, LaneSegment, Line, RoundMetrics
 from shoal.errors import BadRecord, JobError, StorageError
 from shoal.identity import ENVELOPE_OVERHEAD_BYTES, Envelope, blake3_hash
 from shoal.protocol.messages import Record, open_record
-from shoal.protocol.training import TrainJob
+from shoal.protocol.training import Commit, TrainJob
+from shoal.purse.bills import FILE as PAYMENTS
+from shoal.purse.bills import Payments
 from shoal.storage import StorageFull
 from shoal.world import DirectoryDisk, Disk, DiskLock
 
@@ -421,6 +423,17 @@ class RunFolder:
             return msgspec.json.decode(self._read(name, 0, FILE_MAX_BYTES), type=kind)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise FolderDamaged(f"{self.path / name} is damaged ({error}); {remedy}.") from error
+
+    def payments(self) -> Payments | None:
+        """What the run has paid, with what its newest Commit owes; None where nothing was set aside. Raises
+        FolderDamaged."""
+        known = self.read(PAYMENTS, Payments, remedy="restore it from a copy: it says what nodes were paid")
+        if known is None or not known.owes:
+            return known
+        return known.settled(self.commit_ids())
+
+    def commit_ids(self) -> set[bytes]:
+        return {envelope.record_id for envelope in self.records(Commit)}
 
     # --- inside
 

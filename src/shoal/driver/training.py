@@ -424,6 +424,12 @@ class TrainingDriver:
         """Sign a Commit and write it down before anyone hears of it; gives what travels with it."""
         commit = effect.commit
         envelope = sign(self._key, commit, self.network)
+        given = [(entry.contribution, self._given[entry.contribution].contribution) for entry in commit.accepted]
+        if self._treasurer is not None:
+            await self._treasurer.owes(
+                effect.commit_id,
+                ((part.node, part.tokens, contribution) for contribution, one in given for part in one.work),
+            )
         await asyncio.to_thread(self._folder.append, envelope, durable=True)
         await self._watchers.written()
         self._watchers.recorded(envelope)
@@ -445,21 +451,18 @@ class TrainingDriver:
         if sum(entry.update.size for entry in commit.accepted) <= ATTACH_MAX_BYTES:
             attached = {entry.member: self._store.read(entry.update.hash) for entry in commit.accepted}
         self._note_commit(commit, weighing)
-        given = [(entry.contribution, self._given[entry.contribution].contribution) for entry in commit.accepted]
         for key in [key for key, one in self._given.items() if one.contribution.round <= commit.round]:
             fetching = self._given.pop(key).fetching
             if fetching is not None:
                 fetching.cancel()  # what came too slowly for its round takes no place from the next one's
         self._watchers.committed(commit, given, self.state)
         if self._treasurer is not None:
-            await self._pay_for(commit, given, self._treasurer)
+            self._pay_for(commit, self._treasurer)
         return envelope, attached
 
-    async def _pay_for(self, commit: Commit, given: Sequence[tuple[bytes, Contribution]], treasurer: Treasurer) -> None:
+    def _pay_for(self, commit: Commit, treasurer: Treasurer) -> None:
         """A Commit that accepted a Contribution owes for it, and ends the job where the next could not be paid."""
-        await treasurer.committed(
-            (part.node, part.tokens, contribution_id) for contribution_id, one in given for part in one.work
-        )
+        treasurer.committed()
         for node, sentence in treasurer.idle().items():
             line = self._lines.of_node(node)
             if line is not None:

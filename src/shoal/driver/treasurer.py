@@ -3,6 +3,7 @@ node measured; and leaves those that are not worth their money."""
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 
@@ -13,7 +14,7 @@ from shoal.identity import KeyPair
 from shoal.market.earnings import Earnings, lasts_s, say_dear, say_idle
 from shoal.protocol.messages import DEFAULT_NETWORK
 from shoal.protocol.offers import Offer
-from shoal.purse.bills import FILE, Payments
+from shoal.purse.bills import FILE
 from shoal.purse.purse import Funds, Purse
 from shoal.quantities import format_duration_s
 from shoal.quantities.money import format_money
@@ -46,7 +47,7 @@ class Treasurer(Purse):
         FolderDamaged."""
         super().__init__(
             funds,
-            folder.read(FILE, Payments, remedy="restore it from a copy: it says what nodes were paid"),
+            folder.payments(),
             lambda content: folder.write(FILE, content),
             key=key,
             link=link,
@@ -154,9 +155,8 @@ class Treasurer(Purse):
             earnings = self._earnings.get(node, Earnings())
             self._earnings[node] = earnings.measured(known.paid_micro, samples_per_s, tokens_per_sample)
 
-    async def committed(self, work: Iterable[tuple[bytes, int, bytes]]) -> None:
-        """(node, accepted tokens, id of the Contribution) of a Commit that is on the disk."""
-        before = self.payments.spent_micro
+    async def owes(self, commit: bytes, work: Iterable[tuple[bytes, int, bytes]]) -> None:
+        """(node, accepted tokens, id of the Contribution) of a Commit that is about to be written."""
         earned = dict[bytes, tuple[int, bytes]]()
         for node, tokens, contribution in work:
             known = self.paid(node)
@@ -170,8 +170,19 @@ class Treasurer(Purse):
         if earned:
             work_id = next(iter(earned.values()))[1]
             earned |= {driver: (micro, work_id) for driver, micro in self._for_driving()}
-            await self.pay(earned)
-            self._dearest_micro = max(self._dearest_micro, self.payments.spent_micro - before)
+            await self.owe(commit, earned)
+
+    def committed(self) -> None:
+        """That Commit is on the disk."""
+        before = self.payments.spent_micro
+        self.pay_owed()
+        self._dearest_micro = max(self._dearest_micro, self.payments.spent_micro - before)
+
+    async def close(self) -> None:
+        """A driver that was stopped while it wrote a Commit owes for it where it is written."""
+        if self._term is not None and self._term.owed is not None:
+            self._term = self._term.settled(await asyncio.to_thread(self._folder.commit_ids))
+        await super().close()
 
     def _for_driving(self) -> Iterator[tuple[bytes, int]]:
         """Hosts, and what each has earned for being there."""

@@ -27,8 +27,9 @@ from shoal.protocol.offers import Place
 from shoal.protocol.prices import Price
 from shoal.quantities import format_bytes, format_flops
 from shoal.storage import BlobStore
+from shoal.storage.faults import disk_faults
 from shoal.transport import TlsEndpoint
-from shoal.world import Clock, Dice, Endpoint
+from shoal.world import Clock, Dice, DirectoryDisk, Endpoint
 
 
 class CannotSell(BadInput):
@@ -100,7 +101,8 @@ async def start_node(
     folder.mkdir(parents=True, exist_ok=True)
     key = load_or_create_key(folder / "node.key")
     store = BlobStore(folder / "blobs", storage_bytes, clock)
-    (folder / PID_FILE).write_text(str(os.getpid()))
+    with disk_faults(DirectoryDisk(folder), "noting which process runs the node"):
+        (folder / PID_FILE).write_text(str(os.getpid()))
     endpoint = TlsEndpoint(key, clock=clock, dice=dice)
     client = HubClient(endpoint, hubs, clock=clock, dice=dice)
     settings = NodeSettings(

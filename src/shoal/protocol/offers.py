@@ -27,7 +27,8 @@ Tier = Literal["open", "sandboxed", "attested"]
 """How a node keeps what it is given apart from its owner: not at all, in a sandbox, in hardware that proves it. Each is
 better than the one before."""
 
-ReclaimNoticeMs = Annotated[int, Meta(ge=0, le=3_600_000)]
+RECLAIM_NOTICE_MAX_MS = 3_600_000
+ReclaimNoticeMs = Annotated[int, Meta(ge=0, le=RECLAIM_NOTICE_MAX_MS)]
 """How long beforehand an owner says that a machine is taken back from those who have paid for a place on it."""
 
 OFFER_LIFETIME_MAX_MS = 24 * 3600 * 1000

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +41,7 @@ from shoal.protocol.money import (
     sign_voucher,
 )
 from shoal.protocol.offers import Offer
-from shoal.purse.bills import PaidNode, Payments, TermPayments, newest_vouchers
+from shoal.purse.bills import Owed, OwedTo, PaidNode, Payments, TermPayments, newest_vouchers
 from shoal.quantities import format_duration_s
 from shoal.quantities.money import format_money, share
 from shoal.world import Clock, Dice, Ledger, Link
@@ -375,25 +375,43 @@ class Purse:
     async def pay(self, earned: Mapping[bytes, tuple[int, bytes]]) -> None:
         """Node -> what it has earned in this term, and the id of the newest record that shows it. A voucher says no
         less than the one before it, and no more than is left."""
-        for node, (micro, work) in earned.items():
-            known = self.paid(node)
-            assert known is not None, "it is one of those that are paid"
-            amount = max(known.paid_micro, min(micro, known.paid_micro + self.left_micro))
-            self._put(node, msgspec.structs.replace(known, paid_micro=amount))
-            self._put_voucher(node, work)
+        self._settle(self._owed(bytes(32), earned))
         await self._write()
-        for node in earned:
+        self._send_beside(earned)
+
+    async def owe(self, record: bytes, earned: Mapping[bytes, tuple[int, bytes]]) -> None:
+        """The same, once `record` is written, which comes next: `pay_owed` says that it is."""
+        self._term = msgspec.structs.replace(self._open_term(), owed=self._owed(record, earned))
+        await self._write()
+
+    def pay_owed(self) -> None:
+        """What is written down with the record's id needs not be written again."""
+        owed = self._term.owed if self._term else None
+        if owed is not None:
+            self._settle(owed)
+            self._send_beside(map(bytes.fromhex, owed.nodes))
+
+    def _owed(self, record: bytes, earned: Mapping[bytes, tuple[int, bytes]]) -> Owed:
+        """A voucher is for all that the node's account has earned: several nodes may be paid at one."""
+        term, owed = self._open_term(), dict[str, OwedTo]()
+        paid, left = {node: one.paid_micro for node, one in term.nodes.items()}, self.left_micro
+        for node, (micro, work) in earned.items():
+            name, before = node.hex(), paid[node.hex()]
+            paid[name] = max(before, min(micro, before + left))
+            left -= paid[name] - before
+            payee = term.nodes[name].payee
+            amount = sum(paid[other] for other, one in term.nodes.items() if one.payee == payee)
+            voucher = Voucher(escrow=term.escrow, payee=payee, amount_micro=amount, work=work)
+            owed[name] = OwedTo(paid[name], sign_voucher(self.funds.signer, term.ledger, voucher))
+        return Owed(record, owed)
+
+    def _settle(self, owed: Owed) -> None:
+        self._term = msgspec.structs.replace(self._open_term(), owed=owed).settled({owed.record})
+
+    def _send_beside(self, nodes: Iterable[bytes]) -> None:
+        for node in nodes:
             if node not in self._sending and self._open_term().nodes[node.hex()].hold:
                 self._beside(self._send(node))
-
-    def _put_voucher(self, node: bytes, work: bytes) -> None:
-        """For all that the node's account has earned: several nodes may be paid at one."""
-        term, known = self._open_term(), self.paid(node)
-        assert known is not None
-        amount = sum(one.paid_micro for one in term.nodes.values() if one.payee == known.payee)
-        voucher = Voucher(escrow=term.escrow, payee=known.payee, amount_micro=amount, work=work)
-        signed = sign_voucher(self.funds.signer, term.ledger, voucher)
-        self._put(node, msgspec.structs.replace(known, voucher=signed))
 
     async def _send(self, node: bytes, *, last: bool = False, deadline_s: float = PAY_DEADLINE_S) -> None:
         """The newest voucher; where a newer one comes meanwhile, that one too. What does not arrive is in the next."""
@@ -539,7 +557,7 @@ async def close_escrow(term: TermPayments, ledger: Ledger, account: AccountKey) 
         await ledger.apply(Close(wish, account.sign(wish.digest(term.ledger))))
     except (UnknownEscrow, EscrowOver, DoneAlready):
         pass  # it never came to be, is over by itself, or was asked for and the answer was lost
-    return msgspec.structs.replace(term, closed=True)
+    return msgspec.structs.replace(term, owed=None, closed=True)
 
 
 async def _redeem(one: PaidNode, ledger: Ledger) -> None:

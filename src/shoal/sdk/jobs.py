@@ -32,7 +32,6 @@ STOP_S = 60.0
 """So long a driver has to stop in order: it pays its nodes, and writes down what it knows."""
 RATE_ROUNDS = 8
 """Of so many rounds, the newest, the present speed is the mean."""
-_REMEDY = "restore it from a copy: it says what nodes were paid"
 
 
 class DriverGoesOn(JobError):
@@ -152,7 +151,7 @@ def look_at(path: Path) -> JobStanding:
         job = folder.train_job()
         newest = deque(folder.notes(RoundMetrics), maxlen=RATE_ROUNDS)
         figures = folder.read("figures.json", Figures) or Figures()
-        payments = folder.read(PAYMENTS, Payments, remedy=_REMEDY) or Payments(budget_micro=0)
+        payments = folder.payments() or Payments(budget_micro=0)
         report = folder.read("report.json", Report)
     last = newest[-1] if newest else None
     tokens = last.tokens_total if last else 0
@@ -228,7 +227,7 @@ def stop(folder: Path) -> int | None:
 def open_at(folder: Path) -> list[LedgerName]:
     """The ledgers at which a run has escrows that nobody has asked back. Raises FolderUnreadable, FolderDamaged."""
     with RunFolder.open(folder, read_only=True) as run:
-        payments = run.read(PAYMENTS, Payments, remedy=_REMEDY)
+        payments = run.payments()
     return [one.ledger for one in _open_terms(payments)] if payments else []
 
 
@@ -247,7 +246,7 @@ async def close_escrows(folder: Path, account: AccountKey, ledger: Ledger) -> Cl
     """Of a run whose driver is gone: its nodes get what they have vouchers for, and the rest is asked back. Raises
     FolderLocked, FolderDamaged, OthersMoney, and what the ledger does."""
     with RunFolder.open(folder) as run:
-        payments = run.read(PAYMENTS, Payments, remedy=_REMEDY) or Payments(budget_micro=0)
+        payments = run.payments() or Payments(budget_micro=0)
         for one in _open_terms(payments):
             if one.terms.payer != account.address:
                 raise OthersMoney(

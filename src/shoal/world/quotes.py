@@ -31,7 +31,7 @@ from shoal.protocol.holds import (
 )
 from shoal.protocol.messages import DEFAULT_NETWORK, Message, decode, encode, open_record, sign
 from shoal.protocol.money import LedgerName, SignedVoucher
-from shoal.protocol.offers import Done, Offer
+from shoal.protocol.offers import RECLAIM_NOTICE_MAX_MS, Done, Offer
 from shoal.world.network import Link, Refused
 
 HOLD_MS = 15_000
@@ -147,10 +147,10 @@ class Quotes:
         notice_ms = reclaim.until_ms - reclaim.from_ms
         if envelope.signer != held.node or reclaim.client != self._key.node_id:
             raise BadHold(f"Node {held.name} says of somebody else's place that it ends.")
-        if notice_ms < held.hold.reclaim_notice_ms or not notice_ms:
+        if not max(1, held.hold.reclaim_notice_ms) <= notice_ms <= RECLAIM_NOTICE_MAX_MS:
             raise BadHold(
                 f"Node {held.name} gives {max(0, notice_ms) / 1000:.0f} s notice, and has promised "
-                f"{held.hold.reclaim_notice_ms / 1000:.0f} s."
+                f"{held.hold.reclaim_notice_ms / 1000:.0f} s; an hour is the most."
             )
         return notice_ms / 1000
 
