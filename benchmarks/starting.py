@@ -51,6 +51,8 @@ replay:
 requirements:
   nodes_min: {nodes}
 """
+AS_USERS = {"PYTHONDONTWRITEBYTECODE": ""}
+"""Where it is set, modules are compiled anew by each process: half a second for each that the start waits for."""
 _BEGIN = """
 import sys
 print("Python has begun", file=sys.stderr, flush=True)
@@ -116,7 +118,7 @@ async def _starts(folder: Path, count: int) -> list[Start]:
     source = Path(asyncio.__file__).parent
     (folder / "text.txt").write_text("\n".join(one.read_text() for one in sorted(source.glob("*.py"))))
     (folder / "job.yaml").write_text(_JOB.format(folder=folder, nodes=NODES))
-    async with LocalShoal(folder / "shoal") as shoal:
+    async with LocalShoal(folder / "shoal", environment=AS_USERS) as shoal:
         await shoal.start_hub()
         ledger = await shoal.start_ledger(options=["--mint-max", str(DEPOSIT_MICRO // 1_000_000)])
         ticket = LedgerTicket.parse(ledger.ready["ticket"])
@@ -135,7 +137,8 @@ async def _start(folder: Path, shoal: LocalShoal, ledger: str) -> Start:
     """Run the whole job, which is short."""
     words = ["train", str(folder / "job.yaml"), "--runs", str(folder / "runs"), "--replace", "--budget", "1"]
     words += ["--hub", shoal.hub_tickets[0], "--ledger", ledger]
-    home = {**os.environ, "SHOAL_HOME": str(folder / "home"), "NO_COLOR": "1", "COLUMNS": "200", "SHOAL_LOG": "info"}
+    said_plainly = {"NO_COLOR": "1", "COLUMNS": "200", "SHOAL_LOG": "info"}
+    home = {**os.environ, **AS_USERS, **said_plainly, "SHOAL_HOME": str(folder / "home")}
     began = time.perf_counter()
     train = await asyncio.create_subprocess_exec(
         sys.executable, "-c", _BEGIN, *words, env=home,
