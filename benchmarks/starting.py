@@ -22,10 +22,12 @@ import msgspec
 from results_form import figure
 
 from shoal.driver.lines import Event, Lane, LaneSegment
+from shoal.driver.report import report_from_json
 from shoal.house import RemoteLedger
 from shoal.identity import KeyPair
 from shoal.identity.accounts import address_text, create_account
 from shoal.protocol.ledgers import LedgerTicket
+from shoal.quantities import format_bytes
 from shoal.sdk.local import LocalShoal
 from shoal.transport import TlsEndpoint
 from shoal.world import SystemClock, SystemDice
@@ -86,6 +88,8 @@ class Start:
     whole_s: float
     pieces_s: dict[str, float]
     market_ms: tuple[int, ...]
+    received_bytes: int
+    """In the whole job, by the node that received most."""
 
 
 def start(quick: bool) -> list[dict[str, object]]:
@@ -109,9 +113,11 @@ def start(quick: bool) -> list[dict[str, object]]:
 
 
 def _say_pieces(starts: list[Start]) -> str:
-    """The median of each, in milliseconds."""
+    """The median of each, in milliseconds, and whether nodes fetched what they had."""
     medians = {piece: statistics.median(one.pieces_s[piece] for one in starts) for piece in PIECES}
-    return "ms: " + ", ".join(f"{piece} {1000 * took_s:.0f}" for piece, took_s in medians.items())
+    received = format_bytes(max(one.received_bytes for one in starts))
+    pieces = ", ".join(f"{piece} {1000 * took_s:.0f}" for piece, took_s in medians.items())
+    return f"ms: {pieces}; a node received {received} in the whole job"
 
 
 async def _starts(folder: Path, count: int) -> list[Start]:
@@ -174,4 +180,5 @@ def _read(run: Path, said: list[tuple[float, str]]) -> Start:
         for piece, (after, _) in PIECES.items()
     }
     times = next(found for _, line in said if (found := _TIMES.search(line)))
-    return Start(first_s, pieces, tuple(map(int, times.groups())))
+    report = report_from_json((run / "report.json").read_bytes())
+    return Start(first_s, pieces, tuple(map(int, times.groups())), max(one.bytes_received for one in report.nodes))
