@@ -22,10 +22,12 @@ import msgspec
 from results_form import figure
 
 from shoal.driver.lines import Event, Lane, LaneSegment
+from shoal.driver.report import report_from_json
 from shoal.house import RemoteLedger
 from shoal.identity import KeyPair
 from shoal.identity.accounts import address_text, create_account
 from shoal.protocol.ledgers import LedgerTicket
+from shoal.quantities import format_bytes
 from shoal.sdk.local import LocalShoal
 from shoal.transport import TlsEndpoint
 from shoal.world import SystemClock, SystemDice
@@ -51,6 +53,8 @@ replay:
 requirements:
   nodes_min: {nodes}
 """
+AS_USERS = {"PYTHONDONTWRITEBYTECODE": ""}
+"""Where it is set, modules are compiled anew by each process: half a second for each that the start waits for."""
 _BEGIN = """
 import sys
 print("Python has begun", file=sys.stderr, flush=True)
@@ -84,6 +88,8 @@ class Start:
     whole_s: float
     pieces_s: dict[str, float]
     market_ms: tuple[int, ...]
+    received_bytes: int
+    """In the whole job, by the node that received most."""
 
 
 def start(quick: bool) -> list[dict[str, object]]:
@@ -107,16 +113,18 @@ def start(quick: bool) -> list[dict[str, object]]:
 
 
 def _say_pieces(starts: list[Start]) -> str:
-    """The median of each, in milliseconds."""
+    """The median of each, in milliseconds, and whether nodes fetched what they had."""
     medians = {piece: statistics.median(one.pieces_s[piece] for one in starts) for piece in PIECES}
-    return "ms: " + ", ".join(f"{piece} {1000 * took_s:.0f}" for piece, took_s in medians.items())
+    received = format_bytes(max(one.received_bytes for one in starts))
+    pieces = ", ".join(f"{piece} {1000 * took_s:.0f}" for piece, took_s in medians.items())
+    return f"ms: {pieces}; a node received {received} in the whole job"
 
 
 async def _starts(folder: Path, count: int) -> list[Start]:
     source = Path(asyncio.__file__).parent
     (folder / "text.txt").write_text("\n".join(one.read_text() for one in sorted(source.glob("*.py"))))
     (folder / "job.yaml").write_text(_JOB.format(folder=folder, nodes=NODES))
-    async with LocalShoal(folder / "shoal") as shoal:
+    async with LocalShoal(folder / "shoal", environment=AS_USERS) as shoal:
         await shoal.start_hub()
         ledger = await shoal.start_ledger(options=["--mint-max", str(DEPOSIT_MICRO // 1_000_000)])
         ticket = LedgerTicket.parse(ledger.ready["ticket"])
@@ -135,7 +143,8 @@ async def _start(folder: Path, shoal: LocalShoal, ledger: str) -> Start:
     """Run the whole job, which is short."""
     words = ["train", str(folder / "job.yaml"), "--runs", str(folder / "runs"), "--replace", "--budget", "1"]
     words += ["--hub", shoal.hub_tickets[0], "--ledger", ledger]
-    home = {**os.environ, "SHOAL_HOME": str(folder / "home"), "NO_COLOR": "1", "COLUMNS": "200", "SHOAL_LOG": "info"}
+    said_plainly = {"NO_COLOR": "1", "COLUMNS": "200", "SHOAL_LOG": "info"}
+    home = {**os.environ, **AS_USERS, **said_plainly, "SHOAL_HOME": str(folder / "home")}
     began = time.perf_counter()
     train = await asyncio.create_subprocess_exec(
         sys.executable, "-c", _BEGIN, *words, env=home,
@@ -171,4 +180,5 @@ def _read(run: Path, said: list[tuple[float, str]]) -> Start:
         for piece, (after, _) in PIECES.items()
     }
     times = next(found for _, line in said if (found := _TIMES.search(line)))
-    return Start(first_s, pieces, tuple(map(int, times.groups())))
+    report = report_from_json((run / "report.json").read_bytes())
+    return Start(first_s, pieces, tuple(map(int, times.groups())), max(one.bytes_received for one in report.nodes))
