@@ -57,8 +57,9 @@ from shoal.ledger.journal import BEGINNING, Line, line, verified
 from shoal.ledger.moves import FEES, ISSUED, TooLittleMoney, account
 from shoal.protocol.money import DAY_MS, HouseLedger
 from shoal.quantities.money import MICRO
-from shoal.storage.group_commit import WAITING_MAX, GroupCommit, LedgerBusy
-from shoal.storage.ledgers import LedgerFailed, SqlLedger
+from shoal.storage.faults import LedgerBusy, LedgerFailed
+from shoal.storage.group_commit import WAITING_MAX, GroupCommit
+from shoal.storage.ledgers import SqlLedger
 from shoal.world import HeldClock
 
 

@@ -11,13 +11,14 @@ from collections import deque
 from collections.abc import Callable
 from typing import TypeVar
 
-from shoal.errors import ShoalError, StorageError
+from shoal.errors import ShoalError
 from shoal.ledger.commands import Command
 from shoal.ledger.escrows import Escrow
 from shoal.ledger.fees import Announced
 from shoal.ledger.moves import Move
 from shoal.ledger.moves import account as account_name
 from shoal.protocol.money import LedgerName
+from shoal.storage.faults import LedgerBusy
 from shoal.storage.ledgers import COMMANDS_MAX, SqlLedger
 from shoal.world import OutcomeUnknown
 
@@ -26,12 +27,6 @@ LOOKED_AGAIN_S = (0.25, 0.5, 1.0, 2.0, 4.0)
 """After so long each, where a database went away while it was writing: a server that starts again is there within
 seconds, and then knows."""
 T = TypeVar("T")
-
-
-class LedgerBusy(StorageError):
-    """More commands wait for a ledger than it lets wait."""
-
-    code = "SH-446"
 
 
 class GroupCommit:

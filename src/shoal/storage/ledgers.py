@@ -23,7 +23,7 @@ import msgspec
 import sqlalchemy as sa
 from sqlalchemy.exc import SQLAlchemyError
 
-from shoal.errors import ShoalError, StorageError
+from shoal.errors import ShoalError
 from shoal.ledger.bonds import Bond
 from shoal.ledger.book import Book
 from shoal.ledger.commands import Command, Deposit, Pass, PayBack, SetFee, Withdraw, bond_named_by, escrow_of
@@ -33,6 +33,7 @@ from shoal.ledger.journal import BEGINNING, BadJournal, Line, line, verified
 from shoal.ledger.moves import Move
 from shoal.protocol.messages import DEFAULT_NETWORK
 from shoal.protocol.money import TIME_MAX_MS, LedgerName
+from shoal.storage.faults import LedgerFailed
 from shoal.storage.ledger_tables import (
     ABOUT,
     ACCOUNTS,
@@ -113,12 +114,6 @@ _PUT = {
 }
 
 _ledger = msgspec.msgpack.Decoder(LedgerName)
-
-
-class LedgerFailed(StorageError):
-    """A ledger's database cannot be read or written; nothing was acknowledged."""
-
-    code = "SH-445"
 
 
 @dataclass(frozen=True)
