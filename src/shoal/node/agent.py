@@ -106,6 +106,8 @@ class Sale:
     ledger: Ledger
     payee: bytes
     """The account."""
+    serves_free: bool = False
+    """Serving costs nothing all the same."""
 
 
 @dataclass(frozen=True)
@@ -288,7 +290,8 @@ class NodeAgent:
                 settings=self.settings.engine,
                 memory_bytes=self.capability.devices[0].memory_bytes,
                 network=self.settings.network,
-                admit=lambda known: self._refuse_when_stopping() if known else self._admit(),
+                admit=lambda known, held: self._refuse_when_stopping() if known else self._admit(held=held),
+                service_for=self._sales.service_for if self._sales and self._serves_for_money else None,
                 changed=self._changed,
             )
         self._hubs.answer_introductions()
@@ -304,6 +307,7 @@ class NodeAgent:
     def _start_selling(self, sale: Sale) -> Sales:
         terms = Terms(
             price=sale.price, ledger=sale.ledger.name, payee=sale.payee, slots=self.settings.members_max,
+            works=("train", "serve") if self._serves_for_money else ("train",),
         )  # fmt: skip
         return Sales(
             terms,
@@ -317,6 +321,11 @@ class NodeAgent:
             changed=self._changed,
             network=self.settings.network,
         )
+
+    @property
+    def _serves_for_money(self) -> bool:
+        sale = self.settings.sale
+        return sale is not None and not sale.serves_free
 
     def _refuse_twin(self) -> None:
         states = self._hubs.states()
@@ -384,6 +393,7 @@ class NodeAgent:
                 price=sale.price if sale else None,
                 ledger=sale.ledger.name if sale else None,
                 slots=self.settings.members_max,
+                serves_free=sale.serves_free if sale else False,
             )
             try:
                 await self._hubs.publish(sign(self._key, offer, self.settings.network))
@@ -479,7 +489,9 @@ class NodeAgent:
 
     def _unheld(self) -> list[str]:
         """Of what this node works for, that for which nobody holds a slot."""
-        held = [one for one in self._members.values() if self._sales is not None and self._sales.keeps_for(one.driver)]
+        clients = [one.driver for one in self._members.values()]
+        clients += self._stages.gateways() if self._stages else []
+        held = [one for one in clients if self._sales is not None and self._sales.keeps_for(one)]
         return self._jobs()[len(held) :]
 
     def _admit(self, without: MemberRun | None = None, *, held: bool = False) -> None:

@@ -103,8 +103,7 @@ async def start_node(
         engine=EngineSettings(device=device, threads=threads, processes=processes, speed_limit=max_speed),
         listen=listen,
         memory_bytes=memory_bytes,
-        accepts=("train",) if priced and not serve_free else ("train", "serve"),
-        sale=_sale(price, paid, endpoint, clock),
+        sale=_sale(price, paid, endpoint, clock, serve_free),
         place=place,
         server=server,
     )
@@ -129,7 +128,7 @@ async def start_node(
     return running
 
 
-def _sale(price: Price | None, paid: PaidAt | None, endpoint: Endpoint, clock: Clock) -> Sale | None:
+def _sale(price: Price | None, paid: PaidAt | None, endpoint: Endpoint, clock: Clock, serves_free: bool) -> Sale | None:
     """Raises CannotSell."""
     if price is None or not price.micro_per_h:
         return None
@@ -142,7 +141,7 @@ def _sale(price: Price | None, paid: PaidAt | None, endpoint: Endpoint, clock: C
         raise CannotSell(
             f"The price is in {price.currency}, and the ledger at which this node is paid keeps {paid.ledger.currency}."
         )
-    return Sale(price, RemoteLedger(endpoint, paid.ledger, clock), paid.account)
+    return Sale(price, RemoteLedger(endpoint, paid.ledger, clock), paid.account, serves_free)
 
 
 def _name(text: str) -> str:

@@ -44,18 +44,15 @@ from shoal.errors import BadInput
 from shoal.house import RemoteLedger
 from shoal.hub import HubClient
 from shoal.identity import Envelope, KeyPair, load_key, load_or_create_key
-from shoal.identity.accounts import AccountKey
 from shoal.market import Wish
 from shoal.market.goodput import TrainingWork
 from shoal.market.reputation import Outcome
 from shoal.market.requirements import Means
 from shoal.protocol.holds import LEASE_STEP_MS
 from shoal.protocol.hubs import HubTicket
-from shoal.protocol.ledgers import LedgerTicket
 from shoal.protocol.messages import record_id_of, sign
 from shoal.protocol.offers import Offer, OfferFind
 from shoal.protocol.training import Commit, Contribution, Grant, Term, TrainJob
-from shoal.purse.purse import AUDIT_MS, NOTICE_MS, Funds
 from shoal.quantities.money import format_money
 from shoal.rounds.length import RoundLength, choose_round_length, exchange_takes_s, members_of_full_speed
 from shoal.rounds.standing import Standing, standing_at_start
@@ -64,6 +61,7 @@ from shoal.sdk.costs import Costs, costs_of, mix_for
 from shoal.sdk.jobfile import JobFile
 from shoal.sdk.loop_script import ScriptFailed, engine_for, how_to_take_part, loop_kind, measure
 from shoal.sdk.preparation import Prepared, prepare
+from shoal.sdk.spending import Spending
 from shoal.storage import BlobStore, Fetcher, serve
 from shoal.training.commands import Evaluate, ExportCheckpoint, Generate, Prepare, ShardFile
 from shoal.training.process import EngineProcess
@@ -100,17 +98,6 @@ class NothingToResume(BadInput):
     """A run that has reached its goal, or never began."""
 
     code = "SH-126"
-
-
-@dataclass(frozen=True)
-class Spending:
-    """What a job may cost, and whose money it is."""
-
-    account: AccountKey
-    ledger: LedgerTicket
-    budget_micro: int
-    notice_ms: int = NOTICE_MS
-    audit_ms: int = AUDIT_MS
 
 
 @dataclass
@@ -387,16 +374,10 @@ class _Session:
             return found.link
 
         self.ledger = RemoteLedger(self.endpoint, spending.ledger, self.clock)
-        funds = Funds.own(
-            self.ledger,
-            spending.account,
-            spending.budget_micro,
-            notice_ms=spending.notice_ms,
-            audit_ms=spending.audit_ms,
-        )
         return Treasurer(
-            funds, self.folder, key=self.key, link=link, clock=self.clock, dice=self.dice, say=self.options.say
-        )
+            spending.funds(self.ledger), self.folder, key=self.key, link=link, clock=self.clock, dice=self.dice,
+            say=self.options.say,
+        )  # fmt: skip
 
     async def __aexit__(self, *_: object) -> None:
         if self.treasurer is not None:
