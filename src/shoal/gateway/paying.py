@@ -163,12 +163,6 @@ class Paying:
         """What is left, and what follows; whether something does."""
         purse = self.purse
         left, budget = purse.left_micro, purse.funds.budget_micro
-        if not self._warned and left <= (1 - WARNED_AT) * budget:
-            self._warned = True
-            lasts = lasts_s(left, purse.micro_per_h)
-            said = "" if math.isinf(lasts) else f", enough for {format_duration_s(lasts)} of work at least"
-            self._say(f"{format_money(left)} {self.currency} of the budget is left{said}; then nodes that cost "
-                      "something are let go.")  # fmt: skip
         if not self.closing:
             if purse.ends_soon:
                 self.closing = "The money that nodes are paid out of goes back now; start `shoal serve` again."
@@ -181,6 +175,12 @@ class Paying:
                 self._say(f"{self.closing} New requests are refused, and those under way go on for as long as it "
                           "lasts.")  # fmt: skip
                 return True
+        if not self.closing and not self._warned and left <= (1 - WARNED_AT) * budget:
+            self._warned = True
+            lasts = lasts_s(left, purse.micro_per_h)
+            said = "" if math.isinf(lasts) else f", enough for {format_duration_s(lasts)} of work at least"
+            self._say(f"{format_money(left)} {self.currency} of the budget is left{said}; then nodes that cost "
+                      "something are let go.")  # fmt: skip
         return bool(self.closing) and self.spent
 
     @property
