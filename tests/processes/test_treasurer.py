@@ -19,15 +19,17 @@ from shoal.driver.lines import Event
 from shoal.driver.treasurer import Treasurer
 from shoal.errors import StorageError
 from shoal.house import OutcomeUnknown
-from shoal.identity import Envelope
+from shoal.identity import Envelope, blake3_hash
 from shoal.identity.accounts import AccountKey, signer_of
 from shoal.ledger.escrows import State
 from shoal.ledger.journal import verified
 from shoal.ledger.moves import ISSUED
 from shoal.protocol.holds import Hold, open_hold
+from shoal.protocol.messages import sign
 from shoal.protocol.money import HouseLedger
 from shoal.protocol.prices import Price
-from shoal.purse.bills import FILE, Payments, bill
+from shoal.protocol.training import Commit
+from shoal.purse.bills import Payments, bill
 from shoal.purse.purse import ASKED_AGAIN_S, RENEW_EVERY_S, Funds, NoMoney
 from shoal.sdk.jobs import Closed, OthersMoney, close_escrows, look_at, open_at
 from shoal.world import Refused, SeededDice
@@ -66,7 +68,7 @@ class Job:
         number: int = 60,
         signer: AccountKey = PAYER,
     ) -> None:
-        self.street, self.said = street, list[str]()
+        self.street, self.said, self.key, self.commits = street, list[str](), a_key(number), 0
         self.endpoint = street.client(number)
         self.folder = RunFolder.create(folder) if isinstance(folder, Path) else folder
         self.treasurer = Treasurer(
@@ -91,12 +93,29 @@ class Job:
             self.treasurer.ready(shop.node, 10.0, 100)  # 100 millionths a second
 
     async def commit(self, *work: tuple[Shop, int]) -> None:
-        await self.treasurer.committed([(shop.node, tokens, WORK) for shop, tokens in work])
+        self.folder.append(await self.owe(*work), durable=True)
+        self.treasurer.committed()
         await settle(self.street)
+
+    async def owe(self, *work: tuple[Shop, int]) -> Envelope:
+        """A Commit that is about to be written."""
+        self.commits += 1
+        state = blake3_hash(b"state")
+        commit = Commit(job=WORK, round=self.commits, term=1, previous=WORK, assignment=WORK, accepted=(), state=state,
+                        tokens_total=0)  # fmt: skip
+        envelope = sign(self.key, commit)
+        await self.treasurer.owes(envelope.record_id, [(shop.node, tokens, WORK) for shop, tokens in work])
+        return envelope
+
+    async def kill(self) -> None:
+        """Nothing is done in order any more."""
+        for task in self.treasurer._tasks:
+            task.cancel()
+        await self.endpoint.close()
 
     @property
     def written(self) -> Payments:
-        found = self.folder.read(FILE, Payments)
+        found = self.folder.payments()
         assert found is not None
         return found
 
@@ -307,9 +326,7 @@ def test_a_killed_driver_signs_for_no_less_and_gets_the_rest_back(tmp_path: Path
         await street.clock.advance(10.0)
         await job.commit((shop, 10_000))
         first = job.written.terms[0]
-        for task in job.treasurer._tasks:
-            task.cancel()  # killed
-        await job.endpoint.close()
+        await job.kill()
         again = Job(street, job.folder, budget=1_500_000)
         assert again.treasurer.left_micro == 1_499_000
         with pytest.raises(StorageError):
@@ -327,6 +344,47 @@ def test_a_killed_driver_signs_for_no_less_and_gets_the_rest_back(tmp_path: Path
         await settle(street, 62)
         assert await street.ledger.balance(PAYER.address) == 10_000_000 - 2000
         assert {one.state for one in street.ledger.book.escrows.values()} == {State.SETTLED}
+
+    run(story)
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_a_driver_that_is_killed_beside_a_commit_owes_what_is_written(tmp_path: Path, *, written: bool) -> None:
+    async def story(street: Street) -> None:
+        shops = [await street.shop(number, tmp_path / str(number)) for number in (1, 2)]
+        job = Job(street, tmp_path / "run")
+        await job.begin(*shops)
+        await street.clock.advance(10.0)
+        await job.commit((shops[0], 4_000))
+        commit = await job.owe((shops[0], 6_000), (shops[1], 5_000))
+        if written:
+            job.folder.append(commit, durable=True)
+        escrow = job.written.terms[0].escrow
+        await job.kill()
+        again = Job(street, job.folder)
+        await again.treasurer.close_former()
+        paid = [1000, 500] if written else [400, 0]
+        assert [one.paid_micro for one in again.written.terms[0].nodes.values()] == paid
+        assert again.treasurer.left_micro == 1_000_000 - sum(paid)
+        await settle(street, 62)
+        found = street.ledger.book.escrows[escrow]
+        assert found.closing and found.redeemed_micro == sum(paid)
+        await again.treasurer.close()
+
+    run(story)
+
+
+def test_a_driver_that_is_stopped_beside_a_commit_owes_what_is_written(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shop = await street.shop(1, tmp_path / "1")
+        job = Job(street, tmp_path / "run")
+        await job.begin(shop)
+        await street.clock.advance(10.0)
+        job.folder.append(await job.owe((shop, 4_000)), durable=True)
+        await job.treasurer.close()
+        assert job.written.spent_micro == 400
+        await settle(street, 62)
+        assert await street.ledger.balance(an_account(1).address) == 400
 
     run(story)
 

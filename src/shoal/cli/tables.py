@@ -30,6 +30,7 @@ _COLOURS = {
     NodeStatus.EXCLUDED: "red",
     NodeStatus.DIED: "red",
     NodeStatus.LEFT: "yellow",
+    NodeStatus.RECLAIMED: "yellow",
     NodeStatus.REFUSED: "yellow",
 }
 

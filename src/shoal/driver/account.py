@@ -15,7 +15,6 @@ from shoal.errors import JobError
 from shoal.identity import Envelope
 from shoal.protocol.messages import open_record
 from shoal.protocol.training import Commit, Contribution, Grant, Member, Term, TrainJob
-from shoal.purse.bills import FILE as PAYMENTS
 from shoal.purse.bills import Payments
 
 
@@ -85,7 +84,7 @@ def read_contents(folder: RunFolder) -> RunContents:
         lanes=tuple(folder.notes(LaneSegment)),
         events=tuple(folder.notes(Event)),
         audits=tuple(folder.notes(AuditLine)),
-        payments=folder.read(PAYMENTS, Payments, remedy="restore it from a copy: it says what nodes were paid"),
+        payments=folder.payments(),
     )
 
 

@@ -37,6 +37,8 @@ class NodeStatus(StrEnum):
     WORKING = "working"
     FINISHED = "finished"
     LEFT = "left"
+    RECLAIMED = "reclaimed"
+    """Its owner took it back, with the notice that was agreed."""
     DIED = "died"
     EXCLUDED = "excluded"
     REFUSED = "refused"

@@ -49,6 +49,7 @@ _STATUS = {
     NodeStatus.WORKING: ("plain", _DASH),
     NodeStatus.FINISHED: ("good", _TICK),
     NodeStatus.LEFT: ("plain", _DASH),
+    NodeStatus.RECLAIMED: ("plain", _DASH),
     NodeStatus.DIED: ("bad", _CROSS),
     NodeStatus.EXCLUDED: ("bad", _CROSS),
     NodeStatus.REFUSED: ("plain", _DASH),

@@ -3,8 +3,9 @@ node measured; and leaves those that are not worth their money."""
 
 from __future__ import annotations
 
+import asyncio
 import math
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 
 from shoal.driver.folder import RunFolder
 from shoal.driver.gang import LinkedNode, fastest_float32
@@ -13,7 +14,7 @@ from shoal.identity import KeyPair
 from shoal.market.earnings import Earnings, lasts_s, say_dear, say_idle
 from shoal.protocol.messages import DEFAULT_NETWORK
 from shoal.protocol.offers import Offer
-from shoal.purse.bills import FILE, Payments
+from shoal.purse.bills import FILE
 from shoal.purse.purse import Funds, Purse
 from shoal.quantities import format_duration_s
 from shoal.quantities.money import format_money
@@ -38,11 +39,15 @@ class Treasurer(Purse):
         dice: Dice,
         say: Callable[[str], None],
         network: str = DEFAULT_NETWORK,
+        deputy: bytes | None = None,
+        present: Callable[[], Collection[bytes]] = tuple,
     ) -> None:
-        """`key` is the driver's. `link` gives an open link to a node. Raises FolderDamaged."""
+        """`key` is the driver's, or that of the client whose `deputy` it is. `link` gives an open link to a node.
+        `present` are the driver keys of hosts that are there now: who is paid for that is paid for the time. Raises
+        FolderDamaged."""
         super().__init__(
             funds,
-            folder.read(FILE, Payments, remedy="restore it from a copy: it says what nodes were paid"),
+            folder.payments(),
             lambda content: folder.write(FILE, content),
             key=key,
             link=link,
@@ -51,8 +56,12 @@ class Treasurer(Purse):
             say=say,
             again="--resume",
             network=network,
+            deputy=deputy,
         )
-        self._folder = folder
+        self._folder, self._present = folder, present
+        self._driven_s = clock.monotonic()
+        self._driven: dict[bytes, tuple[int, float]] = {}
+        """Hosts: what each had got before this driver, and the seconds that it was there since."""
         self._chosen: list[tuple[int, float]] = []
         """Price of an hour and FLOP/s of the nodes with which the job began."""
         self._earnings: dict[bytes, Earnings] = {}
@@ -146,9 +155,8 @@ class Treasurer(Purse):
             earnings = self._earnings.get(node, Earnings())
             self._earnings[node] = earnings.measured(known.paid_micro, samples_per_s, tokens_per_sample)
 
-    async def committed(self, work: Iterable[tuple[bytes, int, bytes]]) -> None:
-        """(node, accepted tokens, id of the Contribution) of a Commit that is on the disk."""
-        before = self.payments.spent_micro
+    async def owes(self, commit: bytes, work: Iterable[tuple[bytes, int, bytes]]) -> None:
+        """(node, accepted tokens, id of the Contribution) of a Commit that is about to be written."""
         earned = dict[bytes, tuple[int, bytes]]()
         for node, tokens, contribution in work:
             known = self.paid(node)
@@ -160,8 +168,32 @@ class Treasurer(Purse):
             most = known.paid_micro + self.left_micro
             earned[node] = earnings.earned_micro(known.micro_per_h, self.ready_ms(node), most), contribution
         if earned:
-            await self.pay(earned)
-            self._dearest_micro = max(self._dearest_micro, self.payments.spent_micro - before)
+            work_id = next(iter(earned.values()))[1]
+            earned |= {driver: (micro, work_id) for driver, micro in self._for_driving()}
+            await self.owe(commit, earned)
+
+    def committed(self) -> None:
+        """That Commit is on the disk."""
+        before = self.payments.spent_micro
+        self.pay_owed()
+        self._dearest_micro = max(self._dearest_micro, self.payments.spent_micro - before)
+
+    async def close(self) -> None:
+        """A driver that was stopped while it wrote a Commit owes for it where it is written."""
+        if self._term is not None and self._term.owed is not None:
+            self._term = self._term.settled(await asyncio.to_thread(self._folder.commit_ids))
+        await super().close()
+
+    def _for_driving(self) -> Iterator[tuple[bytes, int]]:
+        """Hosts, and what each has earned for being there."""
+        now_s = self._clock.monotonic()
+        passed_s, self._driven_s = now_s - self._driven_s, now_s
+        for driver in self._present():
+            known = self.paid(driver)
+            if known is not None:
+                before, seconds = self._driven.get(driver, (known.paid_micro, 0.0))
+                self._driven[driver] = before, seconds + passed_s
+                yield driver, before + int(known.micro_per_h * (seconds + passed_s) / 3600)
 
     def idle(self) -> dict[bytes, str]:
         """Nodes at work that are not worth their money any more, and why. They are not taken again."""

@@ -2,7 +2,8 @@
 
 What `market.holds` decides is on the disk before anybody hears of it, and so is each voucher before it is acknowledged:
 a node that was killed keeps its word, and loses no money. Vouchers are redeemed at the ledger now and then, when a
-client says that there will be no more, and when the node stops.
+client says that there will be no more, and when the node stops. An owner who wants the machine back gives clients the
+notice that their Holds name.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, TypeVar
@@ -17,7 +19,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 from msgspec import Meta
 
-from shoal.errors import BadRecord, JobError, ShoalError, StorageError
+from shoal.errors import BadRecord, JobError, LinkError, ShoalError, StorageError
 from shoal.identity import Envelope, Hash, KeyPair, NodeId, short_id
 from shoal.identity.accounts import Address, address_text, signer_of
 from shoal.ledger.commands import Redeem
@@ -25,16 +27,30 @@ from shoal.ledger.escrows import Escrow, EscrowOver, OldVoucher, State
 from shoal.ledger.escrows import Paid as PaidOut
 from shoal.ledger.moves import MoneyRefused
 from shoal.market.earnings import Earnings, Serving, say_unpaid, say_unpaid_service
-from shoal.market.holds import HoldRefused, Slots, Terms, ask, give_back, held, hold_of, keep, promised, take
+from shoal.market.holds import (
+    HoldRefused,
+    Slots,
+    Terms,
+    ask,
+    check_escrow,
+    give_back,
+    held,
+    hold_of,
+    keep,
+    promised,
+    take,
+    taken,
+)
 from shoal.protocol.holds import (
     Deputy,
-    Hold,
     HoldAsk,
     HoldGiven,
+    HoldReclaim,
     HoldRelease,
     HoldTake,
     Paid,
     Pay,
+    Reclaim,
     Release,
 )
 from shoal.protocol.holds import Work as Kind
@@ -62,6 +78,8 @@ UNTAKEN_SHARE, UNTAKEN_S = 0.1, 120
 nothing: a client that lets its Hold lapse could ask with the next one."""
 LAST_ROUND_S = 8.0
 """How long a stopping node tries to redeem what it has."""
+TELL_DEADLINE_S, TELL_AGAIN_S = 5.0, 2.0
+"""For a client that is told that its place ends."""
 UNCOUNTED_MAX = 6
 """Contributions that a client may have without accepting one: it has them, and pays for none. Some come too late
 without anybody's fault, and two are under way at a time."""
@@ -281,7 +299,7 @@ class Sales:
         back. Raises SalesDamaged."""
         self.terms = terms
         self._key, self._name, self._network = key, name, network
-        self._disk, self._ledger, self._clock = disk, ledger, clock
+        self._disk, self._ledger, self._clock, self._endpoint = disk, ledger, clock, endpoint
         self._unheld, self._changed = unheld, changed
         self._slots = read_kept(disk, SLOTS, Slots, name) or Slots()
         self._accounts = {one.escrow: one for one in read_kept(disk, ACCOUNTS, list[Account], name) or ()}
@@ -295,6 +313,13 @@ class Sales:
         self._works: dict[bytes, Work] = {}
         """Of these, those that work was done for since the node started; the same of what is served."""
         self._services: dict[bytes, Service] = {}
+        self._brought = {one.escrow: one.redeemed_micro for one in self._accounts.values()}
+        """Of each escrow, the highest voucher that this node has brought to the ledger itself."""
+        self._elsewhere_s: dict[bytes, float] = {}
+        """Escrows of which somebody else has, and since when that is known; infinite once it was said."""
+        self.closes_ms: int | None = None
+        """When the owner takes the machine back, once its clients are told."""
+        self._telling = list[asyncio.Task[None]]()
         self._deciding = asyncio.Lock()
         self._redeeming: dict[bytes, asyncio.Task[None]] = {}
         """Beside the rounds, at a client's word that nothing more will come."""
@@ -325,6 +350,11 @@ class Sales:
     def held(self) -> int:
         """Slots that are promised now."""
         return len(held(self._slots, self.now_ms()))
+
+    @property
+    def taken(self) -> int:
+        """Of these, slots that money is set aside for."""
+        return len(taken(self._slots, self.now_ms()))
 
     def client_of(self, driver: bytes) -> bytes:
         """For whom a driver acts: itself, unless it has shown otherwise."""
@@ -370,6 +400,17 @@ class Sales:
             return f"it has earned what was set aside for it, {format_money(account.most_micro)}"
         return None
 
+    async def paid_for_driving(self, escrow_id: bytes, client: bytes) -> None:
+        """Money is set aside for driving a job: its vouchers are taken from whoever acts for `client`. Raises
+        HoldRefused, and what the ledger does."""
+        escrow = await self._ledger.escrow(escrow_id)
+        if escrow is None:
+            raise HoldRefused("The ledger has no such escrow.")
+        async with self._deciding:
+            check_escrow(escrow, self.terms.payee, self.terms, self.now_ms())
+            if escrow_id not in self._accounts:
+                await self._store_accounts(self._with(escrow, client, self.terms.payee, 0))
+
     def account(self, escrow: bytes) -> Account | None:
         """None once it is over."""
         return self._accounts.get(escrow)
@@ -378,9 +419,39 @@ class Sales:
     def accounts(self) -> list[Account]:
         return list(self._accounts.values())
 
+    async def give_notice(self) -> float | None:
+        """The owner wants the machine back: whoever has taken a slot is told until when it is kept, and no more are
+        given. Gives the seconds until then; None where no slot is taken, or none with a notice."""
+        async with self._deciding:
+            kept, now_ms = taken(self._slots, self.now_ms()), self.now_ms()
+            notice_ms = max((one.hold.reclaim_notice_ms for one in kept), default=0)
+            if not notice_ms:
+                return None
+            self.closes_ms = now_ms + notice_ms
+            for one in kept:
+                reclaim = Reclaim(client=one.hold.client, from_ms=now_ms, until_ms=self.closes_ms)
+                self._telling.append(asyncio.create_task(self._tell(reclaim)))
+        await self._changed()
+        return notice_ms / 1000
+
+    async def _tell(self, reclaim: Reclaim) -> None:
+        """A client, or who acts for it; one that cannot be told, or not yet, is told again."""
+        word = HoldReclaim(reclaim=sign(self._key, reclaim, self._network).to_bytes())
+        while True:
+            acting = [driver for driver, client in reversed(self._clients.items()) if client == reclaim.client]
+            for peer in (*acting, reclaim.client):
+                link = self._endpoint.links().get(peer)
+                try:
+                    if link is not None:
+                        await link.request(word.KIND, encode(word, link.version), deadline_s=TELL_DEADLINE_S)
+                        return
+                except LinkError as error:
+                    _log.info("%s: %s was not told that its place ends: %s", self._name, short_id(peer), error)
+            await self._clock.sleep(TELL_AGAIN_S)
+
     async def close(self) -> None:
         """Redeem what is there. What the ledger does not answer in time for is redeemed by the node's next start."""
-        tasks = [self._rounds, *self._redeeming.values()]
+        tasks = [self._rounds, *self._telling, *self._redeeming.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -408,7 +479,7 @@ class Sales:
         client = self._client(request, wanted.deputy)
         async with self._deciding:
             known = hold_of(self._slots, client, self.now_ms())
-            hold = ask(self._slots, wanted, client, self.terms, self._unheld(), self.now_ms())
+            hold = ask(self._slots, wanted, client, self.terms, self._unheld(), self.now_ms(), self.closes_ms)
             envelope = sign(self._key, hold, self._network)
             if known is None or known.hold_id != envelope.record_id:
                 self._count_untaken(request, wanted.lifetime_ms / 1000)
@@ -434,10 +505,10 @@ class Sales:
         escrow = await self._ledger.escrow(wanted.escrow)
         async with self._deciding:
             known = hold_of(self._slots, client, self.now_ms())
-            hold = take(self._slots, client, escrow, self.terms, self.now_ms())
+            hold = take(self._slots, client, escrow, self.terms, self.now_ms(), self.closes_ms)
             assert escrow is not None and known is not None
             envelope = sign(self._key, hold, self._network)
-            accounts = self._with(escrow, hold)
+            accounts = self._with(escrow, client, hold.payee, hold.price.micro_per_h)
             for gone in self._accounts.keys() - accounts.keys():
                 await self._remember(self._accounts[gone], 0)
             await self._store_accounts(accounts)
@@ -448,20 +519,20 @@ class Sales:
         await self._changed()
         return encode(HoldGiven(hold=envelope.to_bytes()), request.version)
 
-    def _with(self, escrow: Escrow, hold: Hold) -> dict[bytes, Account]:
-        """The accounts, once a slot is held for this escrow. Raises HoldRefused."""
+    def _with(self, escrow: Escrow, client: bytes, payee: bytes, micro_per_h: int) -> dict[bytes, Account]:
+        """The accounts, once `client` has work done for this escrow. Raises HoldRefused."""
         terms, known = escrow.terms, self._accounts.get(escrow.escrow_id)
-        if known is not None and (known.client, known.payee) != (hold.client, hold.payee):
+        if known is not None and (known.client, known.payee) != (client, payee):
             raise HoldRefused(
                 f"{escrow.name} pays for what node {self._name} does for {short_id(known.client)}, at "
                 f"{address_text(known.payee)}: each client sets money aside of its own, and another one where a node "
                 "is paid at another account."
             )
         account = known or Account(
-            escrow=escrow.escrow_id, ledger=self._ledger.name, client=hold.client, payer=terms.payer,
-            signer=terms.signer, payee=hold.payee, most_micro=0, ends_ms=0, micro_per_h=0,
+            escrow=escrow.escrow_id, ledger=self._ledger.name, client=client, payer=terms.payer,
+            signer=terms.signer, payee=payee, most_micro=0, ends_ms=0, micro_per_h=0,
         )  # fmt: skip
-        account = msgspec.structs.replace(account, micro_per_h=hold.price.micro_per_h)
+        account = msgspec.structs.replace(account, micro_per_h=micro_per_h)
         accounts = {**self._accounts, escrow.escrow_id: _as_at(escrow, account)}
         while len(accounts) > ACCOUNTS_MAX:
             idle = next(
@@ -498,7 +569,7 @@ class Sales:
     async def _paid(self, request: Request) -> bytes:
         message = decode(Pay, request.body, request.version)
         client = self._client(request, message.deputy)
-        signed, voucher = message.signed, message.signed.voucher
+        voucher = message.signed.voucher
         async with self._deciding:
             account = self._accounts.get(voucher.escrow)
             if account is None or client != account.client:
@@ -506,24 +577,37 @@ class Sales:
                     f"Node {self._name} is not paid out of escrow {voucher.escrow.hex()[:12]} by its peer."
                 )
             self._pays.spend(client, "A voucher")
-            signer = signer_of(voucher.digest(self._ledger.name), signed.signature)
-            if signer not in (account.payer, account.signer) or voucher.payee != account.payee:
-                raise BadVoucher(
-                    f"A voucher for {address_text(voucher.payee)} came to node {self._name} that nobody signed who "
-                    "may; it pays nothing."
-                )
-            if voucher.amount_micro > account.most_micro:
-                raise BadVoucher(
-                    f"A voucher for {format_money(voucher.amount_micro)} came to node {self._name}, which may get "
-                    f"{format_money(account.most_micro)} at most."
-                )
-            if voucher.amount_micro > account.paid_micro:
-                account = msgspec.structs.replace(account, newest=signed)
-                await self._store_account(account)
+            account = await self._keep_voucher(account, message.signed)
         if message.last and account.waits and account.escrow not in self._redeeming:
             self._redeeming[account.escrow] = asyncio.create_task(self._redeem_beside(account.escrow))
         newer = account.newest if account.voucher_micro > voucher.amount_micro else None
         return encode(Paid(amount_micro=account.paid_micro, newest=newer), request.version)
+
+    async def paid_by_copy(self, signed: SignedVoucher) -> None:
+        """A voucher that stands in the folder of a job that this node drives, or stands by for. Raises BadVoucher."""
+        async with self._deciding:
+            account = self._accounts.get(signed.voucher.escrow)
+            if account is not None:
+                await self._keep_voucher(account, signed)
+
+    async def _keep_voucher(self, account: Account, signed: SignedVoucher) -> Account:
+        """On the disk, where it says more than the one before. Raises BadVoucher."""
+        voucher = signed.voucher
+        signer = signer_of(voucher.digest(self._ledger.name), signed.signature)
+        if signer not in (account.payer, account.signer) or voucher.payee != account.payee:
+            raise BadVoucher(
+                f"A voucher for {address_text(voucher.payee)} came to node {self._name} that nobody signed who may; it "
+                "pays nothing."
+            )
+        if voucher.amount_micro > account.most_micro:
+            raise BadVoucher(
+                f"A voucher for {format_money(voucher.amount_micro)} came to node {self._name}, which may get "
+                f"{format_money(account.most_micro)} at most."
+            )
+        if voucher.amount_micro > account.paid_micro:
+            account = msgspec.structs.replace(account, newest=signed)
+            await self._store_account(account)
+        return account
 
     # ---- redeeming ----
 
@@ -571,10 +655,29 @@ class Sales:
         try:
             await self._ledger.apply(Redeem(account.newest))
         except (OldVoucher, EscrowOver):
-            pass  # it was redeemed already, and the answer was lost; or it came too late
+            return None  # it was redeemed already, and the answer was lost, or by somebody else; or it came too late
         except MoneyRefused as error:
             return error.sentence
+        except LinkError:
+            self._brought[account.escrow] = account.voucher_micro  # it may be done, though no answer came
+            raise
+        self._brought[account.escrow] = account.voucher_micro
         return None
+
+    def _watch_others(self, account: Account, found: Escrow) -> None:
+        """Of several nodes with one account none sees whether a voucher is for its own work: that there are such is
+        said once. Whoever asks for the rest of an escrow redeems the last vouchers, too."""
+        if account.redeemed_micro <= self._brought.get(account.escrow, 0) or found.ends_ms < found.terms.expires_ms:
+            return
+        now_s = self.monotonic()
+        if now_s - self._elsewhere_s.setdefault(account.escrow, now_s) < REDEEM_EVERY_S:
+            return
+        self._elsewhere_s[account.escrow] = math.inf
+        _log.warning(
+            "%s: another node is paid at %s out of escrow %s, too: a client can show both one voucher, and neither "
+            "sees that the other's work is not paid. Give each node an account of its own (--account).",
+            self._name, address_text(account.payee), account.escrow.hex()[:12],
+        )  # fmt: skip
 
     async def _look_at(self, asked: Account, found: Escrow | None, refused: str | None) -> None:
         """How an escrow stands now. One that was not found was there when it was taken, here or at the ledger at which
@@ -587,6 +690,7 @@ class Sales:
             if found is not None and found.state is State.OPEN:
                 if refused is not None:
                     _log.error("%s: a voucher is worth nothing: %s", self._name, refused)
+                self._watch_others(now, found)
                 now = msgspec.structs.replace(now, refused=refused is not None or (now.refused and now.waits))
                 if now != account:
                     await self._store_account(now)
@@ -626,6 +730,8 @@ class Sales:
         self._accounts = accounts
         self._works = {name: work for name, work in self._works.items() if name in accounts}
         self._services = {name: service for name, service in self._services.items() if name in accounts}
+        self._brought = {name: micro for name, micro in self._brought.items() if name in accounts}
+        self._elsewhere_s = {name: since for name, since in self._elsewhere_s.items() if name in accounts}
 
     def _write(self, name: str, content: Any) -> None:
         write_whole(self._disk, name, msgspec.msgpack.encode(content), "keeping what this node has promised")

@@ -4,8 +4,8 @@ Either enough nodes are held or none is. Then one escrow is opened for all of th
 to it. Each voucher is on the disk before it goes out, so that a client that was killed never signs for less than it
 did. Each run of a client has an escrow of its own, a term: what an earlier one has left goes back first.
 
-Two hands pay: the payer's account opens an escrow, withholds and asks the rest back; vouchers and admissions carry the
-signature of whoever may sign them.
+Two hands pay: the payer's account opens an escrow, and whoever the escrow names as its signer does the rest: vouchers,
+admissions, and asking for what is left. Where that is another one, it goes on with the escrow that the payer opened.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
 from shoal.errors import BadInput, LinkError, ShoalError
-from shoal.identity import KeyPair
-from shoal.identity.accounts import AccountKey, address_text
+from shoal.identity import KeyPair, short_id
+from shoal.identity.accounts import AccountKey, address_text, signer_of
 from shoal.ledger.book import SameEscrow, UnknownEscrow
 from shoal.ledger.commands import Admit, Close, Open, Redeem, Withhold
 from shoal.ledger.escrows import EscrowOver, OldVoucher
 from shoal.ledger.moves import DoneAlready, TooLittleMoney
 from shoal.market.earnings import lasts_s
-from shoal.protocol.holds import LEASE_STEP_MS, Work, quote_id
+from shoal.protocol.holds import LEASE_STEP_MS, BadHold, HoldReclaim, Work, quote_id
 from shoal.protocol.messages import DEFAULT_NETWORK
 from shoal.protocol.money import (
     DAY_MS,
@@ -41,7 +41,7 @@ from shoal.protocol.money import (
     sign_voucher,
 )
 from shoal.protocol.offers import Offer
-from shoal.purse.bills import PaidNode, Payments, TermPayments, newest_vouchers
+from shoal.purse.bills import Owed, OwedTo, PaidNode, Payments, TermPayments, newest_vouchers
 from shoal.quantities import format_duration_s
 from shoal.quantities.money import format_money, share
 from shoal.world import Clock, Dice, Ledger, Link
@@ -82,7 +82,7 @@ class Funds:
     """Of vouchers and admissions: the payer's, or one that the escrow names."""
     budget_micro: int
     account: AccountKey | None = None
-    """The payer's; without it no escrow is opened, none is asked back, and nothing is withheld."""
+    """The payer's; without it no escrow is opened: one goes on with the newest that is open."""
     notice_ms: int = NOTICE_MS
     audit_ms: int = AUDIT_MS
     holdback_ppm: int = HOLDBACK_PPM
@@ -111,17 +111,22 @@ class Purse:
         again: str,
         work: Work = "train",
         network: str = DEFAULT_NETWORK,
+        deputy: bytes | None = None,
     ) -> None:
         """`known`: what was written at last; `write` keeps what it is given until it is told something newer, durable
-        when it returns, and is called in a thread. Nodes keep their places for whoever has `key`. `link` gives an open
-        link to a node. `again` says what asks once more for money that could not be asked back."""
+        when it returns, and is called in a thread. Nodes keep their places for whoever has `key`; `deputy` is the word
+        that this one acts for it, where it is another's. `link` gives an open link to a node. `again` says what asks
+        once more for money that could not be asked back."""
         self.funds = funds
         self._clock, self._dice, self._say, self._again = clock, dice, say, again
         self._keep = write
-        self._quotes = Quotes(key, funds.payer, funds.ledger.name, link, work=work, network=network)
+        self._quotes = Quotes(key, funds.payer, funds.ledger.name, link, work=work, network=network, deputy=deputy)
         self._former = known.terms if known else ()
         self._budget_micro = funds.budget_micro
         self._term: TermPayments | None = None
+        if funds.account is None and self._former and not self._former[-1].closed:
+            *former, self._term = self._former
+            self._former = tuple(former)
         self._held: dict[bytes, Held] = {}
         self.holding_s = self.opening_s = self.taking_s = 0.0
         """How long it took that nodes kept places, that money was set aside, and that it was taken."""
@@ -178,6 +183,8 @@ class Purse:
     async def check(self) -> None:
         """That the account has what may be spent, before anything is begun. Raises NoMoney, and what the ledger
         does."""
+        if self._term is not None:
+            return  # it is set aside
         has = await self.funds.ledger.balance(self.funds.payer)
         if has < self.left_micro:
             raise self._no_money(self.left_micro, has)
@@ -206,7 +213,7 @@ class Purse:
         held, began_s = list(self._held.values()), self._clock.monotonic()
         try:
             if held:
-                await self._open(held)
+                await self._set_aside(held)
                 self._beside(self._renew())
             opened_s = self._clock.monotonic()
             for one, trouble in zip(held, await asyncio.gather(*map(self._taken, held)), strict=True):
@@ -231,6 +238,7 @@ class Purse:
             self.absent.add(held.node)
             await self._quotes.release(held)
             return error.sentence
+        await self._send(held.node)  # whoever had this purse before may have signed for more
         return None
 
     async def join(self, node: bytes, offer: Offer) -> None:
@@ -250,12 +258,10 @@ class Purse:
     async def _secure(self, held: Sequence[Held]) -> None:
         try:
             async with self._opening:
-                if self._term is None:
-                    await self._open(held)
+                opens = self._term is None
+                await self._set_aside(held)
+                if opens:
                     self._beside(self._renew())
-                else:
-                    for one in held:
-                        await self._admit(one)
             for taken in await asyncio.gather(*map(self._take, held), return_exceptions=True):
                 if taken is not None:
                     raise taken
@@ -264,29 +270,37 @@ class Purse:
             await self._quotes.release_all([self._held.pop(one.node, one) for one in held])
             raise
 
-    async def _open(self, held: Sequence[Held]) -> None:
+    async def _set_aside(self, held: Sequence[Held]) -> None:
+        if self._term is not None:
+            for one in held:
+                await self._admit(one)
+            return
+        nodes = {one.node.hex(): self._paid_node(one) for one in held}
+        await self.open_for(nodes, quote_id(tuple(one.envelope for one in held)))
+
+    async def open_for(self, nodes: dict[str, PaidNode], quote: bytes) -> None:
+        """Set the money aside, first for these. Raises NoMoney, and what the ledger does; nothing is set aside then."""
         funds, now_ms = self.funds, self._clock.now_ms()
         amount = self.left_micro
-        lasts_ms = 1000 * ENDS_AFTER * lasts_s(amount, sum(one.hold.price.micro_per_h for one in held))
-        payees = {one.hold.payee for one in held}
+        lasts_ms = 1000 * ENDS_AFTER * lasts_s(amount, sum(one.micro_per_h for one in nodes.values()))
         terms = EscrowTerms(
             payer=funds.payer,
             signer=funds.signer.address,
             cap_micro=0 if funds.signer.address == funds.payer else amount,
-            auditor=funds.payer,
+            auditor=funds.signer.address,
             amount_micro=amount,
             fee_ppm=0,
             holdback_ppm=funds.holdback_ppm,
             notice_ms=funds.notice_ms,
             audit_ms=funds.audit_ms,
             expires_ms=now_ms + round(min(ENDS_MOST_MS, max(funds.ends_least_ms, lasts_ms))),
-            payees=tuple(Payee(payee, amount) for payee in sorted(payees)),
-            quote=quote_id(tuple(one.envelope for one in held)),
+            payees=tuple(Payee(payee, amount) for payee in sorted({one.payee for one in nodes.values()})),
+            quote=quote,
             nonce=self._dice.bytes(32),
         )
         ledger = funds.ledger.name
-        signature = self._account.sign(terms.escrow_id(ledger))
-        nodes = {one.node.hex(): self._paid_node(one) for one in held}
+        assert funds.account is not None, "it is the payer's own purse"
+        signature = funds.account.sign(terms.escrow_id(ledger))
         self._term = TermPayments(terms=terms, ledger=ledger, signature=signature, nodes=nodes)
         await self._write()
         try:
@@ -316,7 +330,7 @@ class Purse:
         """Of an escrow of which it is not known that it was opened: another one is opened for whoever comes next."""
         term, self._term = self._open_term(), None
         with contextlib.suppress(ShoalError):  # it is asked again
-            term = await close_escrow(term, self.funds.ledger, self._account)
+            term = await close_escrow(term, self.funds.ledger, self._hand)
         self._former = (*self._former, term)
         await self._write()
 
@@ -378,25 +392,43 @@ class Purse:
     async def pay(self, earned: Mapping[bytes, tuple[int, bytes]]) -> None:
         """Node -> what it has earned in this term, and the id of the newest record that shows it. A voucher says no
         less than the one before it, and no more than is left."""
-        for node, (micro, work) in earned.items():
-            known = self.paid(node)
-            assert known is not None, "it is one of those that are paid"
-            amount = max(known.paid_micro, min(micro, known.paid_micro + self.left_micro))
-            self._put(node, msgspec.structs.replace(known, paid_micro=amount))
-            self._put_voucher(node, work)
+        self._settle(self._owed(bytes(32), earned))
         await self._write()
-        for node in earned:
-            if node not in self._sending:
-                self._beside(self._send(node))
+        self._send_beside(earned)
 
-    def _put_voucher(self, node: bytes, work: bytes) -> None:
-        """For all that the node's account has earned: several nodes may be paid at one."""
-        term, known = self._open_term(), self.paid(node)
-        assert known is not None
-        amount = sum(one.paid_micro for one in term.nodes.values() if one.payee == known.payee)
-        voucher = Voucher(escrow=term.escrow, payee=known.payee, amount_micro=amount, work=work)
-        signed = sign_voucher(self.funds.signer, term.ledger, voucher)
-        self._put(node, msgspec.structs.replace(known, voucher=signed))
+    async def owe(self, record: bytes, earned: Mapping[bytes, tuple[int, bytes]]) -> None:
+        """The same, once `record` is written, which comes next: `pay_owed` says that it is."""
+        self._term = msgspec.structs.replace(self._open_term(), owed=self._owed(record, earned))
+        await self._write()
+
+    def pay_owed(self) -> None:
+        """What is written down with the record's id needs not be written again."""
+        owed = self._term.owed if self._term else None
+        if owed is not None:
+            self._settle(owed)
+            self._send_beside(map(bytes.fromhex, owed.nodes))
+
+    def _owed(self, record: bytes, earned: Mapping[bytes, tuple[int, bytes]]) -> Owed:
+        """A voucher is for all that the node's account has earned: several nodes may be paid at one."""
+        term, owed = self._open_term(), dict[str, OwedTo]()
+        paid, left = {node: one.paid_micro for node, one in term.nodes.items()}, self.left_micro
+        for node, (micro, work) in earned.items():
+            name, before = node.hex(), paid[node.hex()]
+            paid[name] = max(before, min(micro, before + left))
+            left -= paid[name] - before
+            payee = term.nodes[name].payee
+            amount = sum(paid[other] for other, one in term.nodes.items() if one.payee == payee)
+            voucher = Voucher(escrow=term.escrow, payee=payee, amount_micro=amount, work=work)
+            owed[name] = OwedTo(paid[name], sign_voucher(self.funds.signer, term.ledger, voucher))
+        return Owed(record, owed)
+
+    def _settle(self, owed: Owed) -> None:
+        self._term = msgspec.structs.replace(self._open_term(), owed=owed).settled({owed.record})
+
+    def _send_beside(self, nodes: Iterable[bytes]) -> None:
+        for node in nodes:
+            if node not in self._sending and self._open_term().nodes[node.hex()].hold:
+                self._beside(self._send(node))
 
     async def _send(self, node: bytes, *, last: bool = False, deadline_s: float = PAY_DEADLINE_S) -> None:
         """The newest voucher; where a newer one comes meanwhile, that one too. What does not arrive is in the next."""
@@ -406,11 +438,24 @@ class Purse:
             while (known := self.paid(node)) is not None and known.voucher not in (None, sent):
                 assert known.voucher is not None
                 sent = known.voucher
-                await self._quotes.pay(node, sent, last=last, deadline_s=deadline_s)
+                newer = await self._quotes.pay(node, sent, last=last, deadline_s=deadline_s)
+                if newer is not None:
+                    self._learn(node, newer)
         except ShoalError as error:
             _log.info("%s did not take its voucher: %s", node.hex()[:8], error)
         finally:
             self._sending.discard(node)
+
+    def _learn(self, node: bytes, newer: SignedVoucher) -> None:
+        """A node has a voucher that says more than what was written here: whoever had this purse before was killed, or
+        cut off, before that was."""
+        term, known, voucher = self._open_term(), self.paid(node), newer.voucher
+        assert known is not None and known.voucher is not None
+        signer = signer_of(voucher.digest(term.ledger), newer.signature)
+        mine = voucher.escrow == term.escrow and voucher.payee == known.payee and signer == self.funds.signer.address
+        more = voucher.amount_micro - known.voucher.voucher.amount_micro
+        if mine and more > 0:
+            self._put(node, msgspec.structs.replace(known, paid_micro=known.paid_micro + more, voucher=newer))
 
     def left(self, node: bytes, reason: str) -> None:
         """A node is gone: it earns no more, and what it has earned stays."""
@@ -422,7 +467,19 @@ class Purse:
             self._put(node, msgspec.structs.replace(known, reason=_in_short(reason)))
         held = self._held.pop(node, None)
         if held is not None:
-            self._beside(self._quotes.release(held))
+            self._beside(self._part_from(held))
+
+    async def _part_from(self, held: Held) -> None:
+        """The voucher first: a node whose owner wants it back waits for no more once its place is given back."""
+        await self._send(held.node, last=True)
+        await self._quotes.release(held)
+
+    def reclaimed(self, node: bytes, word: HoldReclaim) -> float:
+        """The owner of a node takes it back: in how many seconds. Raises BadRecord."""
+        held = self._held.get(node)
+        if held is None:
+            raise BadHold(f"Node {short_id(node)} says of a place that it ends, and keeps none here.")
+        return self._quotes.reclaimed(held, word)
 
     async def withhold(self, node: bytes, reason: str, evidence: bytes) -> None:
         """What is held back of a node whose work was replayed and was not what was assigned."""
@@ -435,7 +492,7 @@ class Purse:
             return
         before = sum(one.withheld_micro for one in term.nodes.values() if one.payee == known.payee)
         order = Withholding(escrow=term.escrow, payee=known.payee, amount_micro=before + amount, evidence=evidence)
-        signature = self._account.sign(order.digest(term.ledger))
+        signature = self._hand.sign(order.digest(term.ledger))
         try:
             await _redeem(known, self.funds.ledger)  # what is held back is only there once its voucher is redeemed
             await self.funds.ledger.apply(Withhold(order, signature))
@@ -454,17 +511,21 @@ class Purse:
         this budget. Raises ShoalError."""
         closed = list[TermPayments]()
         for term in self._former:
-            closed.append(term if term.closed else await close_escrow(term, self.funds.ledger, self._account))
+            closed.append(term if term.closed else await close_escrow(term, self.funds.ledger, self._hand))
         self._former = () if forget else tuple(closed)
         if closed:
             await self._write()
 
-    async def close(self) -> None:
-        """Nodes get their last vouchers, and the rest goes back."""
+    async def leave(self) -> None:
+        """To whoever goes on with this purse: nothing is given back."""
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def close(self) -> None:
+        """Nodes get their last vouchers, and the rest goes back."""
+        await self.leave()
         held = list(self._held.values())
         if self._term is None or self._term.closed:
             await self._quotes.release_all(held)
@@ -473,7 +534,7 @@ class Purse:
         await asyncio.gather(*(self._quotes.release(one) for one in held))
         self._held.clear()
         try:
-            self._term = await close_escrow(self._term, self.funds.ledger, self._account)
+            self._term = await close_escrow(self._term, self.funds.ledger, self._hand)
         except ShoalError as error:
             ends_s = (self._term.terms.expires_ms - self._clock.now_ms()) / 1000
             self._say(
@@ -485,9 +546,9 @@ class Purse:
     # ---- small things ----
 
     @property
-    def _account(self) -> AccountKey:
-        assert self.funds.account is not None, "it is not the payer's own purse"
-        return self.funds.account
+    def _hand(self) -> AccountKey:
+        """By which the rest is asked back, also of an escrow of an earlier term."""
+        return self.funds.account or self.funds.signer
 
     def _open_term(self) -> TermPayments:
         assert self._term is not None, "money was set aside"
@@ -516,7 +577,7 @@ async def close_escrow(term: TermPayments, ledger: Ledger, account: AccountKey) 
         await ledger.apply(Close(wish, account.sign(wish.digest(term.ledger))))
     except (UnknownEscrow, EscrowOver, DoneAlready):
         pass  # it never came to be, is over by itself, or was asked for and the answer was lost
-    return msgspec.structs.replace(term, closed=True)
+    return msgspec.structs.replace(term, owed=None, closed=True)
 
 
 async def _redeem(one: PaidNode, ledger: Ledger) -> None:
