@@ -46,8 +46,11 @@ def published() -> Published:
     first, carried = close(
         AUCTIONEER, Carried(), None, [], seed=bytes(32), next_seed=b"2" * 32, closed_ms=BLOCK.start_ms - 2 * HOUR_MS
     )
-    orders = [sign(node, Ask(terms=terms(limit))) for node, limit in zip(NODES, (200_000, 300_000), strict=False)]
-    orders.append(sign(BUYER, Bid(terms=terms(400_000), blocks=1)))
+    orders = [
+        sign(node, Ask(terms=terms(limit), payee=bytes(20)))
+        for node, limit in zip(NODES, (200_000, 300_000), strict=False)
+    ]
+    orders.append(sign(BUYER, Bid(terms=terms(400_000), blocks=1, escrow=bytes(32))))
     before = Envelope.from_bytes(first.clearing, Clearing.MAX_BYTES)
     return close(
         AUCTIONEER, carried, before, orders,
@@ -59,7 +62,7 @@ def test_a_right_batch_is_right_and_a_missing_order_is_told(published: Published
     batch, mine, late = tmp_path / "2.batch", tmp_path / "mine.order", tmp_path / "late.order"
     batch.write_bytes(published.to_bytes())
     mine.write_bytes(published.orders[0])
-    late.write_bytes(sign(NODES[2], Ask(terms=terms(100_000))).to_bytes())
+    late.write_bytes(sign(NODES[2], Ask(terms=terms(100_000), payee=bytes(20))).to_bytes())
 
     code, said = shoal(str(batch), "--order", str(mine))
     assert code == 0
@@ -75,7 +78,8 @@ def test_a_right_batch_is_right_and_a_missing_order_is_told(published: Published
     assert [one["missing"] for one in found["asked"]] == [False, True]
     [cleared] = found["cleared"]
     assert cleared["price_micro"] == 300_000
-    assert cleared["trades"] == [{name: key.node_id.hex() for name, key in (("buyer", BUYER), ("seller", NODES[0]), ("node", NODES[0]))}]  # fmt: skip  # noqa: E501
+    [trade] = cleared["trades"]
+    assert (trade["buyer"], trade["seller"], trade["node"]) == (BUYER.node_id.hex(), *[NODES[0].node_id.hex()] * 2)
 
 
 def test_a_wrong_batch_is_wrong_and_says_where(published: Published, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from shoal.hub import HubClient, NoHub
 from shoal.identity import Envelope, KeyPair
 from shoal.market.holds import Terms
 from shoal.node.engine import EngineHost
+from shoal.node.hours import Hours
 from shoal.node.member import (
     PIN_PREFIX,
     PRIVATE_MEDIA_TYPE,
@@ -305,7 +306,7 @@ class NodeAgent:
         terms = Terms(
             price=sale.price, ledger=sale.ledger.name, payee=sale.payee, slots=self.settings.members_max,
         )  # fmt: skip
-        return Sales(
+        sales = Sales(
             terms,
             key=self._key,
             name=self.settings.name,
@@ -317,6 +318,11 @@ class NodeAgent:
             changed=self._changed,
             network=self.settings.network,
         )
+        Hours(
+            sales, key=self._key, endpoint=self._endpoint, ledger=sale.ledger, clock=self._clock,
+            network=self.settings.network,
+        )  # fmt: skip
+        return sales
 
     def _refuse_twin(self) -> None:
         states = self._hubs.states()
