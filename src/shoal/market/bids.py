@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from shoal.identity.accounts import AccountKey
+from shoal.ledger.commands import Admit, Close, Command, Finish, Redeem
 from shoal.ledger.escrows import Escrow, Paid, State
 from shoal.market.publishing import Verified
-from shoal.protocol.money import Admission, Closing, EscrowTerms, Finished, Payee, Voucher
+from shoal.protocol.money import Admission, Closing, EscrowTerms, Finished, LedgerName, Payee, Voucher, sign_voucher
 from shoal.protocol.orders import HOUR_MS, Bid, Block, OrderTerms, bid_quote
 from shoal.quantities.money import format_money
 
@@ -82,3 +84,17 @@ def next_step(escrow: Escrow, owed: Mapping[bytes, int], work: bytes) -> Step | 
     if spare > mine.redeemed_micro and payer not in owed:  # what a node of its own earns is not told apart from that
         return Voucher(escrow=name, payee=payer, amount_micro=spare, work=work)
     return None
+
+
+def signed(step: Step, account: AccountKey, ledger: LedgerName) -> Command:
+    """What the ledger is asked for then."""
+    if isinstance(step, Voucher):
+        return Redeem(sign_voucher(account, ledger, step))
+    signature = account.sign(step.digest(ledger))
+    match step:
+        case Admission():
+            return Admit(step, signature)
+        case Finished():
+            return Finish(step, signature)
+        case Closing():
+            return Close(step, signature)
