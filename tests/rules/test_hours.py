@@ -453,11 +453,11 @@ class Bazaar(RuleBasedStateMachine):
             return
         one.earned += part
 
-    @rule(takes=st.sampled_from([True, True, True, False]), just_before=st.sampled_from([True, True, False]))
-    def posted(self, takes: bool, just_before: bool) -> None:
+    @rule(takes=st.sampled_from([True, True, True, False]), before_ms=st.sampled_from([None, 10_000, 30_000]))
+    def posted(self, takes: bool, before_ms: int | None) -> None:
         """Somebody comes at the posted price, perhaps just before an hour begins."""
-        if just_before and self.scene.now_ms < BEGIN_MS + HOUR_MS - 30_000:
-            self.scene.pass_time(BEGIN_MS + HOUR_MS - 30_000 - self.scene.now_ms)
+        if before_ms is not None:
+            self.scene.pass_time(max(0, BEGIN_MS + HOUR_MS - before_ms - self.scene.now_ms))
         before = len(held(self.scene.kept, self.scene.now_ms))
         try:
             hold = self.scene.ask(STRANGER)
