@@ -81,8 +81,8 @@ class Town:
             settings, self.street.network.endpoint, lambda _: self.street.ledger, self.clock, SeededDice(7)
         )
         self.ticket = await self.server.start()
-        for account in ACCOUNTS.values():
-            self.street.ledger.give(account.address, MONEY)
+        for key in ACCOUNTS.values():
+            self.street.ledger.give(key.address, MONEY)
         for number in (1, 2, 3):
             self.shops.append(await self.street.shop(number, self.folder / f"shop-{number}"))
         self.remote = RemoteAuction(self.street.network.endpoint(a_key(80)), self.ticket, self.clock)

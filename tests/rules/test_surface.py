@@ -53,11 +53,13 @@ SURFACE = {
     "shoal offers": "--hub --device --device-name --memory --flops --bandwidth --latency --country --without-country "
     "--region --without-region --tier --reputation --max-price --currency --idle --sort --limit --json",
     "shoal market": "",
-    "shoal market run": "--listen --every --public --data --json",
-    "shoal market sell": "--hour --price --class --auction --ledger --hub --data --json",
+    "shoal market run": "--listen --every --public --ledger --data --json",
+    "shoal market sell": "--hour --price --class --account --auction --ledger --hub --data --json",
     "shoal market buy": "--class --hour --price --blocks --auction --ledger --json",
+    "shoal market resell": "--hour --price --class --blocks --auction --json",
     "shoal market show": "[NUMBER] --save --auction --json",
-    "shoal market mine": "--last --auction --data --json",
+    "shoal market mine": "--last --auction --ledger --hub --data --json",
+    "shoal market compare": "BATCH_A BATCH_B --json",
     "shoal market verify": "BATCH --order --json",
 }
 HIDDEN = {
