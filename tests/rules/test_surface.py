@@ -17,7 +17,7 @@ SURFACE = {
     "shoal quickstart": "--seed --honest --tokens --files --runs --json",
     "shoal up": "--nodes --speeds --threads --json",
     "shoal down": "--json",
-    "shoal train": "[JOB.YAML] --hub --runs --resume --replace --dry-run --budget --ledger "
+    "shoal train": "[JOB.YAML] --hub --runs --resume --replace --dry-run --budget --bought --ledger "
     "--prompt --listen --fields --json",
     "shoal plan": "JOB.YAML --hub --deadline --json",
     "shoal jobs": "",

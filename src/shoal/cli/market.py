@@ -8,7 +8,6 @@ import re
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -749,12 +748,7 @@ def _class(device: str, devices: int, memory_gib: int, country: str | None, tier
 
 
 def _hour_of(text: str) -> int:
-    """Unix time in milliseconds."""
-    try:
-        at = datetime.strptime(text, "%Y-%m-%dT%H").replace(tzinfo=UTC)
-    except ValueError:
-        raise BadFlag(f"--hour {text!r} cannot be used; write it as 2026-11-28T14, in UTC.") from None
-    start_ms = int(at.timestamp()) * 1000
+    start_ms = places.hour_of(text)
     if start_ms < SystemClock().now_ms():
         raise BadFlag(f"--hour {text} cannot be used: it has begun, and hours are traded before.")
     assert start_ms % HOUR_MS == 0

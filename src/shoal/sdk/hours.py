@@ -6,11 +6,14 @@ process that was killed is gone on with by the next one.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import Callable, Iterable
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import msgspec
 
@@ -18,6 +21,7 @@ from shoal.auctions import RemoteAuction
 from shoal.auctions.auctioneer import NotPublished
 from shoal.errors import BadRecord, LinkError, ShoalError
 from shoal.house import OutcomeUnknown
+from shoal.hub import HubClient
 from shoal.identity import Envelope, KeyPair, NodeId, blake3_hash, short_id
 from shoal.identity.accounts import AccountKey, AccountSignature, Address
 from shoal.ledger.book import SameEscrow
@@ -25,19 +29,24 @@ from shoal.ledger.commands import Open
 from shoal.ledger.escrows import EscrowOver, OldVoucher, State
 from shoal.ledger.moves import DoneAlready
 from shoal.market.batches import block_hash
-from shoal.market.bids import bid_of, next_step, signed, terms_for
+from shoal.market.bids import NOTICE_MS, bid_of, next_step, signed, terms_for
 from shoal.market.publishing import Verified
 from shoal.protocol.auctions import ClaimHour, HourPromise, PromiseHour
 from shoal.protocol.holds import Hold, HoldGiven, HoldRelease, Release, open_hold
 from shoal.protocol.messages import decode, encode, sign
-from shoal.protocol.money import Amount, EscrowTerms, LedgerName
-from shoal.protocol.offers import Done
+from shoal.protocol.money import Amount, Closing, EscrowTerms, LedgerName
+from shoal.protocol.offers import Done, OfferFind
 from shoal.protocol.orders import HOUR_MS, ORDER_MAX_BYTES, Bid, Block, OrderTerms, open_order
+from shoal.protocol.prices import Price
 from shoal.sdk.orders import KeptOrders
 from shoal.world import Clock, Dice, Ledger, Link
+from shoal.world.directory import FoundOffer
 
 ASK_DEADLINE_S = 60.0
 """A node fetches a batch and clears it again before it answers."""
+BOUGHT_MAX = 64
+"""Nodes whose bought hours a job uses."""
+BACK_WITHIN_S = NOTICE_MS / 1000 + 30
 Reach: TypeAlias = Callable[[KeyPair, bytes], AbstractAsyncContextManager[Link]]
 """A link to a node, as whoever has this key."""
 
@@ -64,6 +73,8 @@ class KeptBid(msgspec.Struct, frozen=True, kw_only=True):
     signature: AccountSignature
     hours: tuple[BoughtHour, ...] | None = None
     """None while it is not known what was bought."""
+    used: bool = False
+    """A job has its hours, and sets money aside itself."""
     over: bool = False
     """Nothing of it is set aside any more."""
 
@@ -131,6 +142,72 @@ def hour_key(user: KeyPair, block: Block) -> KeyPair:
     """With which a user buys hours of this block, and uses them: nodes keep what belongs to one client apart from what
     belongs to another, so each block has a client of its own. It follows from the user's key."""
     return KeyPair.from_seed(blake3_hash(user.sign(b"shoal/hour-key/1\0" + block_hash(block))))
+
+
+@dataclass(frozen=True)
+class Bought:
+    """The hours that a job uses."""
+
+    key: KeyPair
+    """Whom their nodes keep them for: it drives the job."""
+    prices: Mapping[bytes, Price]
+
+
+class BoughtOffers(HubClient):
+    """The hubs as a job sees them that uses bought hours: with those nodes alone, for what they were bought for. That
+    they are busy is for its sake."""
+
+    def __init__(self, *where: Any, prices: Mapping[bytes, Price], **how: Any) -> None:
+        super().__init__(*where, **how)
+        self._prices = prices
+
+    async def find(self, wanted: OfferFind) -> list[FoundOffer]:
+        if wanted.after is not None:
+            return []
+        nodes = [node for node in self._prices if wanted.node in (None, node)]
+        asked = (msgspec.structs.replace(wanted, node=node, idle_only=False) for node in nodes)
+        found = [one for some in await asyncio.gather(*map(super().find, asked)) for one in some]
+        return [
+            dataclasses.replace(one, offer=msgspec.structs.replace(one.offer, price=self._prices[one.node], busy=False))
+            for one in sorted(found, key=lambda one: one.node)
+        ]
+
+
+def bought_at(folder: Path, start_ms: int) -> dict[Block, list[tuple[KeptBids, KeptBid]]]:
+    """Bids at any auction, whose orders are in `folder`, by which nodes keep the hour that begins then."""
+    found: dict[Block, list[tuple[KeptBids, KeptBid]]] = {}
+    for at in sorted(folder.iterdir()) if folder.is_dir() else ():
+        bids = KeptBids(KeptOrders(folder, bytes.fromhex(at.name)))
+        for one in bids.all():
+            if one.bid.terms.block.start_ms == start_ms and any(_is_kept(hour) for hour in one.hours or ()):
+                found.setdefault(one.bid.terms.block, []).append((bids, one))
+    return found
+
+
+def bought_hours(user: KeyPair, block: Block, bids: Iterable[KeptBid]) -> Bought:
+    """Of one block, at most BOUGHT_MAX."""
+    hours = [hour for one in bids for hour in one.hours or () if _is_kept(hour)]
+    prices = {hour.node: Price(hour.price_micro, block.ledger.currency) for hour in hours[:BOUGHT_MAX]}
+    return Bought(hour_key(user, block), prices)
+
+
+async def free_for(
+    bids: Sequence[tuple[KeptBids, KeptBid]], account: AccountKey, ledger: Ledger, budget_micro: int, clock: Clock
+) -> None:
+    """What was set aside for hours that a job uses is asked back, as the job sets it aside anew; returns when the
+    account has the job's budget, or all of that has come. Raises what the ledger does."""
+    for kept, one in bids:
+        kept.keep(msgspec.structs.replace(one, used=True))
+        wish = Closing(one.escrow_id)
+        with contextlib.suppress(DoneAlready, EscrowOver):
+            await ledger.apply(signed(wish, account, one.ledger))
+    until_s = clock.monotonic() + BACK_WITHIN_S
+    while await ledger.balance(account.address) < budget_micro and clock.monotonic() < until_s:
+        await clock.sleep(1)
+
+
+def _is_kept(hour: BoughtHour) -> bool:
+    return bool(hour.hold) and not hour.passed_on
 
 
 async def have_promised(node: KeyPair, order: Envelope, auction: str, reach: Reach) -> None:
@@ -244,7 +321,7 @@ class Buyer:
     async def _put_money(self, one: KeptBid, bid: Bid) -> None:
         """As `next_step` has it: an hour that nobody has promised until it began costs nothing any more."""
         begun, owed = self._clock.now_ms() >= bid.terms.block.start_ms, dict[bytes, int]()
-        for hour in one.hours or ():
+        for hour in () if one.used else one.hours or ():
             if not hour.passed_on and (hour.hold or not begun):
                 owed[hour.payee] = owed.get(hour.payee, 0) + hour.price_micro
         while (escrow := await self._ledger.escrow(one.escrow_id)) is not None:

@@ -45,6 +45,7 @@ from shoal.house import RemoteLedger
 from shoal.hub import HubClient
 from shoal.identity import Envelope, KeyPair, load_key, load_or_create_key
 from shoal.identity.accounts import AccountKey
+from shoal.identity.secrets import write_secret
 from shoal.market import Wish
 from shoal.market.goodput import TrainingWork
 from shoal.market.reputation import Outcome
@@ -60,6 +61,7 @@ from shoal.rounds.length import RoundLength, choose_round_length, exchange_takes
 from shoal.rounds.standing import Standing, standing_at_start
 from shoal.sdk.acquaintances import Acquaintances, AcquaintancesDamaged
 from shoal.sdk.costs import Costs, costs_of, mix_for
+from shoal.sdk.hours import Bought, BoughtOffers
 from shoal.sdk.jobfile import JobFile
 from shoal.sdk.loop_script import ScriptFailed, engine_for, how_to_take_part, loop_kind, measure
 from shoal.sdk.preparation import Prepared, prepare
@@ -126,6 +128,8 @@ class TrainOptions:
     goal: Callable[[Report], Goal] | None = None
     spending: Spending | None = None
     """None: only nodes that work for nothing take part."""
+    bought: Bought | None = None
+    """Hours that it uses, and no other nodes; none: it takes nodes at the price that they offer."""
     acquaintances: Acquaintances | None = None
     """What nodes did for earlier jobs, and where it is kept what they do for this one; none: all are new."""
     audits: bool = True
@@ -170,6 +174,8 @@ class Plan:
 async def train(job_file: JobFile, yaml: bytes, options: TrainOptions, folder: RunFolder | None = None) -> Report:
     """Run a job in a new folder, or in one that was just created. Raises ShoalError when it cannot start."""
     with folder or RunFolder.create(options.folder, replace=options.replace) as folder, saying_room(folder.path):
+        if options.bought is not None:
+            write_secret(folder.path / DRIVER_KEY, options.bought.key.to_pem())
         async with _Session(folder, options, load_or_create_key(folder.path / DRIVER_KEY)) as session:
             if session.treasurer is not None:
                 await session.treasurer.check()
@@ -367,7 +373,12 @@ class _Session:
         self.endpoint = TlsEndpoint(self.key, clock=self.clock, dice=self.dice)
         self.store = BlobStore(self.folder.blobs, STORE_BYTES, self.clock)
         self.fetcher = Fetcher(self.endpoint, self.store, self.clock, self.dice)
-        self.hubs = HubClient(self.endpoint, options.hubs, clock=self.clock, dice=self.dice)
+        if options.bought is None:
+            self.hubs = HubClient(self.endpoint, options.hubs, clock=self.clock, dice=self.dice)
+        else:
+            self.hubs = BoughtOffers(
+                self.endpoint, options.hubs, prices=options.bought.prices, clock=self.clock, dice=self.dice
+            )
         if options.spending is not None:
             self.treasurer = self._make_treasurer(options.spending)
         try:
