@@ -24,7 +24,7 @@ from shoal.market.hours import Sale, claim, hour_at, promise, sold
 from shoal.protocol.holds import Hold, HoldAsk, Release, open_hold, sold_twice
 from shoal.protocol.messages import sign
 from shoal.protocol.money import Admission, Closing, Finished, HouseLedger, Voucher, sign_voucher
-from shoal.protocol.orders import HOUR_MS, Ask, Bid, Block, NodeClass, OrderTerms
+from shoal.protocol.orders import HOUR_MS, Ask, Bid, Block, NodeClass, OrderTerms, bid_quote
 from shoal.protocol.prices import Price
 
 NODE, AUCTIONEER, STRANGER, *BUYERS = (KeyPair.from_seed(bytes([number] * 32)) for number in range(1, 7))
@@ -100,7 +100,7 @@ class Scene:
     def sell(self, bought: Order, price: int = 300_000, seller: bytes = NODE.node_id) -> Sale:
         bought.sale = Sale(
             self.batch, bought.bid.terms.block.start_ms, seller, BUYERS[bought.buyer].node_id, price, SELLER.address,
-            bought.escrow,
+            bought.escrow, bid_quote(bought.bid.terms, 1, BUYERS[bought.buyer].node_id),
         )  # fmt: skip
         self.batch += 1
         return bought.sale
@@ -272,6 +272,7 @@ def test_an_hour_that_nobody_claims_in_time_is_the_nodes_again() -> None:
     ("changed", "why"),
     [
         ({"batch": 7}, "promised to batch 1"),
+        ({"quote": bytes(32)}, "was not set aside for the bid that has bought this hour"),
         ({"start_ms": BEGIN_MS + HOUR_MS}, "has not promised that hour"),
         ({"price_micro": 400_001}, "has 0.30 for .*, and the hour costs 0.400001"),
         ({"payee": PAYERS[1].address}, "has nothing for"),

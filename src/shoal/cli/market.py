@@ -379,7 +379,8 @@ def mine(
     keys = {load_key(node_key).node_id} if node_key.exists() else set[bytes]()
     kept = KeptOrders(_orders_folder(), ticket.auctioneer)
     bids = KeptBids(kept)
-    keys |= {hour_key(user, one.bid.terms.block).node_id for one in bids.all()}
+    known = bids.all()
+    keys |= {hour_key(user, one.bid.terms.block).node_id for one in known}
     trades: list[dict[str, Any]] = []
     orders: list[dict[str, Any]] = []
     passed_on: dict[bytes, set[bytes]] = defaultdict(set)
@@ -400,7 +401,7 @@ def mine(
                                 "price_micro": market.price_micro, "node": trade.node, "with": other,
                             }
                         )  # fmt: skip
-            for bid in bids.all():
+            for bid in known:
                 if bid.bid.terms.block == market.block and bid.bid.terms.batch < number:
                     me = hour_key(user, market.block).node_id
                     passed_on[bid.order_id] |= {trade.node for trade in market.trades if trade.seller == me}
@@ -419,7 +420,7 @@ def mine(
         first = max(info.oldest, info.running - last)
         for number in range(first, info.running):
             look(await one.batch(number))
-        unsettled = [each for each in bids.all() if not each.over]
+        unsettled = [each for each in known if not each.over]
         if not unsettled:
             return first, info.running, []
         settled = []

@@ -30,7 +30,7 @@ from shoal.market.holds import (
 )  # fmt: skip
 from shoal.market.publishing import Verified
 from shoal.protocol.holds import Hold
-from shoal.protocol.orders import HOUR_MS, Ask
+from shoal.protocol.orders import HOUR_MS, Ask, bid_quote
 from shoal.protocol.prices import Price
 from shoal.quantities.money import format_money
 
@@ -46,7 +46,8 @@ class Sale:
     price_micro: int
     payee: bytes
     escrow: bytes
-    """Of the buyer's Bid."""
+    """Of the buyer's Bid, and what that has to be for."""
+    quote: bytes
 
 
 def sale_of(checked: Verified, node: bytes, start_ms: int) -> Sale | None:
@@ -57,7 +58,7 @@ def sale_of(checked: Verified, node: bytes, start_ms: int) -> Sale | None:
                 bid = bid_of(checked, trade.buyer, market.block)
                 return Sale(
                     checked.batch.number, start_ms, trade.seller, trade.buyer, market.price_micro, trade.payee,
-                    bid.escrow,
+                    bid.escrow, bid_quote(bid.terms, bid.blocks, trade.buyer),
                 )  # fmt: skip
     return None
 
@@ -120,6 +121,8 @@ def claim(slots: Slots, sale: Sale, escrow: Escrow | None, terms: Terms, now_ms:
         raise HoldRefused("The slot of that hour has been promised otherwise since it was given back.")
     if escrow is None:
         raise HoldRefused("The ledger has no such escrow.")
+    if escrow.terms.quote != sale.quote:
+        raise HoldRefused(f"{escrow.name} was not set aside for the bid that has bought this hour.")
     hold = Hold(
         slot=hour.slot, number=next_number(slots, now_ms), client=sale.buyer, work="train", from_ms=sale.start_ms,
         until_ms=ends_ms, price=Price(sale.price_micro, terms.ledger.currency), ledger=terms.ledger,

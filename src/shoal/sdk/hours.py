@@ -38,7 +38,7 @@ from shoal.protocol.money import Amount, Closing, EscrowTerms, LedgerName
 from shoal.protocol.offers import Done, OfferFind
 from shoal.protocol.orders import HOUR_MS, ORDER_MAX_BYTES, Bid, Block, OrderTerms, open_order
 from shoal.protocol.prices import Price
-from shoal.sdk.orders import KeptOrders
+from shoal.sdk.orders import KEPT_MAX, KeptOrders
 from shoal.world import Clock, Dice, Ledger, Link
 from shoal.world.directory import FoundOffer
 
@@ -115,6 +115,9 @@ class KeptBids:
         scratch = path.with_suffix(".new")
         scratch.write_bytes(msgspec.json.encode(one))
         scratch.replace(path)
+        for old in sorted(self._folder.glob("*.bid"))[:-KEPT_MAX]:
+            for each in self._folder.glob(f"{old.stem}*"):
+                each.unlink(missing_ok=True)
 
     def all(self) -> list[KeptBid]:
         """The oldest batch first. A file that is none any more is as good as lost: its money comes back by itself."""
