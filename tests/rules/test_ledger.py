@@ -101,6 +101,18 @@ def test_an_escrow_from_its_opening_to_its_end() -> None:
     assert book.escrows[escrow].state is State.SETTLED
 
 
+def test_a_signer_asks_for_the_rest_and_the_payer_gets_it() -> None:
+    book = a_book()
+    escrow = opened(book, terms(cap_micro=500))
+    book.redeem(voucher(escrow, NODES[0], 300, DRIVER))
+    wish = Closing(escrow)
+    with pytest.raises(NotSigned):
+        book.close(wish, AUDITOR.sign(wish.digest(LEDGER)))
+    book.close(wish, DRIVER.sign(wish.digest(LEDGER)))
+    book.at(100)
+    assert has(book, CLIENT) == 4700 and has(book, DRIVER) == 0 and sum(book.balances.values()) == 0
+
+
 def test_who_may_not_moves_nothing() -> None:
     book = a_book()
     escrow = opened(book, terms(cap_micro=500))

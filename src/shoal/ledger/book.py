@@ -139,7 +139,8 @@ class Book:
                 return self._redeem(command.signed)
             case Close():
                 escrow = self._escrow(command.wish.escrow)
-                _check_signer(command.wish.digest(self.ledger), command.signature, escrow.terms.payer)
+                by = escrow.terms.payer, escrow.terms.signer
+                _check_signer(command.wish.digest(self.ledger), command.signature, *by)
                 return self._become(*passed(closing(escrow, self.now_ms), self.now_ms))
             case Finish():
                 _check_signer(command.word.digest(self.ledger), command.signature, command.word.payee)
@@ -246,6 +247,6 @@ class Book:
         return moves
 
 
-def _check_signer(digest: bytes, signature: bytes, wanted: bytes) -> None:
-    if signer_of(digest, signature) != wanted:
+def _check_signer(digest: bytes, signature: bytes, wanted: bytes, *also: bytes) -> None:
+    if signer_of(digest, signature) not in (wanted, *also):
         raise NotSigned(f"This is {address_text(wanted)}'s to sign, and does not carry its signature for this ledger.")

@@ -256,7 +256,7 @@ def redeemed(escrow: Escrow, voucher: Voucher, signer: bytes, now_ms: int) -> De
 
 
 def closing(escrow: Escrow, now_ms: int) -> Escrow:
-    """The payer has asked for the rest. Raises EscrowOver, DoneAlready."""
+    """The payer has asked for the rest, or the signer for it. Raises EscrowOver, DoneAlready."""
     _check_open(escrow, now_ms)
     if escrow.closing:
         raise DoneAlready(f"The payer of {escrow.name} has asked for the rest already; it ends at {escrow.ends_ms} ms.")

@@ -441,7 +441,7 @@ class NodeAgent:
             dice=self._dice,
             scratch=scratch,
             settings=self.settings.engine,
-            work=self._sales.work_for(invitation.driver) if self._sales else None,
+            work=self._sales.work_for(self._client(invitation.driver)) if self._sales else None,
             network=self.settings.network,
         )
         known = self._members.get(invitation.job_id)
@@ -453,7 +453,7 @@ class NodeAgent:
                 f"the invitation is of term {member.term}."
             )
         if self._sales is not None:
-            self._refuse_second_job(invitation.driver, known)
+            self._refuse_second_job(self._client(invitation.driver), known)
         self._admit(known, held=self._sales is not None)
         if known is not None:
             known.end("It was invited anew.", tell=False)
@@ -471,12 +471,17 @@ class NodeAgent:
 
     def _refuse_second_job(self, client: bytes, known: MemberRun | None) -> None:
         """Whoever has paid for one slot has one job done. Raises NodeBusy."""
-        other = next((one for one in self._members.values() if one.driver == client and one is not known), None)
+        others = (one for one in self._members.values() if one is not known)
+        other = next((one for one in others if self._client(one.driver) == client), None)
         if other is not None:
             raise NodeBusy(
                 f"Node {self.settings.name} keeps a slot for this driver, and works for its job {other.job.name!r} in "
                 "it: another job needs a driver with a key and a slot of its own."
             )
+
+    def _client(self, driver: bytes) -> bytes:
+        """For whom a driver keeps its place here."""
+        return self._sales.client_of(driver) if self._sales is not None else driver
 
     def _jobs(self, without: MemberRun | None = None) -> list[str]:
         """What this node works for."""
@@ -485,7 +490,10 @@ class NodeAgent:
 
     def _unheld(self) -> list[str]:
         """Of what this node works for, that for which nobody holds a slot."""
-        held = [one for one in self._members.values() if self._sales is not None and self._sales.keeps_for(one.driver)]
+        sales = self._sales
+        held = [
+            one for one in self._members.values() if sales is not None and sales.keeps_for(self._client(one.driver))
+        ]
         return self._jobs()[len(held) :]
 
     def _admit(self, without: MemberRun | None = None, *, held: bool = False) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, TypeVar
 
@@ -26,6 +27,7 @@ from shoal.ledger.moves import MoneyRefused
 from shoal.market.earnings import Earnings, say_unpaid
 from shoal.market.holds import HoldRefused, Slots, Terms, ask, give_back, held, hold_of, keep, promised, take
 from shoal.protocol.holds import (
+    Deputy,
     Hold,
     HoldAsk,
     HoldGiven,
@@ -62,6 +64,8 @@ LAST_ROUND_S = 8.0
 UNCOUNTED_MAX = 6
 """Contributions that a client may have without accepting one: it has them, and pays for none. Some come too late
 without anybody's fault, and two are under way at a time."""
+DEPUTIES_MAX = 1024
+"""Drivers of which it is known for whom they act; whoever has not been heard for longest goes, and says it again."""
 ENDS_EARLY_MS = 10_000
 """Before an escrow ends, the work for it does: its last vouchers have to come and be redeemed."""
 ACCOUNTS_MAX = 256
@@ -240,6 +244,8 @@ class Sales:
         self._takes = RateLimit(clock, TAKES_PER_S, TAKES_BURST)
         self._pays = RateLimit(clock, PAYS_PER_S, PAYS_BURST)
         self._untaken = RateLimit(clock, UNTAKEN_SHARE, UNTAKEN_S)
+        self._clients: OrderedDict[bytes, bytes] = OrderedDict()
+        """Drivers that act for another client, as that one has signed."""
         self._works: dict[bytes, Work] = {}
         """Of these, those that work was done for since the node started."""
         self._deciding = asyncio.Lock()
@@ -286,6 +292,10 @@ class Sales:
                 await self._store_slots(slots)
         return answer
 
+    def client_of(self, driver: bytes) -> bytes:
+        """For whom a driver acts: itself, unless it has shown otherwise."""
+        return self._clients.get(driver, driver)
+
     def keeps_for(self, client: bytes) -> bool:
         return hold_of(self._slots, client, self.now_ms()) is not None
 
@@ -324,12 +334,26 @@ class Sales:
 
     # ---- what clients ask ----
 
+    def _client(self, request: Request, packed: bytes | None) -> bytes:
+        """Who asks, or for whom. Raises BadRecord."""
+        if packed is None:
+            return request.peer
+        envelope = Envelope.from_bytes(packed, Deputy.MAX_BYTES)
+        if open_record(envelope, Deputy, self._network).driver != request.peer:
+            raise BadRecord(f"{short_id(request.peer)} came with a word of {short_id(envelope.signer)} for another.")
+        self._clients[request.peer] = envelope.signer
+        self._clients.move_to_end(request.peer)
+        while len(self._clients) > DEPUTIES_MAX:
+            self._clients.popitem(last=False)
+        return envelope.signer
+
     async def _asked(self, request: Request) -> bytes:
         self._asks.spend(request.source.encode(), "A question for a slot")
         wanted = decode(HoldAsk, request.body, request.version)
+        client = self._client(request, wanted.deputy)
         async with self._deciding:
-            known = hold_of(self._slots, request.peer, self.now_ms())
-            hold = ask(self._slots, wanted, request.peer, self.terms, self._unheld(), self.now_ms())
+            known = hold_of(self._slots, client, self.now_ms())
+            hold = ask(self._slots, wanted, client, self.terms, self._unheld(), self.now_ms())
             envelope = sign(self._key, hold, self._network)
             if known is None or known.hold_id != envelope.record_id:
                 self._count_untaken(request, wanted.lifetime_ms / 1000)
@@ -349,12 +373,13 @@ class Sales:
     async def _taken(self, request: Request) -> bytes:
         self._asks.spend(request.source.encode(), "A question for a slot")
         wanted = decode(HoldTake, request.body, request.version)
-        promised(self._slots, request.peer, self.now_ms())  # before the ledger is asked
-        self._takes.spend(request.peer, "A question for a slot that is paid for")
+        client = self._client(request, wanted.deputy)
+        promised(self._slots, client, self.now_ms())  # before the ledger is asked
+        self._takes.spend(client, "A question for a slot that is paid for")
         escrow = await self._ledger.escrow(wanted.escrow)
         async with self._deciding:
-            known = hold_of(self._slots, request.peer, self.now_ms())
-            hold = take(self._slots, request.peer, escrow, self.terms, self.now_ms())
+            known = hold_of(self._slots, client, self.now_ms())
+            hold = take(self._slots, client, escrow, self.terms, self.now_ms())
             assert escrow is not None and known is not None
             envelope = sign(self._key, hold, self._network)
             accounts = self._with(escrow, hold)
@@ -401,46 +426,49 @@ class Sales:
 
     async def _released(self, request: Request) -> bytes:
         self._asks.spend(request.source.encode(), "A question for a slot")
-        packed = decode(HoldRelease, request.body, request.version).release
+        message = decode(HoldRelease, request.body, request.version)
+        client, packed = self._client(request, message.deputy), message.release
         envelope = Envelope.from_bytes(packed, Release.MAX_BYTES)
         release = open_record(envelope, Release, self._network)
-        if envelope.signer != request.peer or release.node != self._key.node_id:
+        if envelope.signer != client or release.node != self._key.node_id:
             raise BadRecord(f"A slot of node {self._name} is given back by who signs for it, at this node alone.")
         async with self._deciding:
-            known = hold_of(self._slots, request.peer, self.now_ms())
-            await self._store_slots(give_back(self._slots, release, request.peer, packed, self.now_ms()))
-            if known is not None and known.hold.escrow is None and not self.keeps_for(request.peer):
+            known = hold_of(self._slots, client, self.now_ms())
+            await self._store_slots(give_back(self._slots, release, client, packed, self.now_ms()))
+            if known is not None and known.hold.escrow is None and not self.keeps_for(client):
                 self._untaken.give_back(request.source.encode(), (known.hold.until_ms - self.now_ms()) / 1000)
         await self._changed()
         return encode(Done(), request.version)
 
     async def _paid(self, request: Request) -> bytes:
         message = decode(Pay, request.body, request.version)
+        client = self._client(request, message.deputy)
         signed, voucher = message.signed, message.signed.voucher
         async with self._deciding:
             account = self._accounts.get(voucher.escrow)
-            if account is None or request.peer != account.client:
+            if account is None or client != account.client:
                 raise BadVoucher(
                     f"Node {self._name} is not paid out of escrow {voucher.escrow.hex()[:12]} by its peer."
                 )
-            self._pays.spend(request.peer, "A voucher")
+            self._pays.spend(client, "A voucher")
             signer = signer_of(voucher.digest(self._ledger.name), signed.signature)
             if signer not in (account.payer, account.signer) or voucher.payee != account.payee:
                 raise BadVoucher(
                     f"A voucher for {address_text(voucher.payee)} came to node {self._name} that nobody signed who "
                     "may; it pays nothing."
                 )
-            if voucher.amount_micro < account.paid_micro or voucher.amount_micro > account.most_micro:
+            if voucher.amount_micro > account.most_micro:
                 raise BadVoucher(
-                    f"A voucher for {format_money(voucher.amount_micro)} came to node {self._name}, which has one for "
-                    f"{format_money(account.paid_micro)} and may get {format_money(account.most_micro)} at most."
+                    f"A voucher for {format_money(voucher.amount_micro)} came to node {self._name}, which may get "
+                    f"{format_money(account.most_micro)} at most."
                 )
             if voucher.amount_micro > account.paid_micro:
                 account = msgspec.structs.replace(account, newest=signed)
                 await self._store_account(account)
         if message.last and account.waits and account.escrow not in self._redeeming:
             self._redeeming[account.escrow] = asyncio.create_task(self._redeem_beside(account.escrow))
-        return encode(Paid(amount_micro=account.paid_micro), request.version)
+        newer = account.newest if account.voucher_micro > voucher.amount_micro else None
+        return encode(Paid(amount_micro=account.paid_micro, newest=newer), request.version)
 
     # ---- redeeming ----
 

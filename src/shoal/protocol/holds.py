@@ -29,6 +29,7 @@ HOLD_MAX_MS = 60_000
 LEASE_STEP_MS = 600_000
 """With one; then the client asks again."""
 RELEASE_MAX_BYTES = 512
+DEPUTY_MAX_BYTES = 512
 Work = Literal["train", "serve"]
 Slot = Annotated[int, Meta(ge=0, lt=SLOTS_MAX)]
 HoldNumber = Annotated[int, Meta(ge=1, le=1 << 53)]
@@ -49,6 +50,20 @@ class Release(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, omi
     node: NodeId
     slot: Slot
     number: HoldNumber
+
+
+class Deputy(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The client that signs this lets `driver` ask for places, take them and give them back in its name: the drivers of
+    one job follow one another, and its places stay."""
+
+    KIND: ClassVar[str] = "hold.deputy"
+    MAX_BYTES: ClassVar[int] = 128
+
+    driver: NodeId
+
+
+DeputyBytes = Annotated[bytes, Meta(max_length=DEPUTY_MAX_BYTES)]
+"""An Envelope of a Deputy: whoever sends it acts for the client that signed it."""
 
 
 class Hold(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -88,6 +103,7 @@ class HoldAsk(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, om
     """As the node's offer says it: where it asks for more by now, it refuses."""
     ledger: LedgerName
     lifetime_ms: Annotated[int, Meta(ge=1000, le=HOLD_MAX_MS)]
+    deputy: DeputyBytes | None = None
 
 
 class HoldGiven(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -102,19 +118,21 @@ class HoldTake(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, o
     replies with HoldGiven: the place is the client's for LEASE_STEP_MS more, or until the escrow ends."""
 
     KIND: ClassVar[str] = "hold.take"
-    MAX_BYTES: ClassVar[int] = 256
+    MAX_BYTES: ClassVar[int] = 1024
 
     escrow: Hash
+    deputy: DeputyBytes | None = None
 
 
 class HoldRelease(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """Request `hold.release`, client to node. The reply is Done."""
 
     KIND: ClassVar[str] = "hold.release"
-    MAX_BYTES: ClassVar[int] = 1024
+    MAX_BYTES: ClassVar[int] = 2048
 
     release: Annotated[bytes, Meta(max_length=RELEASE_MAX_BYTES)]
     """An Envelope of a Release."""
+    deputy: DeputyBytes | None = None
 
 
 class Pay(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -122,18 +140,22 @@ class Pay(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_d
     voucher is on the node's disk."""
 
     KIND: ClassVar[str] = "pay"
-    MAX_BYTES: ClassVar[int] = 1024
+    MAX_BYTES: ClassVar[int] = 2048
 
     signed: SignedVoucher
     last: bool = False
     """No more will follow: the node redeems it at once."""
+    deputy: DeputyBytes | None = None
 
 
 class Paid(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    MAX_BYTES: ClassVar[int] = 128
+    MAX_BYTES: ClassVar[int] = 1024
 
     amount_micro: Amount
     """What the node's newest voucher of this escrow says."""
+    newest: SignedVoucher | None = None
+    """That voucher, where it says more than the one that came: a driver that follows another learns what that one has
+    signed last."""
 
 
 def quote_id(holds: tuple[Envelope, ...]) -> bytes:

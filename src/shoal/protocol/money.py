@@ -134,7 +134,8 @@ class EscrowTerms(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     payer: Address
     signer: Address
-    """May sign vouchers beside the payer: the key of a driver that works while the payer is away."""
+    """May sign vouchers beside the payer, admit payees and ask for the rest: the key of a driver that works while the
+    payer is away."""
     cap_micro: Amount
     """To which `signer` may go, of all payees together."""
     auditor: Address
@@ -208,7 +209,7 @@ class SignedVoucher(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Closing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The payer asks for the rest of an escrow."""
+    """The payer asks for the rest of an escrow, or its signer does for the payer."""
 
     escrow: Hash
 

@@ -72,11 +72,13 @@ class Quotes:
         link: Callable[[bytes, Offer], Awaitable[Link]],
         work: Work = "train",
         network: str = DEFAULT_NETWORK,
+        deputy: bytes | None = None,
     ) -> None:
-        """Places are kept for whoever has `key`. `link` gives an open link to a node, or raises LinkError."""
+        """Places are kept for whoever has `key`. `link` gives an open link to a node, or raises LinkError; where those
+        are of another key than that, `deputy` is the word that it acts for this one."""
         self._key, self._payer, self._ledger, self._link = key, payer, ledger, link
         self._work: Work = work
-        self._network = network
+        self._network, self._deputy = network, deputy
         self._offers: dict[bytes, Offer] = {}
         """Of the nodes that kept a place: where they can be dialled."""
 
@@ -104,8 +106,9 @@ class Quotes:
         if offer.ledger != self._ledger:
             raise NotSecured(f"Node {offer.name} is paid at another ledger than yours.")
         wanted = HoldAsk(
-            work=self._work, payer=self._payer, price=offer.price, ledger=self._ledger, lifetime_ms=HOLD_MS
-        )
+            work=self._work, payer=self._payer, price=offer.price, ledger=self._ledger, lifetime_ms=HOLD_MS,
+            deputy=self._deputy,
+        )  # fmt: skip
         known = node in self._offers
         self._offers[node] = offer
         try:
@@ -125,7 +128,7 @@ class Quotes:
 
     async def take(self, held: Held, escrow: bytes) -> Held:
         """There is money for it: the place is kept for longer; again, to make it last. Raises ShoalError."""
-        wanted = HoldTake(escrow=escrow)
+        wanted = HoldTake(escrow=escrow, deputy=self._deputy)
         taken = self._opened(held.node, held.name, await self._ask(held.node, wanted, HoldGiven, TAKE_DEADLINE_S))
         if taken.hold.escrow != escrow or _place(taken.hold) != _place(held.hold):
             raise BadHold(f"Node {held.name} took something else than was set aside for it.")
@@ -142,15 +145,18 @@ class Quotes:
 
     async def _release(self, held: Held) -> None:
         release = Release(node=held.node, slot=held.hold.slot, number=held.hold.number)
-        message = HoldRelease(release=sign(self._key, release, self._network).to_bytes())
+        packed = sign(self._key, release, self._network).to_bytes()
+        message = HoldRelease(release=packed, deputy=self._deputy)
         await self._ask(held.node, message, Done, ASK_DEADLINE_S)
 
     async def release_all(self, held: Sequence[Held]) -> None:
         await asyncio.gather(*(self.release(one) for one in held))
 
-    async def pay(self, node: bytes, signed: SignedVoucher, *, last: bool, deadline_s: float) -> None:
-        """Returns once the voucher is on the node's disk. Raises ShoalError."""
-        await self._ask(node, Pay(signed=signed, last=last), Paid, deadline_s)
+    async def pay(self, node: bytes, signed: SignedVoucher, *, last: bool, deadline_s: float) -> SignedVoucher | None:
+        """Returns once the voucher is on the node's disk: None, or the one that it has and that says more. Raises
+        ShoalError."""
+        message = Pay(signed=signed, last=last, deputy=self._deputy)
+        return (await self._ask(node, message, Paid, deadline_s)).newest
 
     def _opened(self, node: bytes, name: str, given: HoldGiven) -> Held:
         envelope = Envelope.from_bytes(given.hold, Hold.MAX_BYTES)
