@@ -54,17 +54,18 @@ DEPOSIT = 10**12
 
 
 def vouchers(quick: bool) -> list[dict[str, object]]:
+    """In seconds of a core: what else the machine does is not theirs."""
     count = 500 if quick else 20_000
     signed = [a_voucher(bytes(32), NODES[at % 2], at) for at in range(count)]
-    began = time.perf_counter()
+    began = time.process_time()
     for one in signed:
         one.check(LEDGER, DRIVER.address)
-    rate = count / (time.perf_counter() - began)
+    rate = count / (time.process_time() - began)
     digests = [(one.voucher.digest(LEDGER), one.signature) for one in signed]
-    began = time.perf_counter()
+    began = time.process_time()
     for digest, signature in digests:
         signer_of(digest, signature)
-    bare = count / (time.perf_counter() - began)
+    bare = count / (time.process_time() - began)
     return [
         figure("vouchers/checked", round(rate), "/s", f"at least {VOUCHERS_GOAL:,}", rate >= VOUCHERS_GOAL,
                f"one core; the recovery of the signer alone, by libsecp256k1: {bare:,.0f} /s"),

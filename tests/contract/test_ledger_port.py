@@ -15,7 +15,8 @@ import pytest
 from ledger_requests import CLIENT, DRIVER, LEDGER, NODES, a_voucher, a_withdrawal, an_escrow
 from postgres import PROGRAMS, empty, postgres
 
-from shoal.house import LedgerServer, LedgerSettings, RemoteLedger, deposit
+from shoal.house import RemoteLedger
+from shoal.house.server import LedgerServer, LedgerSettings, deposit
 from shoal.identity import KeyPair
 from shoal.ledger.book import NotSigned, SameEscrow, UnknownEscrow, WithdrawalOutOfTurn
 from shoal.ledger.commands import Close, Deposit, Redeem, Withdraw, Withhold

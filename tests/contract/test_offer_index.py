@@ -13,10 +13,17 @@ import sqlalchemy as sa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.hub import HubFull, HubStoreFailed, MemoryOfferIndex, OfferIndex, SqlOfferIndex
-from shoal.hub.index import FOUND_BYTES_MAX, REMEMBERED_MS, REMEMBERED_PER_OFFER, Arrival
+from shoal.hub.index import (
+    FOUND_BYTES_MAX,
+    REMEMBERED_MS,
+    REMEMBERED_PER_OFFER,
+    Arrival,
+    HubFull,
+    MemoryOfferIndex,
+    OfferIndex,
+)
 from shoal.hub.rates import HubBusy
-from shoal.hub.store import FINDS_MAX
+from shoal.hub.store import FINDS_MAX, HubStoreFailed, SqlOfferIndex
 from shoal.identity import BadEnvelope, BadSignature, KeyPair
 from shoal.market import StaleOffer, fits
 from shoal.protocol.messages import UnknownKind, VersionMismatch, sign

@@ -13,7 +13,10 @@ import sys
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
-from shoal.hub import HubClient, HubServer, HubService, HubSettings, HubState, MemoryOfferIndex
+from shoal.hub import HubClient, HubState
+from shoal.hub.index import MemoryOfferIndex
+from shoal.hub.server import HubServer, HubSettings
+from shoal.hub.service import HubService
 from shoal.identity import Envelope, KeyPair
 from shoal.protocol.hubs import HubTicket
 from shoal.protocol.messages import sign

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import shoal.house.server
-from shoal.house import LedgerServer, LedgerSettings, RemoteLedger, deposit
+from shoal.house import RemoteLedger
+from shoal.house.server import LedgerServer, LedgerSettings, deposit
 from shoal.identity import KeyPair
 from shoal.ledger.commands import Command, Withdraw
 from shoal.protocol.ledgers import LedgerTicket

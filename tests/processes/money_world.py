@@ -119,7 +119,7 @@ async def a_shop(
     await endpoint.listen(f"tcp://{name}:0")
     envelope = an_offer(
         key, 1, name=name, addresses=tuple(endpoint.addresses), price=sells.price, ledger=sells.ledger,
-        slots=sells.slots,
+        slots=sells.slots, reclaim_notice_ms=sells.reclaim_notice_ms,
     )  # fmt: skip
     return Shop(endpoint, sales, open_record(envelope, Offer), unheld)
 

@@ -27,8 +27,8 @@ class Postgres:
         if USER is not None:
             shutil.chown(self._folder, USER)
         with socket.create_server(("127.0.0.1", 0)) as free:
-            self._port = int(free.getsockname()[1])
-        self.url = f"postgresql+psycopg://shoal@127.0.0.1:{self._port}/postgres"
+            self.port = int(free.getsockname()[1])
+        self.url = self.url_at(self.port)
         self._running = False
         try:
             _run("initdb", "-D", str(self._data), "-A", "trust", "-U", "shoal", "-E", "UTF8", "--no-sync")
@@ -49,8 +49,12 @@ class Postgres:
     def _data(self) -> Path:
         return self._folder / "data"
 
-    def start(self) -> None:
-        options = f"-p {self._port} -k {self._folder} -c listen_addresses=127.0.0.1"
+    def url_at(self, port: int) -> str:
+        """Of a way to it."""
+        return f"postgresql+psycopg://shoal@127.0.0.1:{port}/postgres"
+
+    def start(self, fsync: str = "on") -> None:
+        options = f"-p {self.port} -k {self._folder} -c listen_addresses=127.0.0.1 -c fsync={fsync}"
         _run("pg_ctl", "-D", str(self._data), "-o", options, "-l", str(self._folder / "log"), "-w", "start")
         self._running = True
 
@@ -70,7 +74,7 @@ def empty(url: str) -> None:
     """Forget the ledger in it."""
     engine = sa.create_engine(url)
     with engine.begin() as connection:
-        for table in ("about", "accounts", "escrows", "withdrawals", "bonds", "references", "journal"):
+        for table in ("about", "accounts", "escrows", "paid", "withdrawals", "bonds", "references", "journal"):
             connection.execute(sa.text(f"DROP TABLE IF EXISTS ledger_{table}"))
     engine.dispose()
 

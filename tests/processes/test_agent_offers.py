@@ -13,13 +13,15 @@ from hub_world import MemoryHub, a_client, a_key, an_offer
 from money_world import LEDGER, PRICE, BookLedger, an_account
 
 from shoal.hub import HubClient
+from shoal.ledger.commands import Open
 from shoal.node.agent import OFFER_LOOK_S, NodeAgent, NodeSettings, Sale
 from shoal.protocol.messages import open_record
+from shoal.protocol.money import EscrowTerms, Payee
 from shoal.protocol.offers import Capability, Offer, OfferFind, OfferPublish
 from shoal.storage import BlobStore
 from shoal.transport import MemoryEndpoint, MemoryNetwork
 from shoal.world import HeldClock, Link, Request, SeededDice
-from shoal.world.quotes import HOLD_MS, Quotes
+from shoal.world.quotes import HOLD_MS, Held, Quotes
 
 NODE, HUB, CLIENT = a_key(1), a_key(2), a_key(3)
 
@@ -29,8 +31,10 @@ class Scene:
     clock: HeldClock
     hub: MemoryHub
     hubs: HubClient
+    agent: NodeAgent
     client: MemoryEndpoint
     quotes: Quotes
+    ledger: BookLedger
 
     async def offer(self) -> Offer:
         (found,) = await self.hubs.find(OfferFind())
@@ -56,9 +60,10 @@ def play(tmp_path: Path, story: Callable[[Scene], Awaitable[None]]) -> None:
         hub = MemoryHub(network, HUB, clock)
         ticket = await hub.listen()
         endpoint, client = network.endpoint(NODE), network.endpoint(CLIENT)
+        ledger = BookLedger(clock)
         agent = NodeAgent(
             NodeSettings("heron", tmp_path, listen="tcp://heron:0", accepts=("train",),
-                         sale=Sale(PRICE, BookLedger(clock), an_account(1).address)),
+                         sale=Sale(PRICE, ledger, an_account(1).address, reclaim_notice_ms=60_000)),
             key=NODE, endpoint=endpoint, hubs=HubClient(endpoint, [ticket], clock=clock, dice=dice),
             store=BlobStore(tmp_path / "blobs", 1 << 20, clock), clock=clock, dice=dice, measure=measured,
         )  # fmt: skip
@@ -68,7 +73,8 @@ def play(tmp_path: Path, story: Callable[[Scene], Awaitable[None]]) -> None:
             return await client.dial(node, offer.addresses)
 
         async with a_client(client, [ticket], clock) as hubs:
-            await story(Scene(clock, hub, hubs, client, Quotes(CLIENT, an_account(2).address, LEDGER, link)))
+            quotes = Quotes(CLIENT, an_account(2).address, LEDGER, link)
+            await story(Scene(clock, hub, hubs, agent, client, quotes, ledger))
         await agent.close()
 
     asyncio.run(whole())
@@ -113,3 +119,51 @@ def test_a_node_tells_its_hubs_no_more_than_they_take(tmp_path: Path, caplog: py
 
     play(tmp_path, story)
     assert not [record for record in caplog.records if "too often" in record.getMessage()]
+
+
+async def take_a_place(scene: Scene) -> Held:
+    """With money for it."""
+    offer, payer = await scene.offer(), an_account(2)
+    held = await scene.quotes.hold(NODE.node_id, offer)
+    scene.ledger.give(payer.address, 1_000_000)
+    terms = EscrowTerms(
+        payer=payer.address, signer=payer.address, cap_micro=0, auditor=payer.address, amount_micro=1_000_000,
+        fee_ppm=0, holdback_ppm=0, notice_ms=60_000, audit_ms=0, expires_ms=scene.clock.now_ms() + 3_600_000,
+        payees=(Payee(held.hold.payee, 1_000_000),), quote=bytes(32), nonce=bytes(32),
+    )  # fmt: skip
+    await scene.ledger.apply(Open(terms, payer.sign(terms.escrow_id(LEDGER))))
+    return await scene.quotes.take(held, terms.escrow_id(LEDGER))
+
+
+def test_a_node_whose_owner_wants_it_back_is_busy_at_once_and_gone_when_its_client_is(tmp_path: Path) -> None:
+    async def story(scene: Scene) -> None:
+        assert (await scene.offer()).reclaim_notice_ms == 60_000
+        assert await scene.agent.give_notice() is None, "nobody has paid for it"
+        held = await take_a_place(scene)
+        await scene.until(busy=True)
+        await scene.quotes.release(held)
+        await scene.until(busy=False)
+        await take_a_place(scene)
+        assert await scene.agent.give_notice() == 60
+        await scene.until(busy=True)
+        gone, began_s = asyncio.create_task(scene.agent.vacated()), scene.clock.monotonic()
+        while not gone.done():
+            await scene.clock.advance(OFFER_LOOK_S)
+        assert 60 <= scene.clock.monotonic() - began_s < 61
+
+    play(tmp_path, story)
+
+
+def test_a_node_that_everybody_has_left_waits_no_longer(tmp_path: Path) -> None:
+    async def story(scene: Scene) -> None:
+        held = await take_a_place(scene)
+        assert await scene.agent.give_notice() == 60
+        gone, began_s = asyncio.create_task(scene.agent.vacated()), scene.clock.monotonic()
+        await scene.clock.advance(OFFER_LOOK_S)
+        assert not gone.done()
+        await scene.quotes.release(held)
+        while not gone.done():
+            await scene.clock.advance(OFFER_LOOK_S)
+        assert scene.clock.monotonic() - began_s < 5
+
+    play(tmp_path, story)

@@ -10,7 +10,6 @@ import msgspec
 import pytest
 from job_world import Watch, job_text, options_for, owner_key, parsed
 
-from shoal.driver.bills import FILE, Payments
 from shoal.house import RemoteLedger
 from shoal.identity import KeyPair, load_key, load_or_create_key
 from shoal.identity.accounts import address_text, create_account
@@ -24,10 +23,12 @@ from shoal.protocol.ledgers import LedgerTicket
 from shoal.protocol.messages import sign
 from shoal.protocol.orders import HOUR_MS, Bid, Block, NodeClass, OrderTerms
 from shoal.protocol.prices import Price
+from shoal.purse.bills import FILE, Payments
 from shoal.sdk.hours import BoughtHour, KeptBid, KeptBids, bought_at, bought_hours, free_for, hour_key
 from shoal.sdk.local import LocalShoal
 from shoal.sdk.orders import KeptOrders
-from shoal.sdk.train import DRIVER_KEY, Spending, train
+from shoal.sdk.spending import Spending
+from shoal.sdk.train import DRIVER_KEY, train
 from shoal.transport import TlsEndpoint
 from shoal.world import SystemClock
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -18,6 +19,7 @@ import pytest
 from rich.console import Console
 
 from shoal.cli.main import main
+from shoal.cli.output import until_stopped
 from shoal.cli.tables import print_report
 from shoal.driver.report import AuditCount, NodeReport, NodeStatus, Report
 from shoal.identity import KeyPair
@@ -57,6 +59,9 @@ NO_SERVER = "http://127.0.0.1:1/v1"
 MISTAKES = [
     pytest.param(["nonsense"], "SH-103", "No such command 'nonsense'", id="unknown command"),
     pytest.param(["node", "nonsense"], "SH-103", "No such command", id="unknown command below node"),
+    pytest.param(
+        ["node", "start", "--hub", NOBODY, "--notice", "2 h"], "SH-103", "it is from 0 s to 1 h", id="a notice of hours"
+    ),
     pytest.param(["train", "--nonsense"], "SH-103", "No such option", id="unknown option"),
     pytest.param(["hub", "extra"], "SH-103", "extra", id="an argument too many"),
     pytest.param(["report"], "SH-103", "RUN", id="an argument missing"),
@@ -147,11 +152,14 @@ def test_what_takes_long_says_at_once_what_it_does(
     assert (status, json.loads(out)["error"]["code"], nothing) == (2, code, "")
 
 
-@pytest.mark.parametrize("command", ["serve", "node", "hub", "up", "chat", "offers"])
+@pytest.mark.parametrize(
+    "command", ["train", "jobs", "account", "ledger", "market", "serve", "node", "hub", "up", "chat", "offers"]
+)
 def test_a_command_loads_nothing_heavy_before_it_says_something(command: str) -> None:
     look = f"import sys; from shoal.cli.main import load_commands; load_commands({command!r}); print(*sys.modules)"
     found = subprocess.run([sys.executable, "-c", look], check=True, capture_output=True, text=True).stdout.split()
-    assert "shoal.cli.app" in found and not {"torch", "sqlalchemy", "transformers"} & set(found)
+    heavy = {"torch", "transformers", "sqlalchemy", "litestar", "granian"}
+    assert "shoal.cli.app" in found and not heavy & set(found)
 
 
 @pytest.mark.parametrize("words", [["node"], ["nonsense", "--json"], ["replay", "gone", "--round", "1", "--node", "x"]])
@@ -347,3 +355,38 @@ def a_report(nodes: tuple[NodeReport, ...]) -> Report:
         if field.name not in given and field.required:
             given[field.name] = empty.get(field.type, None if "None" in str(field.type) else ())
     return Report(**given)
+
+
+def test_a_second_signal_ends_what_the_first_one_waits_for() -> None:
+    before = signal.getsignal(signal.SIGINT)
+
+    async def story() -> None:
+        waits = asyncio.Event()
+
+        async def leave() -> None:
+            waits.set()
+            await asyncio.get_running_loop().create_future()
+
+        stopping = asyncio.create_task(until_stopped(leave))
+        await asyncio.sleep(0)
+        os.kill(os.getpid(), signal.SIGTERM)
+        async with asyncio.timeout(LIMIT_S):
+            await waits.wait()
+            assert not stopping.done()
+            os.kill(os.getpid(), signal.SIGINT)
+            await stopping
+
+    try:
+        asyncio.run(story())
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_no_node_is_stopped_where_none_runs(place: Path) -> None:
+    folder = place / "node"
+    (folder / "blobs").mkdir(parents=True)
+    (folder / "blobs" / "lock").touch()
+    (folder / "pid").write_text(str(os.getpid()))  # a number that is another's by now
+    done = shoal(place, "node", "stop", "--data", str(folder))
+    assert (done.returncode, done.stdout) == (0, f"No node runs in {folder}.\n")
+    assert json.loads(shoal(place, "node", "stop", "--json").stdout) == {"stopped": False}

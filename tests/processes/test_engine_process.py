@@ -205,10 +205,13 @@ def test_engines_share_a_template_and_nothing_else(setting: Setting) -> None:
         os.kill(first.pid, signal.SIGKILL)
         assert "SIGKILL" in (await first.died).sentence
         assert same(await its_round(second, setting), done)
-        # Without their template engines end, and are told apart from those that come after.
-        os.kill(parents.pop(), signal.SIGKILL)
+        # Without their template engines end, and are told apart from those that come after. Another one loads at once.
+        killed = parents.pop()
+        os.kill(killed, signal.SIGKILL)
         assert "killed" in (await second.died).sentence
+        (loading,) = [one.pid for one in psutil.Process().children() if "shoal.engines.template" in one.cmdline()]
         third = await EngineProcess.start("node f")
+        assert psutil.Process(third.pid).ppid() == loading != killed
         assert same(await its_round(third, setting), done)
         for engine in (first, second, third):
             await engine.stop()

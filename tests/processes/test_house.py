@@ -14,7 +14,7 @@ from ledger_world import House, LedgerProcess, a_house
 from postgres import PROGRAMS, Postgres
 
 from shoal.errors import BadRecord, LinkError
-from shoal.house import LedgerServer, LedgerSettings, OtherLedger, OutcomeUnknown, RemoteLedger, deposit
+from shoal.house import OtherLedger, OutcomeUnknown, RemoteLedger
 from shoal.house.journals import write_journal
 from shoal.house.messages import (
     PAGE_BYTES,
@@ -29,9 +29,19 @@ from shoal.house.messages import (
     LinesFound,
     Mint,
     NewestCheckpoint,
+    NoMint,
+    NotOverLinks,
 )
-from shoal.house.server import PASS_EVERY_S, BadDeposit, LedgerFolderRefused, OtherBooks
-from shoal.house.service import AT_ONCE_PER_SOURCE, MINTS_BURST, PAGES_BURST, NoMint, NotOverLinks
+from shoal.house.server import (
+    PASS_EVERY_S,
+    BadDeposit,
+    LedgerFolderRefused,
+    LedgerServer,
+    LedgerSettings,
+    OtherBooks,
+    deposit,
+)
+from shoal.house.service import AT_ONCE_PER_SOURCE, MINTS_BURST, PAGES_BURST
 from shoal.identity import KeyPair
 from shoal.ledger.book import WithdrawalOutOfTurn
 from shoal.ledger.commands import Deposit, Pass, Redeem, Unbond
@@ -43,8 +53,8 @@ from shoal.protocol.ledgers import LedgerTicket
 from shoal.protocol.messages import encode, sign
 from shoal.protocol.money import DAY_MS, BadCheckpoint, Checkpoint, HouseLedger, Payee, Unbonding, open_checkpoint
 from shoal.quantities.money import AMOUNT_MAX, MICRO
-from shoal.storage.group_commit import LedgerBusy
-from shoal.storage.ledgers import LedgerFailed, SqlLedger
+from shoal.storage.faults import LedgerBusy, LedgerFailed
+from shoal.storage.ledgers import SqlLedger
 from shoal.transport import MemoryNetwork, TlsEndpoint
 from shoal.transport.allowances import TooManyRequests
 from shoal.world import HeldClock, Refused, Request, SystemClock, Unreachable

@@ -11,8 +11,9 @@ import pytest
 from hub_world import PATIENCE_S, HubProcess, Watcher, a_client, a_key, an_offer
 
 from shoal.errors import ShoalError
-from shoal.hub import HubPlaces, HubServer, HubSettings, HubStoreFailed, NoHub
-from shoal.hub.server import BadHubSetting, DataInUse
+from shoal.hub import NoHub
+from shoal.hub.server import BadHubSetting, DataInUse, HubPlaces, HubServer, HubSettings
+from shoal.hub.store import HubStoreFailed
 from shoal.hub.web import READ_BURST
 from shoal.identity import BadKeyFile, Envelope, KeyPair
 from shoal.protocol.hubs import BadTicket, HubTicket

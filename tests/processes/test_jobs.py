@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
+import psutil
 import pytest
 from job_world import (
     PATIENCE_S,
@@ -40,7 +41,7 @@ from transformers import AutoModelForCausalLM
 from shoal.driver import replay
 from shoal.driver.chain import read_record
 from shoal.driver.folder import FolderWriteFailed, RunFolder
-from shoal.driver.lines import EventKind
+from shoal.driver.lines import Event, EventKind
 from shoal.driver.replay import NotOpened, Replayer
 from shoal.driver.report import Figures, NodeStatus, Report, report_from_json
 from shoal.driver.takeover import CannotTakeOver
@@ -97,11 +98,29 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
             runner.run(shoal.stop())
 
 
+class Early(Watch):
+    """Looks, when the first node is ready, which engines the driver has."""
+
+    engines: set[int] | None = None
+
+    def event(self, event: Event) -> None:
+        if event.kind is EventKind.JOINED and self.engines is None:
+            self.engines = engines_here()
+        super().event(event)
+
+
+def engines_here() -> set[int]:
+    """The process ids of this process's template, and of what was forked from it."""
+    templates = [one for one in psutil.Process().children() if "shoal.engines.template" in one.cmdline()]
+    return {one.pid for template in templates for one in (template, *template.children())}
+
+
 def test_a_plain_job_leaves_a_model_and_a_true_account(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a node that accepts no links: it is reached through a hub, and its updates and private states too."""
-    watch = Watch()
+    """With a node that accepts no links: it is reached through a hub, and its updates and private states too. The
+    driver's own engine takes no processor from nodes beside it before they are at work."""
+    watch, before = Early(), engines_here()
     report = world.run(run_job(world.shoal, tmp_path, watch, nodes_min=3))
     run = tmp_path / "run"
     assert report.goal is not None and report.goal.reached
@@ -111,6 +130,7 @@ def test_a_plain_job_leaves_a_model_and_a_true_account(
     assert [one.status for one in report.nodes] == [NodeStatus.FINISHED] * 3
     assert all(one.tokens > 0 and one.bytes_sent > 0 and one.bytes_received > 0 for one in report.nodes)
     assert watch.shares == sorted(watch.shares)
+    assert watch.engines == before
     model = AutoModelForCausalLM.from_pretrained(run / "model")
     assert sum(one.numel() for one in model.parameters()) == report.model_parameters
     for name in ("amber", "cedar"):

@@ -17,7 +17,8 @@ import pytest
 from ledger_requests import NODES, a_voucher, an_escrow
 
 from shoal.cli.main import main
-from shoal.house import RemoteLedger, deposit
+from shoal.house import RemoteLedger
+from shoal.house.server import deposit
 from shoal.identity import Envelope, KeyPair, load_key, load_or_create_key
 from shoal.identity.accounts import AccountKey, load_account, parse_address
 from shoal.ledger.commands import Close, Command, Open, Redeem

@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,7 +36,7 @@ from postgres import PROGRAMS, empty, postgres
 
 from shoal.errors import ShoalError
 from shoal.ledger.bonds import BondOver
-from shoal.ledger.book import Book, SameDeposit
+from shoal.ledger.book import Book, SameDeposit, SameEscrow
 from shoal.ledger.commands import (
     Admit,
     Command,
@@ -52,11 +53,12 @@ from shoal.ledger.commands import (
 )
 from shoal.ledger.escrows import EscrowOver, OldVoucher
 from shoal.ledger.journal import BEGINNING, Line, line, verified
-from shoal.ledger.moves import FEES, ISSUED, account
+from shoal.ledger.moves import FEES, ISSUED, TooLittleMoney, account
 from shoal.protocol.money import DAY_MS, HouseLedger
 from shoal.quantities.money import MICRO
-from shoal.storage.group_commit import WAITING_MAX, GroupCommit, LedgerBusy
-from shoal.storage.ledgers import LedgerFailed, SqlLedger
+from shoal.storage.faults import LedgerBusy, LedgerFailed
+from shoal.storage.group_commit import WAITING_MAX, GroupCommit
+from shoal.storage.ledgers import SqlLedger
 from shoal.world import HeldClock
 
 
@@ -236,7 +238,7 @@ def test_what_todays_rules_do_not_allow_is_not_gone_on_with(place: Path | str) -
     twice = line(4, 0, a_close(escrow), (), lines[-1].hash)
     in_form_1(place, [*lines, twice])
     for _ in range(2):
-        with pytest.raises(LedgerFailed, match="tables of form 1, and those of form 3 cannot be made .* Line 4 .*rest"):
+        with pytest.raises(LedgerFailed, match="tables of form 1, and those of form 4 cannot be made .* Line 4 .*rest"):
             SqlLedger.open(place, LEDGER, HeldClock())
 
 
@@ -246,8 +248,68 @@ def test_a_ledger_of_a_newer_form_is_left_alone(tmp_path: Path) -> None:
     with ledger._engine.begin() as connection:
         connection.execute(sa.text("UPDATE ledger_about SET version = 99"))
     ledger.close()
-    with pytest.raises(LedgerFailed, match="has tables of form 99, and this Shoal needs 3: use the version that wrote"):
+    with pytest.raises(LedgerFailed, match="has tables of form 99, and this Shoal needs 4: use the version that wrote"):
         SqlLedger.open(place, LEDGER, HeldClock())
+
+
+def test_a_voucher_writes_what_its_payee_has_and_no_more(place: Path | str) -> None:
+    """Of an escrow with a thousand payees, each voucher would else write all of them."""
+    ledger = SqlLedger.open(place, LEDGER, HeldClock())
+    opening, escrow = an_escrow()
+    ledger.apply_all([Deposit(CLIENT.address, 5000, "mint"), opening, Redeem(a_voucher(escrow, NODES[1], 7))])
+    with ledger._engine.begin() as connection:
+        connection.execute(sa.text("UPDATE ledger_escrows SET content = :mark"), {"mark": b"mark"})
+        connection.execute(sa.text("UPDATE ledger_paid SET content = :mark"), {"mark": b"mark"})
+    ledger.apply_all([Redeem(a_voucher(escrow, NODES[0], amount)) for amount in (10, 20)])
+    with ledger._engine.begin() as connection:
+        assert connection.execute(sa.text("SELECT content FROM ledger_escrows")).scalars().all() == [b"mark"]
+        rows = connection.execute(sa.text("SELECT payee, content FROM ledger_paid")).all()
+        paid = {row.payee: row.content for row in rows}
+    assert paid.pop(NODES[1].address) == b"mark" and b"mark" not in paid.values() and len(paid) == 1
+    ledger.close()
+
+
+def test_two_processes_may_write_one_ledger_and_neither_goes_by_what_was_before(place: Path | str) -> None:
+    one, other = (SqlLedger.open(place, LEDGER, Wall(1000)) for _ in range(2))
+    opening, escrow = an_escrow()
+    for _ in range(2):
+        with pytest.raises(TooLittleMoney):
+            one.apply(opening)
+    other.apply(Deposit(CLIENT.address, 5000, "payment 1"))
+    one.apply(opening)
+    with pytest.raises(SameEscrow):
+        other.apply(opening)
+    for amount in range(10, 100, 20):
+        one.apply(Redeem(a_voucher(escrow, NODES[0], amount)))
+        with pytest.raises(OldVoucher):
+            other.apply(Redeem(a_voucher(escrow, NODES[0], amount)))
+        other.apply(Redeem(a_voucher(escrow, NODES[0], amount + 10)))
+    assert one.balances() == other.balances() == verified(one.lines(), LEDGER).balances
+    one.close()
+    other.close()
+
+
+def test_two_processes_that_write_at_once_do_everything_once(place: Path | str) -> None:
+    ledgers = [SqlLedger.open(place, LEDGER, Wall(1000)) for _ in range(2)]
+    told = list[list[str]]()
+
+    def book(ledger: SqlLedger) -> None:
+        said = []
+        for number in range(60):
+            (outcome,) = ledger.apply_all([Deposit(CLIENT.address, 1, f"payment {number}")])
+            said.append("refused" if isinstance(outcome, SameDeposit) else "booked")
+        told.append(said)
+
+    threads = [threading.Thread(target=book, args=(ledger,)) for ledger in ledgers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [sorted(both) for both in zip(*told, strict=True)] == [["booked", "refused"]] * 60
+    assert len(verified_lines(ledgers[0])) == 60
+    for ledger in ledgers:
+        assert ledger.balance(account(CLIENT.address)) == 60
+        ledger.close()
 
 
 def test_an_escrow_ends_early_in_a_database_too(place: Path | str) -> None:
@@ -367,6 +429,30 @@ def test_what_was_acknowledged_is_there_after_a_kill(place: Path | str, after: i
     (escrow,) = book.escrows.values()
     newest = max(paid.redeemed_micro for paid in escrow.paid.values())
     assert 10 * said <= newest <= 10 * (said + 1), "all that was acknowledged, and at most the one after it"
+    ledger.close()
+
+
+@pytest.mark.parametrize("after", [40, 300])
+def test_what_was_acknowledged_to_many_is_there_after_a_kill(place: Path | str, after: int) -> None:
+    """While they share transactions: of each, all that it was told, and at most the one that it waits for."""
+    script = Path(__file__).with_name("ledger_writers.py")
+    writers = subprocess.Popen([sys.executable, str(script), str(place), "32"], stdout=subprocess.PIPE, text=True)
+    assert writers.stdout is not None
+    said = [writers.stdout.readline() for _ in range(after)]
+    os.kill(writers.pid, signal.SIGKILL)
+    said += [one for one in writers.stdout.read().splitlines(keepends=True) if one.endswith("\n")]
+    writers.wait()
+    writers.stdout.close()
+    ledger = SqlLedger.open(place, LEDGER, HeldClock())
+    ledger.apply(Deposit(CLIENT.address, 1, "after that"))  # what is still under way comes before it
+    book = verified(ledger.lines(), LEDGER)
+    assert ledger.balances() == {name: one for name, one in book.balances.items() if one}
+    told = dict(tuple(map(int, one.split())) for one in said)  # the newest of each
+    paid = {int.from_bytes(one.terms.nonce): one.redeemed_micro for one in book.escrows.values()}
+    assert len(told) > 20 and all(
+        10 * told.get(who, 0) <= micro <= 10 * told.get(who, 0) + 10 for who, micro in paid.items()
+    )
+    assert told.keys() <= paid.keys()
     ledger.close()
 
 

@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 from engine_pieces import Setting, make_setting, with_shards
 from hub_world import a_key, an_offer
-from money_world import PRICE, BookLedger, a_shop, an_account
+from money_world import PRICE, BookLedger, Shop, a_shop, an_account
 
 from shoal.driver.folder import RunFolder
 from shoal.driver.gang import LinkedNode
 from shoal.driver.lines import RoundMetrics
-from shoal.driver.report import NodeFigures
+from shoal.driver.report import NodeFigures, NodeStatus
 from shoal.driver.training import JobRecords, Outcome, TrainingDriver, Watchers
-from shoal.driver.treasurer import Purse, Treasurer
+from shoal.driver.treasurer import Treasurer
 from shoal.errors import LinkError
 from shoal.hub import HubClient
 from shoal.identity import KeyPair, blake3_hash
@@ -31,6 +31,7 @@ from shoal.node import member as node_member
 from shoal.node.agent import ENDED_MAX, NodeAgent, NodeSettings, Sale
 from shoal.node.member import EVIDENCE_PIN, pin_of
 from shoal.protocol.blobs import BlobHolder, BlobRead, BlobRef
+from shoal.protocol.holds import HoldReclaim, Reclaim
 from shoal.protocol.messages import decode, encode, open_record, sign
 from shoal.protocol.money import EscrowTerms, Payee
 from shoal.protocol.offers import Capability, Done, Offer, OfferFind
@@ -61,9 +62,10 @@ from shoal.protocol.training import (
     Term,
     Turn,
 )
+from shoal.purse.purse import Funds
 from shoal.rounds.standing import standing_at_start
 from shoal.storage import BlobStore, Fetcher, serve
-from shoal.storage.ledgers import LedgerFailed
+from shoal.storage.faults import LedgerFailed
 from shoal.training.updates import encode_update
 from shoal.transport.memory import MemoryEndpoint, MemoryNetwork
 from shoal.world import MemoryDisk, Refused, Request, SeededDice, SystemClock
@@ -109,8 +111,8 @@ class Peer:
     job_id: bytes = b""
     driver: bytes = b""
 
-    async def start(self) -> None:
-        self.endpoint = self.network.endpoint(self.key)
+    async def start(self, endpoint: MemoryEndpoint | None = None) -> None:
+        self.endpoint = endpoint or self.network.endpoint(self.key)
         self.store = BlobStore(MemoryDisk(), 1 << 26, CLOCK)
         serve(self.endpoint, self.store)
         self.endpoint.handle(MemberInvite.KIND, self._invited)
@@ -214,19 +216,29 @@ class Scene:
     driver: TrainingDriver
     running: asyncio.Task[Outcome]
     peers: list[Peer]
+    shops: list[Shop]
     sentences: list[str]
 
     async def stop(self) -> None:
         self.driver.stop("enough")
         await asyncio.gather(self.running, return_exceptions=True)
+        for shop in self.shops:
+            await shop.sales.close()
         for peer in self.peers:
             await peer.endpoint.close()
         self.folder.close()
 
 
 async def a_scene(
-    tmp_path: Path, peers: int = 2, known: Sequence[NodeFigures] = (), purse: Purse | None = None, **rounds: Any
+    tmp_path: Path,
+    peers: int = 2,
+    known: Sequence[NodeFigures] = (),
+    funds: Funds | None = None,
+    sells: BookLedger | None = None,
+    notice_ms: int = 0,
+    **rounds: Any,
 ) -> Scene:
+    """Peers are paid at `sells`, or work for nothing."""
     rounds = {"codec": Codec.NONE, "lag": 0, "grace_ms": 3_600_000, "deadline_ms": 3_600_000} | rounds
     setting = make_setting(tmp_path / "setting", **rounds)
     network = MemoryNetwork(CLOCK, dice=DICE)
@@ -246,8 +258,8 @@ async def a_scene(
     async def linked(node: bytes, offer: Offer) -> Any:
         return await endpoint.dial(node, offer.addresses)
 
-    def treasurer(purse: Purse) -> Treasurer:
-        return Treasurer(purse, folder, key=OWNER, link=linked, clock=CLOCK, dice=DICE, say=sentences.append)
+    def treasurer(funds: Funds) -> Treasurer:
+        return Treasurer(funds, folder, key=OWNER, link=linked, clock=CLOCK, dice=DICE, say=sentences.append)
 
     driver = TrainingDriver(
         JobRecords(envelope, grant, term, 1),
@@ -264,20 +276,24 @@ async def a_scene(
         members_min=peers,
         known=known,
         watchers=Watchers(event=lambda event: sentences.append(event.sentence)),
-        treasurer=treasurer(purse) if purse else None,
+        treasurer=treasurer(funds) if funds else None,
     )
     made: list[Peer] = []
     gang: list[LinkedNode] = []
+    shops: list[Shop] = []
     for number in range(peers):
         peer = Peer(network, a_key(110 + number), setting)
-        await peer.start()
+        if sells is not None:
+            shop = await a_shop(network, peer.key, sells, CLOCK, MemoryDisk(), reclaim_notice_ms=notice_ms)
+            shops.append(shop)
+        await peer.start(shops[-1].endpoint if shops else None)
         made.append(peer)
         to_peer = await endpoint.dial(peer.key.node_id, peer.endpoint.addresses)
         offer = an_offer(peer.key, 1, name=f"peer-{number}", addresses=tuple(peer.endpoint.addresses))
-        gang.append(LinkedNode(peer.key.node_id, open_record(offer, Offer), to_peer))
+        gang.append(LinkedNode(peer.key.node_id, shops[-1].offer if shops else open_record(offer, Offer), to_peer))
     running = asyncio.create_task(driver.run(gang))
     await asyncio.gather(*(peer.ready() for peer in made))
-    return Scene(folder, driver, running, made, sentences)
+    return Scene(folder, driver, running, made, shops, sentences)
 
 
 def test_each_contribution_that_cannot_count_is_refused_with_its_own_sentence(tmp_path: Path) -> None:
@@ -329,7 +345,7 @@ def test_each_contribution_that_cannot_count_is_refused_with_its_own_sentence(tm
 def test_a_ledger_that_fails_a_node_that_comes_ends_no_job(tmp_path: Path) -> None:
     async def story() -> None:
         ledger = BookLedger(CLOCK)
-        scene = await a_scene(tmp_path, peers=1, purse=Purse(ledger, an_account(50), 1000))
+        scene = await a_scene(tmp_path, peers=1, funds=Funds.own(ledger, an_account(50), 1000))
         shop = await a_shop(scene.peers[0].network, a_key(150), ledger, CLOCK, MemoryDisk())
         link = await scene.driver._endpoint.dial(shop.node, shop.endpoint.addresses)
         ledger.fails = LedgerFailed("Its disk is full.")
@@ -340,6 +356,56 @@ def test_a_ledger_that_fails_a_node_that_comes_ends_no_job(tmp_path: Path) -> No
         assert not scene.running.done()
         await shop.sales.close()
         await shop.endpoint.close()
+        await scene.stop()
+
+    play(story())
+
+
+def with_money(sells: BookLedger) -> Funds:
+    payer = an_account(50)
+    sells.give(payer.address, 1_000_000)
+    return Funds.own(sells, payer, 1_000_000)
+
+
+@pytest.mark.parametrize(("notice_ms", "status"), [(60_000, NodeStatus.LEFT), (1_000, NodeStatus.RECLAIMED)])
+def test_who_leaves_before_its_notice_is_over_has_left(tmp_path: Path, notice_ms: int, status: NodeStatus) -> None:
+    async def story() -> None:
+        sells = BookLedger(CLOCK)
+        scene = await a_scene(tmp_path, peers=1, funds=with_money(sells), sells=sells, notice_ms=notice_ms)
+        (peer,), (shop,) = scene.peers, scene.shops
+        await peer.assigned(0)
+        with pytest.raises(Refused, match="says of somebody else's place"):
+            reclaim = Reclaim(client=peer.key.node_id, from_ms=0, until_ms=notice_ms)
+            await peer.ask(HoldReclaim.KIND, HoldReclaim(reclaim=sign(peer.key, reclaim).to_bytes()))
+        assert await shop.sales.give_notice() == notice_ms / 1000
+        while not any("its owner takes it back in" in said for said in scene.sentences):
+            await asyncio.sleep(0.01)
+        await peer.ask(
+            MemberGone.KIND, MemberGone(job=peer.job_id, member=peer.member_id, reason="The node is stopping.")
+        )
+        assert scene.driver.nodes[peer.key.node_id].status is status
+        await scene.stop()
+
+    play(story())
+
+
+def test_who_leaves_soon_is_let_go_when_what_it_did_counts_and_is_paid(tmp_path: Path) -> None:
+    async def story() -> None:
+        sells = BookLedger(CLOCK)
+        scene = await a_scene(tmp_path, peers=1, funds=with_money(sells), sells=sells, notice_ms=300)
+        (peer,), (shop,) = scene.peers, scene.shops
+        await peer.assigned(0)
+        assert await shop.sales.give_notice() == 0.3, "a round takes 0.48 s"
+        while not any("its owner takes it back in" in said for said in scene.sentences):
+            await asyncio.sleep(0.01)
+        data = peer.update(1)
+        await peer.deliver(peer.contribution(0, data), data)
+        await peer.ended.wait()
+        assert scene.driver.nodes[peer.key.node_id].status is NodeStatus.RECLAIMED
+        while shop.sales.taken:
+            await asyncio.sleep(0.01)
+        (account,) = shop.sales.accounts
+        assert account.voucher_micro > 0
         await scene.stop()
 
     play(story())

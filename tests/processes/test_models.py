@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from engine_pieces import small_config
+from engine_pieces import small_config, some_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -28,9 +30,25 @@ from shoal.models.configs import (
     read_config,
     vocabulary_of,
 )
+from shoal.models.initial import initial_parameters
 from shoal.models.shapes import Shape, one_line, parse_config, shape_of, stated
 from shoal.models.tokenizers import BadTokenizer, ByteTokenizer, has_tokenizer, load_tokenizer
 
+PREPARE = """
+import sys
+from pathlib import Path
+from shoal.sdk.jobfile import parse_job
+from shoal.sdk.preparation import prepare
+from shoal.storage import BlobStore
+from shoal.world import SystemClock
+
+file = Path("job.yaml").resolve()
+job = parse_job(file.read_bytes(), file)
+store = BlobStore(Path("blobs"), 1 << 30, SystemClock())
+made = prepare(job, job.rounds.settings, store, Path("data"), "run")
+print(made.model.parameters, {"torch", "transformers"} & set(sys.modules))
+"""
+"""A job file becomes artifacts, and then: what was loaded for it."""
 TEXT = "def f(x):\n\treturn 'é☃ 🐟'\n\n"
 
 
@@ -56,10 +74,36 @@ def test_presets_have_the_size_they_say(name: str, millions: float) -> None:
     assert positions_of(config) is not None and name in PRESETS
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_starts_as_transformers_initialises_it(name: str) -> None:
+    vocabulary = 300
+    theirs = tensors_of(preset_config(name, vocabulary))
+    ours = initial_parameters(name, vocabulary, seed=1)
+    assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in theirs.items()}
+    for key, value in theirs.items():
+        assert ours[key].dtype == np.float32
+        if value.ndim == 1:
+            assert (ours[key] == value).all(), key
+        else:
+            near = value.std() / value.size**0.5
+            assert abs(ours[key].mean()) < 6 * near and abs(ours[key].std() - value.std()) < 6 * near, key
+
+
+def test_a_job_with_a_preset_is_prepared_without_loading_torch(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(some_text(50_000))
+    (tmp_path / "job.yaml").write_text("data:\n  paths: text.txt\nmodel:\n  preset: small\n")
+    (tmp_path / "data").mkdir()
+    done = subprocess.run([sys.executable, "-c", PREPARE], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["10082240", "set()"]
+
+
 def test_the_same_seed_gives_the_same_model() -> None:
     one, same, other = (tensors_of(small_config(), seed) for seed in (1, 1, 2))
     assert all((one[name] == same[name]).all() for name in one)
     assert any((one[name] != other[name]).any() for name in one)
+    one, same, other = (initial_parameters("tiny", 257, seed=seed) for seed in (1, 1, 2))
+    assert all((one[name] == same[name]).all() for name in one)
+    assert all((one[name] != other[name]).any() for name in one if one[name].ndim == 2)
 
 
 def test_a_config_is_canonical_and_runs_no_code(tmp_path: Path) -> None:

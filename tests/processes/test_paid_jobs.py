@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import re
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,21 +16,24 @@ import msgspec
 import pytest
 from job_world import PATIENCE_S, Watch, check_account, job_text, options_for, owner_key, parsed
 
-from shoal.driver.bills import FILE, Bill, Payments
+from shoal.driver.folder import RunFolder
 from shoal.driver.gang import TooFewNodes
 from shoal.driver.report import Report
-from shoal.driver.treasurer import NoMoney
 from shoal.house import RemoteLedger
 from shoal.identity import KeyPair
 from shoal.identity.accounts import AccountKey, address_text, create_account
 from shoal.ledger.commands import PostBond
 from shoal.ledger.journal import verified
-from shoal.market.reputation import Outcome
+from shoal.market.reputation import NEW, Outcome
 from shoal.protocol.ledgers import LedgerTicket
 from shoal.protocol.money import BondTerms
+from shoal.protocol.training import Commit
+from shoal.purse.bills import FILE, Bill, Payments, bill
+from shoal.purse.purse import NoMoney
 from shoal.sdk.acquaintances import Acquaintances
 from shoal.sdk.local import LocalShoal
-from shoal.sdk.train import Spending, TrainOptions, train
+from shoal.sdk.spending import Spending
+from shoal.sdk.train import TrainOptions, train
 from shoal.transport import TlsEndpoint
 from shoal.world import SystemClock, SystemDice
 from shoal.world.quotes import NotSecured
@@ -39,6 +43,27 @@ DEPOSIT = 50_000_000
 PRICES = {"amber": "36/h", "birch": "18/h", "cedar": "3600/h"}
 """Dear ones, as these jobs take seconds; the last one is not worth its money."""
 WORTH_IT = {"amber", "birch"}
+
+
+KILLED_AT_A_COMMIT = """
+import os, signal
+from shoal.cli.main import main
+from shoal.driver.folder import RunFolder
+from shoal.protocol.training import Commit
+
+append, commits = RunFolder.append, []
+
+def last(self, envelope, **how):
+    append(self, envelope, **how)
+    if envelope.kind == Commit.KIND:
+        commits.append(envelope)
+    if len(commits) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+RunFolder.append = last
+main()
+"""
+"""`shoal`, killed when its third Commit is on the disk, before anything comes of it."""
 
 
 @dataclass
@@ -59,7 +84,7 @@ class Town:
         return options
 
 
-def in_town(tmp_path: Path, story: Any) -> None:
+def in_town(tmp_path: Path, story: Any, prices: dict[str, str] = PRICES, notice: str = "60 s") -> None:
     async def whole() -> None:
         async with LocalShoal(tmp_path / "town") as shoal:
             await shoal.start_hub()
@@ -71,8 +96,8 @@ def in_town(tmp_path: Path, story: Any) -> None:
                 *(
                     shoal.start_node(
                         name,
-                        options=["--threads", "1", "--storage", "1 GiB", "--price", PRICES[name], "--ledger",
-                                 str(ticket), "--account", address_text(accounts[name].address)],
+                        options=["--threads", "1", "--storage", "1 GiB", "--price", prices[name], "--ledger",
+                                 str(ticket), "--account", address_text(accounts[name].address), "--notice", notice],
                     )
                     for name in NODES
                 )
@@ -107,7 +132,7 @@ async def check_settled(town: Town, ledger: RemoteLedger, bill: Bill, folder: Pa
         for name in NODES:
             paid = escrow.paid.get(town.accounts[name].address)
             redeemed[name] += paid.redeemed_micro if paid else 0
-    assert redeemed == {"cedar": 0} | {line.name: line.paid + line.withheld for line in bill.nodes}
+    assert redeemed == dict.fromkeys(NODES, 0) | {line.name: line.paid + line.withheld for line in bill.nodes}
 
 
 @pytest.mark.timeout(300)
@@ -235,9 +260,9 @@ def test_money_that_runs_out_stops_the_job_and_a_killed_driver_loses_none(tmp_pa
         (home / "account.ledger").write_text(str(town.ticket))
         (tmp_path / "job.yaml").write_bytes(job_text(tmp_path, tokens=150_000))
 
-        async def driver(*arguments: str) -> asyncio.subprocess.Process:
+        async def driver(*arguments: str, by: tuple[str, ...] = ("-m", "shoal")) -> asyncio.subprocess.Process:
             return await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "shoal", "train", *arguments, "--json", "--hub", town.shoal.hub_tickets[0],
+                sys.executable, *by, "train", *arguments, "--json", "--hub", town.shoal.hub_tickets[0],
                 env={**os.environ, "SHOAL_HOME": str(home)}, cwd=tmp_path, stdout=asyncio.subprocess.PIPE,
             )  # fmt: skip
 
@@ -252,16 +277,17 @@ def test_money_that_runs_out_stops_the_job_and_a_killed_driver_loses_none(tmp_pa
         first = check_bill(report, run)
         assert 0 < first.charged <= 40_000
 
-        killed = await driver("runs/job", "--resume", "--budget", "20")
-        lines = (run / "metrics.jsonl").read_bytes().count(b"\n")
+        killed = await driver("runs/job", "--resume", "--budget", "20", by=("-c", KILLED_AT_A_COMMIT))
         async with asyncio.timeout(PATIENCE_S):
-            while (run / "metrics.jsonl").read_bytes().count(b"\n") < lines + 3:
-                assert killed.returncode is None
-                await asyncio.sleep(0.02)
-        killed.kill()
-        await killed.communicate()
-        spent = msgspec.json.decode((run / FILE).read_bytes(), type=Payments).spent_micro
+            await killed.communicate()
+        assert killed.returncode == -signal.SIGKILL
+        with RunFolder.open(run, read_only=True) as folder:
+            *_, newest = (commit for _, commit in folder.opened(Commit))
+            payments = folder.payments()
+        assert payments is not None and newest.accepted
+        spent, vouchers = payments.spent_micro, [one.voucher for one in payments.terms[-1].nodes.values()]
         assert spent > first.charged
+        assert {one.contribution for one in newest.accepted} == {one.voucher.work for one in vouchers if one}
 
         report = await report_of(await driver("runs/job", "--resume"))
         assert report.goal is not None and report.goal.reached
@@ -270,3 +296,46 @@ def test_money_that_runs_out_stops_the_job_and_a_killed_driver_loses_none(tmp_pa
         await check_settled(town, ledger, bill, run)
 
     in_town(tmp_path, story)
+
+
+@pytest.mark.timeout(400)
+def test_a_node_that_is_taken_back_works_until_then_is_replaced_and_not_blamed(tmp_path: Path) -> None:
+    async def story(town: Town, ledger: RemoteLedger) -> None:
+        hasty = job_text(tmp_path, tokens=1_500_000, nodes_min=1).replace(b"wait: 60 s", b"wait: 3 s\n  nodes_max: 1")
+        asks_more = hasty + b"  notice_min: 1 min\n"
+        with pytest.raises(
+            TooFewNodes, match=r"notice_min \(at least 60 s\) 3.*notice_min 5 s instead of 60 s: 3 nodes"
+        ):
+            await train(parsed(asks_more, tmp_path), asks_more, town.options(tmp_path, Watch(), 5_000_000))
+        watch, text = Watch(), hasty + b"  notice_min: 4 s\n"
+        running = asyncio.create_task(train(parsed(text, tmp_path), text, town.options(tmp_path, watch, 5_000_000)))
+        await watch.until(lambda: bool(watch.shares))
+        first = watch.sentences("joined with")[0].split()[0]
+        folder = str(tmp_path / "town" / "nodes" / first)
+        stopping = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "shoal", "node", "stop", "--data", folder, "--json", stdout=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        at_notice = len(watch.shares)
+        async with asyncio.timeout(PATIENCE_S):
+            told, _ = await stopping.communicate()
+        assert json.loads(told) == {"stopped": True, "pid": town.shoal.nodes[first].pid, "places": 1}
+        assert len(watch.shares) > at_notice + 3, "it worked until then"
+        assert await town.shoal.nodes[first].process.wait() == 0
+        said = (tmp_path / "town" / "logs" / f"{first}.log").read_text()
+        assert "Jobs that pay for this node have 5.0 s notice: it stops then, or before when they have left." in said
+        done = len(watch.shares)
+        await watch.until(lambda: len(watch.sentences("joined with")) > 1 and len(watch.shares) > done + 3)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        (notice,) = watch.sentences("takes it back")
+        assert notice.startswith(f"{first}: its owner takes it back in 5 s. It works until then")
+        (second,) = (said.split()[0] for said in watch.sentences("joined with")[1:])
+        made = bill(msgspec.json.decode((tmp_path / "run" / FILE).read_bytes(), type=Payments))
+        assert made is not None and {line.name: line.reason for line in made.nodes} == {
+            first: "Its owner took it back, and had said so in time", second: "worked",
+        }  # fmt: skip
+        await check_settled(town, ledger, made, tmp_path / "run")
+        seen = Acquaintances(tmp_path / "nodes.json").read()
+        assert seen[bytes.fromhex(town.shoal.nodes[first].ready["node"])].score == NEW
+
+    in_town(tmp_path, story, dict.fromkeys(NODES, "18/h"), notice="5 s")

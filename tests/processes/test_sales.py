@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import re
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ import pytest
 from hub_world import a_key, an_offer
 from money_world import LEDGER, PRICE, Shop, Street, an_account
 
-from shoal.errors import StorageError
+from shoal.errors import BadRecord, StorageError
 from shoal.identity import KeyPair
-from shoal.ledger.commands import Close, Open
+from shoal.ledger.commands import Close, Open, Redeem
 from shoal.ledger.escrows import State
 from shoal.ledger.journal import verified
 from shoal.node.earned import read_earned
@@ -26,6 +27,7 @@ from shoal.node.sales import (
     PAYS_BURST,
     REDEEM_EVERY_S,
     TAKES_BURST,
+    TELL_AGAIN_S,
     UNCOUNTED_MAX,
     UNTAKEN_S,
     UNTAKEN_SHARE,
@@ -35,7 +37,8 @@ from shoal.node.sales import (
     Work,
     read_kept,
 )
-from shoal.protocol.holds import BadHold, Deputy, Hold, HoldAsk, HoldGiven, HoldTake
+from shoal.protocol.holds import BadHold, Deputy, Hold, HoldAsk, HoldGiven, HoldReclaim, HoldTake, Reclaim
+from shoal.protocol.holds import Work as Kind
 from shoal.protocol.messages import decode, encode, open_record, sign
 from shoal.protocol.money import (
     BadVoucher,
@@ -47,7 +50,7 @@ from shoal.protocol.money import (
     Voucher,
     sign_voucher,
 )
-from shoal.protocol.offers import Offer
+from shoal.protocol.offers import Done, Offer
 from shoal.protocol.prices import Price
 from shoal.quantities.money import share
 from shoal.world import FaultyDisk, MemoryDisk, Refused, Request
@@ -72,12 +75,18 @@ def run(story: Callable[[Street], Awaitable[None]]) -> None:
 
 class Client:
     def __init__(
-        self, street: Street, number: int = 60, ledger: HouseLedger = LEDGER, acts_for: KeyPair | None = None
+        self,
+        street: Street,
+        number: int = 60,
+        ledger: HouseLedger = LEDGER,
+        acts_for: KeyPair | None = None,
+        kind: Kind = "train",
     ) -> None:
         self.key: KeyPair = a_key(number)
         deputy = sign(acts_for, Deputy(driver=self.key.node_id)).to_bytes() if acts_for else None
-        link = street.linker(street.client(number))
-        self.quotes = Quotes(acts_for or self.key, PAYER.address, ledger, link, deputy=deputy)
+        self.endpoint = street.client(number)
+        link = street.linker(self.endpoint)
+        self.quotes = Quotes(acts_for or self.key, PAYER.address, ledger, link, kind, deputy=deputy)
         self.street = street
 
     async def escrow(self, *shops: Shop, **changed: Any) -> bytes:
@@ -114,6 +123,55 @@ async def until(street: Street, condition: Callable[[], bool]) -> None:
     raise AssertionError("it never came to that")
 
 
+def test_a_gateway_that_does_not_pay_is_served_for_a_minute_and_none_beyond_its_money(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shop = await street.shop(1, tmp_path / "one")  # a hundred millionths a second
+        client = Client(street, kind="serve")
+        with pytest.raises(NotHeld, match="keeps no slot to serve in"):
+            shop.sales.service_for(client.key.node_id)
+        held = await client.quotes.hold(shop.node, shop.offer)
+        escrow = await client.escrow(shop, amount_micro=10_000, payees=(Payee(an_account(1).address, 10_000),))
+        await client.quotes.take(held, escrow)
+        with pytest.raises(NotHeld, match="keeps no slot to train in"):
+            shop.sales.work_for(client.key.node_id)
+        service = shop.sales.service_for(client.key.node_id)
+        service.ready()
+        await street.clock.advance(60.0)
+        service.served(16 * 60, 1_000_000)
+        assert service.over() is None and service.earned_micro() == 6000
+        await street.clock.advance(30.0)
+        service.served(16 * 10, 1_000_000)
+        assert service.over() == "its vouchers are for 0.00, and it has earned 0.007 by serving"
+        with pytest.raises(NotHeld, match="by serving"):
+            shop.sales.service_for(client.key.node_id)
+        await client.quotes.pay(shop.node, voucher(escrow, shop, 7000), last=False, deadline_s=5)
+        assert service.over() is None
+        service.served(16 * 10_000, 1_000_000)
+        assert service.earned_micro() == 9000, "many at once, and no more than the time"
+        service.ready()
+        service.ended()
+        service.ended()
+        await street.clock.advance(5.0)
+        service.ready()
+        assert service.earned_micro() == 9000, "what was done at once then is no credit"
+        service.served(16 * 50, 1_000_000)
+        await street.clock.advance(5.0)
+        assert service.earned_micro() == 9500 and service.over() is None
+        await street.clock.advance(10.0)
+        assert service.over() == "it has earned what was set aside for it, 0.01"
+
+    run(story)
+
+
+def test_a_node_that_serves_for_nothing_sells_no_slot_to_serve_in(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shop = await street.shop(1, tmp_path / "one", works=("train",))
+        with pytest.raises(Refused, match="takes no serve jobs for money; it takes train"):
+            await Client(street, kind="serve").quotes.hold(shop.node, shop.offer)
+
+    run(story)
+
+
 def test_a_slot_is_held_paid_for_and_given_back(tmp_path: Path) -> None:
     async def story(street: Street) -> None:
         shop = await street.shop(1, tmp_path / "one")
@@ -141,6 +199,90 @@ def test_a_slot_is_held_paid_for_and_given_back(tmp_path: Path) -> None:
         await client.quotes.release(held)
         await other.quotes.hold(shop.node, shop.offer)
         verified(street.ledger.lines, LEDGER)
+
+    run(story)
+
+
+class Told:
+    """What a client's machine hears of the places that it has."""
+
+    def __init__(self, client: Client) -> None:
+        self.words = list[HoldReclaim]()
+        self.refuses = 0
+        client.endpoint.handle(HoldReclaim.KIND, self._told)
+
+    async def _told(self, request: Request) -> bytes:
+        if self.refuses:
+            self.refuses -= 1
+            raise BadRecord("Nobody listens yet.")
+        self.words.append(decode(HoldReclaim, request.body, request.version))
+        return encode(Done(), request.version)
+
+
+def test_an_owner_who_wants_the_machine_back_says_so_to_whoever_has_paid_for_it(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shop = await street.shop(1, tmp_path / "one", slots=3, reclaim_notice_ms=60_000)
+        assert await shop.sales.give_notice() is None and shop.sales.closes_ms is None
+        client, idle, late = Client(street), Client(street, 61), Client(street, 62)
+        told = Told(client)
+        held = await client.quotes.hold(shop.node, shop.offer)
+        untaken = await idle.quotes.hold(shop.node, shop.offer)
+        assert await shop.sales.give_notice() is None
+        escrow = await client.escrow(shop)
+        held = await client.quotes.take(held, escrow)
+        told.refuses = 2
+        assert await shop.sales.give_notice() == 60
+        for _ in range(3):
+            await settle(street, TELL_AGAIN_S)
+        (word,) = told.words
+        assert client.quotes.reclaimed(held, word) == 60
+        with pytest.raises(Refused, match="owner takes it back in 54 s"):
+            await late.quotes.hold(shop.node, shop.offer)
+        with pytest.raises(Refused, match="owner takes it back"):
+            await idle.quotes.take(untaken, await idle.escrow(shop))
+        held = await client.quotes.take(held, escrow)
+        assert shop.sales.taken == 1
+        await client.quotes.release(held)
+        assert shop.sales.taken == 0
+
+    run(story)
+
+
+def test_a_client_is_told_through_whoever_acts_for_it(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shop = await street.shop(1, tmp_path / "one", reclaim_notice_ms=60_000)
+        deputy = Client(street, 61, acts_for=a_key(60))
+        told = Told(deputy)
+        held = await deputy.quotes.hold(shop.node, shop.offer)
+        held = await deputy.quotes.take(held, await deputy.escrow(shop))
+        assert await shop.sales.give_notice() == 60
+        await settle(street)
+        assert deputy.quotes.reclaimed(held, told.words[0]) == 60
+
+    run(story)
+
+
+def test_a_notice_is_the_nodes_own_and_as_long_as_it_promised(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shop = await street.shop(1, tmp_path / "one", slots=2, reclaim_notice_ms=60_000)
+        client = Client(street)
+        held = await client.quotes.hold(shop.node, shop.offer)
+
+        def word(by: int = 1, client: int = 60, seconds: int = 60) -> HoldReclaim:
+            reclaim = Reclaim(client=a_key(client).node_id, from_ms=1000, until_ms=1000 + 1000 * seconds)
+            return HoldReclaim(reclaim=sign(a_key(by), reclaim).to_bytes())
+
+        assert client.quotes.reclaimed(held, word()) == 60
+        for wrong in (word(by=2), word(client=61)):
+            with pytest.raises(BadHold, match="somebody else's place"):
+                client.quotes.reclaimed(held, wrong)
+        with pytest.raises(BadHold, match="gives 59 s notice, and has promised 60 s"):
+            client.quotes.reclaimed(held, word(seconds=59))
+        with pytest.raises(BadHold, match="an hour is the most"):
+            client.quotes.reclaimed(held, word(seconds=3601))
+        dearer = msgspec.structs.replace(shop.offer, reclaim_notice_ms=120_000)
+        with pytest.raises(BadHold, match="with less notice"):
+            await Client(street, 61).quotes.hold(shop.node, dearer)
 
     run(story)
 
@@ -269,6 +411,55 @@ def test_a_voucher_that_the_ledger_refuses_counts_for_nothing(tmp_path: Path) ->
         assert work.accepted(0) is None and street.ledger.book.escrows[escrow].redeemed_micro == 400
 
     run(story)
+
+
+@pytest.mark.parametrize("amounts", [(100, 100), (100, 90), (90, 100)])
+def test_a_node_says_when_another_is_paid_at_its_account(
+    amounts: tuple[int, int], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def story(street: Street) -> None:
+        shops = [await street.shop(number, tmp_path / str(number), payee=9) for number in (1, 2)]
+        client = Client(street)
+        held = [await client.quotes.hold(shop.node, shop.offer) for shop in shops]
+        escrow = await client.escrow(shops[0])
+        for shop, one, amount in zip(shops, held, amounts, strict=True):
+            await client.quotes.take(one, escrow)
+            work = shop.sales.work_for(client.key.node_id)
+            work.ready(10.0, 100)
+            await street.clock.advance(1.0)
+            work.accepted(1000)
+            await client.quotes.pay(shop.node, voucher(escrow, shop, amount), last=False, deadline_s=5)
+            assert work.over() is None, "it takes the voucher for its own"
+        for _ in range(4):
+            await settle(street, REDEEM_EVERY_S)
+        assert street.ledger.book.escrows[escrow].redeemed_micro == max(amounts)
+
+    run(story)
+    assert len(re.findall("another node is paid at 0x.* out of escrow", caplog.text)) == 1
+
+
+def test_a_node_with_an_account_of_its_own_sees_no_other(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def story(street: Street) -> None:
+        shop = await street.shop(1, tmp_path / "one")
+        client = Client(street)
+        escrow = await client.escrow(shop)
+        await client.quotes.take(await client.quotes.hold(shop.node, shop.offer), escrow)
+        street.ledger.loses = 1
+        await client.quotes.pay(shop.node, voucher(escrow, shop, 50), last=False, deadline_s=5)
+        for _ in range(4):
+            await settle(street, REDEEM_EVERY_S)
+        await street.close()  # as killed, and started anew
+        street.shops.clear()
+        again = await street.shop(1, tmp_path / "one")
+        await street.ledger.apply(Redeem(voucher(escrow, again, 80)))  # for the node, as whoever asks for the rest does
+        wish = Closing(escrow)
+        await street.ledger.apply(Close(wish, PAYER.sign(wish.digest(LEDGER))))
+        for _ in range(4):
+            await settle(street, REDEEM_EVERY_S)
+        assert street.ledger.book.escrows[escrow].redeemed_micro == 80
+
+    run(story)
+    assert "another node" not in caplog.text
 
 
 def test_a_slot_is_not_kept_for_ever_for_keys_that_cost_nothing(tmp_path: Path) -> None:
@@ -601,8 +792,7 @@ def test_a_node_that_is_paid_elsewhere_now(tmp_path: Path) -> None:
         await settle(street, REDEEM_EVERY_S)
         assert len(again.sales.accounts) == 1
         street.clock.jump(3_600_000)
-        await settle(street, REDEEM_EVERY_S)
-        assert again.sales.accounts == [], "it would have ended"
+        await until(street, lambda: again.sales.accounts == [])  # it would have ended
 
     run(story)
 

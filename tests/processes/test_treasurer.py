@@ -13,20 +13,24 @@ from hub_world import a_key
 from money_world import LEDGER, BookLedger, Shop, Street, an_account
 from test_run_folder import JOB
 
-from shoal.driver.bills import FILE, Payments, bill
 from shoal.driver.folder import FolderLocked, RunFolder
 from shoal.driver.gang import LinkedNode
 from shoal.driver.lines import Event
-from shoal.driver.treasurer import ASKED_AGAIN_S, RENEW_EVERY_S, NoMoney, Purse, Treasurer
+from shoal.driver.treasurer import Treasurer
 from shoal.errors import StorageError
 from shoal.house import OutcomeUnknown
-from shoal.identity import Envelope
+from shoal.identity import Envelope, blake3_hash
+from shoal.identity.accounts import AccountKey, signer_of
 from shoal.ledger.escrows import State
 from shoal.ledger.journal import verified
 from shoal.ledger.moves import ISSUED
 from shoal.protocol.holds import Hold, open_hold
+from shoal.protocol.messages import sign
 from shoal.protocol.money import HouseLedger
 from shoal.protocol.prices import Price
+from shoal.protocol.training import Commit
+from shoal.purse.bills import Payments, bill
+from shoal.purse.purse import ASKED_AGAIN_S, RENEW_EVERY_S, Funds, NoMoney
 from shoal.sdk.jobs import Closed, OthersMoney, close_escrows, look_at, open_at
 from shoal.world import Refused, SeededDice
 from shoal.world.quotes import NotSecured
@@ -55,12 +59,20 @@ def run(story: Callable[[Street], Awaitable[None]], deposit: int = 10_000_000) -
 class Job:
     """A driver's money, without the rest of the driver."""
 
-    def __init__(self, street: Street, folder: Path | RunFolder, *, budget: int = 1_000_000, number: int = 60) -> None:
-        self.street, self.said = street, list[str]()
+    def __init__(
+        self,
+        street: Street,
+        folder: Path | RunFolder,
+        *,
+        budget: int = 1_000_000,
+        number: int = 60,
+        signer: AccountKey = PAYER,
+    ) -> None:
+        self.street, self.said, self.key, self.commits = street, list[str](), a_key(number), 0
         self.endpoint = street.client(number)
         self.folder = RunFolder.create(folder) if isinstance(folder, Path) else folder
         self.treasurer = Treasurer(
-            Purse(street.ledger, PAYER, budget, notice_ms=60_000, audit_ms=1000),
+            Funds(street.ledger, PAYER.address, signer, budget, PAYER, notice_ms=60_000, audit_ms=1000),
             self.folder,
             key=a_key(number),
             link=street.linker(self.endpoint),
@@ -81,12 +93,29 @@ class Job:
             self.treasurer.ready(shop.node, 10.0, 100)  # 100 millionths a second
 
     async def commit(self, *work: tuple[Shop, int]) -> None:
-        await self.treasurer.committed([(shop.node, tokens, WORK) for shop, tokens in work])
+        self.folder.append(await self.owe(*work), durable=True)
+        self.treasurer.committed()
         await settle(self.street)
+
+    async def owe(self, *work: tuple[Shop, int]) -> Envelope:
+        """A Commit that is about to be written."""
+        self.commits += 1
+        state = blake3_hash(b"state")
+        commit = Commit(job=WORK, round=self.commits, term=1, previous=WORK, assignment=WORK, accepted=(), state=state,
+                        tokens_total=0)  # fmt: skip
+        envelope = sign(self.key, commit)
+        await self.treasurer.owes(envelope.record_id, [(shop.node, tokens, WORK) for shop, tokens in work])
+        return envelope
+
+    async def kill(self) -> None:
+        """Nothing is done in order any more."""
+        for task in self.treasurer._tasks:
+            task.cancel()
+        await self.endpoint.close()
 
     @property
     def written(self) -> Payments:
-        found = self.folder.read(FILE, Payments)
+        found = self.folder.payments()
         assert found is not None
         return found
 
@@ -128,6 +157,28 @@ def test_each_is_paid_for_what_was_accepted_and_the_bill_adds_up(tmp_path: Path)
         assert balances == [2000, 400, 250]
         assert await street.ledger.balance(PAYER.address) == 10_000_000 - 2650
         assert street.ledger.book.balances[ISSUED] == -10_000_000
+
+    run(story)
+
+
+def test_another_hand_than_the_payers_signs_vouchers_and_admissions(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shops = [await street.shop(number, tmp_path / str(number)) for number in (1, 2)]
+        hand = an_account(51)
+        job = Job(street, tmp_path / "run", signer=hand)
+        await job.begin(shops[0])
+        await job.treasurer.secure((await job.gang(shops[1]))[0])
+        job.treasurer.ready(shops[1].node, 10.0, 100)
+        await street.clock.advance(10.0)
+        await job.commit((shops[0], 10_000), (shops[1], 4_000))
+        (term,) = job.written.terms
+        for one in term.nodes.values():
+            assert one.voucher is not None
+            assert signer_of(one.voucher.voucher.digest(LEDGER), one.voucher.signature) == hand.address
+        await job.treasurer.close()
+        await settle(street, 62)
+        assert [await street.ledger.balance(an_account(number).address) for number in (1, 2)] == [1000, 400]
+        assert await street.ledger.balance(PAYER.address) == 10_000_000 - 1400
 
     run(story)
 
@@ -275,9 +326,7 @@ def test_a_killed_driver_signs_for_no_less_and_gets_the_rest_back(tmp_path: Path
         await street.clock.advance(10.0)
         await job.commit((shop, 10_000))
         first = job.written.terms[0]
-        for task in job.treasurer._tasks:
-            task.cancel()  # killed
-        await job.endpoint.close()
+        await job.kill()
         again = Job(street, job.folder, budget=1_500_000)
         assert again.treasurer.left_micro == 1_499_000
         with pytest.raises(StorageError):
@@ -295,6 +344,47 @@ def test_a_killed_driver_signs_for_no_less_and_gets_the_rest_back(tmp_path: Path
         await settle(street, 62)
         assert await street.ledger.balance(PAYER.address) == 10_000_000 - 2000
         assert {one.state for one in street.ledger.book.escrows.values()} == {State.SETTLED}
+
+    run(story)
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_a_driver_that_is_killed_beside_a_commit_owes_what_is_written(tmp_path: Path, *, written: bool) -> None:
+    async def story(street: Street) -> None:
+        shops = [await street.shop(number, tmp_path / str(number)) for number in (1, 2)]
+        job = Job(street, tmp_path / "run")
+        await job.begin(*shops)
+        await street.clock.advance(10.0)
+        await job.commit((shops[0], 4_000))
+        commit = await job.owe((shops[0], 6_000), (shops[1], 5_000))
+        if written:
+            job.folder.append(commit, durable=True)
+        escrow = job.written.terms[0].escrow
+        await job.kill()
+        again = Job(street, job.folder)
+        await again.treasurer.close_former()
+        paid = [1000, 500] if written else [400, 0]
+        assert [one.paid_micro for one in again.written.terms[0].nodes.values()] == paid
+        assert again.treasurer.left_micro == 1_000_000 - sum(paid)
+        await settle(street, 62)
+        found = street.ledger.book.escrows[escrow]
+        assert found.closing and found.redeemed_micro == sum(paid)
+        await again.treasurer.close()
+
+    run(story)
+
+
+def test_a_driver_that_is_stopped_beside_a_commit_owes_what_is_written(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shop = await street.shop(1, tmp_path / "1")
+        job = Job(street, tmp_path / "run")
+        await job.begin(shop)
+        await street.clock.advance(10.0)
+        job.folder.append(await job.owe((shop, 4_000)), durable=True)
+        await job.treasurer.close()
+        assert job.written.spent_micro == 400
+        await settle(street, 62)
+        assert await street.ledger.balance(an_account(1).address) == 400
 
     run(story)
 

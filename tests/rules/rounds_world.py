@@ -296,12 +296,18 @@ class World:
                     for member in self.members:
                         if member.member_id == effect.member_id:
                             self.send_commits(member, effect.first_round, effect.last_round)
-                case driving.Retire() | driving.TurnAway():
+                case driving.LetGo() | driving.Retire() | driving.TurnAway():
+                    assert not isinstance(effect, driving.LetGo) or not self.has_work(effect.member_id)
                     for member in self.members:
                         if member.member_id == effect.member_id:
                             member.gone = True
         self.check_driver()
         return effects
+
+    def has_work(self, member_id: bytes) -> bool:
+        """Whether something that a member does or did may still count."""
+        shares = [opened.shares[member_id] for opened in self.driving.rounds if member_id in opened.shares]
+        return any(share.phase is not driving.Phase.VOID for share in shares)
 
     def check_driver(self) -> None:
         """What holds after every step."""

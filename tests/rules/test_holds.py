@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -24,7 +25,7 @@ NODE, *CLIENTS = (KeyPair.from_seed(bytes([number] * 32)) for number in range(1,
 LEDGER = HouseLedger(bytes(32), "USD")
 PAYER, PAYEE, OTHER = (AccountKey(bytes([number] * 32)).address for number in range(1, 4))
 PRICE = Price(350_000)
-TERMS = Terms(price=PRICE, ledger=LEDGER, payee=PAYEE)
+TERMS = Terms(price=PRICE, ledger=LEDGER, payee=PAYEE, works=("train",))
 HOUR_MS = 3_600_000
 
 
@@ -47,13 +48,14 @@ class Desk:
 
     def __init__(self, terms: Terms = TERMS) -> None:
         self.terms, self.slots, self.signed = terms, Slots(), list[Envelope]()
+        self.closes_ms: int | None = None
 
     def ask(self, client: KeyPair, now_ms: int, unheld: int = 0, **changed: Any) -> Envelope:
-        return self._sign(ask(self.slots, wish(**changed), client.node_id, self.terms, unheld, now_ms))
+        return self._sign(ask(self.slots, wish(**changed), client.node_id, self.terms, unheld, now_ms, self.closes_ms))
 
     def take(self, client: KeyPair, now_ms: int, found: Escrow | None = None) -> Envelope:
         found = found or escrow()
-        return self._sign(take(self.slots, client.node_id, found, self.terms, now_ms))
+        return self._sign(take(self.slots, client.node_id, found, self.terms, now_ms, self.closes_ms))
 
     def give_back(self, client: KeyPair, hold: Envelope, now_ms: int) -> None:
         release = Release(node=NODE.node_id, slot=opened(hold).slot, number=opened(hold).number)
@@ -82,6 +84,28 @@ def test_a_slot_is_held_taken_and_made_to_last() -> None:
     assert [opened(one).number for one in desk.signed] == [1000, 2000, 500_000]
     with pytest.raises(HoldRefused, match="All 1 slots of this node are taken: 1 held, the next of them for 600 s"):
         desk.ask(CLIENTS[1], 500_000)
+
+
+def test_an_owner_who_wants_the_machine_back_lets_no_place_last_past_the_notice() -> None:
+    desk = Desk(replace(TERMS, reclaim_notice_ms=900_000, slots=2))
+    assert opened(desk.ask(CLIENTS[0], 1000)).reclaim_notice_ms == 900_000
+    desk.take(CLIENTS[0], 2000)
+    desk.closes_ms = 950_000
+    with pytest.raises(HoldRefused, match="owner takes it back in 900 s: it keeps no more places"):
+        desk.ask(CLIENTS[1], 50_000)
+    with pytest.raises(HoldRefused, match="it keeps no more places"):
+        desk.take(CLIENTS[0], 50_000, dataclasses.replace(escrow(), escrow_id=b"f" * 32))
+    assert opened(desk.take(CLIENTS[0], 60_000)).until_ms == 60_000 + LEASE_STEP_MS
+    assert opened(desk.take(CLIENTS[0], 500_000)).until_ms == 950_000
+    assert all(sold_twice(one, other) is None for one in desk.signed for other in desk.signed)
+
+
+def test_a_place_that_is_held_and_not_paid_for_is_not_taken_once_notice_is_given() -> None:
+    desk = Desk()
+    desk.ask(CLIENTS[0], 1000)
+    desk.closes_ms = 61_000
+    with pytest.raises(HoldRefused, match="owner takes it back in 59 s"):
+        desk.take(CLIENTS[0], 2000)
 
 
 def test_what_a_node_signs_once_its_slots_are_lost_convicts_it_of_nothing() -> None:

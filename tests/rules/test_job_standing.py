@@ -12,11 +12,11 @@ import msgspec
 import pytest
 from report_story import Story
 
-from shoal.driver.bills import PaidNode, Payments, TermPayments
 from shoal.driver.folder import RunFolder
 from shoal.driver.report import NodeStatus
 from shoal.driver.write_report import write_report
 from shoal.protocol.money import EscrowTerms, HouseLedger, Payee
+from shoal.purse.bills import PaidNode, Payments, TermPayments
 from shoal.quantities.money import MICRO
 from shoal.sdk.jobs import DamagedRun, Forecast, JobStanding, JobState, driver_of, forecast, look_at, look_at_all, stop
 

@@ -144,7 +144,7 @@ def test_who_may_not_moves_nothing() -> None:
         with pytest.raises(TooMuchPromised, match=r"0.00003 of Escrow .* are held back"):
             book.withhold(order, AUDITOR.sign(order.digest(LEDGER)))
     with pytest.raises(NotSigned):
-        book.close(Closing(escrow), DRIVER.sign(Closing(escrow).digest(LEDGER)))
+        book.close(Closing(escrow), AUDITOR.sign(Closing(escrow).digest(LEDGER)))
     with pytest.raises(SameEscrow, match="draw another nonce"):
         opened(book, terms(cap_micro=500))
     assert book.balances == before

@@ -27,7 +27,9 @@ from shoal.rounds.driving import (
     Delivered,
     FetchUpdate,
     Finish,
+    LetGo,
     MemberJoined,
+    MemberLeaving,
     MemberLeft,
     Phase,
     PublishCommit,
@@ -484,6 +486,51 @@ def test_a_leaver_keeps_what_it_delivered_and_gives_back_the_rest():
     desk.deliver("b", 0)
     (published,) = of(desk.aggregate(), PublishCommit)
     assert {entry.member for entry in published.commit.accepted} == {desk.id("a"), desk.id("b")}
+
+
+def deliver_next(desk, name):
+    """The member's share of the oldest open round, on top of its last one; the round is then committed."""
+    opened = desk.state.rounds[0]
+    share = opened.shares[desk.id(name)]
+    changes = {} if share.private is None else {"private_before": share.private}
+    desk.wait(3_000)
+    desk.deliver(name, opened.number, builds_on=share.builds_on, **changes)
+
+
+def test_who_leaves_soon_does_what_it_can_until_then_and_is_let_go():
+    desk = Desk("a", "b", members_min=2)
+    a, b = desk.id("a"), desk.id("b")
+    desk.feed(MemberLeaving(a, desk.now_ms + 25_000))
+    assigned = list[set[bytes]]()
+    while not of(desk.effects, LetGo):
+        for name in ("a", "b"):
+            if desk.id(name) in desk.state.rounds[0].shares:
+                deliver_next(desk, name)
+        effects = desk.aggregate()
+        assigned += [{share.member for share in one.assignment.shares} for one in of(effects, Assign)]
+    assert assigned[0] == {a, b} and assigned[-1] == {b}
+    assert of(desk.effects, LetGo) == [LetGo(a, "a leaves before it would be done with another round.")]
+    assert not any(entry.member == a for one in of(desk.effects, PublishCommit) for entry in one.commit.excluded)
+    assert a not in desk.state.members and desk.now_ms <= START_MS + 25_000
+
+
+def test_who_leaves_later_works_on():
+    desk = Desk("a")
+    desk.feed(MemberLeaving(desk.id("a"), desk.now_ms + 10**7))
+    for _ in range(4):
+        deliver_next(desk, "a")
+        assert of(desk.aggregate(), Assign)
+    assert not of(desk.effects, LetGo)
+
+
+def test_a_job_that_everybody_leaves_waits_for_others():
+    desk = Desk("a")
+    desk.feed(MemberLeaving(desk.id("a"), desk.now_ms + 1))
+    deliver_next(desk, "a")
+    assert not of(desk.aggregate(), Assign) and not of(desk.effects, LetGo)
+    deliver_next(desk, "a")
+    assert of(desk.aggregate(), LetGo) and desk.state.finished is None
+    assert of(desk.join("b"), Assign)
 
 
 def test_a_joiner_takes_part_from_the_next_assignment_and_catches_up():

@@ -54,6 +54,9 @@ def one_whim(world: World, choose: Tape, calm: bool) -> None:
         world.leave(members[choose(len(members))])
     elif what == 29 and choose(3) == 2:
         world.crash(DRIVERS[choose(4) == 3] if choose(3) == 2 else None)
+    elif what == 31 and members:
+        until_ms = world.now_ms + (0, 3_000, 12_000)[choose(3)]
+        world.drive(driving.MemberLeaving(members[choose(len(members))].member_id, until_ms))
     elif what == 30 and members and choose(4) == 3:
         world.drive(driving.AuditFailed(members[choose(len(members))].member_id, "step 3 was altered"))
 

@@ -17,8 +17,9 @@ SURFACE = {
     "shoal quickstart": "--seed --honest --tokens --files --runs --json",
     "shoal up": "--nodes --speeds --threads --json",
     "shoal down": "--json",
-    "shoal train": "[JOB.YAML] --hub --runs --resume --replace --dry-run --budget --bought --ledger "
+    "shoal train": "[JOB.YAML] --hub --runs --resume --replace --detach --dry-run --budget --bought --ledger "
     "--prompt --listen --fields --json",
+    "shoal attach": "RUN --hub --listen --json",
     "shoal plan": "JOB.YAML --hub --deadline --json",
     "shoal jobs": "",
     "shoal jobs list": "--runs --json",
@@ -27,14 +28,15 @@ SURFACE = {
     "shoal report": "RUN --json",
     "shoal replay": "RUN --round -r --node -n --threads --device --script --hub --listen --json",
     "shoal serve": "MODEL --name --http --api-keys --threads --device --hub --here --listen --sessions "
-    "--guess --no-guess --draft --engine-model --engines-only --data --json",
+    "--guess --no-guess --draft --engine-model --engines-only --budget --ledger --data --json",
     "shoal chat": "[MODEL] [QUESTION] --url --system --temperature --max-tokens --seed --key-file --hub --here --json",
     "shoal receipts": "[DIR] --json",
     "shoal hub": "--listen --http --data --name --public --json",
     "shoal node": "",
     "shoal node start": "--hub --name --max-speed --threads --device --processes --listen --storage --memory --price "
-    "--currency --account --ledger --serve-free --country --region --data "
+    "--currency --account --ledger --notice --drive --serve-free --country --region --data "
     "--engine --engine-model --engine-key --engine-only --json",
+    "shoal node stop": "--data --json",
     "shoal node earnings": "--data --ledger --json",
     "shoal account": "",
     "shoal account create": "--ledger --json",
@@ -51,7 +53,7 @@ SURFACE = {
     "shoal ledger start": "--listen --currency --database --mint-max --public --data --json",
     "shoal ledger deposit": "ACCOUNT AMOUNT --reference --data --json",
     "shoal offers": "--hub --device --device-name --memory --flops --bandwidth --latency --country --without-country "
-    "--region --without-region --tier --reputation --max-price --currency --idle --sort --limit --json",
+    "--region --without-region --tier --reputation --notice --max-price --currency --idle --sort --limit --json",
     "shoal market": "",
     "shoal market run": "--listen --every --public --ledger --data --json",
     "shoal market sell": "--hour --price --class --account --auction --ledger --hub --data --json",

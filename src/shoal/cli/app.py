@@ -17,6 +17,7 @@ COMMANDS = {
     "up": "serving",
     "down": "serving",
     "train": "training",
+    "attach": "training",
     "plan": "training",
     "jobs": "jobs",
     "report": "looking",

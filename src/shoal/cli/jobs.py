@@ -13,6 +13,7 @@ from rich.table import Table
 from shoal.cli import places
 from shoal.cli.app import JOBS, Commands, Group, app
 from shoal.cli.output import JsonFlag, LedgerFlag, err, out, print_json, shown, when
+from shoal.cli.output import run as run_to_end
 from shoal.quantities import format_count, format_duration_s
 from shoal.quantities.money import format_money, format_price
 
@@ -20,8 +21,10 @@ if TYPE_CHECKING:
     from shoal.house import RemoteLedger
     from shoal.sdk.jobs import Closed, DamagedRun, JobStanding
 
+LOOK_S = 15.0
+"""So long the nodes that drive a job are waited for."""
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, such as runs/quickstart.")]
-_COLOURS = {"running": "green", "finished": "green", "stopped": "yellow", "died": "red"}
+_COLOURS = {"running": "green", "detached": "green", "finished": "green", "stopped": "yellow", "died": "red"}
 
 
 class ListFirst(Group):
@@ -43,7 +46,7 @@ def list_jobs(
 ) -> None:
     """List all runs, the newest first: how each stands, how far it came and what it has spent.
 
-    A run is *running*, *finished*, *stopped* in order before its goal, or its driver *died*. One that cannot be read is
+    A run is *running*, *detached* (driven by nodes, as it stood when it was looked at last), *finished*, *stopped* in order before its goal, or its driver *died*. One that cannot be read is
     named with the reason.
     """  # fmt: skip
     from shoal.sdk.jobs import DamagedRun, look_at_all
@@ -83,9 +86,12 @@ def show(run: RunArgument, json: JsonFlag = False) -> None:
     The forecast is for the speed of the newest rounds and the nodes that work now; it names what the rest costs at
     most, and whether the budget ends first. `shoal report` counts the work itself.
     """  # fmt: skip
+    from shoal.sdk.handed import is_driven_by_nodes
     from shoal.sdk.jobs import look_at
 
-    found = look_at(places.find_run(run))
+    if is_driven_by_nodes(places.find_run(run)):
+        _refresh(run)
+    found = look_at(run)
     if json:
         print_json(_plain(found))
         return
@@ -121,8 +127,12 @@ def cancel(run: RunArgument, ledger: LedgerFlag = None, json: JsonFlag = False) 
     nodes get what they have vouchers for, and the rest is asked back.
     """  # fmt: skip
     from shoal.cli.accounts import ask
+    from shoal.sdk.handed import is_driven_by_nodes
     from shoal.sdk.jobs import close_escrows, driver_of, open_at, stop
 
+    detached = is_driven_by_nodes(places.find_run(run))
+    if detached:
+        _stop_detached(run)
     driver = driver_of(run)
     if driver is not None and not json:
         err.print(f"Asking process {driver.pid} to stop; it pays its nodes and writes down what it knows.", style="dim")
@@ -140,11 +150,39 @@ def cancel(run: RunArgument, ledger: LedgerFlag = None, json: JsonFlag = False) 
         return
     if pid is not None:
         out.print(f"Stopped process {pid}, which drove {run}.", markup=False, soft_wrap=True)
+    elif detached and not is_driven_by_nodes(run):
+        out.print("Stopped: no node drives it any more, and what they have of it is here.", markup=False)
     elif closed is None:
         out.print(f"No driver runs in {run}, and nothing is set aside for it.", markup=False, soft_wrap=True)
     if closed is not None:
         at = "" if closed.at_ms is None else f" {when(closed.at_ms)}"
         out.print(f"{format_money(closed.micro)} {ticket.currency} comes back{at}.", markup=False)
+
+
+def _refresh(run: Path) -> None:
+    """What the nodes that drive it have by now; where none answers, what is here has to do."""
+    from shoal.sdk.attached import AttachOptions, HostsSilent, refresh
+
+    async def work() -> None:
+        try:
+            await refresh(AttachOptions(run, silent_s=LOOK_S))
+        except HostsSilent as error:
+            err.print(shown(error.sentence), style="yellow", markup=False, soft_wrap=True)
+
+    run_to_end(work)
+
+
+def _stop_detached(run: Path) -> None:
+    """As far as its hosts answer; what it has set aside comes back all the same."""
+    from shoal.sdk.attached import AttachOptions, HostsSilent, stop_detached
+
+    async def work() -> None:
+        try:
+            await stop_detached(AttachOptions(run, silent_s=LOOK_S))
+        except HostsSilent as error:
+            err.print(shown(error.sentence), style="yellow", markup=False, soft_wrap=True)
+
+    run_to_end(work)
 
 
 def _plain(one: JobStanding | DamagedRun) -> dict[str, Any]:

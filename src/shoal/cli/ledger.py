@@ -76,7 +76,7 @@ def start(
 
     To try it out: `shoal ledger start --mint-max 1000`.
     """  # fmt: skip
-    from shoal.house import LedgerServer, LedgerSettings
+    from shoal.house.server import LedgerServer, LedgerSettings
     from shoal.transport import TlsEndpoint
 
     if with_parent:
@@ -124,10 +124,10 @@ def deposit(
     On the machine where the ledger is kept, by who can read its key; the ledger may run meanwhile. The reference stands
     in the journal, which strangers can read.
     """  # fmt: skip
-    from shoal import house
+    from shoal.house import server
 
     address, micro = parse_address(account), places.amount_of(amount)
-    house.deposit(data or shoal_home() / "ledger", address, micro, reference, SystemClock())
+    server.deposit(data or shoal_home() / "ledger", address, micro, reference, SystemClock())
     if json:
         print_json({"account": address_text(address), "amount_micro": micro, "reference": reference})
     else:

@@ -54,6 +54,7 @@ FLAGS = {
     "regions_without": ("--without-region", REGION),
     "tier": ("--tier", "open, sandboxed or attested"),
     "reputation_min": ("--reputation", "from 0 to 1"),
+    "notice_min_ms": ("--notice", "at most an hour"),
     "price_max": ("--max-price", "at most a million an hour"),
     "currency": ("--currency", "capitals and digits, such as USD"),
 }
@@ -109,6 +110,12 @@ def offers(
             "any. Jobs take none below 0.1, which is who was found lying.",
         ),
     ] = 0.0,
+    notice: Annotated[
+        str,
+        typer.Option(
+            metavar="TIME", help="Their owners say so long beforehand that they take them back, such as '2 min'."
+        ),
+    ] = "0 s",
     max_price: Annotated[
         str | None, typer.Option(metavar="PRICE", help="At most this, such as 0.35/h.", show_default=False)
     ] = None,
@@ -152,7 +159,7 @@ def offers(
             "latency_max_ms": None if latency is None else 1000 * parse_duration_s(latency),
             "countries": country or (), "countries_without": without_country or (), "regions": region or (),
             "regions_without": without_region or (), "tier": tier,
-            "reputation_min": reputation,
+            "reputation_min": reputation, "notice_min_ms": round(1000 * parse_duration_s(notice)),
             "price_max": None if max_price is None else parse_price(max_price), "currency": currency,
         }
     )  # fmt: skip

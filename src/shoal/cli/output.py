@@ -14,7 +14,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from datetime import datetime
 from typing import Annotated, Any, TypeVar
 
@@ -175,13 +175,26 @@ def set_up_logging(*, to_terminal: bool) -> None:
     logging.basicConfig(level=level if level in logging.getLevelNamesMapping() else "WARNING", handlers=[handler])
 
 
-async def until_stopped() -> None:
-    """Wait for SIGINT or SIGTERM; a second SIGINT ends the process as a crash would, which everything survives."""
+async def stop_asked() -> None:
+    """Wait for SIGINT or SIGTERM."""
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stopped.set)
     await stopped.wait()
+
+
+async def until_stopped(leave: Callable[[], Awaitable[None]] | None = None) -> None:
+    """Wait for SIGINT or SIGTERM, then for `leave`, unless a second one comes; the next SIGINT ends the process as a
+    crash would, which everything survives."""
+    await stop_asked()
+    if leave is not None:
+        leaving, again = asyncio.ensure_future(leave()), asyncio.ensure_future(stop_asked())
+        await asyncio.wait({leaving, again}, return_when=asyncio.FIRST_COMPLETED)
+        leaving.cancel()
+        again.cancel()
+        await asyncio.gather(leaving, again, return_exceptions=True)
+    loop = asyncio.get_running_loop()
     loop.remove_signal_handler(signal.SIGINT)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     err.print("[dim]Stopping.  Ctrl-C again ends it at once.[/]")

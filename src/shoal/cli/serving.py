@@ -33,9 +33,9 @@ from shoal.errors import BadInput, ShoalError
 from shoal.identity import short_id
 from shoal.identity.accounts import address_text, parse_address
 from shoal.protocol.ledgers import PaidAt
-from shoal.protocol.offers import Place
+from shoal.protocol.offers import Place, ReclaimNoticeMs
 from shoal.protocol.prices import Price
-from shoal.quantities import format_bytes, parse_bytes
+from shoal.quantities import format_bytes, format_duration_s, parse_bytes, parse_duration_s
 from shoal.quantities.money import format_money, format_price, parse_price
 from shoal.sdk.local import LocalProcessFailed, LocalShoal, shoal_home
 from shoal.world import SystemClock, SystemDice
@@ -43,7 +43,9 @@ from shoal.world.processes import die_with_parent
 
 if TYPE_CHECKING:
     from shoal.house import RemoteLedger
+    from shoal.node.agent import NodeAgent
     from shoal.node.earned import Earned
+    from shoal.node.hosted_job import HostSettings
 
 NODES_MAX = 64
 """Nodes that `shoal up` starts on one machine."""
@@ -55,6 +57,10 @@ PAYEES_MAX = 4
 STOP_S = 30
 """`shoal up` gives each of its processes a third of that before it insists."""
 
+DRIVER = ("shoal.sdk.hosted",)
+"""The process in which a node drives a job."""
+DRIVING_OF_PRICE = 20
+"""It computes little: so much less than training does it cost where nothing else is said."""
 node_app = Commands(cls=Group, help="Lend this machine to jobs: `shoal node start`.")
 app.add_typer(node_app, name="node", rich_help_panel=MACHINES)
 
@@ -94,7 +100,7 @@ def hub(
     For a lab: `shoal hub --listen tcp://192.168.1.10:7700`. The ticket names the hub's key, so nobody else can answer
     in its place; keep the data directory, and the key with it.
     """  # fmt: skip
-    from shoal.hub import HubServer, HubSettings
+    from shoal.hub.server import HubServer, HubSettings
     from shoal.transport import TlsEndpoint
 
     if with_parent:
@@ -173,12 +179,29 @@ def node_start(
         typer.Option(metavar="0x...", help="The account that it is paid at.", show_default="yours"),
     ] = None,
     ledger: LedgerFlag = None,
+    notice: Annotated[
+        str,
+        typer.Option(
+            metavar="TIME",
+            help="How long before it stops it tells jobs that pay for it: they work until then, and look for another "
+            "node meanwhile. 0 s to 1 h.",
+        ),
+    ] = "60 s",
+    drive: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PRICE",
+            help="What an hour of driving a job costs that its owner has handed over (`shoal train --detach`); 'no' for "
+            "driving none.",
+            show_default="a twentieth of its price",
+        ),
+    ] = None,
     serve_free: Annotated[
         bool,
         typer.Option(
             "--serve-free",
-            help="Serve models for nothing though training costs --price: serving is not paid for yet, and a node with "
-            "a price does not take part in it otherwise.",
+            help="Serve models for nothing though training costs --price. Without it a node with a price serves for "
+            "whoever has set money aside.",
         ),
     ] = False,
     country: Annotated[
@@ -212,7 +235,8 @@ def node_start(
     """Measure this machine, offer it at the hubs, and work for the jobs that invite it.
 
     The work runs in a child process: whatever happens there, the node goes on. Ctrl-C leaves jobs in order, and their
-    samples go to others. When a hub or the network is gone, the node comes back to it by itself.
+    samples go to others; jobs that pay for the node first have their `--notice`, and a second Ctrl-C cuts that short.
+    When a hub or the network is gone, the node comes back to it by itself.
 
     From another machine: `shoal node start --hub TICKET --listen tcp://192.168.1.20:7701`. A second node on one machine
     needs a `--data` of its own: a node is its key.
@@ -234,7 +258,7 @@ def node_start(
     key = _engine_key(engine_key) if engine else ""
     storage_bytes = parse_bytes(storage)
     memory_bytes = parse_bytes(memory) if memory is not None else None
-    named, place = _price(price, currency), _place(country, region)
+    named, place, notice_ms = _price(price, currency), _place(country, region), _notice_ms(notice)
     tickets = places.find_hubs(hub)
     paid = _paid_at(account, ledger) if named is not None and named.micro_per_h else None
     folder = data or shoal_home() / "node"
@@ -260,7 +284,9 @@ def node_start(
             dishonest=dishonest,
             price=named,
             paid=paid,
+            reclaim_notice_ms=notice_ms,
             serve_free=serve_free,
+            driving=_driving(drive, named),
             place=place,
             server=server,
             clock=SystemClock(),
@@ -282,18 +308,67 @@ def node_start(
                 if paid is not None and named is not None:
                     out.print(
                         f"  price: {format_price(named.micro_per_h)} in {named.currency}, paid at "
-                        f"{address_text(paid.account)}",
+                        f"{address_text(paid.account)}; {format_duration_s(notice_ms / 1000)} notice before it stops",
                         markup=False, soft_wrap=True,
                     )  # fmt: skip
                 if ready["engine"]:
                     out.print(f"  engine: {shown(ready['engine'])}", markup=False)
                 out.print(f"  blobs: up to {format_bytes(storage_bytes)} in {folder}", markup=False)
                 out.print("[dim]Ctrl-C stops it.[/]")
-            await until_stopped()
+            await until_stopped(lambda: leave(agent.agent))
         finally:
             await agent.close()
 
+    async def leave(agent: NodeAgent) -> None:
+        gone = with_parent and os.getppid() != with_parent
+        notice_s = None if gone else await agent.give_notice()
+        if notice_s is None:
+            return
+        err.print(
+            f"Jobs that pay for this node have {format_duration_s(notice_s)} notice: it stops then, or before when they "
+            "have left.  Ctrl-C again stops it at once: what is under way is lost, and held against it.",
+            soft_wrap=True,
+        )
+        await agent.vacated()
+
     run(work)
+
+
+@node_app.command("stop")
+def node_stop(
+    data: Annotated[Path | None, typer.Option(help="The node's folder.", show_default="~/.shoal/node")] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Stop a node of this machine, as Ctrl-C does where it was started, and wait until it has stopped.
+
+    Jobs that pay for it have its notice first. When none runs, says so and is content.
+    """  # fmt: skip
+    from shoal.node.stopping import places_taken, process_of
+
+    folder = data or shoal_home() / "node"
+    process = process_of(folder)
+    if process is None:
+        if json:
+            print_json({"stopped": False})
+        else:
+            out.print(f"No node runs in {folder}.", markup=False)
+        return
+    places, notice_s = places_taken(folder, SystemClock().now_ms())
+    process.terminate()
+    if places and not json:
+        what = "1 place is" if places == 1 else f"{places} places are"
+        err.print(f"{what} paid for: it stops in {format_duration_s(notice_s)}, or before when the jobs have left.")
+    try:
+        process.wait(notice_s + STOP_S)
+    except psutil.TimeoutExpired as error:
+        raise LocalProcessFailed(
+            f"The node in {folder} (process {process.pid}) was asked to stop and still runs after "
+            f"{format_duration_s(notice_s + STOP_S)}; end it with: kill -9 {process.pid}"
+        ) from error
+    if json:
+        print_json({"stopped": True, "pid": process.pid, "places": places})
+    else:
+        out.print(f"Stopped the node in {folder}.", markup=False)
 
 
 @node_app.command("earnings")
@@ -395,6 +470,28 @@ def _price(text: str | None, currency: str) -> Price | None:
         return msgspec.convert({"micro_per_h": parse_price(text), "currency": currency}, Price)
     except msgspec.ValidationError as error:
         raise BadFlag(f"--price {text} {currency} cannot be used: {error}.") from error
+
+
+def _driving(text: str | None, price: Price | None) -> HostSettings | None:
+    """What the node asks for driving a job; None where it drives none."""
+    from shoal.node.hosted_job import HostSettings
+
+    hour = price.micro_per_h if price is not None else 0
+    if text is None:
+        return HostSettings(hour // DRIVING_OF_PRICE, DRIVER)
+    if text == "no":
+        return None
+    micro_per_h = parse_price(text)
+    if micro_per_h and not hour:
+        raise BadFlag(f"--drive {text} needs a --price: a node that works for nothing has no account to be paid at.")
+    return HostSettings(micro_per_h, DRIVER)
+
+
+def _notice_ms(text: str) -> int:
+    try:
+        return msgspec.convert(round(1000 * parse_duration_s(text)), ReclaimNoticeMs)
+    except msgspec.ValidationError as error:
+        raise BadFlag(f"--notice {text} cannot be used: it is from 0 s to 1 h.") from error
 
 
 def _paid_at(account: str | None, ledger: str | None) -> PaidAt:

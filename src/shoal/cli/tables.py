@@ -14,10 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from shoal.cli.output import err, out, shown
-from shoal.driver.bills import Bill
 from shoal.driver.lines import AuditLine, AuditVerdict, Event, EventKind
 from shoal.driver.report import NodeStatus, Report
 from shoal.driver.training import Progress as JobProgress
+from shoal.purse.bills import Bill
 from shoal.quantities import format_bytes, format_count, format_duration_s
 from shoal.quantities.money import format_money
 
@@ -30,6 +30,7 @@ _COLOURS = {
     NodeStatus.EXCLUDED: "red",
     NodeStatus.DIED: "red",
     NodeStatus.LEFT: "yellow",
+    NodeStatus.RECLAIMED: "yellow",
     NodeStatus.REFUSED: "yellow",
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import shlex
 import tempfile
 from collections.abc import Sequence
@@ -30,11 +31,12 @@ from shoal.cli.output import (
     shown,
 )
 from shoal.cli.tables import RunView, print_completion, print_report
-from shoal.driver.bills import budget_of
 from shoal.driver.report import Report
+from shoal.errors import BadInput
 from shoal.house import RemoteLedger
 from shoal.identity import KeyPair, load_key
 from shoal.protocol.orders import HOUR_MS
+from shoal.purse.bills import budget_of
 from shoal.quantities import format_bytes, format_count, format_duration_s, format_flops, parse_duration_s
 from shoal.quantities.money import format_money, parse_money
 from shoal.sdk.costs import Costs, Way
@@ -42,7 +44,8 @@ from shoal.sdk.documents import describe, show_default
 from shoal.sdk.hours import Bought, KeptBid, KeptBids, bought_at, bought_hours, free_for
 from shoal.sdk.jobfile import JobFile, explain, parse_job, read_job_bytes, schema
 from shoal.sdk.local import shoal_home
-from shoal.sdk.train import DRIVER_KEY, Plan, Spending, TrainOptions, plan, resume, train
+from shoal.sdk.spending import Spending
+from shoal.sdk.train import DRIVER_KEY, Plan, TrainOptions, plan, resume, train
 from shoal.transport import TlsEndpoint
 from shoal.world import SystemClock
 
@@ -79,6 +82,13 @@ def train_command(
         bool, typer.Option("--resume", help="Go on with the run of this job, from its newest Commit.")
     ] = False,
     replace: Annotated[bool, typer.Option("--replace", help="Throw an earlier run of this name away.")] = False,
+    detach: Annotated[
+        bool,
+        typer.Option(
+            "--detach",
+            help="Have nodes drive it, and return: this machine may be switched off. `shoal attach` looks at it.",
+        ),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Read the data, ask the hubs, print what would be done; start nothing.")
     ] = False,
@@ -153,6 +163,7 @@ def train_command(
     budget_micro = _budget(budget, job_file, folder if resume_run else None)
     if hours is not None and budget_micro is None:
         budget_micro = sum(price.micro_per_h for price in hours.bought.prices.values())
+    spending = places.spending(budget_micro, ledger)
     options = TrainOptions(
         folder=folder,
         hubs=tickets,
@@ -162,8 +173,12 @@ def train_command(
         replace=replace,
         prompt=prompt,
         acquaintances=places.acquaintances(),
-        spending=_spending(budget_micro, ledger),
+        spending=spending,
     )
+    if detach and resume_run:
+        raise BadFlag("A run that was begun here goes on here: leave out --detach.")
+    if detach and hours is not None:
+        raise BadFlag("Bought hours are used by a job that is driven here: leave out --detach or --bought.")
     if dry_run:
         with tempfile.TemporaryDirectory(prefix="shoal-plan-") as scratch:
             made = run(lambda: plan(job_file, options, Path(scratch) / "plan"))
@@ -181,14 +196,17 @@ def train_command(
             view.audited,
         )
 
+    if detach:
+        _detach(job_file, text, options, view, json)
+        return
     before = places.job_of(folder)
 
     async def work() -> Report:
-        if hours is not None and options.spending is not None:
+        if hours is not None and spending is not None:
             options.say(
                 "What was set aside for these hours comes back, in a minute at most; the job sets it aside anew."
             )
-            await hours.free(options.spending)
+            await hours.free(spending)
         try:
             return await (resume(job_file, options) if resume_run else train(job_file, text, options))
         except asyncio.CancelledError:
@@ -244,6 +262,91 @@ def _bought(text: str, begun: Path | None) -> _Hours:
     return _Hours(bids, bought)
 
 
+def _detach(job_file: JobFile, text: bytes, options: TrainOptions, view: RunView, json: bool) -> None:
+    from shoal.sdk.detached import Standing, detach
+    from shoal.sdk.handed import Handed
+
+    told = dict[str, str]()
+
+    def watch(standing: Sequence[Standing]) -> None:
+        for one in standing:
+            said = one.phase if not one.sentence else f"{one.phase}: {one.sentence}"
+            if not json and told.get(one.host) != said:
+                told[one.host] = said
+                view.say(f"{one.host}: {said}")
+
+    async def work() -> Handed:
+        return await detach(job_file, text, options, watch)
+
+    with view:
+        made = run(work)
+    if json:
+        print_json({"run": str(options.folder), "job": made.job.hex(), "hosts": [one.name for one in made.hosts]})
+        return
+    first, *others = (one.name for one in made.hosts)
+    after = f"; {' and '.join(others)} would take over" if others else ""
+    out.print(f"[bold]{escape(first)}[/] drives it{escape(after)}. This machine may be switched off.", soft_wrap=True)
+    out.print(
+        f"Look at it with: {shoal_command()} attach {shlex.quote(str(options.folder))}", soft_wrap=True, markup=False
+    )
+
+
+@app.command("attach", rich_help_panel=JOBS)
+def attach_command(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, such as runs/job.")],
+    hub: HubFlag = None,
+    listen: Annotated[
+        str,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Where a node that cannot be dialled links to this command: tcp://HOST:PORT. Empty for none.",
+        ),
+    ] = "tcp://127.0.0.1:0",
+    json: JsonFlag = False,
+) -> None:
+    """Look at a job that nodes drive (`shoal train --detach`), until it is over.
+
+    The run's folder follows what the nodes write: records, metrics, and at the end the model and the report. Ctrl-C
+    stops looking, never the job; `shoal jobs cancel` does that.
+    """  # fmt: skip
+    from shoal.sdk.attached import AttachOptions, attach
+
+    folder = places.find_run(run_folder)
+    places.refuse_wildcard(listen, "use an address of this machine, or --listen '' where every node can be dialled")
+    tickets = []
+    with contextlib.suppress(BadInput):
+        tickets = places.find_hubs(hub)
+    view = RunView(folder.name)
+    options = AttachOptions(folder, tickets, listen=listen or None)
+    if not json:
+        options.say, options.progress, options.event, options.audited = (
+            view.say,
+            view.progress,
+            view.event,
+            view.audited,
+        )
+
+    async def work() -> Report | None:
+        try:
+            return await attach(options)
+        except asyncio.CancelledError:
+            raise Interrupted(
+                f"The job goes on. Look again with: {shoal_command()} attach {shlex.quote(str(folder))}"
+            ) from None
+
+    with view:
+        made = run(work)
+    if json:
+        print_json(made)
+        return
+    if made is None:
+        out.print("It was stopped before there was a report; what it did is in the folder.", markup=False)
+        return
+    print_completion(made)
+    print_report(made)
+    out.print(f"Model: {folder / 'model'}   Report: {folder / 'report.html'}", markup=False, soft_wrap=True)
+
+
 def _budget(flag: str | None, job_file: JobFile, begun: Path | None) -> int | None:
     """As the flag says it, else the job file, else as the run had it that goes on."""
     if flag is not None:
@@ -251,13 +354,6 @@ def _budget(flag: str | None, job_file: JobFile, begun: Path | None) -> int | No
     if job_file.budget is None and begun is not None:
         return budget_of(begun)
     return job_file.budget
-
-
-def _spending(budget_micro: int | None, ledger: str | None) -> Spending | None:
-    """Of this user's account. Raises NoAccount, NoLedger."""
-    if not budget_micro:
-        return None
-    return Spending(places.account_key(), places.ledger_ticket(ledger), budget_micro)
 
 
 @app.command("plan", rich_help_panel=JOBS)

@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from shoal.driver.bills import FILE as PAYMENTS
-from shoal.driver.bills import Payments
 from shoal.driver.folder import RunFolder
 from shoal.driver.lines import AuditLine, Evaluation, Event, LaneSegment, RoundMetrics
 from shoal.driver.signers import Signers
@@ -17,6 +15,7 @@ from shoal.errors import JobError
 from shoal.identity import Envelope
 from shoal.protocol.messages import open_record
 from shoal.protocol.training import Commit, Contribution, Grant, Member, Term, TrainJob
+from shoal.purse.bills import Payments
 
 
 class ReportImpossible(JobError):
@@ -85,7 +84,7 @@ def read_contents(folder: RunFolder) -> RunContents:
         lanes=tuple(folder.notes(LaneSegment)),
         events=tuple(folder.notes(Event)),
         audits=tuple(folder.notes(AuditLine)),
-        payments=folder.read(PAYMENTS, Payments, remedy="restore it from a copy: it says what nodes were paid"),
+        payments=folder.payments(),
     )
 
 

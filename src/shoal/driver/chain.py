@@ -20,6 +20,8 @@ class Chain:
     """By MemberId."""
     grant: Envelope | None = None
     term_number: int = 0
+    driver: bytes | None = None
+    """Whose term that is; None before the first."""
     commits: list[tuple[Commit, Envelope, Assignment]] = field(default_factory=list)
     """The chain that counts, from round 0 on."""
 
@@ -45,7 +47,9 @@ def read_record(folder: RunFolder) -> Chain:
                 signers.open(envelope, Grant)
                 chain.grant = envelope
             case Term.KIND:
-                chain.term_number = max(chain.term_number, signers.open(envelope, Term).number)
+                number = signers.open(envelope, Term).number
+                if number > chain.term_number:
+                    chain.term_number, chain.driver = number, envelope.signer
             case Member.KIND:
                 chain.members[envelope.record_id] = signers.open(envelope, Member)
             case Assignment.KIND:

@@ -12,7 +12,7 @@
         events.jsonl        Event: what happened, as sentences
         audits.jsonl        AuditLine: replays made while the job ran
         figures.json        what the driver knows beside the records; rewritten as it goes
-        payments.json       what is set aside and paid, and the newest Hold of each node (`bills`)
+        payments.json       what is set aside and paid, and the newest Hold of each node (`purse.bills`)
         report.json, report.html
         model/              the trained model, a checkpoint in the form of `transformers`
         data/               what the job's owner prepared and keeps: token files, the newest state
@@ -36,7 +36,7 @@ import re
 import shutil
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
@@ -47,7 +47,9 @@ from shoal.driver.lines import LINES, Event, LaneSegment, Line, RoundMetrics
 from shoal.errors import BadRecord, JobError, StorageError
 from shoal.identity import ENVELOPE_OVERHEAD_BYTES, Envelope, blake3_hash
 from shoal.protocol.messages import Record, open_record
-from shoal.protocol.training import TrainJob
+from shoal.protocol.training import Commit, TrainJob
+from shoal.purse.bills import FILE as PAYMENTS
+from shoal.purse.bills import Payments
 from shoal.storage import StorageFull
 from shoal.world import DirectoryDisk, Disk, DiskLock
 
@@ -112,7 +114,8 @@ L = TypeVar("L", bound=Line)
 R = TypeVar("R", bound=Record)
 S = TypeVar("S", bound=msgspec.Struct)
 
-_CHAIN = "records/chain"
+CHAIN = "records/chain"
+"""Where the records are."""
 _LOCK = "lock"
 _PID_BYTES = 20
 _REPLACED = ".replaced"
@@ -311,10 +314,10 @@ class RunFolder:
         with self._guard:
             if self._failed:
                 raise FolderWriteFailed(f"The disk under {self.path} failed before; resume the job on a sound disk.")
-            self._extend(_CHAIN, _frame(self._end(_CHAIN), durable, payload))
+            self._extend(CHAIN, _frame(self._end(CHAIN), durable, payload))
             if durable:
                 try:
-                    self._disk.sync(_CHAIN)
+                    self._disk.sync(CHAIN)
                 except OSError as error:
                     self._failed = True
                     raise _write_failure(self.path, error) from error
@@ -324,7 +327,7 @@ class RunFolder:
         verified here: `open_record` does that for those that are looked into. Raises FolderDamaged when they end
         before those that were there when the reading began."""
         wanted = {kind.KIND for kind in kinds}
-        for _, payload in self._frames(self._end(_CHAIN)):
+        for _, payload in self._frames(self._end(CHAIN)):
             envelope = Envelope.from_bytes(payload, RECORD_BODY_MAX_BYTES)
             if not wanted or envelope.kind in wanted:
                 yield envelope
@@ -334,6 +337,29 @@ class RunFolder:
         network = self.job.network
         for envelope in self.records(kind):
             yield envelope, open_record(envelope, kind, network)
+
+    def take_back(self, commits: Collection[bytes], first_round: int) -> None:
+        """Leave out these Commits, and what is noted of their rounds, from `first_round` on. Raises
+        FolderWriteFailed."""
+        with self._guard, _writing(self.path):
+            self._check_writable()
+            kept, end = f".{CHAIN.replace('/', '.')}.new", 0
+            self._disk.delete(kept)
+            for _, payload in self._frames(self._end(CHAIN)):
+                if Envelope.from_bytes(payload, RECORD_BODY_MAX_BYTES).record_id not in commits:
+                    frame = _frame(end, True, payload)
+                    self._disk.write(kept, frame, end)
+                    end += len(frame)
+            lines = [line for line in self.notes(RoundMetrics) if line.round < first_round]
+            data = b"".join(msgspec.json.encode(line) + b"\n" for line in lines)
+            noted = f".{RoundMetrics.FILE}.new"
+            self._disk.delete(noted)
+            self._disk.write(noted, data)
+            for scratch, name, size in ((noted, RoundMetrics.FILE, len(data)), (kept, CHAIN, end)):
+                self._disk.sync(scratch)
+                self._disk.rename(scratch, name)
+                self._disk.sync(name)
+                self._ends[name] = size
 
     # --- lines
 
@@ -398,6 +424,17 @@ class RunFolder:
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise FolderDamaged(f"{self.path / name} is damaged ({error}); {remedy}.") from error
 
+    def payments(self) -> Payments | None:
+        """What the run has paid, with what its newest Commit owes; None where nothing was set aside. Raises
+        FolderDamaged."""
+        known = self.read(PAYMENTS, Payments, remedy="restore it from a copy: it says what nodes were paid")
+        if known is None or not known.owes:
+            return known
+        return known.settled(self.commit_ids())
+
+    def commit_ids(self) -> set[bytes]:
+        return {envelope.record_id for envelope in self.records(Commit)}
+
     # --- inside
 
     def _size(self, name: str) -> int | None:
@@ -454,42 +491,42 @@ class RunFolder:
         self._disk.sync(name)
         self._ragged.discard(name)
 
-    def _frames(self, least: int = 0) -> Iterator[tuple[int, bytes]]:
-        """The intact frames from the start on: where each one ends, and its payload. Raises FolderDamaged when they end
+    def _frames(self, least: int = 0, start: int = 0) -> Iterator[tuple[int, bytes]]:
+        """The intact frames from `start` on: where each one ends, and its payload. Raises FolderDamaged when they end
         before byte `least`."""
-        position, start, window = 0, 0, b""
+        position, window = start, b""
         while True:
             offset = position - start
             if len(window) - offset < _FRAME_MAX_BYTES:
                 start, offset = position, 0
-                window = self._read(_CHAIN, start, _WINDOW_BYTES)
+                window = self._read(CHAIN, start, _WINDOW_BYTES)
             frame = _parse_frame(window, offset, position)
             if frame is None:
                 if position < least:
-                    raise self._damaged(_CHAIN, f"its records end at byte {position}, and {least} bytes were there")
+                    raise self._damaged(CHAIN, f"its records end at byte {position}, and {least} bytes were there")
                 return
             position += _FRAME.size + len(frame[1])
             yield position, frame[1]
 
     def _check_chain(self) -> None:
         """Find where the intact frames end. Raises FolderDamaged unless what follows is a torn tail."""
-        size = self._size(_CHAIN) or 0  # first: a driver may be appending more meanwhile
+        size = self._size(CHAIN) or 0  # first: a driver may be appending more meanwhile
         end = 0
         for end, _ in self._frames():
             if end >= size:
                 break
         if end < size and self._durable_between(end + 1, size):
             raise FolderDamaged(
-                f"{self.path / _CHAIN} is damaged at byte {end}, and records that were safe on the disk follow. "
+                f"{self.path / CHAIN} is damaged at byte {end}, and records that were safe on the disk follow. "
                 "Restore the file from a copy; the job's members hold its Commits too."
             )
-        self._ends[_CHAIN] = end
+        self._ends[CHAIN] = end
         self.cut_bytes = max(0, size - end)
 
     def _durable_between(self, start: int, size: int) -> bool:
         """Whether an intact durable frame starts in [start, size)."""
         for base in range(start, size, _WINDOW_BYTES):
-            window = self._read(_CHAIN, base, _WINDOW_BYTES + _FRAME_MAX_BYTES)
+            window = self._read(CHAIN, base, _WINDOW_BYTES + _FRAME_MAX_BYTES)
             found = window.find(_MARK)
             while 0 <= found < _WINDOW_BYTES:
                 frame = _parse_frame(window, found, base + found)
@@ -501,7 +538,7 @@ class RunFolder:
     def _cut_tails(self) -> None:
         with _writing(self.path):
             if self.cut_bytes:
-                self._cut(_CHAIN, self._ends[_CHAIN])
+                self._cut(CHAIN, self._ends[CHAIN])
             for kind in LINES:
                 size = self._size(kind.FILE) or 0
                 tail = self._read(kind.FILE, max(0, size - LINE_MAX_BYTES), LINE_MAX_BYTES)
@@ -564,7 +601,7 @@ def _moment(line: Line) -> float:
 def _is_own(name: str) -> bool:
     scratch = re.fullmatch(r"\.(.+)\.(new|\d+)", name)  # `.new` as it is written here, a number by process so-and-so
     if scratch is not None:
-        return scratch[1] in _OWN_NAMES or scratch[1] == _CHAIN.replace("/", ".")
+        return scratch[1] in _OWN_NAMES or scratch[1] == CHAIN.replace("/", ".")
     return name in _OWN_NAMES or name in (_REPLACED, _GONE)
 
 
@@ -620,6 +657,18 @@ def pid_in_lock(path: Path) -> int | None:
     except OSError:
         return None
     return int(holder) if holder.isdigit() else None
+
+
+def intact_end(path: Path) -> int:
+    """Where the intact frames of a folder's records end, be it a whole run folder or not."""
+    return max((end for end, _ in records_after(path, 0)), default=0)
+
+
+def records_after(path: Path, position: int) -> Iterator[tuple[int, Envelope]]:
+    """The records of a folder, be it a whole one or not, from where one of them begins: where each ends, and what it
+    is."""
+    for end, payload in RunFolder(path, DirectoryDisk(path), None)._frames(start=position):
+        yield end, Envelope.from_bytes(payload, RECORD_BODY_MAX_BYTES)
 
 
 def is_unsettled(path: Path) -> bool:

@@ -16,8 +16,8 @@ from typing import TypeAlias
 import msgspec
 
 from shoal.driver.account import ReportImpossible, RunContents
-from shoal.driver.bills import Bill, bill
 from shoal.driver.lines import AuditLine, AuditVerdict, Event, EventKind, Lane, LaneSegment, NodeHex
+from shoal.purse.bills import Bill, bill
 
 CURVE_POINTS_MAX = 500
 LANES_MAX = 64
@@ -37,6 +37,8 @@ class NodeStatus(StrEnum):
     WORKING = "working"
     FINISHED = "finished"
     LEFT = "left"
+    RECLAIMED = "reclaimed"
+    """Its owner took it back, with the notice that was agreed."""
     DIED = "died"
     EXCLUDED = "excluded"
     REFUSED = "refused"

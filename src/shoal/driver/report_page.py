@@ -18,10 +18,10 @@ from html import escape
 
 import msgspec
 
-from shoal.driver.bills import Bill
 from shoal.driver.lines import AuditVerdict, EventKind, Lane
 from shoal.driver.report import CurvePoint, ExclusionReport, LaneReport, Mark, NodeReport, NodeStatus, Report
 from shoal.driver.report_style import SCRIPT, STYLE
+from shoal.purse.bills import Bill
 from shoal.quantities import format_bytes, format_count, format_duration_s, format_rate_bps
 from shoal.quantities.money import format_money
 
@@ -49,6 +49,7 @@ _STATUS = {
     NodeStatus.WORKING: ("plain", _DASH),
     NodeStatus.FINISHED: ("good", _TICK),
     NodeStatus.LEFT: ("plain", _DASH),
+    NodeStatus.RECLAIMED: ("plain", _DASH),
     NodeStatus.DIED: ("bad", _CROSS),
     NodeStatus.EXCLUDED: ("bad", _CROSS),
     NodeStatus.REFUSED: ("plain", _DASH),

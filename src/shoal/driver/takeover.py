@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from shoal.driver.account import say_if_older
@@ -52,9 +52,13 @@ async def take_over(
     store: BlobStore,
     clock: Clock,
     reach: Callable[[Sequence[bytes]], Awaitable[None]],
+    gone: Collection[bytes] = (),
+    alone: bool = False,
 ) -> TakenOver:
     """Begin the next term on the newest Commit of the folder's chain. `reach` opens links to nodes that worked for the
-    job, so that they can be asked whether they hold a newer one. Raises CannotTakeOver, StorageError."""
+    job, so that they can be asked whether they hold a newer one. Who follows another driver needs the promise of most
+    of them to follow that one no longer, those left out that are `gone` with it, or all where it is left `alone`.
+    Raises CannotTakeOver, StorageError."""
     chain = await asyncio.to_thread(read_record, folder)
     older = say_if_older(folder, folder.notes(RoundMetrics), (commit for commit, _, _ in chain.commits))
     if older is not None:
@@ -65,10 +69,16 @@ async def take_over(
     allowed = may_drive(grant, key.node_id, None, 0, 0, clock.now_ms())
     if not allowed.allowed:
         raise CannotTakeOver(allowed.sentence)
-    last = chain.commits[-1][0].round if chain.commits else -1
     former = list(dict.fromkeys(chain.node_of.values()))
     await reach(former)
-    heads = await _heads(former, folder, endpoint)
+    heir = chain.driver not in (None, key.node_id)
+    answers = await _heads(former, folder, endpoint, chain.term_number + 1 if heir else None)
+    if heir:
+        if not alone:
+            _check_promises(chain, answers, gone)
+        await asyncio.to_thread(_take_back_unheard, folder, chain, store)
+    last = chain.commits[-1][0].round if chain.commits else -1
+    heads = list(answers.values())
     own = chain.commits[-1][1] if chain.commits else None
     choice = choose_head(folder.job.record_id, grant, [own, *heads], folder.job.network)
     if choice.round > last:
@@ -101,22 +111,52 @@ async def take_over(
     return TakenOver(records, standing, state, retired)
 
 
-async def _heads(former: Sequence[bytes], folder: RunFolder, endpoint: Endpoint) -> list[Envelope | None]:
-    """What members that can be reached over open links report as their newest Commit."""
+def _check_promises(chain: Chain, answers: Mapping[bytes, Envelope | None], gone: Collection[bytes]) -> None:
+    """Raises CannotTakeOver unless most of those whose work counted last have promised to follow this driver."""
+    last = {chain.node_of[entry.member] for entry in chain.commits[-1][0].accepted} if chain.commits else set()
+    last -= set(gone) - answers.keys()
+    promised = len(last & answers.keys())
+    if 2 * promised < len(last):
+        raise CannotTakeOver(
+            f"{promised} of the {len(last)} members whose work counted last have promised to follow no older driver; "
+            "the others cannot be reached, or have heard of theirs just now."
+        )
 
-    async def ask(node: bytes) -> Envelope | None:
+
+def _take_back_unheard(folder: RunFolder, chain: Chain, store: BlobStore) -> None:
+    """The last Commits of a driver before this one, where their updates are not here: it has died before they came, and
+    before any member heard of them. Where one did hear, its head says so."""
+    sound = next(
+        (at for at, (commit, _, _) in enumerate(chain.commits)
+         if not all(store.has(entry.update.hash) for entry in commit.accepted)),
+        len(chain.commits),
+    )  # fmt: skip
+    if sound < len(chain.commits):
+        unheard = chain.commits[sound:]
+        folder.take_back({envelope.record_id for _, envelope, _ in unheard}, unheard[0][0].round)
+        del chain.commits[sound:]
+
+
+async def _heads(
+    former: Sequence[bytes], folder: RunFolder, endpoint: Endpoint, term: int | None
+) -> dict[bytes, Envelope | None]:
+    """What members that can be reached over open links report as their newest Commit, by node; with a `term`, of those
+    that promise to follow no older one."""
+
+    async def ask(node: bytes) -> tuple[bytes, Envelope | None] | None:
         link = endpoint.links().get(node)
         if link is None or link.closed:
             return None
-        body = encode(HeadAsk(job=folder.job.record_id), link.version)
+        body = encode(HeadAsk(job=folder.job.record_id, term=term), link.version)
         try:
             answer = await link.request(HeadAsk.KIND, body, deadline_s=HEAD_DEADLINE_S, reply_max_bytes=Head.MAX_BYTES)
             packed = decode(Head, answer, link.version).commit
-            return Envelope.from_bytes(packed, Head.MAX_BYTES) if packed else None
+            return node, Envelope.from_bytes(packed, Head.MAX_BYTES) if packed else None
         except (LinkError, BadRecord):
             return None
 
-    return list(await asyncio.gather(*(ask(node) for node in former[-ASKED_MAX:])))
+    answers = await asyncio.gather(*(ask(node) for node in former[-ASKED_MAX:]))
+    return dict(one for one in answers if one is not None)
 
 
 def _state_after(chain: Chain, store: BlobStore) -> SharedState:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,12 +23,13 @@ from shoal.driver.lines import Event, EventKind, Lane, RoundMetrics
 from shoal.driver.members import MemberLine, MemberLines, NotOfThisJob
 from shoal.driver.nearness import refuse_far
 from shoal.driver.report import NodeFigures, NodeStatus
-from shoal.driver.treasurer import NoMoney, Treasurer
+from shoal.driver.treasurer import Treasurer
 from shoal.errors import BadRecord, LinkError, ShoalError
 from shoal.identity import Envelope, KeyPair, blake3_hash, short_id
 from shoal.ledger.moves import MoneyRefused
 from shoal.market import ANYTHING, Wish
 from shoal.protocol.blobs import BlobHolder, BlobRef
+from shoal.protocol.holds import HoldReclaim
 from shoal.protocol.messages import decode, encode, open_record, sign
 from shoal.protocol.offers import Done, OfferFind
 from shoal.protocol.training import (
@@ -47,13 +49,13 @@ from shoal.protocol.training import (
     TrainJob,
     Turn,
 )
+from shoal.purse.purse import NoMoney
 from shoal.rounds import driving
 from shoal.rounds.joining import OFFERED_MAX_BYTES, is_offered
 from shoal.rounds.standing import Standing
 from shoal.rounds.weights import weigh
 from shoal.storage import BlobStore, DiskFailed, Fetcher, StorageFull
-from shoal.storage.group_commit import LedgerBusy
-from shoal.storage.ledgers import LedgerFailed
+from shoal.storage.faults import LedgerBusy, LedgerFailed
 from shoal.training.outer import OuterStep, WeighedUpdate, measure
 from shoal.training.state import SharedState
 from shoal.training.updates import UPDATE_MEDIA_TYPE, Update, decode_update
@@ -82,6 +84,10 @@ INVITES_MAX = 8
 """Times in a row that a node is invited without any of its work being accepted."""
 UNANSWERED_MAX = 4
 """Contributions of one member that may wait for the driver at a time: lag + 1, and some sent twice."""
+NOTICE_SLACK_S = 5.0
+"""What an owner's word may take until it is here: a notice runs from when it was given."""
+TAKEN_BACK = "Its owner took it back, and had said so in time."
+GONE = (NodeStatus.DIED, NodeStatus.LEFT, NodeStatus.RECLAIMED, NodeStatus.EXCLUDED)
 NOT_BACK = "It has not come back since the driver was started anew."
 PIN = "run"
 """Who pins, in the driver's store, what going on with the job needs."""
@@ -167,6 +173,8 @@ class Watchers:
     event: Callable[[Event], None] = lambda _: None
     recorded: Callable[[Envelope], None] = lambda _: None
     """After each record that was written down."""
+    written: Callable[[], Awaitable[None]] = _nothing
+    """After each Commit that is on the disk, before anybody else hears of it."""
     closing: Callable[[], Awaitable[None]] = _nothing
     """When all rounds are done and the members are still there."""
 
@@ -243,6 +251,8 @@ class TrainingDriver:
         self._side_work: set[asyncio.Task[None]] = set()
         self._invited = Backoff(clock, BETWEEN_INVITES_S)
         self._being_invited = 0
+        self._reclaimed_s: dict[bytes, float] = {}
+        """When nodes are taken back whose owners have given notice."""
         self._dialled: set[bytes] = set()
         self._unreached = Backoff(clock, REST_S, REST_MAX_S)
         self.nodes: dict[bytes, NodeFigures] = {}
@@ -273,6 +283,7 @@ class TrainingDriver:
             (MemberReady.KIND, self._ready),
             (Deliver.KIND, self._delivered),
             (MemberGone.KIND, self._gone),
+            (HoldReclaim.KIND, self._reclaim),
             (CommitsAsk.KIND, self._commits_asked),
         ):
             self._endpoint.handle(kind, handler)
@@ -382,6 +393,8 @@ class TrainingDriver:
                     _log.info("%s: %s", self._name(effect.member_id), effect.sentence)
                 case driving.CatchUp():
                     self._catch_up(effect)
+                case driving.LetGo():
+                    self._beside(self._dismiss(effect.member_id, TAKEN_BACK, NodeStatus.RECLAIMED))
                 case driving.TurnAway():
                     self._beside(self._dismiss(effect.member_id, effect.sentence, NodeStatus.REFUSED))
                 case driving.Retire():
@@ -394,7 +407,7 @@ class TrainingDriver:
             self._broadcast(commit, None, attached)
 
     def _broadcast(self, commit: Envelope | None, assignment: Envelope | None, attached: Mapping[bytes, bytes]) -> None:
-        holders = self._holders()
+        holders = self.holders
         for line in self._lines.by_member.values():
             if line.ready:
                 line.send(
@@ -411,7 +424,14 @@ class TrainingDriver:
         """Sign a Commit and write it down before anyone hears of it; gives what travels with it."""
         commit = effect.commit
         envelope = sign(self._key, commit, self.network)
+        given = [(entry.contribution, self._given[entry.contribution].contribution) for entry in commit.accepted]
+        if self._treasurer is not None:
+            await self._treasurer.owes(
+                effect.commit_id,
+                ((part.node, part.tokens, contribution) for contribution, one in given for part in one.work),
+            )
         await asyncio.to_thread(self._folder.append, envelope, durable=True)
+        await self._watchers.written()
         self._watchers.recorded(envelope)
         self._commits[commit.round] = envelope
         while len(self._commits) > COMMITS_KEPT:
@@ -431,21 +451,18 @@ class TrainingDriver:
         if sum(entry.update.size for entry in commit.accepted) <= ATTACH_MAX_BYTES:
             attached = {entry.member: self._store.read(entry.update.hash) for entry in commit.accepted}
         self._note_commit(commit, weighing)
-        given = [(entry.contribution, self._given[entry.contribution].contribution) for entry in commit.accepted]
         for key in [key for key, one in self._given.items() if one.contribution.round <= commit.round]:
             fetching = self._given.pop(key).fetching
             if fetching is not None:
                 fetching.cancel()  # what came too slowly for its round takes no place from the next one's
         self._watchers.committed(commit, given, self.state)
         if self._treasurer is not None:
-            await self._pay_for(commit, given, self._treasurer)
+            self._pay_for(commit, self._treasurer)
         return envelope, attached
 
-    async def _pay_for(self, commit: Commit, given: Sequence[tuple[bytes, Contribution]], treasurer: Treasurer) -> None:
+    def _pay_for(self, commit: Commit, treasurer: Treasurer) -> None:
         """A Commit that accepted a Contribution owes for it, and ends the job where the next could not be paid."""
-        await treasurer.committed(
-            (part.node, part.tokens, contribution_id) for contribution_id, one in given for part in one.work
-        )
+        treasurer.committed()
         for node, sentence in treasurer.idle().items():
             line = self._lines.of_node(node)
             if line is not None:
@@ -468,7 +485,7 @@ class TrainingDriver:
         problem = None
         try:
             if not self._store.has(contribution.update.hash):
-                await self._fetcher.fetch(contribution.update, self._holders())
+                await self._fetcher.fetch(contribution.update, self.holders)
             data = self._store.read(contribution.update.hash)
             given = self._given.get(contribution_id)
             if given is not None:
@@ -526,7 +543,7 @@ class TrainingDriver:
         line = self._lines.by_member.get(effect.member_id)
         if line is None:
             return
-        holders = self._holders()
+        holders = self.holders
         for number in range(effect.first_round, effect.last_round + 1):
             if number in self._commits:
                 line.send(Turn(job=self.job_id, commit=self._commits[number].to_bytes(), holders=holders))
@@ -542,18 +559,18 @@ class TrainingDriver:
 
     async def _invite(self, node: LinkedNode) -> None:
         self._invited.tried(node.node)
-        state, head = self._offered
-        ref = await asyncio.to_thread(self._store.put, state.to_bytes(), SharedState.MEDIA_TYPE)
-        invite = MemberInvite(
-            job=self.records.job.to_bytes(),
-            grant=self.records.grant.to_bytes(),
-            term=self.records.term.to_bytes(),
-            head=head.to_bytes() if head else None,
-            state=ref,
-            holders=self._holders(),
-        )
         self._being_invited += 1
         try:
+            state, head = self._offered
+            ref = await asyncio.to_thread(self._store.put, state.to_bytes(), SharedState.MEDIA_TYPE)
+            invite = MemberInvite(
+                job=self.records.job.to_bytes(),
+                grant=self.records.grant.to_bytes(),
+                term=self.records.term.to_bytes(),
+                head=head.to_bytes() if head else None,
+                state=ref,
+                holders=self.holders,
+            )
             if self._treasurer is not None:
                 await self._treasurer.secure(node)
             body = encode(invite, node.link.version)
@@ -582,6 +599,8 @@ class TrainingDriver:
         self._note_lanes(lane.closed(self.elapsed_s(), Lane.GONE))
         line = MemberLine(node, envelope.record_id, member, envelope, lane)
         self._lines.add(line)
+        self._reclaimed_s.pop(node.node, None)
+        _log.info("%s was invited", line.name)
         self._names[line.member_id] = line.name
         known = self.nodes.get(node.node)
         self.nodes[node.node] = NodeFigures(
@@ -609,6 +628,7 @@ class TrainingDriver:
         if self._treasurer is not None:
             self._treasurer.ready(line.node.node, message.samples_per_s, self.job.data.sequence_tokens)
         self._tell(driving.MemberJoined(line.member_id, line.record, message.samples_per_s, message.round))
+        self._expect_leaving(line)
         return encode(Done(), request.version)
 
     async def _delivered(self, request: Request) -> bytes:
@@ -661,6 +681,29 @@ class TrainingDriver:
         self._left(line, NodeStatus.LEFT, message.reason)
         return encode(Done(), request.version)
 
+    async def _reclaim(self, request: Request) -> bytes:
+        """A node's owner wants it back: it works until then, and others are looked for."""
+        word = decode(HoldReclaim, request.body, request.version)
+        line = self._lines.of_node(request.peer)
+        if line is None or self._treasurer is None:
+            raise NotOfThisJob(f"Node {short_id(request.peer)} has no place in job {self.job.name!r} that could end.")
+        notice_s = self._treasurer.reclaimed(request.peer, word)
+        if request.peer not in self._reclaimed_s:
+            self._reclaimed_s[request.peer] = self._clock.monotonic() + notice_s
+            self._note(
+                EventKind.NOTE,
+                request.peer,
+                f"{line.name}: its owner takes it back in {notice_s:.0f} s. It works until then, and another node is "
+                "looked for.",
+            )
+            self._expect_leaving(line)
+        return encode(Done(), request.version)
+
+    def _expect_leaving(self, line: MemberLine) -> None:
+        until_s = self._reclaimed_s.get(line.node.node)
+        if until_s is not None:
+            self._tell(driving.MemberLeaving(line.member_id, round(1000 * until_s)))
+
     async def _commits_asked(self, request: Request) -> bytes:
         message = decode(CommitsAsk, request.body, request.version)
         if message.job != self.job_id:
@@ -677,7 +720,7 @@ class TrainingDriver:
                 break
             if packed:
                 commits.append(packed)
-        given = CommitsGiven(commits=tuple(commits), holders=self._holders())
+        given = CommitsGiven(commits=tuple(commits), holders=self.holders)
         return encode(given, request.version)
 
     def _line(self, member_id: bytes, peer: bytes) -> MemberLine:
@@ -693,6 +736,8 @@ class TrainingDriver:
         """A member is gone; that its node `stays` means that it is another member now, and keeps its place."""
         if self._lines.remove(line.member_id) is None:
             return
+        if self._clock.monotonic() >= self._reclaimed_s.get(line.node.node, math.inf) - NOTICE_SLACK_S:
+            status, reason = NodeStatus.RECLAIMED, TAKEN_BACK
         self._close_line(line, status, reason, stays=stays)
         if not self._lines.by_member and self.progress().tokens_total < self.job.token_budget:
             self._note(
@@ -705,7 +750,9 @@ class TrainingDriver:
         await self._lines.tell_end(self.job_id, line, reason)
 
     def _close_line(self, line: MemberLine, status: NodeStatus, reason: str, *, stays: bool = False) -> None:
-        kind = {NodeStatus.DIED: EventKind.DIED, NodeStatus.LEFT: EventKind.LEFT}.get(status, EventKind.EXCLUDED)
+        kind = {
+            NodeStatus.DIED: EventKind.DIED, NodeStatus.LEFT: EventKind.LEFT, NodeStatus.RECLAIMED: EventKind.LEFT,
+        }.get(status, EventKind.EXCLUDED)  # fmt: skip
         self._note_lanes(line.lane.ended(self.elapsed_s()))
         self._set(line.node.node, status=status, reason=reason)
         self._note(kind, line.node.node, f"{line.name}: {reason}")
@@ -721,7 +768,7 @@ class TrainingDriver:
             if not self._driving.started and self._clock.monotonic() >= say_at:
                 say_at = self._clock.monotonic() + WAITING_SAID_EVERY_S
                 self._say_who_is_awaited()
-            if len(self._lines.by_member) >= self._nodes_max:
+            if self._staying() >= self._nodes_max:
                 continue
             former = [node for node in {**dict.fromkeys(self.records.former), **self.nodes} if self._may_invite(node)]
             try:
@@ -762,10 +809,16 @@ class TrainingDriver:
         finally:
             self._dialled.discard(one.node)
         self._unreached.succeeded(one.node)
-        if len(self._lines.by_member) + self._being_invited < self._nodes_max:
+        if self._staying() + self._being_invited < self._nodes_max:
             await self._invite(node)
 
+    def _staying(self) -> int:
+        """Members whose nodes are not taken back soon."""
+        return sum(line.node.node not in self._reclaimed_s for line in self._lines.by_member.values())
+
     def _may_invite(self, node: bytes) -> bool:
+        if self._clock.monotonic() < self._reclaimed_s.get(node, 0.0):
+            return False
         if self._invited.times(node) >= INVITES_MAX or node in self._dialled:
             return False
         if self._invited.rests(node) or self._unreached.rests(node):
@@ -780,7 +833,7 @@ class TrainingDriver:
                 self._note_lanes(line.lane.closed(now, Lane.WAITING))
                 self._set(line.node.node, status=NodeStatus.FINISHED)
         for node, figures in self.nodes.items():
-            if figures.status in (NodeStatus.DIED, NodeStatus.LEFT, NodeStatus.EXCLUDED) and node in self._lanes:
+            if figures.status in GONE and node in self._lanes:
                 gone = Lane.EXCLUDED if figures.status is NodeStatus.EXCLUDED else Lane.GONE
                 self._note_lanes(self._lanes[node].closed(now, gone))
 
@@ -792,7 +845,9 @@ class TrainingDriver:
         await self._lines.close()
         await asyncio.gather(*(self._lines.tell_end(self.job_id, line, reason) for line in lines))
 
-    def _holders(self) -> tuple[BlobHolder, ...]:
+    @property
+    def holders(self) -> tuple[BlobHolder, ...]:
+        """Who holds the job's blobs: this driver first."""
         own = BlobHolder(self._key.node_id, tuple(self._endpoint.addresses))
         return (own, *(line.node.holder for line in list(self._lines.by_member.values())[:63]))
 

@@ -73,7 +73,10 @@ async def _streams(ours: socket.socket, limit: int) -> _Streams:
 class ForkedProcess:
     """An engine's process, with what is used of `asyncio.subprocess.Process`."""
 
-    def __init__(self, pid: int, commands: _Streams, replies: _Streams, errors: _Streams, status: _Streams) -> None:
+    def __init__(
+        self, template: _Template, pid: int, commands: _Streams, replies: _Streams, errors: _Streams, status: _Streams
+    ) -> None:
+        self._template = template
         self.pid = pid
         self.returncode: int | None = None
         self.stdin, self.stdout, self.stderr = commands[1], replies[0], errors[0]
@@ -93,6 +96,7 @@ class ForkedProcess:
             (self.returncode,) = STATUS.unpack(await status.readexactly(STATUS.size))
         except (asyncio.IncompleteReadError, ConnectionError):  # the template was killed, and its engines with it
             self.returncode = -signal.SIGKILL
+            warm(gone=self._template)
         return self.returncode
 
 
@@ -133,10 +137,11 @@ class _Template:
 _template: _Template | None = None
 
 
-def warm() -> None:
-    """Have the template load its libraries now, so that the first engine does not wait for them."""
+def warm(gone: _Template | None = None) -> None:
+    """Have the template load its libraries now, so that the first engine does not wait for them; another one in place
+    of one that is `gone`."""
     global _template
-    if CAN_FORK and (_template is None or not _template.lives):
+    if CAN_FORK and (_template is None or _template is gone or not _template.lives):
         if _template is not None:
             _template.close()
             atexit.unregister(_template.close)
@@ -148,16 +153,17 @@ async def fork_engine(worker: str, environment: Mapping[str, str], stream_limit:
     """Fork an engine; None where that cannot be: the system does not allow it, or the template ended
     (an engine that is started afresh then says why). `stream_limit` bounds what is buffered of each of its streams."""
     warm()
-    if _template is None:
+    template = _template
+    if template is None:
         return None
     pairs = [socket.socketpair() for _ in range(SOCKETS)]
     try:
-        _template.start(Start(worker, dict(environment)), [theirs for _, theirs in pairs])
+        template.start(Start(worker, dict(environment)), [theirs for _, theirs in pairs])
         commands, replies, errors, status = [await _streams(ours, stream_limit) for ours, _ in pairs]
         (pid,) = STATUS.unpack(await status[0].readexactly(STATUS.size))
     except (OSError, asyncio.IncompleteReadError):
         return None
-    return ForkedProcess(pid, commands, replies, errors, status)
+    return ForkedProcess(template, pid, commands, replies, errors, status)
 
 
 # --- the process itself ---------------------------------------------------------------------------------------------
@@ -238,10 +244,12 @@ def _be_engine(start: Start, template: int) -> NoReturn:
 
 def main() -> None:
     die_with_parent(int(sys.argv[1]))
+    gc.disable()  # what is loaded stays, and looking for garbage in it again and again takes a fifth of the time
     for module in (*LOADED, *WORKERS):
         importlib.import_module(module)
     gc.collect()
     gc.freeze()  # a collection in an engine would copy every page that it shares
+    gc.enable()
     serve(socket.socket(fileno=os.dup(0)))
 
 

@@ -22,8 +22,9 @@ from shoal.house.messages import (
     LinesFound,
     Mint,
     NewestCheckpoint,
+    NoMint,
+    NotOverLinks,
 )
-from shoal.house.service import NoMint, NotOverLinks
 from shoal.identity import Envelope, short_id
 from shoal.ledger.book import NotSigned
 from shoal.ledger.commands import Command
@@ -33,10 +34,9 @@ from shoal.ledger.moves import MoneyRefused, Move
 from shoal.protocol.ledgers import LedgerTicket
 from shoal.protocol.messages import DEFAULT_NETWORK, Message, decode, encode
 from shoal.protocol.money import Checkpoint, HouseLedger, open_checkpoint
-from shoal.storage.group_commit import LedgerBusy
-from shoal.storage.ledgers import LedgerFailed
+from shoal.storage.faults import LedgerBusy, LedgerFailed
 from shoal.transport.allowances import TooManyRequests
-from shoal.world import Clock, Dice, Endpoint, Link, LinkLost, Refused, SystemDice
+from shoal.world import Clock, Dice, Endpoint, Link, LinkLost, OutcomeUnknown, Refused, SystemDice
 
 DIAL_DEADLINE_S = 10.0
 REQUEST_DEADLINE_S = 20.0
@@ -45,12 +45,6 @@ PAGE_WAITS_MAX = 60
 this comes too often."""
 A = TypeVar("A", bound=Message)
 Question = AskLedger | AskAccount | AskEscrow | AskBond | AskLines | AskCheckpoint | ApplyCommand | Mint
-
-
-class OutcomeUnknown(LinkError):
-    """A ledger was asked to move money, and its answer was lost: it may have done so or not."""
-
-    code = "SH-340"
 
 
 class OtherLedger(LinkError):

@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar
 
 from msgspec import Meta
 
+from shoal.errors import BadInput
 from shoal.identity import Hash, NodeId
 from shoal.identity.accounts import Address
 from shoal.ledger.bonds import Bond
@@ -23,6 +24,18 @@ PAGE_BYTES = 512 * 1024
 """Of the journal in one answer; a line that is longer comes alone."""
 ANSWER_MAX_BYTES = 1 << 20
 """The end of an escrow with as many payees as there may be moves so much."""
+
+
+class NotOverLinks(BadInput):
+    """A ledger is asked over a link for what only its operator does, or what it does by itself."""
+
+    code = "SH-131"
+
+
+class NoMint(BadInput):
+    """A ledger has no development mint, or one that gives less at a time."""
+
+    code = "SH-132"
 
 
 class AskLedger(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from importlib.metadata import version
 
-from shoal.errors import BadInput
 from shoal.house.messages import (
     PAGE_BYTES,
     AccountState,
@@ -27,6 +26,8 @@ from shoal.house.messages import (
     LinesFound,
     Mint,
     NewestCheckpoint,
+    NoMint,
+    NotOverLinks,
 )
 from shoal.identity import KeyPair
 from shoal.ledger.commands import Deposit, Pass
@@ -35,7 +36,8 @@ from shoal.protocol.ledgers import MINTED
 from shoal.protocol.messages import DEFAULT_NETWORK, decode, encode, sign
 from shoal.protocol.money import Checkpoint, HouseLedger
 from shoal.quantities.money import format_money
-from shoal.storage.group_commit import GroupCommit, LedgerBusy
+from shoal.storage.faults import LedgerBusy
+from shoal.storage.group_commit import GroupCommit
 from shoal.transport.allowances import AtOnce, RateLimit
 from shoal.world import Clock, Endpoint, Request
 
@@ -46,18 +48,6 @@ MINTS_PER_S, MINTS_BURST = 0.5, 10
 """What one peer may ask for."""
 AT_ONCE_PER_SOURCE = 128
 """Requests under way from one address, whatever keys ask."""
-
-
-class NotOverLinks(BadInput):
-    """A ledger is asked over a link for what only its operator does, or what it does by itself."""
-
-    code = "SH-131"
-
-
-class NoMint(BadInput):
-    """A ledger has no development mint, or one that gives less at a time."""
-
-    code = "SH-132"
 
 
 class LedgerService:

@@ -4,34 +4,15 @@
   for tests.
 - `HubService` answers on links: `offer.publish`, `offer.find`, `introduce`, `hub.info`, `hub.probe`.
 - `web.make_app` is the HTTP face: reading only, with an OpenAPI document.
-- `HubServer` puts these together on a data directory; `HubClient` is the other side, for several hubs at once.
+- `server.HubServer` puts these together on a data directory; `HubClient` is the other side, for several hubs at once.
 
 Invariants: a record is kept and given out byte for byte as it came; what was acknowledged survives `kill -9`; a higher
 sequence of a node is never replaced by a lower one; lifetimes are counted on the hub's clock from arrival, so no
 node's clock matters; nobody but its maker can make a known offer live on; whoever reads from a hub verifies.
+
+Only the client is imported with the room: databases and web servers are for those who run a hub.
 """
 
 from shoal.hub.client import HubClient, HubState, MeasuredLink, NoHub, NoIntroduction
-from shoal.hub.index import HubFull, KeptOffer, MemoryOfferIndex, OfferIndex
-from shoal.hub.server import HubPlaces, HubServer, HubSettings
-from shoal.hub.service import HubService, NotLinked
-from shoal.hub.store import HubStoreFailed, SqlOfferIndex
 
-__all__ = [
-    "HubClient",
-    "HubFull",
-    "HubPlaces",
-    "HubServer",
-    "HubService",
-    "HubSettings",
-    "HubState",
-    "HubStoreFailed",
-    "KeptOffer",
-    "MeasuredLink",
-    "MemoryOfferIndex",
-    "NoHub",
-    "NoIntroduction",
-    "NotLinked",
-    "OfferIndex",
-    "SqlOfferIndex",
-]
+__all__ = ["HubClient", "HubState", "MeasuredLink", "NoHub", "NoIntroduction"]

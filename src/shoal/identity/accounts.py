@@ -24,6 +24,7 @@ Address = Annotated[bytes, Meta(min_length=ADDRESS_BYTES, max_length=ADDRESS_BYT
 AccountSignature = Annotated[bytes, Meta(min_length=SIGNATURE_BYTES, max_length=SIGNATURE_BYTES)]
 ORDER = 0xFFFFFFFF_FFFFFFFF_FFFFFFFF_FFFFFFFE_BAAEDCE6_AF48A03B_BFD25E8C_D0364141
 """Of the curve's group (SEC 2, section 2.4.1)."""
+_HALF_ORDER = (ORDER // 2).to_bytes(32)
 KEY_FILE_MAX = 256
 
 
@@ -79,14 +80,20 @@ class AccountKey:
 
 
 def address_of(public: coincurve.PublicKey) -> bytes:
-    return keccak_256(public.format(compressed=False)[1:])[-ADDRESS_BYTES:]
+    return _address_of(public.format(compressed=False))
+
+
+@lru_cache(maxsize=4096)
+def _address_of(public: bytes) -> bytes:
+    """Of the same key many times: of a job's vouchers, one for each step."""
+    return keccak_256(public[1:])[-ADDRESS_BYTES:]
 
 
 def signer_of(digest: bytes, signature: bytes) -> bytes | None:
     """The address whose key signed this digest; None where nobody's did, or the signature has its other form."""
     if len(signature) != SIGNATURE_BYTES or signature[64] not in (27, 28):
         return None
-    if int.from_bytes(signature[32:64]) > ORDER // 2:
+    if signature[32:64] > _HALF_ORDER:
         return None
     compact = signature[:64] + bytes((signature[64] - 27,))
     try:

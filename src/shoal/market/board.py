@@ -26,7 +26,7 @@ ROWS_FIRST = 256
 TIERS: tuple[str, ...] = get_args(Tier)
 NUMBERS = (
     "memory_bytes", "flops", "memory_bytes_per_s", "bandwidth_bytes_per_s", "latency_ms", "price_micro_per_h",
-    "height_ms", "reputation",
+    "height_ms", "reputation", "reclaim_notice_ms",
 )  # fmt: skip
 WORKS = ("train", "serve", "engine", "run")
 """Kinds of work that many nodes take."""
@@ -132,6 +132,7 @@ class Board:
                 device.memory_bytes, best_flops(device), device.memory_bytes_per_s,
                 offer.capability.hub_rate_bps / 8, np.inf if listing.latency_ms is None else listing.latency_ms,
                 price.micro_per_h if price else 0, at.height_ms, listing.reputation,
+                offer.reclaim_notice_ms,
             )  # fmt: skip
             for name, number in zip(NUMBERS, numbers, strict=True):
                 self._numbers[name][row] = number

@@ -18,7 +18,7 @@ from shoal.identity.accounts import Address, address_text
 from shoal.ledger.escrows import Escrow, Paid, State
 from shoal.protocol.holds import LEASE_STEP_MS, RELEASES_MAX, SLOTS_MAX, Hold, HoldAsk, Release
 from shoal.protocol.money import DAY_MS, TIME_MAX_MS, LedgerName
-from shoal.protocol.offers import UnixMs
+from shoal.protocol.offers import ReclaimNoticeMs, UnixMs
 from shoal.protocol.orders import HOUR_MS
 from shoal.protocol.prices import Price
 from shoal.quantities.money import format_money
@@ -97,7 +97,8 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
     ledger: LedgerName
     payee: Address
     slots: int = 1
-    works: tuple[str, ...] = ("train",)
+    reclaim_notice_ms: ReclaimNoticeMs = 0
+    works: tuple[str, ...] = ("train", "serve")
     holdback_max_ppm: int = 300_000
     audit_max_ms: int = 7 * DAY_MS
     notice_least_ms: int = 30_000
@@ -124,6 +125,11 @@ def is_free(slots: Slots, slot: int, from_ms: int, until_ms: int, now_ms: int) -
     )
 
 
+def taken(slots: Slots, now_ms: int) -> list[Kept]:
+    """Of what is promised, that for which money is set aside."""
+    return [one for one in held(slots, now_ms) if one.hold.escrow is not None]
+
+
 def hold_of(slots: Slots, client: bytes, now_ms: int) -> Kept | None:
     return next((one for one in held(slots, now_ms) if one.hold.client == client), None)
 
@@ -136,10 +142,13 @@ def promised(slots: Slots, client: bytes, now_ms: int) -> Kept:
     return known
 
 
-def ask(slots: Slots, wanted: HoldAsk, client: bytes, terms: Terms, unheld: int, now_ms: int) -> Hold:
+def ask(
+    slots: Slots, wanted: HoldAsk, client: bytes, terms: Terms, unheld: int, now_ms: int, closes_ms: int | None = None
+) -> Hold:
     """The Hold to be signed for whoever asks; the one it has, where it has one. `unheld` slots are taken by work that
-    nobody holds a place for. Raises HoldRefused."""
+    nobody holds a place for; `closes_ms` is when the node's owner takes it back. Raises HoldRefused."""
     now_ms = now_or_refuse(slots, now_ms)
+    refuse_closing(closes_ms, now_ms)
     if wanted.work not in terms.works:
         raise HoldRefused(f"This node takes no {wanted.work} jobs for money; it takes {', '.join(terms.works)}.")
     if wanted.ledger != terms.ledger:
@@ -174,18 +183,30 @@ def ask(slots: Slots, wanted: HoldAsk, client: bytes, terms: Terms, unheld: int,
     slot = free[0]
     return Hold(
         slot=slot, number=next_number(slots, now_ms), client=client, work=wanted.work, from_ms=now_ms,
-        until_ms=until_ms, price=terms.price, ledger=terms.ledger, payer=wanted.payer,
-        payee=terms.payee, released=released(slots, slot, now_ms),
+        until_ms=until_ms, price=terms.price, ledger=terms.ledger, payer=wanted.payer, payee=terms.payee,
+        reclaim_notice_ms=terms.reclaim_notice_ms, released=released(slots, slot, now_ms),
     )  # fmt: skip
 
 
-def take(slots: Slots, client: bytes, escrow: Escrow | None, terms: Terms, now_ms: int) -> Hold:
-    """The Hold to be signed once there is money for one, and again to make it last. Raises HoldRefused."""
+def take(
+    slots: Slots, client: bytes, escrow: Escrow | None, terms: Terms, now_ms: int, closes_ms: int | None = None
+) -> Hold:
+    """The Hold to be signed once there is money for one, and again to make it last: not past `closes_ms`, at which the
+    node's owner takes it back. Raises HoldRefused."""
     now_ms = now_or_refuse(slots, now_ms)
     known = promised(slots, client, now_ms)
     if escrow is None:
         raise HoldRefused("The ledger has no such escrow.")
-    ends_ms = check_escrow(escrow, known.hold, terms, now_ms)
+    if known.hold.escrow != escrow.escrow_id:
+        refuse_closing(closes_ms, now_ms)
+    if escrow.terms.payer != known.hold.payer:
+        raise HoldRefused(
+            f"{escrow.name} is {address_text(escrow.terms.payer)}'s, and the slot is held for "
+            f"{address_text(known.hold.payer)}."
+        )
+    ends_ms = check_escrow(escrow, known.hold.payee, terms, now_ms)
+    if closes_ms is not None:
+        ends_ms = min(ends_ms, closes_ms)
     return msgspec.structs.replace(
         known.hold, number=next_number(slots, now_ms), from_ms=now_ms,
         until_ms=max(known.hold.until_ms, min(now_ms + LEASE_STEP_MS, ends_ms, _next_hour(slots, known.hold, now_ms))),
@@ -227,6 +248,15 @@ def give_back(slots: Slots, release: Release, client: bytes, packed: bytes, now_
     return Slots(slots.number, now_ms, others, (*slots.pending, more), hours)
 
 
+def refuse_closing(closes_ms: int | None, now_ms: int) -> None:
+    """Raises HoldRefused where the node's owner takes it back."""
+    if closes_ms is not None:
+        raise HoldRefused(
+            f"This node's owner takes it back in {max(0, closes_ms - now_ms) / 1000:.0f} s: it keeps no more places. "
+            "Take another node."
+        )
+
+
 def next_number(slots: Slots, now_ms: int) -> int:
     """Also where what was signed before is lost: two Holds of one number convict."""
     return max(slots.number + 1, now_ms)
@@ -259,18 +289,14 @@ def released(slots: Slots, slot: int, now_ms: int) -> tuple[bytes, ...]:
     return tuple(one.packed for one in slots.pending if one.slot == slot and one.until_ms > now_ms)
 
 
-def check_escrow(escrow: Escrow, hold: Hold, terms: Terms, now_ms: int) -> int:
-    """When it ends. Raises HoldRefused."""
+def check_escrow(escrow: Escrow, payee: bytes, terms: Terms, now_ms: int) -> int:
+    """When it ends; that it has something for `payee` until then, on the node's terms. Raises HoldRefused."""
     said, asked = escrow.name, escrow.terms
     if escrow.state is not State.OPEN or escrow.ends_ms - now_ms < LEASE_LEAST_MS:
         left_s = max(0, escrow.ends_ms - now_ms) / 1000 if escrow.state is State.OPEN else 0
         raise HoldRefused(f"{said} ends in {left_s:.0f} s; {LEASE_LEAST_MS / 1000:.0f} s are needed at least.")
-    if asked.payer != hold.payer:
-        raise HoldRefused(
-            f"{said} is {address_text(asked.payer)}'s, and the slot is held for {address_text(hold.payer)}."
-        )
-    if escrow.most_for(hold.payee) <= escrow.paid.get(hold.payee, Paid()).redeemed_micro:
-        raise HoldRefused(f"{said} has nothing for {address_text(hold.payee)}, where this node is paid.")
+    if escrow.most_for(payee) <= escrow.paid.get(payee, Paid()).redeemed_micro:
+        raise HoldRefused(f"{said} has nothing for {address_text(payee)}, where this node is paid.")
     for what, value, most_allowed in (
         ("holds back", asked.holdback_ppm, terms.holdback_max_ppm),
         ("takes a fee of", asked.fee_ppm, terms.fee_max_ppm),

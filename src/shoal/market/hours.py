@@ -127,9 +127,10 @@ def claim(slots: Slots, sale: Sale, escrow: Escrow | None, terms: Terms, now_ms:
         slot=hour.slot, number=next_number(slots, now_ms), client=sale.buyer, work="train", from_ms=sale.start_ms,
         until_ms=ends_ms, price=Price(sale.price_micro, terms.ledger.currency), ledger=terms.ledger,
         payer=escrow.terms.payer, payee=sale.payee, escrow=escrow.escrow_id,
+        reclaim_notice_ms=terms.reclaim_notice_ms,
         released=released(slots, hour.slot, now_ms),
     )  # fmt: skip
-    if check_escrow(escrow, hold, terms, now_ms) < ends_ms:
+    if check_escrow(escrow, sale.payee, terms, now_ms) < ends_ms:
         raise HoldRefused(f"{escrow.name} ends before the hour that it is to pay for.")
     if escrow.most_for(sale.payee) < sale.price_micro:
         raise HoldRefused(

@@ -129,6 +129,7 @@ def demands(board: Board, wanted: Requirements) -> Iterator[Demand]:
         ("flops_min", wanted.flops_min, "flops", _flops, lambda text: parse_count(text.removesuffix("FLOP/s"))),
         ("memory_rate_min", wanted.memory_rate_min, "memory_bytes_per_s", _rate, parse_bytes_per_s),
         ("bandwidth_min", wanted.bandwidth_min, "bandwidth_bytes_per_s", _bits, parse_bytes_per_s),
+        ("notice_min", wanted.notice_min_ms, "reclaim_notice_ms", _notice, _read_ms),
     )
     for name, value, column, show, read in least:
         if value > 0:
@@ -268,6 +269,10 @@ def _read_ms(text: str) -> float:
 
 def _ms(value: float) -> str:
     return f"{value:.3g} ms" if value < 100 else f"{value:.0f} ms"
+
+
+def _notice(value: float) -> str:
+    return f"{value / 1000:.0f} s"
 
 
 def _share(value: float) -> str:

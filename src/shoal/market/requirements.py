@@ -11,7 +11,7 @@ from msgspec import Meta
 
 from shoal.market.reputation import NEW, REPUTATION_LEAST
 from shoal.protocol.money import LedgerName
-from shoal.protocol.offers import Country, Region, Tier
+from shoal.protocol.offers import Country, ReclaimNoticeMs, Region, Tier
 from shoal.protocol.prices import Currency, PricePerHour
 
 DeviceKind: TypeAlias = Literal["any", "cpu", "cuda", "rocm", "mps", "xpu"]
@@ -55,6 +55,8 @@ class Requirements(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     reputation_min: Annotated[float, Meta(ge=0, le=1)] = REPUTATION_LEAST
     """From 0 to 1: how a node has kept its word in your own earlier jobs; 0.5 for one that had no part in any. Those
     that were found lying are below the default."""
+    notice_min_ms: ReclaimNoticeMs = 0
+    """How long beforehand an owner who wants a node back has to say so; what is free promises none."""
     price_max: MaximumPrice | None = None
     """What a node may cost, such as 0.35/h."""
     currency: Currency | None = None

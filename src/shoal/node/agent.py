@@ -20,6 +20,8 @@ from shoal.hub import HubClient, NoHub
 from shoal.identity import Envelope, KeyPair
 from shoal.market.holds import Terms
 from shoal.node.engine import EngineHost
+from shoal.node.hosted_job import Around, HostSettings
+from shoal.node.hosting import CannotHost, Hosting
 from shoal.node.hours import Hours
 from shoal.node.member import (
     PIN_PREFIX,
@@ -33,7 +35,9 @@ from shoal.node.openai_server import ServerSettings
 from shoal.node.sales import Sales
 from shoal.node.stages import StageHost
 from shoal.node.surveying import Prober, Surveyor
+from shoal.protocol.driving import DriveBegin
 from shoal.protocol.messages import DEFAULT_NETWORK, decode, encode, sign
+from shoal.protocol.money import SignedVoucher
 from shoal.protocol.offers import Capability, Device, Done, EngineOffer, NetworkCoordinate, Offer, Place
 from shoal.protocol.prices import Price
 from shoal.protocol.serving import LinkEcho
@@ -66,11 +70,12 @@ OFFER_LOOK_S = 0.5
 """So often a node looks whether its offer still says what is, and so long at least it waits between two of them: hubs
 take no more."""
 HEAD_DEADLINE_S = 8.0
+NOTICE_OVER = "Its owner took it back when the notice was over."
 INVITED_ANEW = "It was invited anew."
 """The reason with which a membership ends that another one of the same job follows at once."""
 
-_Said: TypeAlias = tuple[bool, EngineOffer | None, NetworkCoordinate | None]
-"""What of an offer changes while the node runs: busy, its engine, where it is."""
+_Said: TypeAlias = tuple[bool, EngineOffer | None, NetworkCoordinate | None, bool]
+"""What of an offer changes while the node runs: busy, its engine, where it is, whether it would drive a job."""
 
 _log = logging.getLogger("shoal.node")
 
@@ -107,6 +112,10 @@ class Sale:
     ledger: Ledger
     payee: bytes
     """The account."""
+    reclaim_notice_ms: int = 0
+    """What clients are given when the owner wants the machine back."""
+    serves_free: bool = False
+    """Serving costs nothing all the same."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +137,8 @@ class NodeSettings:
     place: Place | None = None
     server: ServerSettings | None = None
     """A server beside it that serves a whole model, which it offers, too."""
+    driving: HostSettings | None = None
+    """None: it drives no jobs for others."""
     network: str = DEFAULT_NETWORK
 
 
@@ -172,6 +183,11 @@ def check_device(name: str, capability: Capability) -> None:
         raise DeviceMissing(f"This machine has no device {name!r} that works; it has {there}.")
 
 
+def _beside(listen: str | None) -> str | None:
+    """Where a process beside the node accepts links, at a port of its own."""
+    return f"{listen.rpartition(':')[0]}:0" if listen is not None else None
+
+
 class NodeAgent:
     """One node. `run` goes on until it is cancelled."""
 
@@ -207,6 +223,8 @@ class NodeAgent:
         """Ended jobs, the oldest first: who may drive, and the newest Commit that was applied here."""
         self._inviting = asyncio.Lock()
         self._closing = False
+        self._leaves_s: float | None = None
+        """When its owner takes it back, once clients are given notice."""
         self._stages: StageHost | None = None
         self._engine: EngineHost | None = None
         self._publishing = asyncio.Lock()
@@ -216,6 +234,7 @@ class NodeAgent:
         self._telling: asyncio.Task[None] | None = None
         self._said: _Said | None = None
         self._sales: Sales | None = None
+        self._hosting: Hosting | None = None
         self._surveyor = Surveyor(endpoint, hubs, clock, dice, self._changed)
         self._surveying: asyncio.Task[None] | None = None
 
@@ -289,7 +308,8 @@ class NodeAgent:
                 settings=self.settings.engine,
                 memory_bytes=self.capability.devices[0].memory_bytes,
                 network=self.settings.network,
-                admit=lambda known: self._refuse_when_stopping() if known else self._admit(),
+                admit=lambda known, held: self._refuse_when_stopping() if known else self._admit(held=held),
+                service_for=self._sales.service_for if self._sales and self._serves_for_money else None,
                 changed=self._changed,
             )
         self._hubs.answer_introductions()
@@ -297,6 +317,8 @@ class NodeAgent:
             await self._endpoint.listen(self.settings.listen)
         await self._hubs.start()
         self._refuse_twin()
+        if self.settings.driving is not None:
+            self._hosting = self._start_hosting(self.settings.driving)
         await self._measure_hub_link()
         await self._publish()
         self._surveying = asyncio.create_task(self._surveyor.run())
@@ -305,6 +327,8 @@ class NodeAgent:
     def _start_selling(self, sale: Sale) -> Sales:
         terms = Terms(
             price=sale.price, ledger=sale.ledger.name, payee=sale.payee, slots=self.settings.members_max,
+            works=("train", "serve") if self._serves_for_money else ("train",),
+            reclaim_notice_ms=sale.reclaim_notice_ms,
         )  # fmt: skip
         sales = Sales(
             terms,
@@ -324,6 +348,32 @@ class NodeAgent:
         )  # fmt: skip
         return sales
 
+    @property
+    def _serves_for_money(self) -> bool:
+        sale = self.settings.sale
+        return sale is not None and not sale.serves_free
+
+    def _start_hosting(self, settings: HostSettings) -> Hosting:
+        async def paid(begin: DriveBegin) -> None:
+            if self._sales is None or begin.allowance is None:
+                raise CannotHost(f"Node {self.settings.name} drives no job for nothing; set money aside for it.")
+            client = KeyPair.from_seed(begin.allowance.client).node_id
+            await self._sales.paid_for_driving(begin.allowance.escrow, client)
+
+        async def took(voucher: SignedVoucher) -> None:
+            if self._sales is not None:
+                await self._sales.paid_by_copy(voucher)
+
+        around = Around(
+            self._key.node_id, self._endpoint, self._hubs, self._store, self._fetcher, self._clock, settings,
+            _beside(self.settings.listen), self.settings.network, self._changed, took,
+        )  # fmt: skip
+        payee = self.settings.sale.payee if self.settings.sale else None
+        folder = self.settings.folder / "hosted"
+        hosting = Hosting(around, folder=folder, name=self.settings.name, payee=payee, paid=paid)
+        hosting.start()
+        return hosting
+
     def _refuse_twin(self) -> None:
         states = self._hubs.states()
         if any(state.up for state in states):
@@ -335,16 +385,32 @@ class NodeAgent:
                     f"(--data) with a key file of its own: a node is its key. ({state.trouble})"
                 )
 
+    async def give_notice(self) -> float | None:
+        """The owner wants the machine back: the node takes nothing new, and whoever has paid for a place hears until
+        when it is kept. Gives the seconds; None where nobody has, and the node may stop at once."""
+        notice_s = await self._sales.give_notice() if self._sales is not None else None
+        if notice_s is not None:
+            self._leaves_s = self._clock.monotonic() + notice_s
+        return notice_s
+
+    async def vacated(self) -> None:
+        """Returns when all who were given notice have left, or when it is over."""
+        assert self._leaves_s is not None and self._sales is not None, "notice was given"
+        while self._sales.taken and self._clock.monotonic() < self._leaves_s:
+            await self._clock.sleep(OFFER_LOOK_S)
+
     async def close(self) -> None:
         """Leave all jobs, saying so, and stop."""
         self._closing = True
+        over = self._leaves_s is not None and self._clock.monotonic() >= self._leaves_s
         for task in (self._telling, self._surveying):
             if task is not None:
                 task.cancel()
         for member in list(self._members.values()):
-            member.end("The node is stopping.", tell=True)
+            member.end(NOTICE_OVER if over else "The node is stopping.", tell=True)
         tasks = list(self._tasks.values())
-        serving = [asyncio.create_task(each.close()) for each in (self._stages, self._engine) if each is not None]
+        beside = (self._stages, self._engine, self._hosting)
+        serving = [asyncio.create_task(each.close()) for each in beside if each is not None]
         if tasks:
             _, slow = await asyncio.wait(tasks, timeout=LEAVE_S)
             for task in slow:
@@ -373,7 +439,7 @@ class NodeAgent:
         assert self.capability is not None
         async with self._publishing:
             now, sale = self._clock.now_ms(), self.settings.sale
-            self._said = busy, engine, coordinate = self._to_say()
+            self._said = busy, engine, coordinate, drives = self._to_say()
             self._sequence = max(self._sequence + 1, now)
             offer = Offer(
                 name=self.settings.name,
@@ -382,7 +448,7 @@ class NodeAgent:
                 lifetime_ms=OFFER_LIFETIME_MS,
                 addresses=tuple(self._endpoint.addresses),
                 capability=self.capability,
-                accepts=self._accepts(),
+                accepts=(*self._accepts(), *(("drive",) if drives else ())),
                 busy=busy,
                 engine=engine,
                 place=self.settings.place,
@@ -390,6 +456,9 @@ class NodeAgent:
                 price=sale.price if sale else None,
                 ledger=sale.ledger.name if sale else None,
                 slots=self.settings.members_max,
+                serves_free=sale.serves_free if sale else False,
+                driving_micro_per_h=self.settings.driving.micro_per_h if drives and self.settings.driving else None,
+                reclaim_notice_ms=sale.reclaim_notice_ms if sale else 0,
             )
             try:
                 await self._hubs.publish(sign(self._key, offer, self.settings.network))
@@ -400,7 +469,9 @@ class NodeAgent:
         """What of the offer changes while the node runs."""
         taken = len(self._unheld()) + (self._sales.held if self._sales else 0)
         engine, at = self._engine.offer if self._engine else None, self._surveyor.said
-        return taken >= self.settings.members_max, engine, at.told() if at else None
+        leaves, hosting = self._leaves_s is not None, self._hosting
+        drives = hosting is not None and hosting.places > 0 and not leaves
+        return leaves or taken >= self.settings.members_max, engine, at.told() if at else None, drives
 
     async def _tell_hubs(self) -> None:
         """Whoever asks something of this node does not wait until hubs have heard what changed by it. Some of it nobody
@@ -490,15 +561,16 @@ class NodeAgent:
 
     def _unheld(self) -> list[str]:
         """Of what this node works for, that for which nobody holds a slot."""
-        sales = self._sales
-        held = [
-            one for one in self._members.values() if sales is not None and sales.keeps_for(self._client(one.driver))
-        ]
+        clients = [self._client(one.driver) for one in self._members.values()]
+        clients += self._stages.gateways() if self._stages else []
+        held = [one for one in clients if self._sales is not None and self._sales.keeps_for(one)]
         return self._jobs()[len(held) :]
 
     def _admit(self, without: MemberRun | None = None, *, held: bool = False) -> None:
         """Raises NodeUnable, NodeBusy; `without` makes way, and whoever has a slot `held` may take it."""
         self._refuse_when_stopping()
+        if self._leaves_s is not None:
+            raise NodeUnable(f"Node {self.settings.name} takes nothing new: its owner takes it back soon.")
         if self.settings.server is not None and self.settings.server.alone:
             raise NodeUnable(f"Node {self.settings.name} takes no jobs: it has an engine for whole replicas alone.")
         jobs = self._jobs(without)

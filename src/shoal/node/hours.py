@@ -12,7 +12,7 @@ from shoal.auctions import RemoteAuction
 from shoal.auctions.auctioneer import NotPublished
 from shoal.errors import BadRecord
 from shoal.identity import Envelope, KeyPair, short_id
-from shoal.market.holds import HoldRefused, Slots
+from shoal.market.holds import HoldRefused, Slots, refuse_closing
 from shoal.market.hours import Sale, claim, hour_at, promise, sale_of, sold
 from shoal.node.sales import ASKS_BURST, ASKS_PER_S, Sales
 from shoal.protocol.auctions import AuctionTicket, ClaimHour, HourPromise, PromiseHour
@@ -72,6 +72,7 @@ class Hours:
 
         def decide(slots: Slots) -> tuple[Slots, None]:
             terms, now_ms = self._sales.terms, self._clock.now_ms()
+            refuse_closing(self._sales.closes_ms, now_ms)
             return promise(slots, asked, envelope.record_id, str(ticket), terms, now_ms), None
 
         await self._sales.decide(decide)
@@ -94,6 +95,7 @@ class Hours:
 
         def decide(slots: Slots) -> tuple[Slots, Envelope]:
             now_ms = self._clock.now_ms()
+            refuse_closing(self._sales.closes_ms, now_ms)
             hold = claim(slots, sale, escrow, self._sales.terms, now_ms)
             envelope = sign(self._key, hold, self._network)
             kept = next((one.kept for one in slots.hours if one.kept is not None and one.kept.hold == hold), None)

@@ -2,7 +2,8 @@
 
 What `market.holds` decides is on the disk before anybody hears of it, and so is each voucher before it is acknowledged:
 a node that was killed keeps its word, and loses no money. Vouchers are redeemed at the ledger now and then, when a
-client says that there will be no more, and when the node stops.
+client says that there will be no more, and when the node stops. An owner who wants the machine back gives clients the
+notice that their Holds name.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, TypeVar
@@ -17,32 +19,47 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 from msgspec import Meta
 
-from shoal.errors import BadRecord, JobError, ShoalError, StorageError
+from shoal.errors import BadRecord, JobError, LinkError, ShoalError, StorageError
 from shoal.identity import Envelope, Hash, KeyPair, NodeId, short_id
 from shoal.identity.accounts import Address, address_text, signer_of
 from shoal.ledger.commands import Redeem
 from shoal.ledger.escrows import Escrow, EscrowOver, OldVoucher, State
 from shoal.ledger.escrows import Paid as PaidOut
 from shoal.ledger.moves import MoneyRefused
-from shoal.market.earnings import Earnings, say_unpaid
-from shoal.market.holds import HoldRefused, Slots, Terms, ask, give_back, held, hold_of, keep, promised, take
+from shoal.market.earnings import Earnings, Serving, say_unpaid, say_unpaid_service
+from shoal.market.holds import (
+    HoldRefused,
+    Slots,
+    Terms,
+    ask,
+    check_escrow,
+    give_back,
+    held,
+    hold_of,
+    keep,
+    promised,
+    take,
+    taken,
+)
 from shoal.protocol.holds import (
     Deputy,
-    Hold,
     HoldAsk,
     HoldGiven,
+    HoldReclaim,
     HoldRelease,
     HoldTake,
     Paid,
     Pay,
+    Reclaim,
     Release,
 )
+from shoal.protocol.holds import Work as Kind
 from shoal.protocol.messages import DEFAULT_NETWORK, decode, encode, open_record, sign
 from shoal.protocol.money import Amount, BadVoucher, LedgerName, SignedVoucher
 from shoal.protocol.offers import Done, UnixMs
 from shoal.protocol.prices import Currency
 from shoal.quantities.money import format_money
-from shoal.storage.faults import disk_faults
+from shoal.storage.whole import write_whole
 from shoal.transport.allowances import RateLimit
 from shoal.world import Clock, Disk, Endpoint, Ledger, Request
 from shoal.world.clock import within
@@ -61,6 +78,8 @@ UNTAKEN_SHARE, UNTAKEN_S = 0.1, 120
 nothing: a client that lets its Hold lapse could ask with the next one."""
 LAST_ROUND_S = 8.0
 """How long a stopping node tries to redeem what it has."""
+TELL_DEADLINE_S, TELL_AGAIN_S = 5.0, 2.0
+"""For a client that is told that its place ends."""
 UNCOUNTED_MAX = 6
 """Contributions that a client may have without accepting one: it has them, and pays for none. Some come too late
 without anybody's fault, and two are under way at a time."""
@@ -77,6 +96,7 @@ FILE_MAX_BYTES = 8 << 20
 
 _log = logging.getLogger("shoal.node")
 T = TypeVar("T")
+W = TypeVar("W", "Work", "Service")
 
 
 class NotHeld(JobError):
@@ -165,8 +185,8 @@ def read_kept(disk: Disk, name: str, kind: type[T], whose: str) -> T | None:
 
 
 class Work:
-    """What is earned here out of one escrow, however often its client invites the node anew: what was not paid is not
-    forgotten by that."""
+    """What is earned by training here out of one escrow, however often its client invites the node anew: what was not
+    paid is not forgotten by that."""
 
     def __init__(self, sales: Sales, account: Account) -> None:
         self._sales, self._escrow = sales, account.escrow
@@ -202,16 +222,60 @@ class Work:
     def over(self) -> str | None:
         """Why the node should not work for it, if it should not."""
         account = self._sales.account(self._escrow)
-        if account is None or account.ends_ms <= self._sales.now_ms() + ENDS_EARLY_MS:
-            return "the money set aside for it goes back to its client now"
-        if not self._sales.keeps_for(account.client):
-            return "no slot is kept for its client any more"
+        before, _, earned = self._earned_lately
+        over = self._sales.say_over(account, self._began_micro + earned)
+        if over is not None or account is None:
+            return over
         if self._uncounted > UNCOUNTED_MAX:
             return f"of its last {UNCOUNTED_MAX} contributions none counted, so none is paid for"
-        before, _, earned = self._earned_lately
-        if self._began_micro + earned >= account.most_micro:
-            return f"it has earned what was set aside for it, {format_money(account.most_micro)}"
         return say_unpaid(account.paid_micro - self._began_micro, before, earned)
+
+
+class Service:
+    """What is earned by serving here out of one escrow, over all the stages that its client has here."""
+
+    def __init__(self, sales: Sales, account: Account) -> None:
+        self._sales, self._escrow = sales, account.escrow
+        self._began_micro = account.paid_micro
+        self._serving = Serving()
+        self._stages = 0
+        """Those that are ready."""
+        self._ready_s = 0.0
+        self._earned_micro = 0
+
+    def ready(self) -> None:
+        """A stage has loaded its layers."""
+        if not self._stages:
+            self._ready_s = self._sales.monotonic()
+        self._stages += 1
+
+    def ended(self) -> None:
+        """A stage that was ready is no more."""
+        self._stages -= 1
+        if not self._stages:  # time without any is not paid
+            self._serving = self._serving.ready(self.earned_micro())
+
+    def served(self, parts: int, token_us: int) -> None:
+        """So many parts of tokens more went through a stage."""
+        self._serving = self._serving.served(parts, token_us)
+
+    def earned_micro(self) -> int:
+        """By serving, since the node began or was started anew."""
+        account = self._sales.account(self._escrow)
+        if account is not None:
+            ready_ms = round(1000 * (self._sales.monotonic() - self._ready_s))
+            most = max(0, account.most_micro - self._began_micro)
+            earned = self._serving.earned_micro(account.micro_per_h, ready_ms, most)
+            self._earned_micro = max(self._earned_micro, earned)
+        return self._earned_micro
+
+    def over(self) -> str | None:
+        """Why the node should not serve for it, if it should not."""
+        account, earned = self._sales.account(self._escrow), self.earned_micro()
+        over = self._sales.say_over(account, self._began_micro + earned)
+        if over is not None or account is None:
+            return over
+        return say_unpaid_service(account.paid_micro - self._began_micro, earned, account.micro_per_h)
 
 
 class Sales:
@@ -235,7 +299,7 @@ class Sales:
         back. Raises SalesDamaged."""
         self.terms = terms
         self._key, self._name, self._network = key, name, network
-        self._disk, self._ledger, self._clock = disk, ledger, clock
+        self._disk, self._ledger, self._clock, self._endpoint = disk, ledger, clock, endpoint
         self._unheld, self._changed = unheld, changed
         self._slots = read_kept(disk, SLOTS, Slots, name) or Slots()
         self._accounts = {one.escrow: one for one in read_kept(disk, ACCOUNTS, list[Account], name) or ()}
@@ -247,7 +311,15 @@ class Sales:
         self._clients: OrderedDict[bytes, bytes] = OrderedDict()
         """Drivers that act for another client, as that one has signed."""
         self._works: dict[bytes, Work] = {}
-        """Of these, those that work was done for since the node started."""
+        """Of these, those that work was done for since the node started; the same of what is served."""
+        self._services: dict[bytes, Service] = {}
+        self._brought = {one.escrow: one.redeemed_micro for one in self._accounts.values()}
+        """Of each escrow, the highest voucher that this node has brought to the ledger itself."""
+        self._elsewhere_s: dict[bytes, float] = {}
+        """Escrows of which somebody else has, and since when that is known; infinite once it was said."""
+        self.closes_ms: int | None = None
+        """When the owner takes the machine back, once its clients are told."""
+        self._telling = list[asyncio.Task[None]]()
         self._deciding = asyncio.Lock()
         self._redeeming: dict[bytes, asyncio.Task[None]] = {}
         """Beside the rounds, at a client's word that nothing more will come."""
@@ -292,6 +364,11 @@ class Sales:
                 await self._store_slots(slots)
         return answer
 
+    @property
+    def taken(self) -> int:
+        """Of these, slots that money is set aside for."""
+        return len(taken(self._slots, self.now_ms()))
+
     def client_of(self, driver: bytes) -> bytes:
         """For whom a driver acts: itself, unless it has shown otherwise."""
         return self._clients.get(driver, driver)
@@ -300,20 +377,52 @@ class Sales:
         return hold_of(self._slots, client, self.now_ms()) is not None
 
     def work_for(self, client: bytes) -> Work:
-        """For a client that has a slot and money for it. Raises NotHeld."""
+        """For a client that has a slot to train in, and money for it. Raises NotHeld."""
+        account = self._account_of(client, "train")
+        return self._unless_over(self._works.setdefault(account.escrow, Work(self, account)), client)
+
+    def service_for(self, client: bytes) -> Service:
+        """For a client that has a slot to serve in, and money for it. Raises NotHeld."""
+        account = self._account_of(client, "serve")
+        return self._unless_over(self._services.setdefault(account.escrow, Service(self, account)), client)
+
+    def _account_of(self, client: bytes, kind: Kind) -> Account:
         kept = hold_of(self._slots, client, self.now_ms())
         account = self._accounts.get(kept.hold.escrow) if kept and kept.hold.escrow else None
-        if account is None:
+        if kept is None or account is None or kept.hold.work != kind:
             raise NotHeld(
                 f"Node {self._name} costs {format_money(self.terms.price.micro_per_h)} {self.terms.price.currency} an "
-                f"hour, and keeps no slot for {short_id(client)} that there is money for: hold one, set the money "
-                "aside, and take it before inviting."
+                f"hour, and keeps no slot to {kind} in for {short_id(client)} that there is money for: hold one, set "
+                "the money aside, and take it before inviting."
             )
-        work = self._works.setdefault(account.escrow, Work(self, account))
+        return account
+
+    def _unless_over(self, work: W, client: bytes) -> W:
         over = work.over()
         if over is not None:
             raise NotHeld(f"Node {self._name} works for {short_id(client)} no longer: {over}.")
         return work
+
+    def say_over(self, account: Account | None, earned_micro: int) -> str | None:
+        """Why there is no more money for a client of which so much is earned, if there is not."""
+        if account is None or account.ends_ms <= self.now_ms() + ENDS_EARLY_MS:
+            return "the money set aside for it goes back to its client now"
+        if not self.keeps_for(account.client):
+            return "no slot is kept for its client any more"
+        if earned_micro >= account.most_micro:
+            return f"it has earned what was set aside for it, {format_money(account.most_micro)}"
+        return None
+
+    async def paid_for_driving(self, escrow_id: bytes, client: bytes) -> None:
+        """Money is set aside for driving a job: its vouchers are taken from whoever acts for `client`. Raises
+        HoldRefused, and what the ledger does."""
+        escrow = await self._ledger.escrow(escrow_id)
+        if escrow is None:
+            raise HoldRefused("The ledger has no such escrow.")
+        async with self._deciding:
+            check_escrow(escrow, self.terms.payee, self.terms, self.now_ms())
+            if escrow_id not in self._accounts:
+                await self._store_accounts(self._with(escrow, client, self.terms.payee, 0))
 
     def account(self, escrow: bytes) -> Account | None:
         """None once it is over."""
@@ -323,9 +432,39 @@ class Sales:
     def accounts(self) -> list[Account]:
         return list(self._accounts.values())
 
+    async def give_notice(self) -> float | None:
+        """The owner wants the machine back: whoever has taken a slot is told until when it is kept, and no more are
+        given. Gives the seconds until then; None where no slot is taken, or none with a notice."""
+        async with self._deciding:
+            kept, now_ms = taken(self._slots, self.now_ms()), self.now_ms()
+            notice_ms = max((one.hold.reclaim_notice_ms for one in kept), default=0)
+            if not notice_ms:
+                return None
+            self.closes_ms = now_ms + notice_ms
+            for one in kept:
+                reclaim = Reclaim(client=one.hold.client, from_ms=now_ms, until_ms=self.closes_ms)
+                self._telling.append(asyncio.create_task(self._tell(reclaim)))
+        await self._changed()
+        return notice_ms / 1000
+
+    async def _tell(self, reclaim: Reclaim) -> None:
+        """A client, or who acts for it; one that cannot be told, or not yet, is told again."""
+        word = HoldReclaim(reclaim=sign(self._key, reclaim, self._network).to_bytes())
+        while True:
+            acting = [driver for driver, client in reversed(self._clients.items()) if client == reclaim.client]
+            for peer in (*acting, reclaim.client):
+                link = self._endpoint.links().get(peer)
+                try:
+                    if link is not None:
+                        await link.request(word.KIND, encode(word, link.version), deadline_s=TELL_DEADLINE_S)
+                        return
+                except LinkError as error:
+                    _log.info("%s: %s was not told that its place ends: %s", self._name, short_id(peer), error)
+            await self._clock.sleep(TELL_AGAIN_S)
+
     async def close(self) -> None:
         """Redeem what is there. What the ledger does not answer in time for is redeemed by the node's next start."""
-        tasks = [self._rounds, *self._redeeming.values()]
+        tasks = [self._rounds, *self._telling, *self._redeeming.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -353,7 +492,7 @@ class Sales:
         client = self._client(request, wanted.deputy)
         async with self._deciding:
             known = hold_of(self._slots, client, self.now_ms())
-            hold = ask(self._slots, wanted, client, self.terms, self._unheld(), self.now_ms())
+            hold = ask(self._slots, wanted, client, self.terms, self._unheld(), self.now_ms(), self.closes_ms)
             envelope = sign(self._key, hold, self._network)
             if known is None or known.hold_id != envelope.record_id:
                 self._count_untaken(request, wanted.lifetime_ms / 1000)
@@ -379,10 +518,10 @@ class Sales:
         escrow = await self._ledger.escrow(wanted.escrow)
         async with self._deciding:
             known = hold_of(self._slots, client, self.now_ms())
-            hold = take(self._slots, client, escrow, self.terms, self.now_ms())
+            hold = take(self._slots, client, escrow, self.terms, self.now_ms(), self.closes_ms)
             assert escrow is not None and known is not None
             envelope = sign(self._key, hold, self._network)
-            accounts = self._with(escrow, hold)
+            accounts = self._with(escrow, client, hold.payee, hold.price.micro_per_h)
             for gone in self._accounts.keys() - accounts.keys():
                 await self._remember(self._accounts[gone], 0)
             await self._store_accounts(accounts)
@@ -393,20 +532,20 @@ class Sales:
         await self._changed()
         return encode(HoldGiven(hold=envelope.to_bytes()), request.version)
 
-    def _with(self, escrow: Escrow, hold: Hold) -> dict[bytes, Account]:
-        """The accounts, once a slot is held for this escrow. Raises HoldRefused."""
+    def _with(self, escrow: Escrow, client: bytes, payee: bytes, micro_per_h: int) -> dict[bytes, Account]:
+        """The accounts, once `client` has work done for this escrow. Raises HoldRefused."""
         terms, known = escrow.terms, self._accounts.get(escrow.escrow_id)
-        if known is not None and (known.client, known.payee) != (hold.client, hold.payee):
+        if known is not None and (known.client, known.payee) != (client, payee):
             raise HoldRefused(
                 f"{escrow.name} pays for what node {self._name} does for {short_id(known.client)}, at "
                 f"{address_text(known.payee)}: each client sets money aside of its own, and another one where a node "
                 "is paid at another account."
             )
         account = known or Account(
-            escrow=escrow.escrow_id, ledger=self._ledger.name, client=hold.client, payer=terms.payer,
-            signer=terms.signer, payee=hold.payee, most_micro=0, ends_ms=0, micro_per_h=0,
+            escrow=escrow.escrow_id, ledger=self._ledger.name, client=client, payer=terms.payer,
+            signer=terms.signer, payee=payee, most_micro=0, ends_ms=0, micro_per_h=0,
         )  # fmt: skip
-        account = msgspec.structs.replace(account, micro_per_h=hold.price.micro_per_h)
+        account = msgspec.structs.replace(account, micro_per_h=micro_per_h)
         accounts = {**self._accounts, escrow.escrow_id: _as_at(escrow, account)}
         while len(accounts) > ACCOUNTS_MAX:
             idle = next(
@@ -443,7 +582,7 @@ class Sales:
     async def _paid(self, request: Request) -> bytes:
         message = decode(Pay, request.body, request.version)
         client = self._client(request, message.deputy)
-        signed, voucher = message.signed, message.signed.voucher
+        voucher = message.signed.voucher
         async with self._deciding:
             account = self._accounts.get(voucher.escrow)
             if account is None or client != account.client:
@@ -451,24 +590,37 @@ class Sales:
                     f"Node {self._name} is not paid out of escrow {voucher.escrow.hex()[:12]} by its peer."
                 )
             self._pays.spend(client, "A voucher")
-            signer = signer_of(voucher.digest(self._ledger.name), signed.signature)
-            if signer not in (account.payer, account.signer) or voucher.payee != account.payee:
-                raise BadVoucher(
-                    f"A voucher for {address_text(voucher.payee)} came to node {self._name} that nobody signed who "
-                    "may; it pays nothing."
-                )
-            if voucher.amount_micro > account.most_micro:
-                raise BadVoucher(
-                    f"A voucher for {format_money(voucher.amount_micro)} came to node {self._name}, which may get "
-                    f"{format_money(account.most_micro)} at most."
-                )
-            if voucher.amount_micro > account.paid_micro:
-                account = msgspec.structs.replace(account, newest=signed)
-                await self._store_account(account)
+            account = await self._keep_voucher(account, message.signed)
         if message.last and account.waits and account.escrow not in self._redeeming:
             self._redeeming[account.escrow] = asyncio.create_task(self._redeem_beside(account.escrow))
         newer = account.newest if account.voucher_micro > voucher.amount_micro else None
         return encode(Paid(amount_micro=account.paid_micro, newest=newer), request.version)
+
+    async def paid_by_copy(self, signed: SignedVoucher) -> None:
+        """A voucher that stands in the folder of a job that this node drives, or stands by for. Raises BadVoucher."""
+        async with self._deciding:
+            account = self._accounts.get(signed.voucher.escrow)
+            if account is not None:
+                await self._keep_voucher(account, signed)
+
+    async def _keep_voucher(self, account: Account, signed: SignedVoucher) -> Account:
+        """On the disk, where it says more than the one before. Raises BadVoucher."""
+        voucher = signed.voucher
+        signer = signer_of(voucher.digest(self._ledger.name), signed.signature)
+        if signer not in (account.payer, account.signer) or voucher.payee != account.payee:
+            raise BadVoucher(
+                f"A voucher for {address_text(voucher.payee)} came to node {self._name} that nobody signed who may; it "
+                "pays nothing."
+            )
+        if voucher.amount_micro > account.most_micro:
+            raise BadVoucher(
+                f"A voucher for {format_money(voucher.amount_micro)} came to node {self._name}, which may get "
+                f"{format_money(account.most_micro)} at most."
+            )
+        if voucher.amount_micro > account.paid_micro:
+            account = msgspec.structs.replace(account, newest=signed)
+            await self._store_account(account)
+        return account
 
     # ---- redeeming ----
 
@@ -516,10 +668,29 @@ class Sales:
         try:
             await self._ledger.apply(Redeem(account.newest))
         except (OldVoucher, EscrowOver):
-            pass  # it was redeemed already, and the answer was lost; or it came too late
+            return None  # it was redeemed already, and the answer was lost, or by somebody else; or it came too late
         except MoneyRefused as error:
             return error.sentence
+        except LinkError:
+            self._brought[account.escrow] = account.voucher_micro  # it may be done, though no answer came
+            raise
+        self._brought[account.escrow] = account.voucher_micro
         return None
+
+    def _watch_others(self, account: Account, found: Escrow) -> None:
+        """Of several nodes with one account none sees whether a voucher is for its own work: that there are such is
+        said once. Whoever asks for the rest of an escrow redeems the last vouchers, too."""
+        if account.redeemed_micro <= self._brought.get(account.escrow, 0) or found.ends_ms < found.terms.expires_ms:
+            return
+        now_s = self.monotonic()
+        if now_s - self._elsewhere_s.setdefault(account.escrow, now_s) < REDEEM_EVERY_S:
+            return
+        self._elsewhere_s[account.escrow] = math.inf
+        _log.warning(
+            "%s: another node is paid at %s out of escrow %s, too: a client can show both one voucher, and neither "
+            "sees that the other's work is not paid. Give each node an account of its own (--account).",
+            self._name, address_text(account.payee), account.escrow.hex()[:12],
+        )  # fmt: skip
 
     async def _look_at(self, asked: Account, found: Escrow | None, refused: str | None) -> None:
         """How an escrow stands now. One that was not found was there when it was taken, here or at the ledger at which
@@ -532,6 +703,7 @@ class Sales:
             if found is not None and found.state is State.OPEN:
                 if refused is not None:
                     _log.error("%s: a voucher is worth nothing: %s", self._name, refused)
+                self._watch_others(now, found)
                 now = msgspec.structs.replace(now, refused=refused is not None or (now.refused and now.waits))
                 if now != account:
                     await self._store_account(now)
@@ -570,15 +742,12 @@ class Sales:
         await asyncio.to_thread(self._write, ACCOUNTS, list(accounts.values()))
         self._accounts = accounts
         self._works = {name: work for name, work in self._works.items() if name in accounts}
+        self._services = {name: service for name, service in self._services.items() if name in accounts}
+        self._brought = {name: micro for name, micro in self._brought.items() if name in accounts}
+        self._elsewhere_s = {name: since for name, since in self._elsewhere_s.items() if name in accounts}
 
     def _write(self, name: str, content: Any) -> None:
-        packed, scratch = msgspec.msgpack.encode(content), f"{name}.new"
-        with disk_faults(self._disk, "keeping what this node has promised", len(packed)):
-            self._disk.delete(scratch)
-            self._disk.write(scratch, packed)
-            self._disk.sync(scratch)
-            self._disk.rename(scratch, name)
-            self._disk.sync(name)
+        write_whole(self._disk, name, msgspec.msgpack.encode(content), "keeping what this node has promised")
 
 
 def _as_at(escrow: Escrow, account: Account) -> Account:

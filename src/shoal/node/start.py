@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 from collections.abc import Sequence
@@ -16,16 +17,19 @@ from shoal.hub import HubClient
 from shoal.identity import load_or_create_key
 from shoal.node.agent import NodeAgent, NodeSettings, Sale
 from shoal.node.dishonest import dishonest_member
+from shoal.node.hosted_job import HostSettings
 from shoal.node.member import EngineSettings, MemberRun
 from shoal.node.openai_server import ServerSettings
+from shoal.node.stopping import PID_FILE
 from shoal.protocol.hubs import HubTicket
 from shoal.protocol.ledgers import PaidAt
 from shoal.protocol.offers import Place
 from shoal.protocol.prices import Price
 from shoal.quantities import format_bytes, format_flops
 from shoal.storage import BlobStore
+from shoal.storage.faults import disk_faults
 from shoal.transport import TlsEndpoint
-from shoal.world import Clock, Dice, Endpoint
+from shoal.world import Clock, Dice, DirectoryDisk, Endpoint
 
 
 class CannotSell(BadInput):
@@ -79,7 +83,9 @@ async def start_node(
     dishonest: str,
     price: Price | None = None,
     paid: PaidAt | None = None,
+    reclaim_notice_ms: int = 0,
     serve_free: bool = False,
+    driving: HostSettings | None = None,
     place: Place | None = None,
     server: ServerSettings | None = None,
     clock: Clock,
@@ -95,6 +101,8 @@ async def start_node(
     folder.mkdir(parents=True, exist_ok=True)
     key = load_or_create_key(folder / "node.key")
     store = BlobStore(folder / "blobs", storage_bytes, clock)
+    with disk_faults(DirectoryDisk(folder), "noting which process runs the node"):
+        (folder / PID_FILE).write_text(str(os.getpid()))
     endpoint = TlsEndpoint(key, clock=clock, dice=dice)
     client = HubClient(endpoint, hubs, clock=clock, dice=dice)
     settings = NodeSettings(
@@ -103,10 +111,10 @@ async def start_node(
         engine=EngineSettings(device=device, threads=threads, processes=processes, speed_limit=max_speed),
         listen=listen,
         memory_bytes=memory_bytes,
-        accepts=("train",) if priced and not serve_free else ("train", "serve"),
-        sale=_sale(price, paid, endpoint, clock),
+        sale=_sale(price, paid, reclaim_notice_ms, endpoint, clock, serve_free),
         place=place,
         server=server,
+        driving=driving if server is None or not server.alone else None,
     )
     agent = NodeAgent(
         settings,
@@ -129,7 +137,14 @@ async def start_node(
     return running
 
 
-def _sale(price: Price | None, paid: PaidAt | None, endpoint: Endpoint, clock: Clock) -> Sale | None:
+def _sale(
+    price: Price | None,
+    paid: PaidAt | None,
+    reclaim_notice_ms: int,
+    endpoint: Endpoint,
+    clock: Clock,
+    serves_free: bool,
+) -> Sale | None:
     """Raises CannotSell."""
     if price is None or not price.micro_per_h:
         return None
@@ -142,7 +157,7 @@ def _sale(price: Price | None, paid: PaidAt | None, endpoint: Endpoint, clock: C
         raise CannotSell(
             f"The price is in {price.currency}, and the ledger at which this node is paid keeps {paid.ledger.currency}."
         )
-    return Sale(price, RemoteLedger(endpoint, paid.ledger, clock), paid.account)
+    return Sale(price, RemoteLedger(endpoint, paid.ledger, clock), paid.account, reclaim_notice_ms, serves_free)
 
 
 def _name(text: str) -> str:

@@ -4,7 +4,8 @@ A node alone sells its capacity. It has one or more slots, each good for one pie
 before it says yes to anybody; hubs only say who is there. First a slot is held for some seconds, so that a client can
 hold all nodes of a gang before it sets money aside; once there is an escrow the node signs another Hold, which names
 it, and further ones for as long as the client asks for them: a client that is gone keeps no node for long. Two Holds
-that promise one slot to two clients at once are a contradiction that anybody can check (`sold_twice`).
+that promise one slot to two clients at once are a contradiction that anybody can check (`sold_twice`). An owner who
+wants the machine back says so beforehand, as long as the Hold names: the node signs a Reclaim for each client.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from shoal.identity import Envelope, Hash, NodeId, hash_of_parts, short_id
 from shoal.identity.accounts import Address
 from shoal.protocol.messages import DEFAULT_NETWORK, Message, Record, open_record
 from shoal.protocol.money import Amount, LedgerName, SignedVoucher
-from shoal.protocol.offers import UnixMs
+from shoal.protocol.offers import ReclaimNoticeMs, UnixMs
 from shoal.protocol.prices import Price
 
 SLOTS_MAX = 64
@@ -28,8 +29,7 @@ HOLD_MAX_MS = 60_000
 """Without an escrow."""
 LEASE_STEP_MS = 600_000
 """With one; then the client asks again."""
-RELEASE_MAX_BYTES = 512
-DEPUTY_MAX_BYTES = 512
+RELEASE_MAX_BYTES = DEPUTY_MAX_BYTES = RECLAIM_MAX_BYTES = 512
 Work = Literal["train", "serve"]
 Slot = Annotated[int, Meta(ge=0, lt=SLOTS_MAX)]
 HoldNumber = Annotated[int, Meta(ge=1, le=1 << 53)]
@@ -86,9 +86,24 @@ class Hold(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_d
     payee: Address
     escrow: Hash | None = None
     """None: no money is set aside yet."""
+    reclaim_notice_ms: ReclaimNoticeMs = 0
+    """So long before the node's owner takes it back, this client hears of it."""
     released: Annotated[tuple[Annotated[bytes, Meta(max_length=RELEASE_MAX_BYTES)], ...],
                         Meta(max_length=RELEASES_MAX)] = ()  # fmt: skip
     """Envelopes of Releases: by those who held the slot before this, and would hold it still."""
+
+
+class Reclaim(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The owner of the node that signs this takes it back: at `until_ms` of the node's own clock, what it keeps for
+    `client` ends."""
+
+    KIND: ClassVar[str] = "hold.reclaimed"
+    MAX_BYTES: ClassVar[int] = 128
+
+    client: NodeId
+    from_ms: UnixMs
+    """When this was said first: the notice runs from then."""
+    until_ms: UnixMs
 
 
 class HoldAsk(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -133,6 +148,16 @@ class HoldRelease(Message, frozen=True, kw_only=True, forbid_unknown_fields=True
     release: Annotated[bytes, Meta(max_length=RELEASE_MAX_BYTES)]
     """An Envelope of a Release."""
     deputy: DeputyBytes | None = None
+
+
+class HoldReclaim(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Request `hold.reclaim`, node to client: the place that it took ends soon. The reply is Done."""
+
+    KIND: ClassVar[str] = "hold.reclaim"
+    MAX_BYTES: ClassVar[int] = 1024
+
+    reclaim: Annotated[bytes, Meta(max_length=RECLAIM_MAX_BYTES)]
+    """An Envelope of a Reclaim."""
 
 
 class Pay(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):

@@ -27,6 +27,10 @@ Tier = Literal["open", "sandboxed", "attested"]
 """How a node keeps what it is given apart from its owner: not at all, in a sandbox, in hardware that proves it. Each is
 better than the one before."""
 
+RECLAIM_NOTICE_MAX_MS = 3_600_000
+ReclaimNoticeMs = Annotated[int, Meta(ge=0, le=RECLAIM_NOTICE_MAX_MS)]
+"""How long beforehand an owner says that a machine is taken back from those who have paid for a place on it."""
+
 OFFER_LIFETIME_MAX_MS = 24 * 3600 * 1000
 FOUND_MAX = 256
 """A hub names at most this many offers in one answer; `after` asks for the next ones."""
@@ -124,9 +128,15 @@ class Offer(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_
     """None: for nothing."""
     ledger: LedgerName | None = None
     """Where it is paid; what costs something is sold at a ledger alone."""
+    serves_free: bool = False
+    """Whatever its price, it serves for nothing."""
     slots: Annotated[int, Meta(ge=1, le=64)] = 1
     """Pieces of work that it does at a time: a Hold keeps one of them."""
+    reclaim_notice_ms: ReclaimNoticeMs = 0
+    """What each of its Holds names, too."""
     tier: Tier = "open"
+    driving_micro_per_h: Annotated[int, Meta(ge=0)] | None = None
+    """What it asks for driving a job, in the currency of `price`; None where it drives none for others."""
 
 
 class OfferPublish(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):

@@ -92,6 +92,14 @@ class MemberLeft:
 
 
 @dataclass(frozen=True, slots=True)
+class MemberLeaving:
+    """A member works until `until_ms` and no longer: its node's owner has given notice."""
+
+    member_id: bytes
+    until_ms: int
+
+
+@dataclass(frozen=True, slots=True)
 class Delivered:
     """A Contribution arrived in an envelope whose signature was verified; `signer` is its signer."""
 
@@ -138,7 +146,9 @@ class StopAsked:
     reason: str
 
 
-Event: TypeAlias = MemberJoined | MemberLeft | Delivered | UpdateChecked | Aggregated | Tick | AuditFailed | StopAsked
+Event: TypeAlias = (
+    MemberJoined | MemberLeft | MemberLeaving | Delivered | UpdateChecked | Aggregated | Tick | AuditFailed | StopAsked
+)
 
 # --- effects --------------------------------------------------------------------------------------------------------
 
@@ -218,6 +228,14 @@ class TurnAway:
 
 
 @dataclass(frozen=True, slots=True)
+class LetGo:
+    """A member that leaves soon has nothing under way, and would not be done with another round: tell it."""
+
+    member_id: bytes
+    sentence: str
+
+
+@dataclass(frozen=True, slots=True)
 class Retire:
     """This member takes no further part: tell it, and keep its nodes out of the job."""
 
@@ -241,7 +259,7 @@ class Finish:
 
 
 Effect: TypeAlias = (
-    Assign | FetchUpdate | Aggregate | PublishCommit | Refuse | CatchUp | TurnAway | Retire | WakeAt | Finish
+    Assign | FetchUpdate | Aggregate | PublishCommit | Refuse | CatchUp | TurnAway | LetGo | Retire | WakeAt | Finish
 )
 
 # --- state ----------------------------------------------------------------------------------------------------------
@@ -308,6 +326,7 @@ class Participant:
     late_in_a_row: int = 0
     delivered_ms: int = 0
     """When it delivered last."""
+    leaves_ms: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -382,6 +401,8 @@ def step(state: Driving, event: Event, now_ms: int) -> tuple[Driving, tuple[Effe
             turn.join(event)
         case MemberLeft():
             turn.leave(event.member_id, event.reason)
+        case MemberLeaving():
+            turn.expect_leaving(event)
         case Delivered():
             turn.deliver(event)
         case UpdateChecked():
@@ -463,6 +484,12 @@ class _Turn:
             share = self.state.rounds[at].shares.get(member_id)
             if share is not None and share.phase is Phase.AWAITED:
                 self.void(at, member_id, f"{participant.member.name} left before it delivered: {reason}")
+
+    def expect_leaving(self, event: MemberLeaving) -> None:
+        participant = self.state.members.get(event.member_id)
+        if participant is not None:
+            leaving = replace(participant, leaves_ms=event.until_ms)
+            self._set_members({**self.state.members, event.member_id: leaving})
 
     def retire(self, event: AuditFailed) -> None:
         participant = self.state.members.get(event.member_id)
@@ -818,10 +845,13 @@ class _Turn:
 
     def _assign(self) -> bool:
         """Assign the next round if there is room, somebody to do it, and something left to do."""
-        state, settings = self.state, self.state.job.rounds
+        settings = self.state.job.rounds
+        if len(self.state.rounds) > settings.lag:
+            return False
+        order = self._staying(self._assignable())
+        state = self.state
         wanted = 1 if state.started else max(1, state.members_min)
-        order = self._assignable()
-        if len(state.rounds) > settings.lag or len(state.members) < wanted or not order:
+        if len(state.members) < wanted or not order:
             return False
         per_sample = state.job.data.sequence_tokens
         in_flight = sum(opened.samples(Phase.AWAITED, Phase.FETCHING, Phase.READY) for opened in state.rounds)
@@ -877,6 +907,30 @@ class _Turn:
             if share.phase is Phase.VOID and not share.told
         }
         return sorted(member_id for member_id in self.state.members if member_id not in unaware)
+
+    def _staying(self, order: list[bytes]) -> list[bytes]:
+        """Without those that will have left before they are done with one round more, behind those that are open. Of
+        them, who has nothing under way any more is let go."""
+        members, settings = self.state.members, self.state.job.rounds
+        if all(members[member_id].leaves_ms is None for member_id in order):
+            return order
+        speeds = credible([members[member_id].speed for member_id in order])
+        full = full_round(speeds, settings.inner_steps, self.state.job.batch_samples, settings.deadline_ms)
+        done_ms = self.now_ms + (len(self.state.rounds) + 1) * round(1000 * full / sum(speeds))
+        staying = list[bytes]()
+        for member_id in order:
+            leaves_ms = members[member_id].leaves_ms
+            if leaves_ms is None or leaves_ms >= done_ms:
+                staying.append(member_id)
+            elif not any(self._works_in(opened, member_id) for opened in self.state.rounds):
+                sentence = f"{members[member_id].member.name} leaves before it would be done with another round."
+                self.leave(member_id, sentence)
+                self.effects.append(LetGo(member_id, _clip(sentence)))
+        return staying
+
+    def _works_in(self, opened: OpenRound, member_id: bytes) -> bool:
+        share = opened.shares.get(member_id)
+        return share is not None and share.phase is not Phase.VOID
 
     def _fresh(self, share: Share) -> OpenShare:
         """A new share, knowing what its member has delivered in open rounds already."""

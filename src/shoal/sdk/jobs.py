@@ -13,24 +13,25 @@ from pathlib import Path
 import msgspec
 import psutil
 
-from shoal.driver.bills import FILE as PAYMENTS
-from shoal.driver.bills import Payments, TermPayments, bill
 from shoal.driver.folder import RunFolder, is_unsettled, pid_in_lock
 from shoal.driver.lines import RoundMetrics
 from shoal.driver.report import Figures, NodeStatus, Report
-from shoal.driver.treasurer import close_escrow
 from shoal.errors import BadInput, JobError, ShoalError
 from shoal.identity.accounts import AccountKey, address_text
 from shoal.ledger.escrows import State
 from shoal.market.earnings import forecast_micro, lasts_s
 from shoal.protocol.money import LedgerName, ledger_text
+from shoal.purse.bills import FILE as PAYMENTS
+from shoal.purse.bills import Payments, TermPayments, bill
+from shoal.purse.purse import close_escrow
+from shoal.sdk.handed import is_driven_by_nodes
 from shoal.world import Ledger
+from shoal.world.processes import process_holding
 
 STOP_S = 60.0
 """So long a driver has to stop in order: it pays its nodes, and writes down what it knows."""
 RATE_ROUNDS = 8
 """Of so many rounds, the newest, the present speed is the mean."""
-_REMEDY = "restore it from a copy: it says what nodes were paid"
 
 
 class DriverGoesOn(JobError):
@@ -47,6 +48,8 @@ class OthersMoney(BadInput):
 
 class JobState(StrEnum):
     RUNNING = "running"
+    DETACHED = "detached"
+    """Driven by nodes, as it stood when it was looked at last."""
     STOPPED = "stopped"
     """In order, before its goal."""
     FINISHED = "finished"
@@ -137,14 +140,7 @@ def driver_of(folder: Path) -> psutil.Process | None:
 
 
 def _driver(folder: Path, pid: int | None) -> psutil.Process | None:
-    if pid is None:
-        return None
-    try:
-        process = psutil.Process(pid)
-        held = {one.path for one in process.open_files()}
-    except (psutil.Error, OSError):
-        return None
-    return process if str((folder / "lock").resolve()) in held else None
+    return process_holding(folder / "lock", pid) if pid is not None else None
 
 
 def look_at(path: Path) -> JobStanding:
@@ -155,12 +151,14 @@ def look_at(path: Path) -> JobStanding:
         job = folder.train_job()
         newest = deque(folder.notes(RoundMetrics), maxlen=RATE_ROUNDS)
         figures = folder.read("figures.json", Figures) or Figures()
-        payments = folder.read(PAYMENTS, Payments, remedy=_REMEDY) or Payments(budget_micro=0)
+        payments = folder.payments() or Payments(budget_micro=0)
         report = folder.read("report.json", Report)
     last = newest[-1] if newest else None
     tokens = last.tokens_total if last else 0
     state = JobState.STOPPED if pid is None else JobState.DIED
-    if running:
+    if is_driven_by_nodes(path):
+        state = JobState.DETACHED
+    elif running:
         state = JobState.RUNNING
     elif report is not None and report.tokens_accepted >= job.token_budget:
         state = JobState.FINISHED
@@ -229,7 +227,7 @@ def stop(folder: Path) -> int | None:
 def open_at(folder: Path) -> list[LedgerName]:
     """The ledgers at which a run has escrows that nobody has asked back. Raises FolderUnreadable, FolderDamaged."""
     with RunFolder.open(folder, read_only=True) as run:
-        payments = run.read(PAYMENTS, Payments, remedy=_REMEDY)
+        payments = run.payments()
     return [one.ledger for one in _open_terms(payments)] if payments else []
 
 
@@ -248,7 +246,7 @@ async def close_escrows(folder: Path, account: AccountKey, ledger: Ledger) -> Cl
     """Of a run whose driver is gone: its nodes get what they have vouchers for, and the rest is asked back. Raises
     FolderLocked, FolderDamaged, OthersMoney, and what the ledger does."""
     with RunFolder.open(folder) as run:
-        payments = run.read(PAYMENTS, Payments, remedy=_REMEDY) or Payments(budget_micro=0)
+        payments = run.payments() or Payments(budget_micro=0)
         for one in _open_terms(payments):
             if one.terms.payer != account.address:
                 raise OthersMoney(

@@ -9,6 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from shoal.errors import BadInput
+from shoal.models import configs
+from shoal.models.initial import initial_parameters
+from shoal.models.tokenizers import has_tokenizer, load_tokenizer
 from shoal.protocol.training import DataRef, DataShard, ModelRef, Outer, RoundSettings
 from shoal.sdk.jobfile import JobFile
 from shoal.sdk.loop_script import OtherLoop, look_at
@@ -61,21 +64,18 @@ def prepare(
     ScriptFailed, StorageFull."""
     if job.model.script is not None:
         return _prepare_loop(job, Path(job.model.script), rounds, store, pin, watch)
-    from shoal.models import configs  # torch is loaded only when a job is prepared
-    from shoal.models.architectures import build_model, parameters_of
-    from shoal.models.checkpoints import read_checkpoint
-    from shoal.models.tokenizers import load_tokenizer
-
     tokenizer = tokenizer_of(job)
     words = load_tokenizer(tokenizer)
-    checkpoint = None
+    checkpoint, preset = None, job.model.preset or "tiny"
     if job.model.checkpoint is not None:
+        from shoal.models.checkpoints import read_checkpoint  # torch takes seconds to load
+
         checkpoint = read_checkpoint(Path(job.model.checkpoint))
         config = checkpoint.config
     elif job.model.config is not None:
         config = configs.read_config(Path(job.model.config))
     else:
-        config = configs.preset_config(job.model.preset or "tiny", words.vocabulary, words.end)
+        config = configs.preset_config(preset, words.vocabulary, words.end)
     if configs.vocabulary_of(config) < words.vocabulary:
         raise SequenceTooLong(
             f"The tokenizer has {words.vocabulary} ids, the model knows {configs.vocabulary_of(config)}; "
@@ -99,9 +99,13 @@ def prepare(
     )
     if checkpoint is not None:
         tensors = checkpoint.tensors
-    else:
+    elif job.model.config is not None:
+        from shoal.models.architectures import build_model, parameters_of
+
         named = parameters_of(build_model(config, seed=job.seed))
         tensors = {name: parameter.detach().numpy() for name, parameter in named.items()}
+    else:
+        tensors = initial_parameters(preset, words.vocabulary, seed=job.seed)
     layout = Layout.of({name: tensor.shape for name, tensor in tensors.items()})
     flat = np.concatenate([tensors[tensor.name].ravel() for tensor in layout.tensors]).astype(np.float32)
     state = SharedState.start(layout, flat, momentum=rounds.outer is Outer.NESTEROV)
@@ -149,8 +153,6 @@ def tokenizer_of(job: JobFile) -> str:
     """What `model.tokenizer: auto` means: the checkpoint's own tokenizer where it has one, else bytes."""
     if job.model.tokenizer != "auto":
         return job.model.tokenizer
-    from shoal.models.tokenizers import has_tokenizer
-
     if job.model.checkpoint is not None and has_tokenizer(Path(job.model.checkpoint)):
         return job.model.checkpoint
     return "bytes"

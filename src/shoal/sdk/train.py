@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
+import logging
 import math
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,7 +38,7 @@ from shoal.driver.report import (
 from shoal.driver.takeover import CannotTakeOver, take_over
 from shoal.driver.training import NOT_BACK, JobRecords, Progress, TrainingDriver, Watchers
 from shoal.driver.training import Outcome as Ending
-from shoal.driver.treasurer import AUDIT_MS, NOTICE_MS, Purse, Treasurer
+from shoal.driver.treasurer import Treasurer
 from shoal.driver.write_report import make_report, write_missing_page, write_report
 from shoal.engines import EngineFailed
 from shoal.errors import BadInput
@@ -50,21 +51,25 @@ from shoal.market import Wish
 from shoal.market.goodput import TrainingWork
 from shoal.market.reputation import Outcome
 from shoal.market.requirements import Means
-from shoal.protocol.holds import LEASE_STEP_MS
+from shoal.protocol.blobs import BlobHolder
+from shoal.protocol.holds import LEASE_STEP_MS, Deputy
 from shoal.protocol.hubs import HubTicket
 from shoal.protocol.ledgers import LedgerTicket
 from shoal.protocol.messages import record_id_of, sign
 from shoal.protocol.offers import Offer, OfferFind
-from shoal.protocol.training import Commit, Contribution, Grant, Term, TrainJob
+from shoal.protocol.training import Assignment, Commit, Contribution, Grant, Term, TrainJob
+from shoal.purse.purse import Funds
 from shoal.quantities.money import format_money
 from shoal.rounds.length import RoundLength, choose_round_length, exchange_takes_s, members_of_full_speed
 from shoal.rounds.standing import Standing, standing_at_start
 from shoal.sdk.acquaintances import Acquaintances, AcquaintancesDamaged
 from shoal.sdk.costs import Costs, costs_of, mix_for
+from shoal.sdk.handed import is_driven_by_nodes
 from shoal.sdk.hours import Bought, BoughtOffers
 from shoal.sdk.jobfile import JobFile
 from shoal.sdk.loop_script import ScriptFailed, engine_for, how_to_take_part, loop_kind, measure
 from shoal.sdk.preparation import Prepared, prepare
+from shoal.sdk.spending import Spending
 from shoal.storage import BlobStore, Fetcher, serve
 from shoal.training.commands import Evaluate, ExportCheckpoint, Generate, Prepare, ShardFile
 from shoal.training.process import EngineProcess
@@ -75,6 +80,8 @@ from shoal.world import Clock, Dice, Link, SystemClock, SystemDice
 from shoal.world.quotes import NotSecured, is_free
 
 DRIVER_KEY = "driver.key"
+TOKENIZER = "data/tokenizer"
+"""Where the tokenizer is that went along with a run folder; else it is where its owner said."""
 GRANT_MS = 30 * 24 * 3600 * 1000
 STORE_BYTES = 64 << 30
 HELD_OUT_SAMPLES = 512
@@ -96,6 +103,8 @@ READING_SAID_S = 0.2
 STEP_LEAST_S = 0.004
 """No inner step is quicker: launching its kernels takes that long."""
 
+_log = logging.getLogger("shoal.train")
+
 
 class NothingToResume(BadInput):
     """A run that has reached its goal, or never began."""
@@ -103,15 +112,43 @@ class NothingToResume(BadInput):
     code = "SH-126"
 
 
-@dataclass(frozen=True)
-class Spending:
-    """What a job may cost, and whose money it is."""
+class NotDetached(BadInput):
+    """A job cannot be driven by nodes."""
 
-    account: AccountKey
+    code = "SH-153"
+
+
+@dataclass(frozen=True)
+class Lent:
+    """What an owner who is away lets a driver pay with: an escrow that is open, by a key that it names."""
+
+    payer: bytes
+    signer: AccountKey
+    client: KeyPair
+    """Whom nodes keep their places for."""
     ledger: LedgerTicket
     budget_micro: int
-    notice_ms: int = NOTICE_MS
-    audit_ms: int = AUDIT_MS
+
+
+@dataclass(frozen=True)
+class Hosted:
+    """That a node drives the job for an owner who is away, and may be followed by another one."""
+
+    key: KeyPair
+    """To drive with."""
+    gone: Collection[bytes]
+    """Nodes that are gone with the driver before."""
+    alone: bool
+    """Members that do not answer are gone."""
+    began: Callable[[int], None]
+    """Told the number of the term."""
+    written: Callable[[Sequence[BlobHolder]], Awaitable[None]]
+    """After each Commit that is on the disk, with who holds the job's blobs; nobody else hears of it before this
+    returns."""
+    present: Callable[[], Collection[bytes]]
+    """The driver keys of the hosts that are there: they are paid for that."""
+    stopped: Callable[[], bool]
+    """Its owner wants it to end."""
 
 
 @dataclass
@@ -126,10 +163,11 @@ class TrainOptions:
     prompt: str | None = None
     """What the trained model continues in the report; none: nothing."""
     goal: Callable[[Report], Goal] | None = None
-    spending: Spending | None = None
+    spending: Spending | Lent | None = None
     """None: only nodes that work for nothing take part."""
     bought: Bought | None = None
     """Hours that it uses, and no other nodes; none: it takes nodes at the price that they offer."""
+    hosted: Hosted | None = None
     acquaintances: Acquaintances | None = None
     """What nodes did for earlier jobs, and where it is kept what they do for this one; none: all are new."""
     audits: bool = True
@@ -176,11 +214,11 @@ async def train(job_file: JobFile, yaml: bytes, options: TrainOptions, folder: R
     with folder or RunFolder.create(options.folder, replace=options.replace) as folder, saying_room(folder.path):
         if options.bought is not None:
             write_secret(folder.path / DRIVER_KEY, options.bought.key.to_pem())
-        async with _Session(folder, options, load_or_create_key(folder.path / DRIVER_KEY)) as session:
+        async with Session(folder, options, load_or_create_key(folder.path / DRIVER_KEY)) as session:
             if session.treasurer is not None:
                 await session.treasurer.check()
             prepared, gang, length = await session.plan(job_file)
-            gang, length = await session.secure(job_file, prepared, gang, length)
+            gang, length = await session.secure(job_file, Size.of(prepared), gang, length)
             job = session.sign_job(job_file, prepared, length, gang)
             session.keep_for_later(prepared, length, gang)
             records = session.first_term(job)
@@ -194,7 +232,7 @@ async def plan(job_file: JobFile, options: TrainOptions, scratch: Path, deadline
     """What `train` would do: reads the data and asks the hubs, starts nothing. `scratch` is an empty directory. With a
     deadline the costs name the cheapest mix that keeps it."""
     with RunFolder.create(scratch) as folder, saying_room(scratch):
-        async with _Session(folder, options, KeyPair.generate()) as session:
+        async with Session(folder, options, KeyPair.generate()) as session:
             prepared, gang, length = await session.plan(job_file, waiting=False)
             rounds = job_file.rounds.resolved(length.inner_steps)
             per_round = length.inner_steps * job_file.batch_samples * prepared.data.sequence_tokens * max(1, len(gang))
@@ -222,6 +260,11 @@ async def plan(job_file: JobFile, options: TrainOptions, scratch: Path, deadline
 
 async def resume(job_file: JobFile, options: TrainOptions) -> Report:
     """Go on with the job in a folder, in a new term, from its newest Commit."""
+    if options.hosted is None and is_driven_by_nodes(options.folder):
+        raise NothingToResume(
+            f"Nodes drive the job in {options.folder}: look at it with `shoal attach`, stop it with `shoal jobs "
+            "cancel`. When it is over, what is left of it can be gone on with here."
+        )
     with RunFolder.open(options.folder) as folder, saying_room(folder.path):
         written = folder.read("report.json", Report)
         if written is not None and written.tokens_accepted >= folder.train_job().token_budget:
@@ -230,8 +273,9 @@ async def resume(job_file: JobFile, options: TrainOptions) -> Report:
                 f"The job in {options.folder} has reached its token budget already; its page is "
                 f"{options.folder / 'report.html'}."
             )
-        own = folder.path / DRIVER_KEY
-        async with _Session(folder, options, load_key(own) if own.exists() else options.key) as session:
+        own, hosted = folder.path / DRIVER_KEY, options.hosted
+        key = hosted.key if hosted is not None else load_key(own) if own.exists() else options.key
+        async with Session(folder, options, key) as session:
             options.say("Reading the run's records and its newest state.")
             session.job_envelope = folder.job
             private = folder.read("owner.json", _OwnerNotes, remedy="restore it from a copy")
@@ -241,6 +285,8 @@ async def resume(job_file: JobFile, options: TrainOptions) -> Report:
                     "tokenizer it has; restore it from a copy."
                 )
             session.private = private
+            if hosted is not None and (private.script is not None or private.tokenizer not in ("bytes", TOKENIZER)):
+                raise NotDetached("What its owner notes names files of this machine: it is not driven here.")
             wanted = session.wanted(job_file)
             if session.treasurer is not None:
                 await session.treasurer.close_former()
@@ -258,17 +304,33 @@ async def resume(job_file: JobFile, options: TrainOptions) -> Report:
                     directory=session.hubs,
                     clock=options.clock,
                 ),
+                gone=hosted.gone if hosted is not None else (),
+                alone=hosted is not None and hosted.alone,
             )
+            if hosted is not None:
+                hosted.began(taken.records.term_number)
             options.say(f"Going on after round {taken.standing.round}, in term {taken.records.term_number}.")
             gang: list[LinkedNode] = []
             # Killed after its last Commit, it may still have to measure the model and write the report.
             if taken.standing.tokens_total < session.job.token_budget:
                 gang = await session.gang(job_file, without=taken.retired.keys(), former=taken.records.former)
-                gang = await session.resumed(job_file, gang)
+                if taken.records.former:
+                    gang = await session.resumed(job_file, gang)
+                else:  # its owner has handed it over before it began
+                    steps = RoundLength(session.job.rounds.inner_steps, private.round_reason)
+                    gang, _ = await session.secure(job_file, Size.of_job(session.job), gang, steps)
                 await session.set_aside(gang, job_file)
             return await session.drive(
                 taken.records, taken.standing, taken.state, gang, taken.retired, job_file, wanted=wanted
             )
+
+
+def refuse_script(job_file: JobFile) -> None:
+    """Raises NotDetached."""
+    if job_file.model.script is not None:
+        raise NotDetached(
+            "A job with a loop of its own (model.script) is driven where its script is: nodes run no code of jobs."
+        )
 
 
 def say_undecided(job_file: JobFile) -> str:
@@ -348,7 +410,25 @@ class _Reading:
             self._told(done / total)
 
 
-class _Session:
+@dataclass(frozen=True)
+class Size:
+    """What of a job says how long its steps take."""
+
+    parameters: int
+    sequence_tokens: int
+    samples_per_s: float = 0.0
+    """Of the owner's own loop, where it was tried."""
+
+    @classmethod
+    def of(cls, prepared: Prepared) -> Size:
+        return cls(prepared.model.parameters, prepared.data.sequence_tokens, prepared.samples_per_s)
+
+    @classmethod
+    def of_job(cls, job: TrainJob) -> Size:
+        return cls(job.model.parameters, job.data.sequence_tokens)
+
+
+class Session:
     """The pieces that a driving process holds open: endpoint, hubs, blobs, engine."""
 
     def __init__(self, folder: RunFolder, options: TrainOptions, key: KeyPair) -> None:
@@ -367,8 +447,10 @@ class _Session:
         self._withholding: set[asyncio.Task[None]] = set()
         self._measuring = asyncio.Lock()
         self._figures_s = -FIGURES_EVERY_S
+        self._driven = False
+        """All rounds are done, or no more can be."""
 
-    async def __aenter__(self) -> _Session:
+    async def __aenter__(self) -> Session:
         options = self.options
         self.endpoint = TlsEndpoint(self.key, clock=self.clock, dice=self.dice)
         self.store = BlobStore(self.folder.blobs, STORE_BYTES, self.clock)
@@ -391,26 +473,35 @@ class _Session:
             raise
         return self
 
-    def _make_treasurer(self, spending: Spending) -> Treasurer:
+    def _make_treasurer(self, spending: Spending | Lent) -> Treasurer:
         async def link(node: bytes, offer: Offer) -> Link:
             found = await link_to(node, offer, endpoint=self.endpoint, directory=self.hubs, clock=self.clock)
             return found.link
 
         self.ledger = RemoteLedger(self.endpoint, spending.ledger, self.clock)
-        purse = Purse(
-            self.ledger,
-            spending.account,
-            spending.budget_micro,
-            notice_ms=spending.notice_ms,
-            audit_ms=spending.audit_ms,
-        )
+        key, deputy = self.key, None
+        if isinstance(spending, Lent):
+            funds = Funds(self.ledger, spending.payer, spending.signer, spending.budget_micro)
+            key, deputy = spending.client, sign(spending.client, Deputy(driver=self.key.node_id)).to_bytes()
+        else:
+            funds = spending.funds(self.ledger)
         return Treasurer(
-            purse, self.folder, key=self.key, link=link, clock=self.clock, dice=self.dice, say=self.options.say
-        )
+            funds, self.folder, key=key, link=link, clock=self.clock, dice=self.dice, say=self.options.say,
+            deputy=deputy, present=self.options.hosted.present if self.options.hosted else tuple,
+        )  # fmt: skip
+
+    async def _settle(self) -> None:
+        """Whoever drives for an owner who is away and does not come to the job's end leaves its money to the next."""
+        if self.treasurer is None:
+            return
+        hosted = self.options.hosted
+        if hosted is None or self._driven or hosted.stopped():
+            await self.treasurer.close()
+        else:
+            await self.treasurer.leave()
 
     async def __aexit__(self, *_: object) -> None:
-        if self.treasurer is not None:
-            await self.treasurer.close()
+        await self._settle()
         if self.engine is not None:
             await self.engine.stop()
         await self.hubs.close()
@@ -451,6 +542,8 @@ class _Session:
             )
         )
         looking = asyncio.create_task(self.gang(job_file, waiting=waiting))
+        preparing.add_done_callback(lambda _: _log.info("data and model are prepared"))
+        looking.add_done_callback(lambda _: _log.info("nodes were looked for"))
         try:
             prepared, gang = await asyncio.gather(asyncio.shield(preparing), looking)
         finally:
@@ -459,7 +552,7 @@ class _Session:
             await asyncio.wait({preparing})
             if not preparing.cancelled():
                 preparing.exception()
-        return prepared, gang, self._length(job_file, prepared, gang)
+        return prepared, gang, self._length(job_file, Size.of(prepared), gang)
 
     def wanted(self, job_file: JobFile) -> OfferFind:
         needs = job_file.requirements
@@ -486,7 +579,7 @@ class _Session:
     # ---- money ----
 
     async def secure(
-        self, job_file: JobFile, prepared: Prepared, gang: list[LinkedNode], length: RoundLength
+        self, job_file: JobFile, size: Size, gang: list[LinkedNode], length: RoundLength
     ) -> tuple[list[LinkedNode], RoundLength]:
         """Those of a gang that have a bond, are near to one another, worth their money and keep a place, as far as the
         job asks for it, and the round length for them. While too few do, others are looked for, as long as the job
@@ -501,9 +594,9 @@ class _Session:
                     gang = await self._bonded(gang, needs.bond_min, needs.nodes_min)
                 if needs.latency_within_ms is not None:
                     gang = await near_gang(gang, needs.latency_within_ms, needs.nodes_min)
-                chosen = self._worth_it(job_file, prepared, gang, length)
+                chosen = self._worth_it(job_file, size, gang, length)
                 held = await self._held(job_file, chosen)
-                return held, self._length(job_file, prepared, held)
+                return held, self._length(job_file, size, held)
             except NotSecured as error:
                 if self.clock.monotonic() >= until:
                     raise
@@ -527,9 +620,7 @@ class _Session:
             )
         return bonded
 
-    def _worth_it(
-        self, job_file: JobFile, prepared: Prepared, gang: list[LinkedNode], length: RoundLength
-    ) -> list[LinkedNode]:
+    def _worth_it(self, job_file: JobFile, size: Size, gang: list[LinkedNode], length: RoundLength) -> list[LinkedNode]:
         """The mix that does the most for its money, or is done by the deadline for the least. Raises NotSecured where
         none is."""
         needs, spending = job_file.requirements, self.options.spending
@@ -537,7 +628,7 @@ class _Session:
             return gang
         offers = [one.offer for one in gang]
         mix = mix_for(
-            self._work(job_file, prepared, gang, length), offers,
+            self._work(job_file, size, gang, length), offers,
             dtype=choose_dtype(offers) if job_file.dtype == "auto" else job_file.dtype, tokens=job_file.tokens,
             nodes_min=min(len(gang), needs.nodes_min), nodes_max=needs.nodes_max, deadline_s=job_file.deadline_s,
         )  # fmt: skip
@@ -600,40 +691,38 @@ class _Session:
             say=self.options.say,
         )
 
-    def _length(self, job_file: JobFile, prepared: Prepared, gang: Sequence[LinkedNode]) -> RoundLength:
+    def _length(self, job_file: JobFile, size: Size, gang: Sequence[LinkedNode]) -> RoundLength:
         rounds = job_file.rounds
         if rounds.inner_steps != "auto":
             return RoundLength(rounds.inner_steps, f"{rounds.inner_steps} inner steps a round, as the job file says.")
         speeds = [fastest_float32(one.offer) for one in gang]
         flops = max(speeds, default=0.0)
-        work = 6 * prepared.model.parameters * job_file.batch_samples * prepared.data.sequence_tokens
+        work = 6 * size.parameters * job_file.batch_samples * size.sequence_tokens
         step_s = max(STEP_LEAST_S, work / (CPU_EFFICIENCY * flops) if flops else 1.0)
-        if prepared.samples_per_s:
-            step_s = job_file.batch_samples / prepared.samples_per_s
+        if size.samples_per_s:
+            step_s = job_file.batch_samples / size.samples_per_s
         return choose_round_length(
             step_s=step_s,
-            update_bytes=update_bytes(rounds.settings.codec, prepared.model.parameters, rounds.settings.sparse_keep),
+            update_bytes=update_bytes(rounds.settings.codec, size.parameters, rounds.settings.sparse_keep),
             members=len(gang),
             round_trip_s=(slowest_round_trip_ms(gang) or 0.0) / 1000,
             rate_bps=slowest_rate_bps(gang),
             bytes_per_s_budget=rounds.byte_budget,
             bytes_per_token_budget=rounds.bytes_per_token,
-            step_tokens=job_file.batch_samples * prepared.data.sequence_tokens * members_of_full_speed(speeds),
+            step_tokens=job_file.batch_samples * size.sequence_tokens * members_of_full_speed(speeds),
             lag=rounds.settings.lag,
         )
 
-    def _work(
-        self, job_file: JobFile, prepared: Prepared, gang: Sequence[LinkedNode], length: RoundLength
-    ) -> TrainingWork:
+    def _work(self, job_file: JobFile, size: Size, gang: Sequence[LinkedNode], length: RoundLength) -> TrainingWork:
         settings = job_file.rounds.settings
-        size = update_bytes(settings.codec, prepared.model.parameters, settings.sparse_keep)
+        sent_bytes = update_bytes(settings.codec, size.parameters, settings.sparse_keep)
         round_trip_s = (slowest_round_trip_ms(gang) or 0.0) / 1000
         return TrainingWork(
-            flops_per_token=6.0 * prepared.model.parameters,
+            flops_per_token=6.0 * size.parameters,
             efficiency=CPU_EFFICIENCY,
-            step_tokens=job_file.batch_samples * prepared.data.sequence_tokens,
+            step_tokens=job_file.batch_samples * size.sequence_tokens,
             inner_steps=length.inner_steps,
-            exchange_s=lambda members, rate_bps: exchange_takes_s(size, members, round_trip_s, rate_bps),
+            exchange_s=lambda members, rate_bps: exchange_takes_s(sent_bytes, members, round_trip_s, rate_bps),
             hidden=settings.lag > 0,
             step_least_s=STEP_LEAST_S,
         )
@@ -650,7 +739,7 @@ class _Session:
         if job_file.model.script is not None:
             return None
         needs = job_file.requirements
-        work = self._work(job_file, prepared, gang, length)
+        work = self._work(job_file, Size.of(prepared), gang, length)
         return costs_of(
             work, [one.offer for one in gang], dtype=dtype, tokens=job_file.tokens, currency=needs.each.currency,
             nodes_min=needs.nodes_min, nodes_max=needs.nodes_max, deadline_s=deadline_s,
@@ -679,10 +768,12 @@ class _Session:
             self.options.say(caution)
         return self.job_envelope
 
-    def keep_for_later(self, prepared: Prepared, length: RoundLength, gang: Sequence[LinkedNode]) -> None:
-        """What `resume` and later evaluations need."""
+    def keep_for_later(
+        self, prepared: Prepared, length: RoundLength, gang: Sequence[LinkedNode], tokenizer: str | None = None
+    ) -> None:
+        """What `resume` and later evaluations need; `tokenizer` where it is another one than what was prepared with."""
         self.private = _OwnerNotes(
-            tokenizer=prepared.tokenizer,
+            tokenizer=tokenizer or prepared.tokenizer,
             held_out=prepared.held_out,
             unigram_loss=prepared.unigram_loss,
             round_reason=length.reason,
@@ -752,12 +843,14 @@ class _Session:
                 progress=options.progress,
                 committed=lambda commit, given, after: self._committed(auditor, commit, given, after),
                 event=options.event,
-                recorded=auditor.recorded,
+                recorded=lambda envelope: self._recorded(auditor, envelope),
+                written=self._written,
                 closing=lambda: self._close_out(auditor),
             ),
         )
         self._next_evaluation = standing.tokens_total + self.job.token_budget / (EVALUATIONS + 1)
         self._evaluations: set[asyncio.Task[float | None]] = set()
+        self._at_work = asyncio.Event()
         self._starting_engine = asyncio.create_task(self._start_engine(state))
         if all(one.round >= 0 for one in folder.notes(Evaluation)):
             self._evaluate_beside(-1, 0, await self._start_state())
@@ -766,13 +859,20 @@ class _Session:
                 outcome = await self.driver.run(gang)
             else:
                 outcome = Ending(True, f"{standing.tokens_total} tokens were accepted before.", state)
+            self._driven = True
+            self._at_work.set()
         finally:
+            if not self._at_work.is_set():
+                self._starting_engine.cancel()
             cost = await auditor.close()
             await asyncio.gather(*self._evaluations, self._starting_engine, *self._withholding, return_exceptions=True)
-            if self.treasurer is not None:
-                await self.treasurer.close()
+            await self._settle()
             self._remember(self.driver.nodes)
         return await self._finish(outcome, cost, auditor.count)
+
+    async def _written(self) -> None:
+        if self.options.hosted is not None and self.driver is not None:
+            await self.options.hosted.written(self.driver.holders)
 
     def _remember(self, nodes: Mapping[bytes, NodeFigures]) -> None:
         """What this term has shown of its nodes. A node's word is a matter of those that have somebody to say it to:
@@ -797,9 +897,11 @@ class _Session:
 
     async def _start_engine(self, state: SharedState) -> None:
         """An engine of the owner's own, for held-out losses, the completion and the checkpoint; a script does what of
-        this it can."""
+        this it can. It loads its libraries, which takes seconds of every core here, when the members are at work: those
+        on this machine measure themselves before."""
         if self.script is not None:
             return
+        await self._at_work.wait()
         self.engine = await EngineProcess.start("the driver")
         path = await self._write_now(state)
         shards = tuple(
@@ -813,6 +915,11 @@ class _Session:
         with saying_room(self.folder.path):
             await asyncio.to_thread(state.write, path)
         return path
+
+    def _recorded(self, auditor: Auditor, envelope: Envelope) -> None:
+        auditor.recorded(envelope)
+        if envelope.kind == Assignment.KIND:
+            self._at_work.set()
 
     def _committed(
         self,
@@ -956,6 +1063,8 @@ class _Session:
         held = await self.engine.load_state(await self._write_now(state))
         completion = None
         tokenizer = self.private.tokenizer
+        if tokenizer == TOKENIZER:
+            tokenizer = str(self.folder.path / tokenizer)
         if self.options.prompt is not None:
             text = await self.engine.generate(
                 Generate(

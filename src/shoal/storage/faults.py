@@ -1,4 +1,4 @@
-"""What a disk can do to its user, as sentences."""
+"""What a disk or a database can do to its user, as sentences."""
 
 from __future__ import annotations
 
@@ -21,6 +21,18 @@ class DiskFailed(StorageError):
     """The operating system refused to read or write."""
 
     code = "SH-402"
+
+
+class LedgerFailed(StorageError):
+    """A ledger's database cannot be read or written; nothing was acknowledged."""
+
+    code = "SH-445"
+
+
+class LedgerBusy(StorageError):
+    """More commands wait for a ledger than it lets wait."""
+
+    code = "SH-446"
 
 
 @contextmanager

@@ -11,22 +11,21 @@ from collections import deque
 from collections.abc import Callable
 from typing import TypeVar
 
-from shoal.errors import StorageError
+from shoal.errors import ShoalError
 from shoal.ledger.commands import Command
 from shoal.ledger.escrows import Escrow
 from shoal.ledger.moves import Move
 from shoal.ledger.moves import account as account_name
 from shoal.protocol.money import LedgerName
+from shoal.storage.faults import LedgerBusy
 from shoal.storage.ledgers import COMMANDS_MAX, SqlLedger
+from shoal.world import OutcomeUnknown
 
 WAITING_MAX = 8 * COMMANDS_MAX
+LOOKED_AGAIN_S = (0.25, 0.5, 1.0, 2.0, 4.0)
+"""After so long each, where a database went away while it was writing: a server that starts again is there within
+seconds, and then knows."""
 T = TypeVar("T")
-
-
-class LedgerBusy(StorageError):
-    """More commands wait for a ledger than it lets wait."""
-
-    code = "SH-446"
 
 
 class GroupCommit:
@@ -45,7 +44,7 @@ class GroupCommit:
 
     async def apply(self, command: Command) -> tuple[Move, ...]:
         """What it moved, once that is durable. Raises what `SqlLedger.apply` does, and LedgerBusy. A caller that is
-        cancelled does not know whether its command was carried out."""
+        cancelled, or hears OutcomeUnknown, does not know whether its command was carried out."""
         if len(self._waiting) >= WAITING_MAX:
             raise LedgerBusy(f"{WAITING_MAX} commands wait for this ledger already; try again in a moment.")
         future: asyncio.Future[tuple[Move, ...]] = asyncio.get_running_loop().create_future()
@@ -87,8 +86,7 @@ class GroupCommit:
             some = [self._waiting.popleft() for _ in range(min(COMMANDS_MAX, len(self._waiting)))]
             some = [(command, future) for command, future in some if not future.done()]  # whose caller still waits
             async with self._turn:
-                writing = asyncio.to_thread(self.ledger.apply_all, [command for command, _ in some])
-                (found,) = await asyncio.gather(writing, return_exceptions=True)
+                found = await self._written([command for command, _ in some])
             # Whatever went wrong, those who wait hear of it, and the next ones get their turn.
             outcomes = [found] * len(some) if isinstance(found, BaseException) else found
             for (_, future), outcome in zip(some, outcomes, strict=True):
@@ -98,3 +96,12 @@ class GroupCommit:
                     future.set_exception(outcome)
                 else:
                     future.set_result(outcome)
+
+    async def _written(self, commands: list[Command]) -> list[tuple[Move, ...] | ShoalError] | BaseException:
+        for wait_s in (*LOOKED_AGAIN_S, None):
+            writing = asyncio.to_thread(self.ledger.apply_all, commands)
+            (found,) = await asyncio.gather(writing, return_exceptions=True)
+            if not isinstance(found, OutcomeUnknown) or wait_s is None:
+                break
+            await self.ledger.clock.sleep(wait_s)
+        return found

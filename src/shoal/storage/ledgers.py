@@ -3,12 +3,18 @@
 The rules are those of `ledger.book`: of a command, the accounts and the escrow or bond that it speaks of are read,
 `Book.apply` decides, and what has changed is written with the journal's line, in one transaction. Several commands may
 share one (group commit), each of them whole or not at all. What was answered survives a killed process and a lost power
-supply: on SQLite as `storage.sqlite` opens it, on PostgreSQL with `synchronous_commit=on`, its default.
+supply: on SQLite as `storage.sqlite` opens it, on PostgreSQL with `fsync` and `synchronous_commit` on, or it is not
+opened.
+
+As a rule no lock is held while something is decided. The journal's next line has the next number, and the database
+takes each number once: if another process wrote meanwhile, what was decided is not written, and is decided anew while
+nobody else may write. So what was read once need not be read again before that happens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +23,7 @@ import msgspec
 import sqlalchemy as sa
 from sqlalchemy.exc import SQLAlchemyError
 
-from shoal.errors import ShoalError, StorageError
+from shoal.errors import ShoalError
 from shoal.ledger.bonds import Bond
 from shoal.ledger.book import Book
 from shoal.ledger.commands import Command, Deposit, Pass, PayBack, Withdraw, bond_named_by, escrow_of
@@ -25,13 +31,35 @@ from shoal.ledger.escrows import Escrow
 from shoal.ledger.journal import BEGINNING, BadJournal, Line, line, verified
 from shoal.ledger.moves import Move
 from shoal.protocol.messages import DEFAULT_NETWORK
-from shoal.protocol.money import LedgerName
+from shoal.protocol.money import TIME_MAX_MS, LedgerName
+from shoal.storage.faults import LedgerFailed
+from shoal.storage.ledger_tables import (
+    ABOUT,
+    ACCOUNTS,
+    BONDS,
+    ESCROWS,
+    JOURNAL,
+    METADATA,
+    PAID,
+    REFERENCES,
+    SCHEMA,
+    WITHDRAWALS,
+    Rows,
+    bond_row,
+    decode_bond,
+    decode_line,
+    encode,
+    escrow_of_rows,
+    escrow_row,
+    line_row,
+    paid_rows,
+    put_into,
+)
+from shoal.storage.ledger_writing import OutcomeOpen, PostgresWriter, SqliteWriter
+from shoal.storage.postgres import postgres_engine
 from shoal.storage.sqlite import sqlite_engine
-from shoal.world import Clock
+from shoal.world import Clock, OutcomeUnknown
 
-SCHEMA = 3
-"""The form of the tables. In a database of an older form they are made anew from the journal; one of a newer form is
-refused."""
 COMMANDS_MAX = 512
 """In one transaction."""
 DUE_MAX = 256
@@ -44,114 +72,45 @@ BONDS_MAX = 64
 """Bonds that are listed, those with most at stake first."""
 KNOWN_MAX = 10_000
 """Accounts, escrows and the like that are kept in memory between transactions."""
+NEVER_MS = TIME_MAX_MS + 1
+_BUT_PAID = {"paid": None}
 
-_tables = sa.MetaData()
-_about = sa.Table(
-    "ledger_about",
-    _tables,
-    sa.Column("version", sa.Integer, primary_key=True, autoincrement=False),
-    sa.Column("ledger", sa.LargeBinary, nullable=False),
-)
-_accounts = sa.Table(
-    "ledger_accounts",
-    _tables,
-    sa.Column("name", sa.String(160), primary_key=True),
-    sa.Column("balance_micro", sa.BigInteger, nullable=False),
-)
-_escrows = sa.Table(
-    "ledger_escrows",
-    _tables,
-    sa.Column("escrow", sa.LargeBinary(32), primary_key=True),
-    sa.Column("due_ms", sa.BigInteger, nullable=True, index=True),
-    sa.Column("content", sa.LargeBinary, nullable=False),
-)
-_withdrawals = sa.Table(
-    "ledger_withdrawals",
-    _tables,
-    sa.Column("account", sa.LargeBinary(20), primary_key=True),
-    sa.Column("number", sa.BigInteger, nullable=False),
-)
-_bonds = sa.Table(
-    "ledger_bonds",
-    _tables,
-    sa.Column("bond", sa.LargeBinary(32), primary_key=True),
-    sa.Column("node", sa.LargeBinary(32), nullable=False, index=True),
-    sa.Column("network", sa.LargeBinary, nullable=False),
-    sa.Column("account", sa.LargeBinary(20), nullable=False, index=True),
-    sa.Column("at_stake_micro", sa.BigInteger, nullable=False),
-    sa.Column("due_ms", sa.BigInteger, nullable=True, index=True),
-    sa.Column("content", sa.LargeBinary, nullable=False),
-)
-_references = sa.Table("ledger_references", _tables, sa.Column("reference", sa.LargeBinary, primary_key=True))
-_journal = sa.Table(
-    "ledger_journal",
-    _tables,
-    sa.Column("number", sa.BigInteger, primary_key=True, autoincrement=False),
-    sa.Column("line", sa.LargeBinary, nullable=False),
-)
-
-_LOCK = sa.select(_about.c.version).with_for_update()
-_LAST = sa.select(_journal.c.line).order_by(_journal.c.number.desc()).limit(1)
+_LAST = sa.select(JOURNAL.c.line).order_by(JOURNAL.c.number.desc()).limit(1)
+_NEWEST = sa.select(sa.func.max(JOURNAL.c.number))
 _DUE, _BONDS_DUE = (
-    sa.select(name).where(due_ms <= sa.bindparam("now_ms")).order_by(due_ms, name).limit(DUE_MAX)
-    for name, due_ms in ((_escrows.c.escrow, _escrows.c.due_ms), (_bonds.c.bond, _bonds.c.due_ms))
+    sa.select(name, due_ms).where(due_ms.is_not(None)).order_by(due_ms, name).limit(DUE_MAX)
+    for name, due_ms in ((ESCROWS.c.escrow, ESCROWS.c.due_ms), (BONDS.c.bond, BONDS.c.due_ms))
 )
-_BALANCE = sa.select(_accounts.c.balance_micro).where(_accounts.c.name == sa.bindparam("one"))
+_BALANCE = sa.select(ACCOUNTS.c.balance_micro).where(ACCOUNTS.c.name == sa.bindparam("one"))
 _PAGE = (
-    sa.select(_journal.c.line).where(_journal.c.number > sa.bindparam("after")).order_by(_journal.c.number)
+    sa.select(JOURNAL.c.line).where(JOURNAL.c.number > sa.bindparam("after")).order_by(JOURNAL.c.number)
     .limit(PAGE_LINES)
 )  # fmt: skip
-_ESCROW = sa.select(_escrows.c.content).where(_escrows.c.escrow == sa.bindparam("one"))
-_BOND = sa.select(_bonds.c.content).where(_bonds.c.bond == sa.bindparam("one"))
+_ESCROW = sa.select(ESCROWS.c.content).where(ESCROWS.c.escrow == sa.bindparam("one"))
+_PAID = sa.select(PAID.c.payee, PAID.c.content).where(PAID.c.escrow == sa.bindparam("one"))
+_BOND = sa.select(BONDS.c.content).where(BONDS.c.bond == sa.bindparam("one"))
 _BEHIND = (
-    _bonds.c.node == sa.bindparam("node"),
-    _bonds.c.network == sa.bindparam("network"),
-    sa.or_(_bonds.c.due_ms.is_(None), _bonds.c.due_ms > sa.bindparam("until_ms")),
+    BONDS.c.node == sa.bindparam("node"),
+    BONDS.c.network == sa.bindparam("network"),
+    sa.or_(BONDS.c.due_ms.is_(None), BONDS.c.due_ms > sa.bindparam("until_ms")),
 )
-_BOND_OF = sa.select(sa.func.sum(_bonds.c.at_stake_micro)).where(*_BEHIND)
+_BOND_OF = sa.select(sa.func.sum(BONDS.c.at_stake_micro)).where(*_BEHIND)
 _BONDS_BEHIND, _BONDS_BY = (
-    sa.select(_bonds.c.content).where(*which).order_by(_bonds.c.at_stake_micro.desc(), _bonds.c.bond).limit(BONDS_MAX)
-    for which in ((*_BEHIND, _bonds.c.at_stake_micro > 0), (_bonds.c.account == sa.bindparam("account"),))
+    sa.select(BONDS.c.content).where(*which).order_by(BONDS.c.at_stake_micro.desc(), BONDS.c.bond).limit(BONDS_MAX)
+    for which in ((*_BEHIND, BONDS.c.at_stake_micro > 0), (BONDS.c.account == sa.bindparam("account"),))
 )
-_REFERENCE = sa.select(_references.c.reference).where(_references.c.reference == sa.bindparam("one"))
-_WITHDRAWN = sa.select(_withdrawals.c.number).where(_withdrawals.c.account == sa.bindparam("one"))
+_REFERENCE = sa.select(REFERENCES.c.reference).where(REFERENCES.c.reference == sa.bindparam("one"))
+_WITHDRAWN = sa.select(WITHDRAWALS.c.number).where(WITHDRAWALS.c.account == sa.bindparam("one"))
+_LINE = sa.select(JOURNAL.c.line).where(JOURNAL.c.number == sa.bindparam("number"))
+_LOCK = sa.text(f"LOCK TABLE {JOURNAL} IN EXCLUSIVE MODE")
+_WAIT_FOR_LINE = sa.text(f"INSERT INTO {JOURNAL} (number, line) VALUES (:number, :line) ON CONFLICT DO NOTHING")
+"""Where somebody is writing a line of this number, it waits until that is written or given up."""
+_PUT = {
+    table: sa.text(put_into(table, f"VALUES ({', '.join(f':{one.name}' for one in table.columns)})"))
+    for table in METADATA.sorted_tables
+}
 
-
-def _upsert(table: sa.Table) -> sa.TextClause:
-    """A row instead of the one with its key, or a new one: SQLite and PostgreSQL have the same words for it."""
-    (key,), names = table.primary_key.columns.keys(), table.columns.keys()
-    new = ", ".join(f"{name} = excluded.{name}" for name in names if name != key)
-    values = ", ".join(f":{name}" for name in names)
-    return sa.text(
-        f"INSERT INTO {table.name} ({', '.join(names)}) VALUES ({values}) ON CONFLICT ({key}) DO UPDATE SET {new}"
-    )
-
-
-_PUT_BALANCE, _PUT_ESCROW, _PUT_BOND, _PUT_WITHDRAWN = map(_upsert, (_accounts, _escrows, _bonds, _withdrawals))
-_ADD_REFERENCE, _ADD_LINE = _references.insert(), _journal.insert()
-
-_encode = msgspec.msgpack.Encoder().encode
-_lines = msgspec.msgpack.Decoder(Line)
-_kept_escrows, _kept_bonds = msgspec.msgpack.Decoder(Escrow), msgspec.msgpack.Decoder(Bond)
 _ledger = msgspec.msgpack.Decoder(LedgerName)
-
-
-def _escrow_row(one: Escrow) -> dict[str, Any]:
-    return {"escrow": one.escrow_id, "due_ms": one.due_ms, "content": _encode(one)}
-
-
-def _bond_row(one: Bond) -> dict[str, Any]:
-    return {
-        "bond": one.bond_id, "node": one.terms.node, "network": one.terms.network.encode(),
-        "account": one.terms.account, "at_stake_micro": one.at_stake_micro, "due_ms": one.due_ms,
-        "content": _encode(one),
-    }  # fmt: skip
-
-
-class LedgerFailed(StorageError):
-    """A ledger's database cannot be read or written; nothing was acknowledged."""
-
-    code = "SH-445"
 
 
 @dataclass(frozen=True)
@@ -166,25 +125,24 @@ class Page:
 class _Balances(dict[str, int]):
     """Of the accounts that were asked for; others are in the database."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.connection: sa.Connection | None = None
+    reading: _LazyTransaction
 
     def get(self, name: str, default: Any = 0) -> Any:
         if name not in self:
-            assert self.connection is not None
-            found = self.connection.execute(_BALANCE, {"one": name}).scalar()
+            found = self.reading.connection.execute(_BALANCE, {"one": name}).scalar()
             self[name] = default if found is None else found
         return self[name]
 
 
 class _Known:
-    """What was read of a ledger, or written, up to one line of its journal: as long as that is the last one, it need
+    """What was read of a ledger, or written, up to the last line of its journal: while that is the last one, it need
     not be read again."""
 
-    def __init__(self, ledger: LedgerName) -> None:
-        self.last = b""
-        """The hash of that line."""
+    def __init__(self, ledger: LedgerName, number: int, last: bytes) -> None:
+        self.number, self.last = number, last
+        """Of that line, its hash."""
+        self.due_ms = 0
+        """Before this the time brings nothing."""
         self.balances = _Balances()
         self.book = Book(ledger, balances=self.balances)
 
@@ -194,20 +152,39 @@ class _Known:
         return sum(map(len, kept))
 
 
+@dataclass(frozen=True)
+class _Step:
+    """What follows from some commands, and is to be written."""
+
+    due: int
+    """How many of the outcomes are of what the time has brought."""
+    outcomes: list[tuple[Move, ...] | ShoalError]
+    lines: list[Line]
+    rows: Rows
+
+    @property
+    def answers(self) -> list[tuple[Move, ...] | ShoalError]:
+        return self.outcomes[self.due :]
+
+
 class SqlLedger:
     """One thread at a time uses it."""
 
     def __init__(self, engine: sa.Engine, place: str, ledger: LedgerName, clock: Clock) -> None:
-        self._engine, self._place, self.ledger, self._clock = engine, place, ledger, clock
-        self._known = _Known(ledger)
+        self._engine, self._place, self.ledger, self.clock = engine, place, ledger, clock
+        self._writer = SqliteWriter(engine) if engine.dialect.name == "sqlite" else PostgresWriter(engine)
+        self._known: _Known | None = None
+        self._open: tuple[Sequence[Command], _Known, _Step] | None = None
+        """Of which it is not known whether it was written."""
         self._latest_ms = 0
         """Of what the clock has said: the time never goes back, also where nothing was written at it."""
 
     @classmethod
     def open(cls, place: Path | str, ledger: LedgerName, clock: Clock) -> SqlLedger:
-        """A file, or a `postgresql+psycopg://` URL. Raises LedgerFailed: also for a database of another ledger."""
+        """A file, or a `postgresql+psycopg://` URL. Raises LedgerFailed: also for a database of another ledger, and for
+        one that acknowledges what it may still lose."""
         try:
-            engine = sqlite_engine(place) if isinstance(place, Path) else sa.create_engine(place, pool_pre_ping=True)
+            engine = sqlite_engine(place) if isinstance(place, Path) else postgres_engine(place)
         except (SQLAlchemyError, ImportError, ValueError):  # what it says would show the URL's password
             raise LedgerFailed(
                 "The URL of the ledger's database cannot be used; write postgresql+psycopg://USER@HOST/DATABASE, and "
@@ -223,10 +200,11 @@ class SqlLedger:
         return made
 
     def close(self) -> None:
+        self._writer.close()
         self._engine.dispose()
 
     def apply(self, command: Command) -> tuple[Move, ...]:
-        """Raises what `Book.apply` does; LedgerFailed."""
+        """Raises what `Book.apply` does; LedgerFailed, OutcomeUnknown."""
         (outcome,) = self.apply_all([command])
         if isinstance(outcome, ShoalError):
             raise outcome
@@ -234,47 +212,48 @@ class SqlLedger:
 
     def apply_all(self, commands: Sequence[Command]) -> list[tuple[Move, ...] | ShoalError]:
         """Several in one transaction: of each, what it moved, or why nothing. Before them, what the time has brought.
-        Raises LedgerFailed; nothing has happened then. Only where the connection broke in the middle of a commit the
-        journal has to be asked."""
+        Raises LedgerFailed, and nothing has happened then; OutcomeUnknown where the database went away while it was
+        writing: asked for the same list again, it looks whether that was written, and writes it if not."""
         if len(commands) > COMMANDS_MAX:
             raise ValueError(f"{len(commands)} commands are more than {COMMANDS_MAX}")
-        known, self._known = self._known, _Known(self.ledger)  # if this fails, nothing is known any more
-        with self._transaction() as connection:
-            number, previous, last_ms = self._head(connection)
-            self._latest_ms = max(self._latest_ms, last_ms, self._clock.now_ms())
-            if known.last != previous or len(known) > KNOWN_MAX:
-                known = _Known(self.ledger)
-            known.balances.connection, book = connection, known.book
-            book.at(self._latest_ms)
-            fresh, outcomes = list[Line](), list[tuple[Move, ...] | ShoalError]()
-            escrows, bonds = set[bytes](), set[bytes]()
-            due = self._due(connection, book.now_ms)
-            for command in (*due, *commands):
-                escrow, bond = escrow_of(command, self.ledger), bond_named_by(command, self.ledger)
-                self._read(connection, book, command, escrow, bond)
-                try:
-                    moves = book.apply(command)
-                except ShoalError as error:
-                    outcomes.append(error)
-                    continue
-                outcomes.append(moves)
-                escrows |= {escrow} if escrow is not None else set()
-                bonds |= {bond} if bond is not None else set()
-                fresh.append(line(number + 1, book.now_ms, command, moves, previous))
-                number, previous = number + 1, fresh[-1].hash
-            self._write(connection, book, escrows, bonds, fresh)
-            known.last, known.balances.connection = previous, None
-        self._known = known
-        return outcomes[len(due) :]
+        (asked, known, step), self._open = self._open or (None, None, None), None
+        if asked is commands and known is not None and step is not None and self._was_written(commands, known, step):
+            return step.answers
+        known, self._known = self._known, None  # if this fails, nothing is known any more
+        if known is not None:
+            with _LazyTransaction(self._reading()) as reading:
+                step = self._decided(known, reading, commands)
+                if not step.lines and commands and self._newest(reading.connection) != known.number:
+                    known = None
+            if known is not None and self._written(commands, known, step):
+                return step.answers
+        return self._alone(commands).answers
+
+    def _alone(self, commands: Sequence[Command]) -> _Step:
+        """While nobody else writes. What was known may be of before somebody did."""
+        decided = None
+        try:
+            with _LazyTransaction(self._transaction()) as reading:
+                if self._engine.dialect.name != "sqlite":  # which lets nobody else write as it is
+                    reading.connection.execute(_LOCK)
+                known = self._read_head(reading.connection)
+                step = self._decided(known, reading, commands)
+                _put(reading.connection, step.rows)
+                decided = (known, step) if step.lines else None
+        except LedgerFailed:
+            if decided is None or not self._was_written(commands, *decided):
+                raise
+        self._is_known(known, step)
+        return step
 
     def balance(self, name: str) -> int:
-        with self._transaction() as connection:
+        with self._reading() as connection:
             return int(connection.execute(_BALANCE, {"one": name}).scalar() or 0)
 
     def bond_of(self, node: bytes, network: str = DEFAULT_NETWORK, until_ms: int = 0) -> int:
         """As `Book.bond_of`. Raises LedgerFailed."""
         wanted = self._behind(node, network, until_ms)
-        with self._transaction() as connection:
+        with self._reading() as connection:
             return int(connection.execute(_BOND_OF, wanted).scalar() or 0)
 
     def bonds_behind(self, node: bytes, network: str = DEFAULT_NETWORK, until_ms: int = 0) -> tuple[Bond, ...]:
@@ -286,34 +265,32 @@ class SqlLedger:
         return self._bonds(_BONDS_BY, {"account": account})
 
     def _behind(self, node: bytes, network: str, until_ms: int) -> dict[str, Any]:
-        until_ms = max(until_ms, self._latest_ms, self._clock.now_ms())
+        until_ms = max(until_ms, self._latest_ms, self.clock.now_ms())
         return {"node": node, "network": network.encode(), "until_ms": until_ms}
 
     def _bonds(self, query: sa.Select[Any], wanted: dict[str, Any]) -> tuple[Bond, ...]:
-        with self._transaction() as connection:
-            return tuple(map(_kept_bonds.decode, connection.execute(query, wanted).scalars()))
+        with self._reading() as connection:
+            return tuple(map(decode_bond, connection.execute(query, wanted).scalars()))
 
     def balances(self) -> dict[str, int]:
         """All that are not zero: for checking."""
-        with self._transaction() as connection:
-            return {
-                row.name: row.balance_micro for row in connection.execute(sa.select(_accounts)) if row.balance_micro
-            }
+        with self._reading() as connection:
+            return {row.name: row.balance_micro for row in connection.execute(sa.select(ACCOUNTS)) if row.balance_micro}
 
     def withdrawals(self, account: bytes) -> int:
         """How many an account has had."""
-        with self._transaction() as connection:
+        with self._reading() as connection:
             return int(connection.execute(_WITHDRAWN, {"one": account}).scalar() or 0)
 
     def escrow(self, name: bytes) -> Escrow | None:
-        with self._transaction() as connection:
-            found = connection.execute(_ESCROW, {"one": name}).scalar()
-            return None if found is None else _kept_escrows.decode(found)
+        with self._reading() as connection:
+            return _read_escrow(connection, name)
 
     def last(self) -> tuple[int, bytes]:
         """Number and hash of the last line; 0 and BEGINNING where there is none."""
-        with self._transaction() as connection:
-            return self._head(connection)[:2]
+        with self._reading() as connection:
+            last = self._last_line(connection)
+            return (0, BEGINNING) if last is None else (last.number, last.hash)
 
     def page(self, after: int, max_bytes: int, naming: str | None = None) -> Page:
         """Lines after that one, of `max_bytes` together or a single one; with `naming`, those in which this account is
@@ -321,15 +298,15 @@ class SqlLedger:
         found: list[Line] = []
         room, left = max_bytes, SEARCHED_BYTES
         name = None if naming is None else naming.encode()
-        wanted = sa.select(_journal).where(_journal.c.number > after).order_by(_journal.c.number)
-        with self._transaction() as connection:
+        wanted = sa.select(JOURNAL).where(JOURNAL.c.number > after).order_by(JOURNAL.c.number)
+        with self._reading() as connection:
             rows = connection.execute(wanted.limit(SEARCHED_LINES), execution_options={"stream_results": True})
             with rows:  # one by one: all of them may be more than should be in memory
                 for count, row in enumerate(rows, start=1):
                     if name is None or name in row.line:
                         if found and len(row.line) > room:
                             return Page(tuple(found), row.number - 1)
-                        found.append(_lines.decode(row.line))
+                        found.append(decode_line(row.line))
                         room -= len(row.line)
                     left -= len(row.line)
                     if count == SEARCHED_LINES or left <= 0:
@@ -339,7 +316,7 @@ class SqlLedger:
     def lines(self, after: int = 0) -> Iterator[Line]:
         """The journal, page by page."""
         while True:
-            with self._transaction() as connection:
+            with self._reading() as connection:
                 page = self._page(connection, after)
             yield from page
             if len(page) < PAGE_LINES:
@@ -348,17 +325,19 @@ class SqlLedger:
 
     # --- rows ------------------------------------------------------------------------------------------------------
 
-    def _head(self, connection: sa.Connection) -> tuple[int, bytes, int]:
-        """Number, hash and time of the last line. Whoever else writes waits."""
-        connection.execute(_LOCK).scalar_one()
+    def _last_line(self, connection: sa.Connection) -> Line | None:
         last = connection.execute(_LAST).scalar()
+        return None if last is None else decode_line(last)
+
+    def _read_head(self, connection: sa.Connection) -> _Known:
+        last = self._last_line(connection)
         if last is None:
-            return 0, BEGINNING, 0
-        one = _lines.decode(last)
-        return one.number, one.hash, one.at_ms
+            return _Known(self.ledger, 0, BEGINNING)
+        self._latest_ms = max(self._latest_ms, last.at_ms)
+        return _Known(self.ledger, last.number, last.hash)
 
     def _page(self, connection: sa.Connection, after: int) -> list[Line]:
-        return [_lines.decode(row) for row in connection.execute(_PAGE, {"after": after}).scalars()]
+        return [decode_line(row) for row in connection.execute(_PAGE, {"after": after}).scalars()]
 
     def _all_lines(self, connection: sa.Connection) -> Iterator[Line]:
         after = 0
@@ -366,59 +345,108 @@ class SqlLedger:
             yield from page
             after = page[-1].number
 
-    def _due(self, connection: sa.Connection, now_ms: int) -> list[Command]:
+    def _newest(self, connection: sa.Connection) -> int:
+        return int(connection.execute(_NEWEST).scalar() or 0)
+
+    def _decided(self, known: _Known, reading: _LazyTransaction, commands: Sequence[Command]) -> _Step:
+        book, number, previous, known.balances.reading = known.book, known.number, known.last, reading
+        self._latest_ms = max(self._latest_ms, self.clock.now_ms())
+        book.at(self._latest_ms)
+        due = self._due(known, reading)
+        lines, outcomes = list[Line](), list[tuple[Move, ...] | ShoalError]()
+        escrows, bonds = dict[bytes, Escrow | None](), set[bytes]()
+        for command in (*due, *commands):
+            escrow, bond = escrow_of(command, self.ledger), bond_named_by(command, self.ledger)
+            self._read(reading, book, command, escrow, bond)
+            before = None if escrow is None else book.escrows.get(escrow)
+            try:
+                moves = book.apply(command)
+            except ShoalError as error:
+                outcomes.append(error)
+                continue
+            outcomes.append(moves)
+            if escrow is not None:
+                escrows.setdefault(escrow, before)
+            if bond is not None:
+                bonds.add(bond)
+            number += 1
+            lines.append(line(number, book.now_ms, command, moves, previous))
+            previous = lines[-1].hash
+        touched = (*(book.escrows[name].due_ms for name in escrows), *(book.bonds[name].due_ms for name in bonds))
+        known.due_ms = min((known.due_ms, *(due_ms for due_ms in touched if due_ms is not None)))
+        return _Step(len(due), outcomes, lines, _rows_after(book, escrows, bonds, lines))
+
+    def _due(self, known: _Known, reading: _LazyTransaction) -> list[Command]:
         """As `Book.due`."""
-        escrows, bonds = (connection.execute(one, {"now_ms": now_ms}).scalars() for one in (_DUE, _BONDS_DUE))
-        return [*map(Pass, escrows), *map(PayBack, bonds)]
+        if known.book.now_ms < known.due_ms:
+            return []
+        found, beyond = list[Command](), list[int]()
+        for query, command in ((_DUE, Pass), (_BONDS_DUE, PayBack)):
+            rows = reading.connection.execute(query).all()
+            found += [command(name) for name, due_ms in rows if due_ms <= known.book.now_ms]
+            beyond += [due_ms for _, due_ms in rows[-1:]]
+            beyond += [due_ms for _, due_ms in rows if due_ms > known.book.now_ms][:1]
+        known.due_ms = min(beyond, default=NEVER_MS)
+        return found
 
     def _read(
-        self, connection: sa.Connection, book: Book, command: Command, escrow: bytes | None, bond: bytes | None
+        self, reading: _LazyTransaction, book: Book, command: Command, escrow: bytes | None, bond: bytes | None
     ) -> None:
         """What a command speaks of, into the book, where it is not there yet. Accounts are read as they are needed."""
 
         def row(query: sa.Select[Any], one: bytes) -> Any:
-            return connection.execute(query, {"one": one}).scalar()
+            return reading.connection.execute(query, {"one": one}).scalar()
 
-        if escrow is not None and escrow not in book.escrows and (found := row(_ESCROW, escrow)) is not None:
-            book.escrows[escrow] = _kept_escrows.decode(found)
+        if escrow is not None and escrow not in book.escrows:
+            one = _read_escrow(reading.connection, escrow)
+            if one is not None:
+                book.escrows[escrow] = one
         if bond is not None and bond not in book.bonds and (found := row(_BOND, bond)) is not None:
-            book.bonds[bond] = _kept_bonds.decode(found)
+            book.bonds[bond] = decode_bond(found)
         if isinstance(command, Withdraw) and command.order.account not in book.withdrawals:
             book.withdrawals[command.order.account] = row(_WITHDRAWN, command.order.account) or 0
         if isinstance(command, Deposit) and row(_REFERENCE, command.reference.encode()) is not None:
             book.references.add(command.reference)
 
-    def _write(
-        self, connection: sa.Connection, book: Book, escrows: set[bytes], bonds: set[bytes], fresh: Sequence[Line]
-    ) -> None:
-        if not fresh:
-            return
-        touched = {name for one in fresh for move in one.moves for name in (move.source, move.target)}
-        drawn = {one.command.order.account for one in fresh if isinstance(one.command, Withdraw)}
-        references = {one.command.reference for one in fresh if isinstance(one.command, Deposit)}
-        self._put(connection, book, touched, escrows, bonds, drawn, references)
-        connection.execute(_ADD_LINE, [{"number": one.number, "line": _encode(one)} for one in fresh])
+    def _written(self, commands: Sequence[Command], known: _Known, step: _Step) -> bool:
+        """False where another process has written meanwhile. Raises LedgerFailed, OutcomeUnknown."""
+        try:
+            if step.lines and not self._writer.write(step.rows):
+                return False
+        except OutcomeOpen:
+            return self._was_written(commands, known, step)
+        except (SQLAlchemyError, self._engine.dialect.loaded_dbapi.Error) as error:
+            raise _failed(error, self._place) from error
+        self._is_known(known, step)
+        return True
 
-    def _put(
-        self, connection: sa.Connection, book: Book, accounts: Iterable[str], escrows: Iterable[bytes],
-        bonds: Iterable[bytes], drawn: Iterable[bytes], references: Iterable[str],
-    ) -> None:  # fmt: skip
-        """These rows as they are in the book; no such references are there yet."""
-        for put, rows in (
-            (_PUT_BALANCE, [{"name": name, "balance_micro": book.balances[name]} for name in accounts]),
-            (_PUT_ESCROW, [_escrow_row(book.escrows[name]) for name in escrows]),
-            (_PUT_BOND, [_bond_row(book.bonds[name]) for name in bonds]),
-            (_PUT_WITHDRAWN, [{"account": account, "number": book.withdrawals[account]} for account in drawn]),
-            (_ADD_REFERENCE, [{"reference": one.encode()} for one in references]),
-        ):
-            if rows:
-                connection.execute(put, rows)
+    def _was_written(self, commands: Sequence[Command], known: _Known, step: _Step) -> bool:
+        """The journal says so. Raises OutcomeUnknown where it cannot be asked."""
+        newest = step.lines[-1]
+        try:
+            with self._reading() as connection:
+                connection.execute(_WAIT_FOR_LINE, {"number": newest.number, "line": b""})
+                there = connection.execute(_LINE, {"number": newest.number}).scalar() == encode(newest)
+        except LedgerFailed as error:
+            self._open = commands, known, step
+            raise OutcomeUnknown(
+                f"The ledger in {self._place} went away while it was writing, so that it is not known whether that "
+                f"was done: {error} What is signed is done once at most: hand the same in again."
+            ) from error
+        if there:
+            self._is_known(known, step)
+        return there
+
+    def _is_known(self, known: _Known, step: _Step) -> None:
+        if step.lines:
+            known.number, known.last = step.lines[-1].number, step.lines[-1].hash
+        self._known = known if len(known) <= KNOWN_MAX else _Known(self.ledger, known.number, known.last)
 
     def _create_or_check(self, connection: sa.Connection) -> None:
-        _tables.create_all(connection)
-        about = connection.execute(sa.select(_about)).one_or_none()
+        METADATA.create_all(connection)
+        about = connection.execute(sa.select(ABOUT).with_for_update()).one_or_none()
         if about is None:
-            connection.execute(_about.insert().values(version=SCHEMA, ledger=_encode(self.ledger)))
+            connection.execute(ABOUT.insert().values(version=SCHEMA, ledger=encode(self.ledger)))
         elif _ledger.decode(about.ledger) != self.ledger:
             raise LedgerFailed(f"The ledger in {self._place} is another one: its operator or currency differs.")
         elif about.version > SCHEMA:
@@ -432,7 +460,6 @@ class SqlLedger:
     def _make_anew(self, connection: sa.Connection, version: int) -> None:
         """All tables but the journal, which the others follow from. Takes as long as it takes to verify that, and the
         memory of a whole `Book`."""
-        connection.execute(_LOCK).scalar_one()
         try:
             book = verified(self._all_lines(connection), self.ledger)
         except BadJournal as error:
@@ -440,41 +467,111 @@ class SqlLedger:
                 f"The ledger in {self._place} has tables of form {version}, and those of form {SCHEMA} cannot be made "
                 f"from its journal: {error.sentence} Use the version that wrote it."
             ) from error
-        derived = [table for table in _tables.sorted_tables if table not in (_about, _journal)]
-        _tables.drop_all(connection, derived)
-        _tables.create_all(connection, derived)
-        self._put(
-            connection, book, book.balances, book.escrows, book.bonds, book.withdrawals, book.references
-        )  # fmt: skip
-        connection.execute(_about.update().values(version=SCHEMA))
+        derived = [table for table in METADATA.sorted_tables if table not in (ABOUT, JOURNAL)]
+        METADATA.drop_all(connection, derived)
+        METADATA.create_all(connection, derived)
+        escrows = dict[bytes, Escrow | None].fromkeys(book.escrows)
+        _put(connection, _rows_of(book, book.balances, escrows, book.bonds, book.withdrawals, book.references))
+        connection.execute(ABOUT.update().values(version=SCHEMA))
 
     def _transaction(self) -> _Transaction:
-        return _Transaction(self._engine, self._place)
+        return _Transaction(self._engine.begin, self._place)
+
+    def _reading(self) -> _Transaction:
+        """What is written in it is given up."""
+        return _Transaction(self._engine.connect, self._place)
+
+
+def _read_escrow(connection: sa.Connection, name: bytes) -> Escrow | None:
+    found = connection.execute(_ESCROW, {"one": name}).scalar()
+    if found is None:
+        return None
+    return escrow_of_rows(found, ((row.payee, row.content) for row in connection.execute(_PAID, {"one": name})))
+
+
+def _rows_after(book: Book, escrows: Mapping[bytes, Escrow | None], bonds: Iterable[bytes], lines: list[Line]) -> Rows:
+    """What has changed with these lines; the escrows are as they were before."""
+    accounts = {name for one in lines for move in one.moves for name in (move.source, move.target)}
+    drawn = {one.command.order.account for one in lines if isinstance(one.command, Withdraw)}
+    references = {one.command.reference for one in lines if isinstance(one.command, Deposit)}
+    rows = _rows_of(book, accounts, escrows, bonds, drawn, references)
+    return {**rows, JOURNAL: [line_row(one) for one in lines]} if lines else {}
+
+
+def _rows_of(
+    book: Book, accounts: Iterable[str], escrows: Mapping[bytes, Escrow | None], bonds: Iterable[bytes],
+    drawn: Iterable[bytes], references: Iterable[str],
+) -> Rows:  # fmt: skip
+    """As they are in the book now; of escrows, what is not as it was before."""
+    rows: Rows = {
+        ACCOUNTS: [(name, book.balances[name]) for name in accounts],
+        ESCROWS: [
+            escrow_row(book.escrows[name])
+            for name, before in escrows.items()
+            if before is None or vars(before) | _BUT_PAID != vars(book.escrows[name]) | _BUT_PAID
+        ],
+        PAID: [
+            row
+            for name, before in escrows.items()
+            for row in paid_rows(book.escrows[name], {} if before is None else before.paid)
+        ],
+        BONDS: [bond_row(book.bonds[name]) for name in bonds],
+        WITHDRAWALS: [(account, book.withdrawals[account]) for account in drawn],
+        REFERENCES: [(one.encode(),) for one in references],
+    }
+    return {table: some for table, some in rows.items() if some}
+
+
+def _put(connection: sa.Connection, rows: Rows) -> None:
+    for table, some in rows.items():
+        connection.execute(_PUT[table], [dict(zip(table.columns.keys(), row, strict=True)) for row in some])
+
+
+class _LazyTransaction:
+    """A transaction that begins when something is first read in it."""
+
+    def __init__(self, transaction: _Transaction) -> None:
+        self._transaction, self._stack = transaction, ExitStack()
+        self._begun: sa.Connection | None = None
+
+    @property
+    def connection(self) -> sa.Connection:
+        if self._begun is None:
+            self._begun = self._stack.enter_context(self._transaction)
+        return self._begun
+
+    def __enter__(self) -> _LazyTransaction:
+        return self
+
+    def __exit__(self, *of: Any) -> bool | None:
+        return self._stack.__exit__(*of)
 
 
 class _Transaction:
     """All of it is there when it ends, or nothing."""
 
-    def __init__(self, engine: sa.Engine, place: str) -> None:
-        self._begun, self._place = engine.begin(), place
+    def __init__(self, begin: Callable[[], AbstractContextManager[sa.Connection]], place: str) -> None:
+        self._begin, self._place = begin, place
 
     def __enter__(self) -> sa.Connection:
         try:
+            self._begun = self._begin()
             return self._begun.__enter__()
         except SQLAlchemyError as error:
-            raise self._failed(error) from error
+            raise _failed(error, self._place) from error
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         try:
             self._begun.__exit__(kind, error, trace)
         except SQLAlchemyError as failure:
-            raise self._failed(failure) from failure
+            raise _failed(failure, self._place) from failure
         if isinstance(error, SQLAlchemyError | msgspec.DecodeError):  # a row that is damaged, too
-            raise self._failed(error) from error
+            raise _failed(error, self._place) from error
 
-    def _failed(self, error: SQLAlchemyError | msgspec.DecodeError) -> LedgerFailed:
-        cause = str(getattr(error, "orig", None) or error).splitlines()[0]
-        return LedgerFailed(
-            f"The ledger in {self._place} failed: {cause}. Nothing was acknowledged; see that it is there and has "
-            "room, then try again."
-        )
+
+def _failed(error: Exception, place: str) -> LedgerFailed:
+    cause = str(getattr(error, "orig", None) or error).splitlines()[0]
+    return LedgerFailed(
+        f"The ledger in {place} failed: {cause}. Nothing was acknowledged; see that it is there and has room, then "
+        "try again."
+    )

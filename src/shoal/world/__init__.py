@@ -9,7 +9,7 @@ from shoal.world.clock import Clock, HeldClock, SystemClock, within
 from shoal.world.dice import Dice, SeededDice, SystemDice
 from shoal.world.directory import Directory, FoundOffer
 from shoal.world.disk import DirectoryDisk, Disk, DiskLock, Fault, FaultyDisk, FileInfo, MemoryDisk
-from shoal.world.ledger import Ledger, MemoryLedger
+from shoal.world.ledger import Ledger, MemoryLedger, OutcomeUnknown
 from shoal.world.network import (
     Address,
     Body,
@@ -49,6 +49,7 @@ __all__ = [
     "LinkStats",
     "MemoryDisk",
     "MemoryLedger",
+    "OutcomeUnknown",
     "Refused",
     "ReplyTooLarge",
     "Request",

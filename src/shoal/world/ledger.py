@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from shoal.errors import LinkError
 from shoal.ledger.book import Book
 from shoal.ledger.commands import Command
 from shoal.ledger.escrows import Escrow
@@ -11,6 +12,12 @@ from shoal.ledger.moves import Move
 from shoal.ledger.moves import account as account_name
 from shoal.protocol.money import LedgerName
 from shoal.world.clock import Clock
+
+
+class OutcomeUnknown(LinkError):
+    """A ledger was asked to move money, and its answer was lost: it may have done so or not."""
+
+    code = "SH-340"
 
 
 class Ledger(Protocol):
@@ -22,8 +29,8 @@ class Ledger(Protocol):
         ...
 
     async def apply(self, command: Command) -> tuple[Move, ...]:
-        """What it moved, once that is durable. Raises ShoalError, and nothing has moved then; LinkError where it is
-        not known whether it has."""
+        """What it moved, once that is durable. Raises ShoalError, and nothing has moved then; OutcomeUnknown, or
+        another LinkError, where it is not known whether it has."""
         ...
 
     async def balance(self, account: bytes) -> int:

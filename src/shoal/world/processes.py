@@ -1,5 +1,5 @@
 """What this process asks of the system: to end with its parent, as many open files as it may have, and no more memory
-than is free."""
+than is free; and which process holds a lock."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 import psutil
 
@@ -80,3 +81,14 @@ def stay_within_memory(available_bytes: int | None = None) -> None:
         if limit != resource.RLIM_INFINITY:
             wanted = min(wanted, limit)
     resource.setrlimit(resource.RLIMIT_DATA, (wanted, hard))
+
+
+def process_holding(lock: Path, pid: int) -> psutil.Process | None:
+    """The process of that number, where it has this very file open. A number alone may be another's by now, or of
+    another machine."""
+    try:
+        process = psutil.Process(pid)
+        held = {one.path for one in process.open_files()}
+    except (psutil.Error, OSError):
+        return None
+    return process if str(lock.resolve()) in held else None

@@ -14,21 +14,24 @@ from typing import TypeAlias, TypeVar
 from shoal.errors import JobError, ShoalError
 from shoal.identity import Envelope, KeyPair
 from shoal.protocol.holds import (
+    RECLAIM_MAX_BYTES,
     BadHold,
     Hold,
     HoldAsk,
     HoldGiven,
+    HoldReclaim,
     HoldRelease,
     HoldTake,
     Paid,
     Pay,
+    Reclaim,
     Release,
     Work,
     open_hold,
 )
-from shoal.protocol.messages import DEFAULT_NETWORK, Message, decode, encode, sign
+from shoal.protocol.messages import DEFAULT_NETWORK, Message, decode, encode, open_record, sign
 from shoal.protocol.money import LedgerName, SignedVoucher
-from shoal.protocol.offers import Done, Offer
+from shoal.protocol.offers import RECLAIM_NOTICE_MAX_MS, Done, Offer
 from shoal.world.network import Link, Refused
 
 HOLD_MS = 15_000
@@ -59,6 +62,11 @@ class Held:
 def is_free(offer: Offer) -> bool:
     """Nobody holds what costs nothing: whoever comes first has it."""
     return offer.price is None or not offer.price.micro_per_h
+
+
+def serves_free(offer: Offer) -> bool:
+    """The same of what it serves."""
+    return offer.serves_free or is_free(offer)
 
 
 class Quotes:
@@ -115,10 +123,13 @@ class Quotes:
             held = self._opened(node, offer.name, await self._ask(node, wanted, HoldGiven, ASK_DEADLINE_S))
             hold = held.hold
             if (hold.work, hold.price, hold.ledger) != (self._work, offer.price, offer.ledger) or (
-                hold.slot >= offer.slots or hold.until_ms - hold.from_ms < HOLD_MS
+                hold.slot >= offer.slots
+                or hold.until_ms - hold.from_ms < HOLD_MS
+                or hold.reclaim_notice_ms < offer.reclaim_notice_ms
             ):
                 raise BadHold(
-                    f"Node {offer.name} keeps another place than it offered, or for another time, or at another price."
+                    f"Node {offer.name} keeps another place than it offered, or for another time, at another price, or "
+                    "with less notice."
                 )
         except BaseException:
             if not known:
@@ -133,6 +144,20 @@ class Quotes:
         if taken.hold.escrow != escrow or _place(taken.hold) != _place(held.hold):
             raise BadHold(f"Node {held.name} took something else than was set aside for it.")
         return replace(held, envelope=taken.envelope, hold=taken.hold)
+
+    def reclaimed(self, held: Held, word: HoldReclaim) -> float:
+        """The node's owner takes it back: in how many seconds, at least as many as were promised. Raises BadRecord."""
+        envelope = Envelope.from_bytes(word.reclaim, RECLAIM_MAX_BYTES)
+        reclaim = open_record(envelope, Reclaim, self._network)
+        notice_ms = reclaim.until_ms - reclaim.from_ms
+        if envelope.signer != held.node or reclaim.client != self._key.node_id:
+            raise BadHold(f"Node {held.name} says of somebody else's place that it ends.")
+        if not max(1, held.hold.reclaim_notice_ms) <= notice_ms <= RECLAIM_NOTICE_MAX_MS:
+            raise BadHold(
+                f"Node {held.name} gives {max(0, notice_ms) / 1000:.0f} s notice, and has promised "
+                f"{held.hold.reclaim_notice_ms / 1000:.0f} s; an hour is the most."
+            )
+        return notice_ms / 1000
 
     async def release(self, held: Held) -> None:
         """Give it back. A node that cannot be told keeps it until it is over."""
@@ -175,4 +200,4 @@ class Quotes:
 
 def _place(hold: Hold) -> tuple[object, ...]:
     """What a node must not change once it has promised it."""
-    return hold.slot, hold.work, hold.price, hold.ledger, hold.payee
+    return hold.slot, hold.work, hold.price, hold.ledger, hold.payee, hold.reclaim_notice_ms

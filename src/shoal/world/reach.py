@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 from shoal.errors import LinkError, ShoalError
 from shoal.identity import short_id
 from shoal.protocol.blobs import BlobHolder
 from shoal.protocol.messages import decode, encode
-from shoal.protocol.offers import Done, Offer
+from shoal.protocol.offers import Done, Offer, OfferFind
 from shoal.protocol.serving import LinkEcho, LinkProbe, LinksProbed
 from shoal.world.clock import Clock
 from shoal.world.directory import Directory
@@ -43,6 +44,28 @@ async def reach(
             return open_link
         await clock.sleep(0.05)
     raise LinkError(f"Node {offer.name} ({short_id(node)}) was asked to call back and did not.")
+
+
+async def reach_again(
+    node: bytes,
+    addresses: Sequence[str],
+    *,
+    endpoint: Endpoint,
+    directory: Directory,
+    clock: Clock,
+    dial_deadline_s: float,
+) -> Link:
+    """A link to a node that is known: the open one, one by its newest offer, or by where it was before. Raises
+    LinkError."""
+    open_link = endpoint.links().get(node)
+    if open_link is not None and not open_link.closed:
+        return open_link
+    with contextlib.suppress(LinkError):
+        for one in await directory.find(OfferFind(node=node, limit=1)):
+            return await reach(
+                node, one.offer, endpoint=endpoint, directory=directory, clock=clock, dial_deadline_s=dial_deadline_s
+            )
+    return await endpoint.dial(node, addresses, deadline_s=dial_deadline_s)
 
 
 async def reach_and_time(

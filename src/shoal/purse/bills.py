@@ -1,17 +1,18 @@
-"""What a job has set aside and paid, as its run folder keeps it; and the bill that follows from it."""
+"""What was set aside and paid, as a file keeps it; and the bill that follows from it."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Container
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
 from msgspec import Meta
 
+from shoal.identity import Hash
 from shoal.identity.accounts import AccountSignature, Address
 from shoal.ledger.commands import HoldBytes
-from shoal.market.earnings import Earnings
 from shoal.protocol.money import Amount, EscrowTerms, LedgerName, SignedVoucher
 
 FILE = "payments.json"
@@ -29,7 +30,7 @@ class BillLine(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Bill(msgspec.Struct, frozen=True, kw_only=True):
-    """What a job cost; whole millionths of the currency. `quoted` is `charged` and `refunded` together."""
+    """What all of it cost; whole millionths of the currency. `quoted` is `charged` and `refunded` together."""
 
     quoted: Amount
     """What was set aside at most."""
@@ -45,25 +46,52 @@ class PaidNode(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     payee: Address
     micro_per_h: Annotated[int, Meta(ge=0)]
-    earnings: Earnings = Earnings()
     paid_micro: Amount = 0
     voucher: SignedVoucher | None = None
     withheld_micro: Amount = 0
     reason: str = "worked"
     hold: HoldBytes = b""
-    """The node's newest Hold for this job, as it signed it: one half of the proof if it has sold the place twice."""
+    """The node's newest Hold for this client, as it signed it: one half of the proof if it has sold the place twice.
+    None of a node that drives: it finds its vouchers in its copy of this."""
+
+
+class OwedTo(msgspec.Struct, frozen=True):
+    """What a node has earned in all, and the voucher for it."""
+
+    paid_micro: Amount
+    voucher: SignedVoucher
+
+
+class Owed(msgspec.Struct, frozen=True):
+    """What is earned by a record that is about to be written: it counts where the record is there. So whoever is killed
+    between the two owes nothing that is not written down, and has signed for nothing that never came to be."""
+
+    record: Hash
+    nodes: dict[str, OwedTo]
+    """By NodeId, in hexadecimal digits."""
 
 
 class TermPayments(msgspec.Struct, frozen=True, kw_only=True):
-    """All that one term of a driver sets aside and pays. It is written down before the ledger is asked."""
+    """All that one run of a client sets aside and pays. It is written down before the ledger is asked."""
 
     terms: EscrowTerms
     ledger: LedgerName
     signature: AccountSignature
     nodes: dict[str, PaidNode] = {}
     """By NodeId, in hexadecimal digits."""
+    owed: Owed | None = None
     closed: bool = False
     """The payer has asked for the rest."""
+
+    def settled(self, written: Container[bytes]) -> TermPayments:
+        """With what is owed, if its record is among those that are written."""
+        if self.owed is None:
+            return self
+        nodes = dict(self.nodes)
+        if self.owed.record in written:
+            for node, to in self.owed.nodes.items():
+                nodes[node] = msgspec.structs.replace(nodes[node], paid_micro=to.paid_micro, voucher=to.voucher)
+        return msgspec.structs.replace(self, nodes=nodes, owed=None)
 
     @property
     def escrow(self) -> bytes:
@@ -75,10 +103,18 @@ class TermPayments(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Payments(msgspec.Struct, frozen=True, kw_only=True):
-    """`payments.json` in a run folder."""
+    """`payments.json`, in the folder of a run or of a gateway."""
 
     budget_micro: Amount
     terms: tuple[TermPayments, ...] = ()
+
+    @property
+    def owes(self) -> bool:
+        """Whether something is owed that depends on what is written."""
+        return any(one.owed is not None for one in self.terms)
+
+    def settled(self, written: Container[bytes]) -> Payments:
+        return msgspec.structs.replace(self, terms=tuple(one.settled(written) for one in self.terms))
 
     @property
     def spent_micro(self) -> int:

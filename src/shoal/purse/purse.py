@@ -1,0 +1,593 @@
+"""What one client sets aside for nodes, and pays them out of it.
+
+Either enough nodes are held or none is. Then one escrow is opened for all of them; nodes that come later are admitted
+to it. Each voucher is on the disk before it goes out, so that a client that was killed never signs for less than it
+did. Each run of a client has an escrow of its own, a term: what an earlier one has left goes back first.
+
+Two hands pay: the payer's account opens an escrow, and whoever the escrow names as its signer does the rest: vouchers,
+admissions, and asking for what is left. Where that is another one, it goes on with the escrow that the payer opened.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from shoal.errors import BadInput, LinkError, ShoalError
+from shoal.identity import KeyPair, short_id
+from shoal.identity.accounts import AccountKey, address_text, signer_of
+from shoal.ledger.book import SameEscrow, UnknownEscrow
+from shoal.ledger.commands import Admit, Close, Open, Redeem, Withhold
+from shoal.ledger.escrows import EscrowOver, OldVoucher
+from shoal.ledger.moves import DoneAlready, TooLittleMoney
+from shoal.market.earnings import lasts_s
+from shoal.protocol.holds import LEASE_STEP_MS, BadHold, HoldReclaim, Work, quote_id
+from shoal.protocol.messages import DEFAULT_NETWORK
+from shoal.protocol.money import (
+    DAY_MS,
+    Admission,
+    Closing,
+    EscrowTerms,
+    Payee,
+    SignedVoucher,
+    Voucher,
+    Withholding,
+    sign_voucher,
+)
+from shoal.protocol.offers import Offer
+from shoal.purse.bills import Owed, OwedTo, PaidNode, Payments, TermPayments, newest_vouchers
+from shoal.quantities import format_duration_s
+from shoal.quantities.money import format_money, share
+from shoal.world import Clock, Dice, Ledger, Link
+from shoal.world.quotes import Held, NotSecured, Quotes
+
+PAY_DEADLINE_S = 5.0
+LAST_PAY_DEADLINE_S = 15.0
+ASKED_AGAIN_S = (0.5, 1.0, 2.0, 4.0)
+"""After so long each, when an answer of the ledger was lost; places are held for longer."""
+RENEW_EVERY_S = LEASE_STEP_MS / 1000 / 3
+NOTICE_MS, AUDIT_MS = 60_000, 3_600_000
+HOLDBACK_PPM = 100_000
+ENDS_LEAST_MS, ENDS_MOST_MS = 3_600_000, 30 * DAY_MS
+"""After so long an escrow ends, whatever becomes of its payer: between these, after ENDS_AFTER times the time that it
+lasts while all nodes work."""
+ENDS_AFTER = 4
+ENDS_SOON_MS = 120_000
+"""Before an escrow ends, the work for it does: nodes need some time for their last vouchers."""
+REASON_MAX = 160
+
+_log = logging.getLogger("shoal.purse")
+
+
+class NoMoney(BadInput):
+    """An account has not what is to be set aside."""
+
+    code = "SH-163"
+
+
+@dataclass(frozen=True)
+class Funds:
+    """What may be spent, and by whose hand."""
+
+    ledger: Ledger
+    payer: bytes
+    """Whose money it is."""
+    signer: AccountKey
+    """Of vouchers and admissions: the payer's, or one that the escrow names."""
+    budget_micro: int
+    account: AccountKey | None = None
+    """The payer's; without it no escrow is opened: one goes on with the newest that is open."""
+    notice_ms: int = NOTICE_MS
+    audit_ms: int = AUDIT_MS
+    holdback_ppm: int = HOLDBACK_PPM
+    ends_least_ms: int = ENDS_LEAST_MS
+
+    @staticmethod
+    def own(ledger: Ledger, account: AccountKey, budget_micro: int, **terms: int) -> Funds:
+        """One's own money, by one's own hand."""
+        return Funds(ledger, account.address, account, budget_micro, account, **terms)
+
+
+class Purse:
+    """Pays for one term."""
+
+    def __init__(
+        self,
+        funds: Funds,
+        known: Payments | None,
+        write: Callable[[bytes], None],
+        *,
+        key: KeyPair,
+        link: Callable[[bytes, Offer], Awaitable[Link]],
+        clock: Clock,
+        dice: Dice,
+        say: Callable[[str], None],
+        again: str,
+        work: Work = "train",
+        network: str = DEFAULT_NETWORK,
+        deputy: bytes | None = None,
+    ) -> None:
+        """`known`: what was written at last; `write` keeps what it is given until it is told something newer, durable
+        when it returns, and is called in a thread. Nodes keep their places for whoever has `key`; `deputy` is the word
+        that this one acts for it, where it is another's. `link` gives an open link to a node. `again` says what asks
+        once more for money that could not be asked back."""
+        self.funds = funds
+        self._clock, self._dice, self._say, self._again = clock, dice, say, again
+        self._keep = write
+        self._quotes = Quotes(key, funds.payer, funds.ledger.name, link, work=work, network=network, deputy=deputy)
+        self._former = known.terms if known else ()
+        self._budget_micro = funds.budget_micro
+        self._term: TermPayments | None = None
+        if funds.account is None and self._former and not self._former[-1].closed:
+            *former, self._term = self._former
+            self._former = tuple(former)
+        self._held: dict[bytes, Held] = {}
+        self.holding_s = self.opening_s = self.taking_s = 0.0
+        """How long it took that nodes kept places, that money was set aside, and that it was taken."""
+        self._opening = asyncio.Lock()
+        self._writing = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._sending: set[bytes] = set()
+        self._working: set[bytes] = set()
+        self._ready_s: dict[bytes, float] = {}
+        self._left_s: dict[bytes, float] = {}
+        """By the clock that only grows: the wall clock may be put right meanwhile."""
+        self.absent: set[bytes] = set()
+        """Nodes that kept a place and did not take what was set aside for them."""
+
+    # ---- what it stands at ----
+
+    @property
+    def payments(self) -> Payments:
+        return Payments(budget_micro=self._budget_micro, terms=(*self._former, *([self._term] if self._term else ())))
+
+    @property
+    def left_micro(self) -> int:
+        """What can still be signed for. What is withheld goes back to the account, not into the escrow."""
+        if self._term is not None:
+            return self._term.terms.amount_micro - sum(one.paid_micro for one in self._term.nodes.values())
+        return max(0, self._budget_micro - self.payments.spent_micro)
+
+    @property
+    def micro_per_h(self) -> int:
+        """Of all nodes that work now."""
+        nodes = self._term.nodes if self._term else {}
+        return sum(one.micro_per_h for node, one in nodes.items() if bytes.fromhex(node) in self._working)
+
+    @property
+    def ends_soon(self) -> bool:
+        """There is an escrow, and hardly time left for last vouchers."""
+        return self._term is not None and self._term.terms.expires_ms - self._clock.now_ms() < ENDS_SOON_MS
+
+    def paid(self, node: bytes) -> PaidNode | None:
+        """What a node has got in this term; None for one that is not paid."""
+        return self._term.nodes.get(node.hex()) if self._term else None
+
+    def works(self, node: bytes) -> bool:
+        """It has begun, and has not left."""
+        return node in self._working
+
+    def ready_ms(self, node: bytes) -> int:
+        """Since it began to work last, until it left."""
+        until_s = self._left_s.get(node, self._clock.monotonic())
+        return round(1000 * (until_s - self._ready_s.get(node, until_s)))
+
+    # ---- places and money ----
+
+    async def check(self) -> None:
+        """That the account has what may be spent, before anything is begun. Raises NoMoney, and what the ledger
+        does."""
+        if self._term is not None:
+            return  # it is set aside
+        has = await self.funds.ledger.balance(self.funds.payer)
+        if has < self.left_micro:
+            raise self._no_money(self.left_micro, has)
+
+    def _no_money(self, amount: int, has: int) -> NoMoney:
+        return NoMoney(
+            f"This sets {format_money(amount)} {self.funds.ledger.name.currency} aside, and your account "
+            f"{address_text(self.funds.payer)} has {format_money(has)}: deposit more (`shoal account deposit`), or "
+            "give it a smaller --budget."
+        )
+
+    async def hold_all(self, wanted: Sequence[tuple[bytes, Offer]], at_least: int) -> list[Held]:
+        """Have all of them keep a place; gives those that do. Raises NotSecured where they are fewer than `at_least`;
+        none is kept then."""
+        began_s = self._clock.monotonic()
+        held, troubles = await self._quotes.hold_all(wanted, at_least)
+        self.holding_s = self._clock.monotonic() - began_s
+        for trouble in troubles:
+            self._say(f"Without {trouble}")
+        self._held |= {one.node: one for one in held}
+        return held
+
+    async def open(self, at_least: int) -> set[bytes]:
+        """Set the money aside, and have what is held taken; gives the nodes that did. Raises NotSecured, NoMoney, and
+        what the ledger does: nothing is held then, and nothing set aside."""
+        held, began_s = list(self._held.values()), self._clock.monotonic()
+        try:
+            if held:
+                await self._set_aside(held)
+                self._beside(self._renew())
+            opened_s = self._clock.monotonic()
+            for one, trouble in zip(held, await asyncio.gather(*map(self._taken, held)), strict=True):
+                if trouble is not None:
+                    self._say(f"Without {one.name}: {trouble}")
+            if held:
+                await self._write()
+            if len(self._held) < min(at_least, len(held)):
+                raise NotSecured(f"Only {len(self._held)} of {len(held)} nodes took what was set aside for them.")
+            self.opening_s, self.taking_s = opened_s - began_s, self._clock.monotonic() - opened_s
+        except BaseException:
+            await self.close()
+            raise
+        return set(self._held)
+
+    async def _taken(self, held: Held) -> str | None:
+        """Why not, if not."""
+        try:
+            await self._take(held)
+        except ShoalError as error:
+            self._held.pop(held.node, None)
+            self.absent.add(held.node)
+            await self._quotes.release(held)
+            return error.sentence
+        await self._send(held.node)  # whoever had this purse before may have signed for more
+        return None
+
+    async def join(self, node: bytes, offer: Offer) -> None:
+        """A node that comes later is held, admitted and taken. Raises NotSecured, NoMoney, and what nodes and the
+        ledger do."""
+        if not self.left_micro:
+            raise NotSecured(f"Nothing of the budget is left for {offer.name}.")
+        await self._secure([await self._quotes.hold(node, offer)])
+
+    async def join_all(self, wanted: Sequence[tuple[bytes, Offer]]) -> None:
+        """The same of several: all of them, or none."""
+        if not self.left_micro:
+            raise NotSecured("Nothing of the budget is left.")
+        held, _ = await self._quotes.hold_all(wanted, len(wanted))
+        await self._secure(held)
+
+    async def _secure(self, held: Sequence[Held]) -> None:
+        try:
+            async with self._opening:
+                opens = self._term is None
+                await self._set_aside(held)
+                if opens:
+                    self._beside(self._renew())
+            for taken in await asyncio.gather(*map(self._take, held), return_exceptions=True):
+                if taken is not None:
+                    raise taken
+            await self._write()
+        except BaseException:
+            await self._quotes.release_all([self._held.pop(one.node, one) for one in held])
+            raise
+
+    async def _set_aside(self, held: Sequence[Held]) -> None:
+        if self._term is not None:
+            for one in held:
+                await self._admit(one)
+            return
+        nodes = {one.node.hex(): self._paid_node(one) for one in held}
+        await self.open_for(nodes, quote_id(tuple(one.envelope for one in held)))
+
+    async def open_for(self, nodes: dict[str, PaidNode], quote: bytes) -> None:
+        """Set the money aside, first for these. Raises NoMoney, and what the ledger does; nothing is set aside then."""
+        funds, now_ms = self.funds, self._clock.now_ms()
+        amount = self.left_micro
+        lasts_ms = 1000 * ENDS_AFTER * lasts_s(amount, sum(one.micro_per_h for one in nodes.values()))
+        terms = EscrowTerms(
+            payer=funds.payer,
+            signer=funds.signer.address,
+            cap_micro=0 if funds.signer.address == funds.payer else amount,
+            auditor=funds.signer.address,
+            amount_micro=amount,
+            fee_ppm=0,
+            holdback_ppm=funds.holdback_ppm,
+            notice_ms=funds.notice_ms,
+            audit_ms=funds.audit_ms,
+            expires_ms=now_ms + round(min(ENDS_MOST_MS, max(funds.ends_least_ms, lasts_ms))),
+            payees=tuple(Payee(payee, amount) for payee in sorted({one.payee for one in nodes.values()})),
+            quote=quote,
+            nonce=self._dice.bytes(32),
+        )
+        ledger = funds.ledger.name
+        assert funds.account is not None, "it is the payer's own purse"
+        signature = funds.account.sign(terms.escrow_id(ledger))
+        self._term = TermPayments(terms=terms, ledger=ledger, signature=signature, nodes=nodes)
+        await self._write()
+        try:
+            await self._have_done(Open(terms, signature))
+        except TooLittleMoney as error:
+            await self._take_back()
+            has = await funds.ledger.balance(funds.payer)
+            raise self._no_money(amount, has) from error
+        except BaseException:
+            await self._take_back()
+            raise
+
+    async def _have_done(self, command: Open | Admit) -> None:
+        """Where an answer is lost, the ledger is asked again: what is signed is done once. Raises what it does."""
+        for wait_s in (*ASKED_AGAIN_S, None):
+            try:
+                await self.funds.ledger.apply(command)
+                return
+            except (SameEscrow, DoneAlready):
+                return
+            except LinkError:
+                if wait_s is None:
+                    raise
+            await self._clock.sleep(wait_s)
+
+    async def _take_back(self) -> None:
+        """Of an escrow of which it is not known that it was opened: another one is opened for whoever comes next."""
+        term, self._term = self._open_term(), None
+        with contextlib.suppress(ShoalError):  # it is asked again
+            term = await close_escrow(term, self.funds.ledger, self._hand)
+        self._former = (*self._former, term)
+        await self._write()
+
+    def _paid_node(self, held: Held) -> PaidNode:
+        return PaidNode(
+            name=held.name, payee=held.hold.payee, micro_per_h=held.hold.price.micro_per_h,
+            hold=held.envelope.to_bytes(),
+        )  # fmt: skip
+
+    async def _admit(self, held: Held) -> None:
+        term, payee = self._open_term(), held.hold.payee
+        known = self.paid(held.node)
+        if known is not None and known.payee != payee:
+            raise NotSecured(
+                f"{held.name} is paid at {address_text(payee)} now, and was paid at {address_text(known.payee)} for "
+                "this job: it may come back with that account, or for a job that begins or is resumed later."
+            )
+        if known is not None:
+            self._put(held.node, msgspec.structs.replace(known, micro_per_h=held.hold.price.micro_per_h))
+            return
+        named = {one.payee for one in term.nodes.values()}
+        if payee not in named:
+            admission = Admission(term.escrow, payee, term.terms.amount_micro)
+            signature = self.funds.signer.sign(admission.digest(term.ledger))
+            await self._have_done(Admit(admission, signature))
+        self._put(held.node, self._paid_node(held))
+        await self._write()
+
+    async def _take(self, held: Held) -> None:
+        taken = await self._quotes.take(held, self._open_term().escrow)
+        self._held[held.node] = taken
+        known = self.paid(held.node)
+        if known is not None:
+            self._put(held.node, msgspec.structs.replace(known, hold=taken.envelope.to_bytes()))
+
+    async def _renew(self) -> None:
+        """Places are kept for some minutes; while their client lives it asks for more."""
+        while True:
+            await self._clock.sleep(RENEW_EVERY_S)
+            for held in list(self._held.values()):
+                try:
+                    await self._take(held)
+                except ShoalError as error:
+                    _log.warning("%s keeps its place no longer: %s", held.name, error)
+            with contextlib.suppress(ShoalError):  # of a disk that is full the next voucher tells
+                await self._write()
+
+    # ---- work ----
+
+    def begin(self, node: bytes) -> None:
+        """It works from now on, maybe anew: for no earlier time it is paid."""
+        known = self.paid(node)
+        if known is not None:
+            self._working.add(node)
+            self._ready_s[node] = self._clock.monotonic()
+            self._left_s.pop(node, None)
+            self._put(node, msgspec.structs.replace(known, reason="worked"))
+
+    async def pay(self, earned: Mapping[bytes, tuple[int, bytes]]) -> None:
+        """Node -> what it has earned in this term, and the id of the newest record that shows it. A voucher says no
+        less than the one before it, and no more than is left."""
+        self._settle(self._owed(bytes(32), earned))
+        await self._write()
+        self._send_beside(earned)
+
+    async def owe(self, record: bytes, earned: Mapping[bytes, tuple[int, bytes]]) -> None:
+        """The same, once `record` is written, which comes next: `pay_owed` says that it is."""
+        self._term = msgspec.structs.replace(self._open_term(), owed=self._owed(record, earned))
+        await self._write()
+
+    def pay_owed(self) -> None:
+        """What is written down with the record's id needs not be written again."""
+        owed = self._term.owed if self._term else None
+        if owed is not None:
+            self._settle(owed)
+            self._send_beside(map(bytes.fromhex, owed.nodes))
+
+    def _owed(self, record: bytes, earned: Mapping[bytes, tuple[int, bytes]]) -> Owed:
+        """A voucher is for all that the node's account has earned: several nodes may be paid at one."""
+        term, owed = self._open_term(), dict[str, OwedTo]()
+        paid, left = {node: one.paid_micro for node, one in term.nodes.items()}, self.left_micro
+        for node, (micro, work) in earned.items():
+            name, before = node.hex(), paid[node.hex()]
+            paid[name] = max(before, min(micro, before + left))
+            left -= paid[name] - before
+            payee = term.nodes[name].payee
+            amount = sum(paid[other] for other, one in term.nodes.items() if one.payee == payee)
+            voucher = Voucher(escrow=term.escrow, payee=payee, amount_micro=amount, work=work)
+            owed[name] = OwedTo(paid[name], sign_voucher(self.funds.signer, term.ledger, voucher))
+        return Owed(record, owed)
+
+    def _settle(self, owed: Owed) -> None:
+        self._term = msgspec.structs.replace(self._open_term(), owed=owed).settled({owed.record})
+
+    def _send_beside(self, nodes: Iterable[bytes]) -> None:
+        for node in nodes:
+            if node not in self._sending and self._open_term().nodes[node.hex()].hold:
+                self._beside(self._send(node))
+
+    async def _send(self, node: bytes, *, last: bool = False, deadline_s: float = PAY_DEADLINE_S) -> None:
+        """The newest voucher; where a newer one comes meanwhile, that one too. What does not arrive is in the next."""
+        self._sending.add(node)
+        try:
+            sent: SignedVoucher | None = None
+            while (known := self.paid(node)) is not None and known.voucher not in (None, sent):
+                assert known.voucher is not None
+                sent = known.voucher
+                newer = await self._quotes.pay(node, sent, last=last, deadline_s=deadline_s)
+                if newer is not None:
+                    self._learn(node, newer)
+        except ShoalError as error:
+            _log.info("%s did not take its voucher: %s", node.hex()[:8], error)
+        finally:
+            self._sending.discard(node)
+
+    def _learn(self, node: bytes, newer: SignedVoucher) -> None:
+        """A node has a voucher that says more than what was written here: whoever had this purse before was killed, or
+        cut off, before that was."""
+        term, known, voucher = self._open_term(), self.paid(node), newer.voucher
+        assert known is not None and known.voucher is not None
+        signer = signer_of(voucher.digest(term.ledger), newer.signature)
+        mine = voucher.escrow == term.escrow and voucher.payee == known.payee and signer == self.funds.signer.address
+        more = voucher.amount_micro - known.voucher.voucher.amount_micro
+        if mine and more > 0:
+            self._put(node, msgspec.structs.replace(known, paid_micro=known.paid_micro + more, voucher=newer))
+
+    def left(self, node: bytes, reason: str) -> None:
+        """A node is gone: it earns no more, and what it has earned stays."""
+        if node in self._working:
+            self._working.remove(node)
+            self._left_s[node] = self._clock.monotonic()
+        known = self.paid(node)
+        if known is not None:
+            self._put(node, msgspec.structs.replace(known, reason=_in_short(reason)))
+        held = self._held.pop(node, None)
+        if held is not None:
+            self._beside(self._part_from(held))
+
+    async def _part_from(self, held: Held) -> None:
+        """The voucher first: a node whose owner wants it back waits for no more once its place is given back."""
+        await self._send(held.node, last=True)
+        await self._quotes.release(held)
+
+    def reclaimed(self, node: bytes, word: HoldReclaim) -> float:
+        """The owner of a node takes it back: in how many seconds. Raises BadRecord."""
+        held = self._held.get(node)
+        if held is None:
+            raise BadHold(f"Node {short_id(node)} says of a place that it ends, and keeps none here.")
+        return self._quotes.reclaimed(held, word)
+
+    async def withhold(self, node: bytes, reason: str, evidence: bytes) -> None:
+        """What is held back of a node whose work was replayed and was not what was assigned."""
+        known = self.paid(node)
+        if known is None or known.withheld_micro:
+            return
+        term = self._open_term()
+        amount = share(known.paid_micro, term.terms.holdback_ppm)
+        if not amount:
+            return
+        before = sum(one.withheld_micro for one in term.nodes.values() if one.payee == known.payee)
+        order = Withholding(escrow=term.escrow, payee=known.payee, amount_micro=before + amount, evidence=evidence)
+        signature = self._hand.sign(order.digest(term.ledger))
+        try:
+            await _redeem(known, self.funds.ledger)  # what is held back is only there once its voucher is redeemed
+            await self.funds.ledger.apply(Withhold(order, signature))
+        except ShoalError as error:
+            self._say(f"{format_money(amount)} could not be withheld of {known.name}: {error.sentence}")
+            return
+        now = self.paid(node)
+        assert now is not None
+        self._put(node, msgspec.structs.replace(now, withheld_micro=amount, reason=_in_short(reason)))
+        await self._write()
+
+    # ---- the end ----
+
+    async def close_former(self, *, forget: bool = False) -> None:
+        """What earlier terms have left, as of a client that was killed, goes back; with `forget` they are no part of
+        this budget. Raises ShoalError."""
+        closed = list[TermPayments]()
+        for term in self._former:
+            closed.append(term if term.closed else await close_escrow(term, self.funds.ledger, self._hand))
+        self._former = () if forget else tuple(closed)
+        if closed:
+            await self._write()
+
+    async def leave(self) -> None:
+        """To whoever goes on with this purse: nothing is given back."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def close(self) -> None:
+        """Nodes get their last vouchers, and the rest goes back."""
+        await self.leave()
+        held = list(self._held.values())
+        if self._term is None or self._term.closed:
+            await self._quotes.release_all(held)
+            return
+        await asyncio.gather(*(self._send(one.node, last=True, deadline_s=LAST_PAY_DEADLINE_S) for one in held))
+        await asyncio.gather(*(self._quotes.release(one) for one in held))
+        self._held.clear()
+        try:
+            self._term = await close_escrow(self._term, self.funds.ledger, self._hand)
+        except ShoalError as error:
+            ends_s = (self._term.terms.expires_ms - self._clock.now_ms()) / 1000
+            self._say(
+                f"What was not used could not be asked back: {error.sentence} It comes back by itself in "
+                f"{format_duration_s(ends_s)}; {self._again} asks again."
+            )
+        await self._write()
+
+    # ---- small things ----
+
+    @property
+    def _hand(self) -> AccountKey:
+        """By which the rest is asked back, also of an escrow of an earlier term."""
+        return self.funds.account or self.funds.signer
+
+    def _open_term(self) -> TermPayments:
+        assert self._term is not None, "money was set aside"
+        return self._term
+
+    def _put(self, node: bytes, paid: PaidNode) -> None:
+        term = self._open_term()
+        self._term = msgspec.structs.replace(term, nodes={**term.nodes, node.hex(): paid})
+
+    async def _write(self) -> None:
+        async with self._writing:
+            await asyncio.to_thread(self._keep, msgspec.json.encode(self.payments))
+
+    def _beside(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+async def close_escrow(term: TermPayments, ledger: Ledger, account: AccountKey) -> TermPayments:
+    """The nodes get what they have vouchers for, and the rest is asked back. Raises ShoalError."""
+    wish = Closing(term.escrow)
+    try:
+        for one in newest_vouchers(term):
+            await _redeem(one, ledger)
+        await ledger.apply(Close(wish, account.sign(wish.digest(term.ledger))))
+    except (UnknownEscrow, EscrowOver, DoneAlready):
+        pass  # it never came to be, is over by itself, or was asked for and the answer was lost
+    return msgspec.structs.replace(term, owed=None, closed=True)
+
+
+async def _redeem(one: PaidNode, ledger: Ledger) -> None:
+    """On behalf of a node that may be gone: whoever brings a voucher, its payee gets the money."""
+    if one.voucher is not None:
+        with contextlib.suppress(OldVoucher):  # the node has brought it already
+            await ledger.apply(Redeem(one.voucher))
+
+
+def _in_short(reason: str) -> str:
+    """For a line of a bill: the first sentence."""
+    first = reason.strip().split(". ")[0].rstrip(".")
+    return first if len(first) <= REASON_MAX else f"{first[: REASON_MAX - 3]}..."

@@ -1,0 +1,277 @@
+"""Looking at a job that nodes drive: the owner's run folder follows theirs, until the job is over and all is here."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from shoal.driver.chain import read_record
+from shoal.driver.folder import RunFolder, saying_room
+from shoal.driver.lines import AuditLine, Event, Line, RoundMetrics
+from shoal.driver.mirror import BadCopy, Copy
+from shoal.driver.report import Figures, NodeStatus, Report
+from shoal.driver.training import PIN, Progress
+from shoal.errors import BadInput, JobError, ShoalError
+from shoal.hub import HubClient
+from shoal.identity import load_key
+from shoal.protocol.blobs import BlobHolder, BlobRef
+from shoal.protocol.driving import DriveStop, FolderAsk, FolderGiven, Host
+from shoal.protocol.hubs import HubTicket
+from shoal.protocol.offers import Done
+from shoal.protocol.training import TrainJob
+from shoal.sdk.detached import ask, link_to_host
+from shoal.sdk.handed import FILE as HANDED
+from shoal.sdk.handed import Handed, handed
+from shoal.sdk.train import DRIVER_KEY, STORE_BYTES
+from shoal.storage import BlobStore, Fetcher
+from shoal.transport import TlsEndpoint
+from shoal.world import Clock, Dice, SystemClock, SystemDice
+
+L = TypeVar("L", bound=Line)
+WAIT_MS = 2_000
+AGAIN_S = 1.0
+SILENT_S = 60.0
+"""So long no host may answer."""
+SIZE_MAX = 64 << 30
+BAD_COPIES_MAX = 16
+
+
+class NotHandedOver(BadInput):
+    """A run is driven where it was begun, not by nodes."""
+
+    code = "SH-154"
+
+
+class HostsSilent(JobError):
+    """None of a job's hosts answers."""
+
+    code = "SH-637"
+
+
+@dataclass
+class AttachOptions:
+    folder: Path
+    hubs: Sequence[HubTicket] = ()
+    """Beside those that the job was handed over with."""
+    listen: str | None = "tcp://127.0.0.1:0"
+    silent_s: float = SILENT_S
+    say: Callable[[str], None] = lambda _: None
+    progress: Callable[[Progress], None] = lambda _: None
+    event: Callable[[Event], None] = lambda _: None
+    audited: Callable[[AuditLine], None] = lambda _: None
+    clock: Clock = field(default_factory=SystemClock)
+    dice: Dice = field(default_factory=SystemDice)
+
+
+async def attach(options: AttachOptions) -> Report | None:
+    """Follow a job until it is over; gives its report, None where it was stopped before there was one. Raises
+    NotHandedOver, HostsSilent, FolderLocked, and what the disk does."""
+    async with _Looking.at(options) as looking:
+        return await looking.follow()
+
+
+async def refresh(options: AttachOptions) -> None:
+    """Get what the hosts have now. Raises NotHandedOver, HostsSilent, FolderLocked."""
+    async with _Looking.at(options) as looking:
+        await looking.follow(once=True)
+
+
+async def stop_detached(options: AttachOptions) -> None:
+    """Have the hosts stop a job in order, and get what they have of it. Raises NotHandedOver, HostsSilent."""
+    async with _Looking.at(options) as looking:
+        await looking.stop()
+        await looking.follow()
+
+
+class _Looking:
+    """The pieces that looking at a job needs open."""
+
+    def __init__(self, options: AttachOptions, folder: RunFolder, known: Handed) -> None:
+        """Use `at`."""
+        self._options, self._folder, self._known = options, folder, known
+        self.clock = options.clock
+        self.endpoint = TlsEndpoint(load_key(folder.path / DRIVER_KEY), clock=options.clock, dice=options.dice)
+        tickets = [HubTicket.parse(ticket) for ticket in known.hubs]
+        self.hubs = HubClient(self.endpoint, [*tickets, *options.hubs], clock=options.clock, dice=options.dice)
+        self._told: dict[type[Line], int] = {Event: 0, AuditLine: 0, RoundMetrics: 0}
+        self._drives: bytes | None = None
+
+    @classmethod
+    def at(cls, options: AttachOptions) -> _Looking:
+        known = handed(options.folder)
+        if known is None:
+            raise NotHandedOver(
+                f"{options.folder} was not handed over to nodes (`shoal train --detach`): its driver runs where it was "
+                "started, and `shoal jobs show` says how it stands."
+            )
+        return cls(options, RunFolder.open(options.folder), known)
+
+    async def __aenter__(self) -> _Looking:
+        try:
+            if self._options.listen is not None:
+                await self.endpoint.listen(self._options.listen)
+            await self.hubs.start()
+        except BaseException:
+            await self.__aexit__()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.hubs.close()
+        await self.endpoint.close()
+        self._folder.close()
+
+    # ---- following ----
+
+    async def follow(self, *, once: bool = False) -> Report | None:
+        """Until the job is over; `once`: until nothing is missing."""
+        path = self._folder.path
+        if self._known.ended is None:
+            with saying_room(path):
+                copy = await asyncio.to_thread(Copy, path, SIZE_MAX)
+                said = await self._copy(copy, once)
+                if said is None:
+                    return None
+                await self._fetch_updates()
+            self._known = msgspec.structs.replace(self._known, ended=said)
+            self._folder.write(HANDED, msgspec.json.encode(self._known))
+            self._options.say(said)
+        return self._folder.read("report.json", Report)
+
+    async def _copy(self, copy: Copy, once: bool) -> str | None:
+        """Until the job is over and nothing is missing; gives how it ended. `once`: until nothing is missing."""
+        bad = 0
+        while True:
+            host, standing = await self._who()
+            if host is None:
+                raise HostsSilent(f"All hosts have given the job up: {standing.sentence}")
+            while True:
+                try:
+                    message = FolderAsk(job=self._known.job, files=copy.there, wait_ms=0 if once else WAIT_MS)
+                    given = await ask(await link_to_host(host, self), message, FolderGiven)
+                    await asyncio.to_thread(copy.take, given.pieces)
+                except BadCopy as error:
+                    bad += 1
+                    if bad > BAD_COPIES_MAX:
+                        raise HostsSilent(f"{host.name} sends what does not fit together: {error.sentence}") from error
+                    await self.clock.sleep(AGAIN_S)
+                    continue
+                except ShoalError:
+                    break  # somebody else may drive by now
+                self._tell(given)
+                if given.phase == "over" and not given.pieces and not given.more:
+                    return given.sentence
+                if once and given.phase != "over" and not given.more:
+                    return None
+                if given.phase not in ("driving", "over"):
+                    await self.clock.sleep(AGAIN_S)
+                    break
+
+    async def _who(self) -> tuple[Host | None, FolderGiven]:
+        """The host that drives in the newest term, or that is nearest to it; None where all have given up. Raises
+        HostsSilent."""
+        until_s = self.clock.monotonic() + self._options.silent_s
+        while True:
+            answers = await asyncio.gather(*(self._standing(one) for one in self._known.hosts))
+            there = [(one, given) for one, given in zip(self._known.hosts, answers, strict=True) if given is not None]
+            able = [(one, given) for one, given in there if given.phase != "given up"]
+            if able:
+                return max(able, key=lambda one: (one[1].phase in ("driving", "over"), one[1].term))
+            if len(there) == len(self._known.hosts):
+                return None, there[0][1]
+            if self.clock.monotonic() > until_s:
+                names = ", ".join(one.name for one in self._known.hosts)
+                raise HostsSilent(
+                    f"None of the job's hosts ({names}) answers. It goes on as soon as one of them does; look again "
+                    "later. What it was paid with and does not use comes back by itself."
+                )
+            await self.clock.sleep(AGAIN_S)
+
+    async def _standing(self, host: Host) -> FolderGiven | None:
+        with suppress(ShoalError):
+            return await ask(
+                await link_to_host(host, self), FolderAsk(job=self._known.job, standing_only=True), FolderGiven
+            )
+        return None
+
+    async def stop(self) -> None:
+        """All hosts, first the one that drives. Raises HostsSilent."""
+        if self._known.ended is not None:
+            return
+        first, _ = await self._who()
+        others = (one for one in self._known.hosts if one != first)
+        for host in (*([first] if first else []), *others):
+            with suppress(ShoalError):
+                await ask(await link_to_host(host, self), DriveStop(job=self._known.job), Done)
+
+    # ---- what there is to see ----
+
+    def _tell(self, given: FolderGiven) -> None:
+        """What has come since."""
+        options = self._options
+        if given.phase == "driving" and given.drives not in (None, self._drives):
+            self._drives = given.drives
+            name = next((one.name for one in self._known.hosts if one.node == given.drives), "a node")
+            options.say(f"{name} drives the job, in term {given.term}.")
+        for event in self._new(Event):
+            options.event(event)
+        for audit in self._new(AuditLine):
+            options.audited(audit)
+        metrics = self._new(RoundMetrics)
+        if metrics:
+            options.progress(
+                _progress(self._folder.train_job(), metrics[-1], self._folder.read("figures.json", Figures))
+            )
+
+    def _new(self, kind: type[L]) -> list[L]:
+        lines = list(self._folder.notes(kind))
+        fresh, self._told[kind] = lines[self._told[kind] :], len(lines)
+        return fresh
+
+    async def _fetch_updates(self) -> None:
+        """What replays, and going on from here, need beside the records."""
+        chain = await asyncio.to_thread(read_record, self._folder)
+        refs = [entry.update for commit, _, _ in chain.commits for entry in commit.accepted]
+        store = BlobStore(self._folder.blobs, STORE_BYTES, self.clock)
+        try:
+            fetcher = Fetcher(self.endpoint, store, self.clock, self._options.dice)
+            holders = [BlobHolder(one.node, one.addresses) for one in self._known.hosts]
+
+            async def one(ref: BlobRef) -> None:
+                if not store.has(ref.hash):
+                    await fetcher.fetch(ref, holders)
+                store.pin(PIN, ref.hash)
+
+            missing = [ref for ref in refs if not store.has(ref.hash)]
+            if missing:
+                self._options.say(
+                    f"Fetching the {len(missing)} updates of the job, for replays and for going on with it."
+                )
+            await asyncio.gather(*(one(ref) for ref in refs))
+        except ShoalError as error:
+            self._options.say(
+                f"Not all updates could be fetched, so not every round can be replayed here: {error.sentence}"
+            )
+        finally:
+            store.close()
+
+
+def _progress(job: TrainJob, newest: RoundMetrics, figures: Figures | None) -> Progress:
+    nodes = figures.nodes if figures is not None else ()
+    return Progress(
+        elapsed_s=newest.time_s,
+        tokens_total=newest.tokens_total,
+        token_budget=job.token_budget,
+        round=newest.round,
+        loss=newest.loss,
+        tokens_per_s=newest.tokens_per_s,
+        bytes_sent=sum(one.bytes_sent for one in nodes),
+        bytes_received=sum(one.bytes_received for one in nodes),
+        members={one.name: one.status.value for one in nodes if one.status is not NodeStatus.LEFT},
+    )

@@ -1,0 +1,36 @@
+"""That a run was handed over to nodes: a note in its folder, beside the driver's key with which it is looked at."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+
+from shoal.protocol.driving import Host
+
+FILE = "detached.json"
+
+
+class Handed(msgspec.Struct, frozen=True, kw_only=True):
+    """`detached.json`: who drives a run, and how they are found."""
+
+    job: bytes
+    hosts: tuple[Host, ...]
+    hubs: tuple[str, ...]
+    """Tickets."""
+    ended: str | None = None
+    """How, once all that the hosts had is here."""
+
+
+def handed(folder: Path) -> Handed | None:
+    """How the run in a folder was handed over; None for one that was not."""
+    with suppress(OSError, msgspec.DecodeError):
+        return msgspec.json.decode((folder / FILE).read_bytes(), type=Handed)
+    return None
+
+
+def is_driven_by_nodes(folder: Path) -> bool:
+    """Now, as far as is known here."""
+    known = handed(folder)
+    return known is not None and known.ended is None

@@ -1,0 +1,218 @@
+"""Jobs that nodes drive while their owner is away: real processes, hosts that are killed, and money that adds up."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+import pytest
+from job_world import PATIENCE_S, Watch, check_account, job_text, options_for, owner_key, parsed
+from test_paid_jobs import DEPOSIT, Town, check_bill, in_town
+
+from shoal.driver.folder import RunFolder
+from shoal.house import RemoteLedger
+from shoal.identity import KeyPair
+from shoal.node.hosting import CannotHost, NotHosted
+from shoal.protocol.driving import (
+    DriveAsk,
+    DriveBegin,
+    DriveGiven,
+    DriveStop,
+    FolderAsk,
+    FolderGiven,
+    Host,
+)
+from shoal.protocol.offers import Done
+from shoal.protocol.training import Term
+from shoal.purse.bills import FILE, Payments
+from shoal.sdk.attached import AttachOptions, attach
+from shoal.sdk.detached import Standing, ask, detach
+from shoal.sdk.local import LocalProcess, LocalShoal
+from shoal.transport import TlsEndpoint
+from shoal.world import Refused, SystemClock, SystemDice
+
+
+async def three_nodes(shoal: LocalShoal, **options: list[str]) -> None:
+    await shoal.start_hub()
+    await asyncio.gather(
+        *(
+            shoal.start_node(name, options=["--threads", "1", "--storage", "1 GiB", *options.get(name, [])])
+            for name in ("amber", "birch", "cedar")
+        )
+    )
+
+
+def attach_options(at: Path, watch: Watch) -> AttachOptions:
+    return AttachOptions(at / "run", say=watch.said.append, progress=watch.progress, event=watch.event)
+
+
+@pytest.mark.timeout(400)
+def test_a_node_drives_and_the_owner_gets_it_all(tmp_path: Path) -> None:
+    async def whole() -> None:
+        async with LocalShoal(tmp_path / "town") as shoal:
+            await three_nodes(shoal)
+            text, seen = job_text(tmp_path), list[list[Standing]]()
+            options = options_for(shoal, tmp_path / "run", owner_key(), Watch())
+            made = await detach(parsed(text, tmp_path), text, options, lambda one: seen.append(list(one)))
+            assert len(made.hosts) == 2 and {one.phase for one in seen[-1]} == {"driving", "standing by"}
+            watch = Watch()
+            async with asyncio.timeout(PATIENCE_S):
+                report = await attach(attach_options(tmp_path, watch))
+            assert report is not None and report.tokens_accepted >= 40_000
+            check_account(report, tmp_path / "run")
+            assert (tmp_path / "run" / "model" / "model.safetensors").is_file() and watch.shares[-1] >= 1
+
+    asyncio.run(whole())
+
+
+@pytest.mark.timeout(500)
+def test_a_driver_that_dies_is_followed_by_another_node(tmp_path: Path) -> None:
+    async def whole() -> None:
+        async with LocalShoal(tmp_path / "town") as shoal:
+            await three_nodes(shoal)
+            text = job_text(tmp_path, tokens=150_000, nodes_min=1)
+            made = await detach(
+                parsed(text, tmp_path), text, options_for(shoal, tmp_path / "run", owner_key(), Watch())
+            )
+            first, second = made.hosts
+            watch = Watch(at={0.2: lambda: kill(shoal.nodes[first.name])})
+            async with asyncio.timeout(2 * PATIENCE_S):
+                report = await attach(attach_options(tmp_path, watch))
+            assert report is not None and report.tokens_accepted >= 150_000
+            assert {term.driver for term in terms(tmp_path)} == {first.driver, second.driver}
+            assert any(said.startswith(f"{second.name} drives the job, in term 2") for said in watch.said)
+            check_account(report, tmp_path / "run")
+
+    asyncio.run(whole())
+
+
+@pytest.mark.timeout(500)
+def test_one_escrow_pays_whoever_drives_and_works(tmp_path: Path) -> None:
+    async def story(town: Town, ledger: RemoteLedger) -> None:
+        text = job_text(tmp_path, tokens=150_000, nodes_min=1)
+        options = town.options(tmp_path, Watch(), 5_000_000)
+        made = await detach(parsed(text, tmp_path), text, options)
+        first, second = made.hosts
+        assert all(host.micro_per_h and host.payee for host in made.hosts), (
+            "driving costs a twentieth of a node's price"
+        )
+        assert await ledger.balance(town.account.address) == DEPOSIT - 5_000_000
+        watch = Watch(at={0.3: lambda: kill(town.shoal.nodes[first.name])})
+        async with asyncio.timeout(2 * PATIENCE_S):
+            report = await attach(attach_options(tmp_path, watch))
+        assert report is not None and report.tokens_accepted >= 150_000
+        assert {term.driver for term in terms(tmp_path)} == {first.driver, second.driver}
+        bill = check_bill(report, tmp_path / "run")
+        assert bill.quoted == 5_000_000
+        paid = {line.name: line.paid for line in bill.nodes}
+        assert paid[f"{second.name} (driving)"] > paid[f"{first.name} (driving)"] > 0
+        payments = msgspec.json.decode((tmp_path / "run" / FILE).read_bytes(), type=Payments)
+        (term,) = payments.terms
+        escrow = await ledger.escrow(term.escrow)
+        assert escrow is not None and escrow.closing and escrow.redeemed_micro == bill.charged
+        assert escrow.terms.signer != town.account.address and escrow.ends_ms < term.terms.expires_ms
+
+    in_town(tmp_path, story)
+
+
+def kill(node: LocalProcess) -> None:
+    """With all that it has started, as a power cut would."""
+    for child in psutil.Process(node.pid).children(recursive=True):
+        child.kill()
+    node.kill()
+
+
+class Seen(msgspec.Struct):
+    driver: bytes
+    number: int
+
+
+def terms(at: Path) -> list[Seen]:
+    with RunFolder.open(at / "run", read_only=True) as folder:
+        return [Seen(envelope.signer, term.number) for envelope, term in folder.opened(Term)]
+
+
+@pytest.mark.timeout(500)
+def test_a_job_that_nodes_drive_is_shown_and_cancelled(tmp_path: Path) -> None:
+    async def story(town: Town, ledger: RemoteLedger) -> None:
+        home = tmp_path / "keys"
+        (home / "account.ledger").write_text(str(town.ticket))
+        (tmp_path / "job.yaml").write_bytes(job_text(tmp_path, tokens=10_000_000))
+
+        async def said(*words: str, code: int = 0) -> Any:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "shoal", *words, "--json", env={**os.environ, "SHOAL_HOME": str(home)},
+                cwd=tmp_path, stdout=asyncio.subprocess.PIPE,
+            )  # fmt: skip
+            async with asyncio.timeout(PATIENCE_S):
+                out, _ = await process.communicate()
+            assert process.returncode == code, out
+            return json.loads(out)
+
+        hub = town.shoal.hub_tickets[0]
+        made = await said("train", "job.yaml", "--hub", hub, "--budget", "5", "--detach")
+        assert made["run"] == "runs/job" and len(made["hosts"]) == 2
+        refused = await said("train", "runs/job", "--hub", hub, "--resume", code=2)
+        assert "Nodes drive the job in runs/job" in refused["error"]["sentence"]
+        async with asyncio.timeout(PATIENCE_S):
+            while (shown := await said("jobs", "show", "runs/job"))["tokens"] == 0 or not shown["spent_micro"]:
+                assert shown["state"] == "detached"
+        assert (await said("jobs"))["runs"][0]["state"] == "detached"
+        await said("jobs", "cancel", "runs/job")
+        after = await said("jobs", "show", "runs/job")
+        assert after["state"] == "stopped" and after["open_micro"] == 0 and after["spent_micro"] >= shown["spent_micro"]
+        payments = msgspec.json.decode((tmp_path / "runs" / "job" / FILE).read_bytes(), type=Payments)
+        escrow = await ledger.escrow(payments.terms[0].escrow)
+        assert escrow is not None and escrow.closing and escrow.redeemed_micro == after["spent_micro"]
+        assert (await said("attach", "runs/job")) is None
+
+    in_town(tmp_path, story)
+
+
+@pytest.mark.timeout(200)
+def test_what_strangers_ask_of_a_host_is_refused(tmp_path: Path) -> None:
+    async def whole() -> None:
+        async with LocalShoal(tmp_path / "town") as shoal:
+            await shoal.start_hub()
+            node = (await shoal.start_node("amber", options=["--threads", "1", "--storage", "1 GiB"])).ready
+            endpoint = TlsEndpoint(KeyPair.generate(), clock=SystemClock(), dice=SystemDice())
+            try:
+                link = await endpoint.dial(bytes.fromhex(node["node"]), node["addresses"])
+                given = await ask(link, DriveAsk(name="job", size_bytes=1, micro_per_h=0), DriveGiven)
+                host = Host(node=link.peer, driver=given.driver, name="amber")
+                begin = DriveBegin(driver=given.driver, job=bytes(32), hosts=(host,), hubs=("shoal://none",))
+                other = msgspec.structs.replace(host, driver=bytes(32))
+                for message, answer, code in (
+                    (DriveAsk(name="job", size_bytes=1 << 40, micro_per_h=0), DriveGiven, CannotHost.code),
+                    (msgspec.structs.replace(begin, driver=bytes(32)), Done, CannotHost.code),
+                    (msgspec.structs.replace(begin, hosts=(other,)), Done, CannotHost.code),
+                    (msgspec.structs.replace(begin, hosts=(host, host)), Done, CannotHost.code),
+                    (FolderAsk(job=bytes(32)), FolderGiven, NotHosted.code),
+                    (DriveStop(job=bytes(32)), Done, NotHosted.code),
+                ):
+                    with pytest.raises(Refused) as caught:
+                        await ask(link, message, answer)
+                    assert caught.value.remote_code == code
+                await ask(link, begin, Done)
+                await ask(link, begin, Done)  # an answer may be lost
+                standing = await ask(link, FolderAsk(job=bytes(32), standing_only=True), FolderGiven)
+                assert standing.phase == "fetching"
+                thief = TlsEndpoint(KeyPair.generate(), clock=SystemClock(), dice=SystemDice())
+                stolen = await thief.dial(link.peer, node["addresses"])
+                for message in (FolderAsk(job=bytes(32)), DriveStop(job=bytes(32))):
+                    with pytest.raises(Refused) as caught:
+                        await ask(stolen, message, FolderGiven)
+                    assert caught.value.remote_code == NotHosted.code
+                await thief.close()
+                await ask(link, DriveStop(job=bytes(32)), Done)
+                assert (await ask(link, FolderAsk(job=bytes(32)), FolderGiven)).phase == "over"
+            finally:
+                await endpoint.close()
+
+    asyncio.run(whole())
