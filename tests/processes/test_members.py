@@ -723,6 +723,32 @@ def test_strangers_and_old_terms_do_not_disturb_a_member(tmp_path: Path) -> None
     play(story())
 
 
+def test_an_heir_that_hangs_up_may_ask_for_the_head_again(tmp_path: Path) -> None:
+    async def story() -> None:
+        scene = await a_node(tmp_path)
+        driver, heir = a_key(160), a_key(161)
+        link = await scene.link(driver)
+        invite = an_invitation(scene.setting, driver, drivers=(driver.node_id, heir.node_id))
+        answer = await link.request(MemberInvite.KIND, encode(invite), reply_max_bytes=1 << 17)
+        job = open_record(_envelope(decode(MemberAnswer, answer).member), Member).job
+        (member,) = scene.agent._members.values()
+        asking = await scene.link(heir)
+        for asked in (1, 2):
+            question = asyncio.create_task(
+                asking.request(HeadAsk.KIND, encode(HeadAsk(job=job, term=2)), deadline_s=60)
+            )
+            while member._inbox.qsize() < asked:  # the member fetches its data still, and answers nobody
+                assert not question.done()
+                await asyncio.sleep(0)
+            question.cancel()
+            await asyncio.gather(question, return_exceptions=True)
+            while heir.node_id in member._heads:
+                await asyncio.sleep(0)
+        await scene.agent.close()
+
+    play(story())
+
+
 def test_a_slot_that_is_paid_for_once_is_worked_in_once(tmp_path: Path) -> None:
     async def story() -> None:
         payer, payee = an_account(50), an_account(51)

@@ -314,8 +314,10 @@ class MemberRun:
             async with asyncio.timeout(deadline_s):
                 return await asyncio.shield(waiting)
         except TimeoutError:
-            self._heads.pop(asker, None)
             raise NotAMember(f"Node {self.name} promises nothing to {short_id(asker)} now; ask again later.") from None
+        finally:
+            if self._heads.get(asker) is waiting:  # who hangs up, too, may ask again
+                del self._heads[asker]
 
     def end(self, reason: str, *, tell: bool) -> None:
         """Stop at the next moment, telling the driver or not; `run` then returns `reason`."""
