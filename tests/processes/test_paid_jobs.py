@@ -32,7 +32,8 @@ from shoal.purse.bills import FILE, Bill, Payments, bill
 from shoal.purse.purse import NoMoney
 from shoal.sdk.acquaintances import Acquaintances
 from shoal.sdk.local import LocalShoal
-from shoal.sdk.train import Spending, TrainOptions, train
+from shoal.sdk.spending import Spending
+from shoal.sdk.train import TrainOptions, train
 from shoal.transport import TlsEndpoint
 from shoal.world import SystemClock, SystemDice
 from shoal.world.quotes import NotSecured

@@ -85,7 +85,7 @@ class Place:
             self.host = StageHost(
                 key=self.key, name=self.name, endpoint=self.endpoint, store=self.store, fetcher=self.fetcher,
                 clock=self.clock, settings=EngineSettings(), memory_bytes=self.memory_bytes,
-                network=DEFAULT_NETWORK, admit=lambda known: None,
+                network=DEFAULT_NETWORK, admit=lambda known, held: None,
                 changed=changed,
             )  # fmt: skip
         await self.endpoint.listen("tcp://127.0.0.1:0")

@@ -38,6 +38,7 @@ from shoal.node.sales import (
     read_kept,
 )
 from shoal.protocol.holds import BadHold, Deputy, Hold, HoldAsk, HoldGiven, HoldReclaim, HoldTake, Reclaim
+from shoal.protocol.holds import Work as Kind
 from shoal.protocol.messages import decode, encode, open_record, sign
 from shoal.protocol.money import (
     BadVoucher,
@@ -74,13 +75,18 @@ def run(story: Callable[[Street], Awaitable[None]]) -> None:
 
 class Client:
     def __init__(
-        self, street: Street, number: int = 60, ledger: HouseLedger = LEDGER, acts_for: KeyPair | None = None
+        self,
+        street: Street,
+        number: int = 60,
+        ledger: HouseLedger = LEDGER,
+        acts_for: KeyPair | None = None,
+        kind: Kind = "train",
     ) -> None:
         self.key: KeyPair = a_key(number)
         deputy = sign(acts_for, Deputy(driver=self.key.node_id)).to_bytes() if acts_for else None
         self.endpoint = street.client(number)
         link = street.linker(self.endpoint)
-        self.quotes = Quotes(acts_for or self.key, PAYER.address, ledger, link, deputy=deputy)
+        self.quotes = Quotes(acts_for or self.key, PAYER.address, ledger, link, kind, deputy=deputy)
         self.street = street
 
     async def escrow(self, *shops: Shop, **changed: Any) -> bytes:
@@ -115,6 +121,55 @@ async def until(street: Street, condition: Callable[[], bool]) -> None:
             return
         await settle(street, 5.0)
     raise AssertionError("it never came to that")
+
+
+def test_a_gateway_that_does_not_pay_is_served_for_a_minute_and_none_beyond_its_money(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shop = await street.shop(1, tmp_path / "one")  # a hundred millionths a second
+        client = Client(street, kind="serve")
+        with pytest.raises(NotHeld, match="keeps no slot to serve in"):
+            shop.sales.service_for(client.key.node_id)
+        held = await client.quotes.hold(shop.node, shop.offer)
+        escrow = await client.escrow(shop, amount_micro=10_000, payees=(Payee(an_account(1).address, 10_000),))
+        await client.quotes.take(held, escrow)
+        with pytest.raises(NotHeld, match="keeps no slot to train in"):
+            shop.sales.work_for(client.key.node_id)
+        service = shop.sales.service_for(client.key.node_id)
+        service.ready()
+        await street.clock.advance(60.0)
+        service.served(16 * 60, 1_000_000)
+        assert service.over() is None and service.earned_micro() == 6000
+        await street.clock.advance(30.0)
+        service.served(16 * 10, 1_000_000)
+        assert service.over() == "its vouchers are for 0.00, and it has earned 0.007 by serving"
+        with pytest.raises(NotHeld, match="by serving"):
+            shop.sales.service_for(client.key.node_id)
+        await client.quotes.pay(shop.node, voucher(escrow, shop, 7000), last=False, deadline_s=5)
+        assert service.over() is None
+        service.served(16 * 10_000, 1_000_000)
+        assert service.earned_micro() == 9000, "many at once, and no more than the time"
+        service.ready()
+        service.ended()
+        service.ended()
+        await street.clock.advance(5.0)
+        service.ready()
+        assert service.earned_micro() == 9000, "what was done at once then is no credit"
+        service.served(16 * 50, 1_000_000)
+        await street.clock.advance(5.0)
+        assert service.earned_micro() == 9500 and service.over() is None
+        await street.clock.advance(10.0)
+        assert service.over() == "it has earned what was set aside for it, 0.01"
+
+    run(story)
+
+
+def test_a_node_that_serves_for_nothing_sells_no_slot_to_serve_in(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shop = await street.shop(1, tmp_path / "one", works=("train",))
+        with pytest.raises(Refused, match="takes no serve jobs for money; it takes train"):
+            await Client(street, kind="serve").quotes.hold(shop.node, shop.offer)
+
+    run(story)
 
 
 def test_a_slot_is_held_paid_for_and_given_back(tmp_path: Path) -> None:

@@ -5,7 +5,18 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.market.earnings import Earnings, forecast_micro, lasts_s, say_dear, say_idle, say_unpaid
+from shoal.market.earnings import (
+    Earnings,
+    Serving,
+    forecast_micro,
+    lasts_s,
+    say_dear,
+    say_idle,
+    say_unpaid,
+    say_unpaid_service,
+    served_parts,
+    token_us,
+)
 from shoal.quantities.money import owed
 
 HOUR_MS = 3_600_000
@@ -90,3 +101,57 @@ def test_how_long_money_lasts_and_what_time_costs() -> None:
     assert lasts_s(1, 0) == float("inf")
     assert forecast_micro(350_000, 3600) == 350_000
     assert forecast_micro(350_000, 0.001) == 1
+
+
+STAGE_US = token_us(4, 2.0, 1.5)
+
+
+def test_an_hour_of_tokens_one_after_the_other_earns_the_price() -> None:
+    assert STAGE_US == 9500
+    tokens = 3_600_000_000 // STAGE_US
+    serving = Serving().served(served_parts(tokens, tokens), STAGE_US)
+    assert 349_999 <= serving.earned_micro(350_000, HOUR_MS, PLENTY) <= 350_000
+    assert serving.earned_micro(350_000, HOUR_MS // 2, PLENTY) == 175_000, "of several at once each counts, up to that"
+    assert serving.earned_micro(350_000, HOUR_MS, 1000) == 1000, "nor more than was set aside"
+    assert served_parts(0, 160) == served_parts(10, 10), "positions of a prompt go many at once"
+
+
+def test_a_stage_that_is_loaded_anew_keeps_what_it_had_and_earns_by_the_time_since() -> None:
+    claimed = Serving().served(served_parts(10**9, 10**9), token_us(1, 1e9, 0.0))
+    assert claimed.earned_micro(360_000, 1000, PLENTY) == 100, "whatever a token takes by its word"
+    again = claimed.ready(100)
+    assert again.earned_micro(360_000, HOUR_MS, PLENTY) == 100
+    assert again.served(16, 1_000_000).earned_micro(360_000, HOUR_MS, PLENTY) == 200
+    assert token_us(1, 0.0, 0.0) == 1
+
+
+@given(
+    price=st.integers(0, 10**12),
+    layer_ms=st.floats(0, 1e9),
+    sessions=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 10**6)), max_size=20),
+    ready_ms=st.integers(0, 10**11),
+    before=st.integers(0, 10**9),
+    most=st.integers(10**9, 10**15),
+)
+def test_what_is_served_is_paid_alike_in_whatever_parts_and_within_bounds(
+    price: int, layer_ms: float, sessions: list[tuple[int, int]], ready_ms: int, before: int, most: int
+) -> None:
+    us = token_us(3, layer_ms, 0.0)
+    serving, last = Serving().ready(before), before
+    for generated, more in sessions:
+        parts = served_parts(generated, generated + more)
+        for part in (parts // 3, parts - parts // 3):  # as it comes
+            serving = serving.served(part, us)
+            now = serving.earned_micro(price, ready_ms, most)
+            assert last <= now <= min(most, before + owed(price, ready_ms))
+            last = now
+    whole = sum(served_parts(generated, generated + more) for generated, more in sessions)
+    assert Serving().ready(before).served(whole, us) == serving
+    assert serving.served(-whole, us).earned_micro(price, ready_ms, most) == before, "a receipt that does not count"
+
+
+def test_serving_that_is_not_paid_ends() -> None:
+    minute = owed(3_600_000, 60_000)
+    assert say_unpaid_service(0, minute, 3_600_000) is None
+    assert say_unpaid_service(10**8, 10**8 + minute + 5_000_000, 3_600_000) is None
+    assert "it has earned 0.08 by serving" in (say_unpaid_service(0, minute + 20_000, 3_600_000) or "")

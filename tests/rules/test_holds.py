@@ -25,7 +25,7 @@ NODE, *CLIENTS = (KeyPair.from_seed(bytes([number] * 32)) for number in range(1,
 LEDGER = HouseLedger(bytes(32), "USD")
 PAYER, PAYEE, OTHER = (AccountKey(bytes([number] * 32)).address for number in range(1, 4))
 PRICE = Price(350_000)
-TERMS = Terms(price=PRICE, ledger=LEDGER, payee=PAYEE)
+TERMS = Terms(price=PRICE, ledger=LEDGER, payee=PAYEE, works=("train",))
 HOUR_MS = 3_600_000
 
 

@@ -18,6 +18,7 @@ from shoal.gateway.receipts import (
     Kept,
     Metering,
     Missing,
+    SessionMeter,
     judge,
     read_accounts,
 )
@@ -108,8 +109,8 @@ def test_what_is_heard_is_kept_apart_and_added_up(tmp_path: Path) -> None:
         receipt = msgspec.structs.replace(HONEST, session=session, computed_positions=claim, generated_tokens=2)
         meter.heard(session, seen, 0, sign(NODE, receipt).to_bytes())
         meter.heard(session, seen, 1, None)
-    meter.heard(9, Served(), 0, b"")  # it knows of no work, and claims nothing
-    meter.heard(9, Served(), 0, b"rubbish")
+    meter.heard(9, SessionMeter(), 0, b"")  # it knows of no work, and claims nothing
+    meter.heard(9, SessionMeter(), 0, b"rubbish")
     counts = metering.counts
     assert (counts.receipts, counts.receipts_disputed, counts.receipts_missing) == (1, 2, 2)
     accounts = read_accounts(tmp_path)
@@ -187,7 +188,7 @@ def test_a_line_that_is_not_what_was_signed_is_found(tmp_path: Path) -> None:
 
 def test_missing_ones_are_lines_of_their_own(tmp_path: Path) -> None:
     books = Books(tmp_path, print)
-    Metering(JOB, books).ring(RING, [PLACE], ["amber"]).heard(7, SEEN, 0, None)
+    Metering(JOB, books).ring(RING, [PLACE], ["amber"]).heard(7, SessionMeter(SEEN), 0, None)
     books.close()
     line = msgspec.json.decode((tmp_path / "missing.jsonl").read_bytes(), type=Missing)
     assert line.seen == Figures(10, 5, 20) and line.name == "amber" and line.session == f"{7:016x}"

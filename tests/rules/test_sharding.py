@@ -19,11 +19,13 @@ from shoal.sharding import (
     Replica,
     ServingNode,
     Stage,
+    cheapest,
     loaded,
     plan,
     replan,
     standbys,
 )
+from shoal.sharding.planning import SLOW_RATIO
 from shoal.sharding.rings import EXACT_MAX, all_rings, long_ring, replica_of, ring_of
 
 LAYER = 100
@@ -82,13 +84,19 @@ def parts(items: Sequence[ServingNode]) -> Iterator[list[list[ServingNode]]]:
             yield [*rest[:at], [items[0], *rest[at]], *rest[at + 1 :]]
 
 
-def best_by_looking(needs: ModelNeeds, nodes: Sequence[ServingNode], links: Links, price_max: int | None) -> float:
-    """Tokens per second of the best plan in which who can hold the model alone shares it with nobody."""
-    fastest = {}
+def fastest_rings(needs: ModelNeeds, nodes: Sequence[ServingNode], links: Links) -> dict[frozenset[bytes], Replica]:
+    """Of each group of nodes that can hold the model."""
+    found = {}
     for group in itertools.chain.from_iterable(itertools.combinations(nodes, n) for n in range(1, len(nodes) + 1)):
         rings = list(every_ring(needs, group, links)) if len(group) <= needs.layers else []
         if rings:
-            fastest[frozenset(one.node for one in group)] = max(rings, key=lambda ring: ring.rate)
+            found[frozenset(one.node for one in group)] = max(rings, key=lambda ring: ring.rate)
+    return found
+
+
+def best_by_looking(needs: ModelNeeds, nodes: Sequence[ServingNode], links: Links, price_max: int | None) -> float:
+    """Tokens per second of the best plan in which who can hold the model alone shares it with nobody."""
+    fastest = fastest_rings(needs, nodes, links)
     whole = {next(iter(key)) for key in fastest if len(key) == 1}
     best = 0.0
     for groups in parts(nodes):
@@ -121,6 +129,38 @@ def test_and_so_it_is_within_a_price(scene: tuple[ModelNeeds, list[ServingNode],
         made = plan(needs, nodes, links, price_max=most)
     assert made.price <= most
     assert made.rate >= 0.98 * best_by_looking(needs, [one for one in nodes if one.usable], links, most)
+
+
+@given(scenes(price=True))
+@settings(max_examples=100, deadline=None)
+def test_the_cheapest_plan_costs_no_more_than_any_ring_that_is_not_slow(
+    scene: tuple[ModelNeeds, list[ServingNode], Links],
+) -> None:
+    needs, nodes, links = scene
+    made = cheapest(needs, nodes, links)
+    rings = fastest_rings(needs, [one for one in nodes if one.usable], links)
+    whole = {next(iter(key)) for key in rings if len(key) == 1}
+    able = [ring for key, ring in rings.items() if len(key) == 1 or not key & whole]
+    assert bool(made.replicas) == bool(able)
+    if able:
+        fastest = min(one.token_ms for one in able)
+        assert made.price <= min(one.price for one in able if one.token_ms <= SLOW_RATIO * fastest)
+        assert made.price >= min(one.price for one in able)
+        used = {stage.node for replica in made.replicas for stage in replica.stages}
+        looked_at = used | {one.node for one in made.left_out}
+        check(made, needs, [one for one in nodes if one.node in looked_at], links)
+
+
+def test_of_many_that_could_the_cheapest_is_taken_and_none_besides() -> None:
+    needs = ModelNeeds(4, 80, 20)
+    nodes = [node(number, 1000, 2.0, price=200 - number) for number in range(1, 100)]
+    made = cheapest(needs, nodes, mesh(nodes))
+    assert made.price == 101 and [one.stages[0].node for one in made.replicas] == [bytes([99])]
+    slow = node(100, 1000, 200.0, price=1)
+    assert cheapest(needs, [*nodes, slow], mesh([*nodes, slow])).price == 101, "it would serve badly"
+    free = node(101, 1000, 2.0)
+    made = cheapest(needs, [*nodes, free], mesh([*nodes, free]))
+    assert made.price == 0 and [one.stages[0].node for one in made.replicas] == [bytes([101])]
 
 
 def check(made: Plan, needs: ModelNeeds, nodes: Sequence[ServingNode], links: Links) -> None:

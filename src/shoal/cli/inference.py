@@ -13,8 +13,22 @@ import typer
 
 from shoal.cli import places
 from shoal.cli.app import JOBS, app
-from shoal.cli.output import BadFlag, HubFlag, JsonFlag, WithParent, err, out, print_json, run, shown, until_stopped
+from shoal.cli.output import (
+    BadFlag,
+    HubFlag,
+    JsonFlag,
+    LedgerFlag,
+    WithParent,
+    err,
+    out,
+    print_json,
+    run,
+    shown,
+    until_stopped,
+)
+from shoal.cli.tables import print_bill
 from shoal.protocol.hubs import HubTicket
+from shoal.quantities.money import parse_money
 from shoal.sdk.local import shoal_home
 from shoal.sdk.places import NoHub
 from shoal.world import SystemClock, SystemDice
@@ -84,9 +98,22 @@ def serve(
             help="Serve it from such servers alone: nodes hold no layers, and MODEL needs no weights, only config and tokenizer.",
         ),
     ] = False,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MONEY",
+            help="What nodes that hold it may cost from this start to the next, at most, such as 2.50, in the ledger's "
+            "currency. Without one it takes only nodes that serve for nothing.",
+            show_default="none",
+        ),
+    ] = None,
+    ledger: LedgerFlag = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="The gateway's key, and the receipts of nodes.", show_default="~/.shoal/serve/NAME"),
+        typer.Option(
+            help="The gateway's key, the receipts of nodes, and what they were paid.",
+            show_default="~/.shoal/serve/NAME",
+        ),
     ] = None,
     json: JsonFlag = False,
     with_parent: WithParent = 0,
@@ -102,6 +129,9 @@ def serve(
     A node with a server of its own (vLLM, SGLang, llama-server, ...) that serves the model is a whole replica, too. Such
     servers are not exact: a stream that one of them broke goes on from what was said, and its answer tells so.
 
+    With `--budget` it takes nodes that cost something where those that cost nothing are not enough: those of the
+    cheapest plan. They are paid for what they serve; when it ends the bill is shown, and the rest comes back.
+
     Families that are served: llama, mistral, qwen2, qwen3, gemma, gemma2, phi3, gpt2, gpt_neox. Tokens are those of
     plain transformers, and do not depend on what else is served at the time.
     """  # fmt: skip
@@ -113,7 +143,12 @@ def serve(
         raise BadFlag(f"--sessions {sessions} cannot be used: from 1 to {SESSIONS_MAX}.")
     if engines_only and here:
         raise BadFlag("--engines-only and --here contradict each other: such servers are found at hubs.")
+    if budget is not None and (engines_only or here):
+        raise BadFlag("--budget pays nodes that hold layers; leave it out with --here and --engines-only.")
+    spending = places.spending(parse_money(budget) if budget is not None else None, ledger)
     tickets = () if here else tuple(places.find_hubs(hub)) if engines_only else _hubs(hub)
+    if spending is not None and not tickets:
+        raise BadFlag("--budget pays nodes, and no hub is known to find them at: name one with --hub.")
     if tickets:
         places.refuse_wildcard(listen, "use an address of this machine that nodes can reach")
     called = name or (model.resolve().parent.name if model.resolve().name == "model" else model.resolve().name)
@@ -136,6 +171,7 @@ def serve(
         draft=draft,
         engine_model=engine_model or "",
         engines_only=engines_only,
+        spending=spending,
         say=lambda sentence: err.print(sentence, markup=False, style="dim"),
     )
 
@@ -162,6 +198,11 @@ def serve(
             await until_stopped()
         finally:
             await server.stop()
+            bill = service.paying.bill if service.paying is not None else None
+            if bill is not None and json:
+                print_json({"bill": bill})
+            elif bill is not None:
+                print_bill(bill)
 
     run(work)
 

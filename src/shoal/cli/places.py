@@ -22,6 +22,7 @@ from shoal.sdk.places import (
     user_key,
     write_local,
 )
+from shoal.sdk.spending import Spending
 
 __all__ = [
     "LocalRun",
@@ -40,6 +41,7 @@ __all__ = [
     "local_folder",
     "refuse_wildcard",
     "remember_auction",
+    "spending",
     "user_key",
     "write_local",
 ]
@@ -52,6 +54,13 @@ class NoRun(BadInput):
     """A folder that was named holds no run."""
 
     code = "SH-105"
+
+
+def spending(budget_micro: int | None, ledger: str | None) -> Spending | None:
+    """Of this user's account; none without a budget. Raises NoAccount, BadAccountKey, NoLedger, BadTicket."""
+    if not budget_micro:
+        return None
+    return Spending(account_key(), ledger_ticket(ledger), budget_micro)
 
 
 def holds_run(folder: Path) -> bool:

@@ -200,8 +200,8 @@ def node_start(
         bool,
         typer.Option(
             "--serve-free",
-            help="Serve models for nothing though training costs --price: serving is not paid for yet, and a node with "
-            "a price does not take part in it otherwise.",
+            help="Serve models for nothing though training costs --price. Without it a node with a price serves for "
+            "whoever has set money aside.",
         ),
     ] = False,
     country: Annotated[

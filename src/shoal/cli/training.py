@@ -39,7 +39,7 @@ from shoal.quantities.money import format_money, parse_money
 from shoal.sdk.costs import Costs, Way
 from shoal.sdk.documents import describe, show_default
 from shoal.sdk.jobfile import JobFile, explain, parse_job, read_job_bytes, schema
-from shoal.sdk.train import Plan, Spending, TrainOptions, plan, resume, train
+from shoal.sdk.train import Plan, TrainOptions, plan, resume, train
 
 
 def print_fields() -> None:
@@ -151,7 +151,7 @@ def train_command(
         replace=replace,
         prompt=prompt,
         acquaintances=places.acquaintances(),
-        spending=_spending(_budget(budget, job_file, folder if resume_run else None), ledger),
+        spending=places.spending(_budget(budget, job_file, folder if resume_run else None), ledger),
     )
     if detach and resume_run:
         raise BadFlag("A run that was begun here goes on here: leave out --detach.")
@@ -293,13 +293,6 @@ def _budget(flag: str | None, job_file: JobFile, begun: Path | None) -> int | No
     if job_file.budget is None and begun is not None:
         return budget_of(begun)
     return job_file.budget
-
-
-def _spending(budget_micro: int | None, ledger: str | None) -> Spending | None:
-    """Of this user's account. Raises NoAccount, NoLedger."""
-    if not budget_micro:
-        return None
-    return Spending(places.account_key(), places.ledger_ticket(ledger), budget_micro)
 
 
 @app.command("plan", rich_help_panel=JOBS)

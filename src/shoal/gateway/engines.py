@@ -18,7 +18,7 @@ from shoal.errors import BadRecord, LinkError
 from shoal.gateway.encoding import Encoder, Unwritable
 from shoal.gateway.meeting import Meetings
 from shoal.gateway.prefixes import Prefixes
-from shoal.gateway.receipts import Metering, RingMeter
+from shoal.gateway.receipts import Metering, RingMeter, SessionMeter
 from shoal.gateway.rings import AT_ONCE, Given, Replica, RingLost
 from shoal.inference.metering import Served
 from shoal.models.tokenizers import TextTokenizer
@@ -127,7 +127,7 @@ class EngineReplica:
         except (LinkError, BadRecord) as error:
             _log.info("%s gave no receipt: %s", self.name, error)
         if seen.generated:
-            self._meter.heard(session, seen, 0, receipt or None)
+            self._meter.heard(session, SessionMeter(seen), 0, receipt or None)
 
     def _ask(self, tokens: Sequence[int], choosing: Choosing, tokens_max: int, session: int) -> EngineAsk:
         metered = EngineSession(

@@ -7,18 +7,22 @@ import contextlib
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from shoal.errors import LinkError
+from shoal.errors import LinkError, ShoalError
+from shoal.gateway.paying import Paying
 from shoal.gateway.receipts import Metering
 from shoal.gateway.remote import FULL, Latency, Loss, NodeRing, Rings
 from shoal.gateway.rings import Replica as ServingReplica
 from shoal.gateway.rings import RingLost, RingRefused
 from shoal.gateway.scouting import Scout
 from shoal.identity import Envelope
+from shoal.market.earnings import token_us
 from shoal.protocol.blobs import BlobHolder
 from shoal.protocol.messages import encode
+from shoal.protocol.offers import Offer
 from shoal.protocol.serving import ServeJob, StageInvite, StagePlace
 from shoal.quantities import Ranges, format_bytes
-from shoal.sharding import Links, ModelNeeds, Plan, Replica, ServingNode, plan, replan, standbys
+from shoal.quantities.money import format_price
+from shoal.sharding import Links, ModelNeeds, Plan, Replica, ServingNode, cheapest, plan, replan, standbys
 from shoal.storage import BYTES_PER_S_LEAST, part_bytes, patience_s
 from shoal.world import Clock, Dice, Directory, Endpoint, Refused, within
 
@@ -27,6 +31,8 @@ INVITE_DEADLINE_S = 20.0
 LOAD_PATIENCE_S = 600.0
 """For a stage to load its layers, and for every so many seconds in which it does not, it fetches at least what comes at
 `BYTES_PER_S_LEAST`."""
+BUY_WAIT_S = 10.0
+"""So long nodes that are just being met are waited for at most before the cheapest plan is chosen."""
 RETIRE_S = 300.0
 """How long a ring that is not wanted any more waits for the last of its streams to move."""
 RETIRE_LOOK_S = 0.05
@@ -61,17 +67,26 @@ class Placer:
     """Replicas that are ready, for whoever sends streams through them."""
     say: Callable[[str], None] = lambda _: None
     metering: Metering = field(default_factory=Metering)
+    paying: Paying | None = None
+    """None: only nodes that serve for nothing take part."""
+    _buying: asyncio.Task[None] | None = None
+    """Places at nodes that cost something are asked for."""
+    _wanted_s: float | None = None
+    """Since when they are to be."""
     _plan: Plan = field(default_factory=lambda: Plan((), (), ""))
     _reserve: tuple[Replica, ...] = ()
     _settled_with: tuple[list[ServingNode], Links] | None = None
     """With which planning again gave the same plan."""
     _placed: dict[Places, NodeRing] = field(default_factory=dict)
+    _retiring: list[NodeRing] = field(default_factory=list)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
     _said: str = ""
 
     def __post_init__(self) -> None:
         self.scout = Scout(self.model.needs, self.endpoint, self.directory, self.clock, self._wake.set)
+        if self.paying is not None:
+            self.scout.pay(self.paying.takes, self.paying.former)
 
     async def run(self) -> None:
         scouting = asyncio.create_task(self.scout.run())
@@ -85,28 +100,38 @@ class Placer:
             scouting.cancel()
             await asyncio.gather(scouting, return_exceptions=True)
 
+    def wake(self) -> None:
+        """Something has changed that is planned with."""
+        self._wake.set()
+
     async def close(self) -> None:
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        rings, self._placed = list(self._placed.values()), {}
+        rings, self._placed = [*self._placed.values(), *self._retiring], {}
         await asyncio.gather(*(ring.close("The gateway is stopping.") for ring in rings))
 
     def arrange(self) -> None:
         """Plan with what is there now, and begin to carry it out."""
         needs = self.model.needs
-        nodes, links = self.scout.nodes(), self.scout.links()
+        if self.paying is not None and self.paying.closing:
+            self._let_end(self.paying)
+        there, links = self.scout.nodes(), self.scout.links()
         lost = any(ring.lost.done() for ring in self._placed.values())
-        if (nodes, links) == self._settled_with and not lost:
+        if (there, links) == self._settled_with and not lost:
             return  # planning holds up all streams: 0.04 s for 8 nodes that hold stages, 0.2 s for 40
-        if not nodes and not self.scout.looked:
+        if not there and not self.scout.looked:
             return  # it is not known yet that there are none
+        nodes = [one for one in there if not one.price or self._is_paid(one.node)]
         if self._plan.replicas:
             wanted = replan(self._plan, needs, nodes, links, reserve=self._reserve)
         else:
             wanted = plan(needs, nodes, links)
-        self._settled_with = (nodes, links) if wanted == self._plan else None
+        if not wanted.replicas:
+            wanted = self._buy(wanted, there, links)
+        waits = self._wanted_s is not None
+        self._settled_with = (there, links) if wanted == self._plan and not waits else None
         moved = [one.stages for one in wanted.replicas] != [one.stages for one in self._plan.replicas]
         self._plan, self._reserve = wanted, standbys(wanted, needs, nodes, links)
         if wanted.reason != self._said and (moved or not wanted.replicas):
@@ -115,6 +140,89 @@ class Placer:
         primary = {self._places(replica): replica for replica in wanted.replicas}
         spare = {self._places(replica): replica for replica in self._reserve}
         self._carry_out(primary, spare)
+        if self.paying is not None and not self._is_buying:
+            self._let_go_unused(self.paying, {one.node for one in there})
+
+    # --- nodes that cost something ---------------------------------------------------------------------------------
+
+    def _is_paid(self, node: bytes) -> bool:
+        return self.paying is not None and node in self.paying.taken
+
+    @property
+    def _is_buying(self) -> bool:
+        return self._buying is not None and not self._buying.done()
+
+    def _buy(self, nothing: Plan, there: Sequence[ServingNode], links: Links) -> Plan:
+        """Nothing can be had of those that cost nothing, or are paid: begin to take places at the nodes of the cheapest
+        plan. Gives what is said meanwhile."""
+        if self._is_buying:
+            return Plan((), (), self._said)
+        if self.paying is None or self.paying.closing:
+            dear = self.scout.too_dear
+            costs = f" {dear} more cost something; give it a --budget to have them." if dear and not self.paying else ""
+            return Plan((), nothing.left_out, nothing.reason + costs)
+        self._wanted_s = self.clock.monotonic() if self._wanted_s is None else self._wanted_s
+        if not self.scout.looked and self.clock.monotonic() - self._wanted_s < BUY_WAIT_S:
+            return Plan((), (), self._said)
+        self._wanted_s = None
+        choice = cheapest(self.model.needs, there, links)
+        if not choice.replicas:
+            return choice
+        places = {stage.node for one in choice.replicas for stage in one.stages}
+        wanted = [
+            (one.node, offer)
+            for one in there
+            if one.price and one.node in places and not self._is_paid(one.node)
+            and (offer := self.scout.offer(one.node)) is not None
+        ]  # fmt: skip
+        if not wanted:
+            return nothing
+        self._buying = self._begin(self._take_places(self.paying, wanted))
+        names = ", ".join(sorted(self.scout.name(node) for node in places))
+        return Plan((), (), f"Chosen for {format_price(choice.price)} at most: {names}. {choice.reason}")
+
+    async def _take_places(self, paying: Paying, wanted: Sequence[tuple[bytes, Offer]]) -> None:
+        try:
+            await paying.take(wanted)
+        except ShoalError as error:
+            self.say(f"Nothing was taken for money: {error.sentence}")
+            self.scout.failed(Loss(error.sentence.rstrip("."), frozenset(node for node, _ in wanted)))
+            for node, _ in wanted:
+                self.scout.refused(node)
+        else:
+            for node, _ in wanted:
+                self.scout.taken(node)
+        self._plan_anew()
+
+    def _plan_anew(self) -> None:
+        self._settled_with = None
+        self._wake.set()
+
+    def _let_go_unused(self, paying: Paying, there: set[bytes]) -> None:
+        rings = [*self._placed.values(), *self._retiring]
+        used = {place.node for ring in rings if not ring.lost.done() for place in ring.places}
+        for node in paying.taken - used:
+            paying.let_go(node, "not needed any more" if node in there else "went away")
+            self.scout.refused(node)
+
+    def _let_end(self, paying: Paying) -> None:
+        """There is hardly any money left: streams go on elsewhere where they can, and else where they are, until there
+        is none."""
+        for ring in self._placed.values():
+            if any(self._is_paid(place.node) for place in ring.places):
+                ring.leaving = True
+                if paying.spent:
+                    ring.lose(Loss(paying.closing.partition(";")[0]))
+        if paying.spent:
+            for node in list(paying.taken):
+                paying.let_go(node, "worked until the budget was used up")
+
+    def _earned(self, ring: NodeRing, at: int, parts: int, receipt: bytes | None) -> None:
+        """By what a token takes in that stage."""
+        place, ready = ring.places[at], ring.measured(at)
+        if self.paying is not None and ready is not None:
+            takes_us = token_us(place.stop - place.first, ready.layer_ms, ready.last_ms)
+            self.paying.served(place.node, parts, takes_us, receipt)
 
     def _places(self, replica: Replica) -> Places:
         return tuple(
@@ -129,6 +237,7 @@ class Placer:
         invited = []
         over = [places for places, ring in self._placed.items() if ring.lost.done() or places not in wanted]
         retired = [self._placed.pop(places) for places in over]
+        self._retiring += retired
         for places, replica in wanted.items():
             if places not in self._placed:
                 ring = self._new_ring(places, replica)
@@ -153,8 +262,13 @@ class Placer:
         links = [link for place in places if (link := self.scout.link(place.node)) is not None]
         names = [self.scout.name(place.node) for place in places]
         number = self.dice.bytes(16)
-        meter = self.metering.ring(number, places, names)
-        ring = NodeRing(" - ".join(names), number, places, links, self.clock, token_ms=replica.token_ms, meter=meter)
+        meter = self.metering.ring(
+            number, places, names, lambda at, parts, receipt: self._earned(ring, at, parts, receipt)
+        )
+        ring = NodeRing(
+            " - ".join(names), number, places, links, self.clock, token_ms=replica.token_ms, meter=meter,
+            loaded=self.paying.ready if self.paying is not None else lambda _: None,
+        )  # fmt: skip
         self.rings.add(ring)
         ring.lost.add_done_callback(lambda lost: self._lost(ring, lost.result()))
         ring.asked_to_leave.add_done_callback(lambda asked: self._leaving(ring, asked.result()))
@@ -167,6 +281,9 @@ class Placer:
         if ring in self._placed.values():
             self.say(f"{ring.name} is lost: {loss.reason}.")
         self.scout.failed(loss)
+        for node in loss.nodes:
+            if self.paying is not None and self._is_paid(node):
+                self.paying.let_go(node, loss.reason)
         self._wake.set()
 
     def _leaving(self, ring: NodeRing, asked: tuple[bytes, str]) -> None:
@@ -265,6 +382,8 @@ class Placer:
             await self.clock.sleep(RETIRE_LOOK_S)
         self._stop_serving(ring)
         await ring.close("The plan has changed.")
+        self._retiring.remove(ring)
+        self._plan_anew()
 
 
 async def slow_stages(ring: NodeRing, sizes: Sequence[int], clock: Clock) -> dict[int, str]:

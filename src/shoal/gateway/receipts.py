@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import msgspec
 
@@ -20,6 +20,7 @@ from shoal.errors import BadRecord, JobError
 from shoal.gateway.service import Counts
 from shoal.identity import Envelope, short_id
 from shoal.inference.metering import Served
+from shoal.market.earnings import served_parts
 from shoal.protocol.messages import DEFAULT_NETWORK, open_record
 from shoal.protocol.serving import Choosing, RequestReceipt, StagePlace
 from shoal.world import Clock, DirectoryDisk, Disk, DiskLock
@@ -174,6 +175,11 @@ def numbered(disk: Disk, name: str) -> list[str]:
     return list(itertools.takewhile(disk.info, (f"{name}.{number:06}.jsonl" for number in itertools.count(1))))
 
 
+Earned: TypeAlias = Callable[[int, int, bytes | None], None]
+"""Told that stage `at` has earned so many parts of tokens more, or fewer, and by which receipt, as soon as there is
+one."""
+
+
 @dataclass
 class Metering:
     """Judges and keeps the receipts of one job. Without books they are counted only."""
@@ -184,8 +190,14 @@ class Metering:
     counts: Counts = field(default_factory=Counts)
     network: str = DEFAULT_NETWORK
 
-    def ring(self, ring: bytes, places: Sequence[StagePlace], names: Sequence[str] = ()) -> RingMeter:
-        return RingMeter(self, ring, tuple(places), tuple(names) or ("",) * len(places))
+    def ring(
+        self,
+        ring: bytes,
+        places: Sequence[StagePlace],
+        names: Sequence[str] = (),
+        earned: Earned = lambda at, parts, receipt: None,
+    ) -> RingMeter:
+        return RingMeter(self, ring, tuple(places), tuple(names) or ("",) * len(places), earned)
 
     def keep(self, line: Line) -> None:
         if isinstance(line, Kept):
@@ -200,28 +212,55 @@ class Metering:
 
 
 @dataclass
+class SessionMeter:
+    """What of one session went into a ring, and what came back."""
+
+    sent: Served = field(default_factory=Served)
+    came: Served = field(default_factory=Served)
+
+    @property
+    def parts(self) -> int:
+        """Of tokens, that came back: all stages have computed them."""
+        return served_parts(self.came.generated, self.came.computed)
+
+
+@dataclass
 class RingMeter:
-    """What goes through one ring, by session. Each session that was begun is closed, so there are as many as run."""
+    """What goes through one ring, by session. Each session that was begun is closed, so there are as many as run.
+
+    A stage earns by what came back, while a session runs; by its receipt, once that is there and counts; by nothing,
+    where its receipt does not. Where it gave none, as when it died, what came back stays earned."""
 
     metering: Metering
     ring: bytes
     places: tuple[StagePlace, ...]
     names: tuple[str, ...]
-    _seen: dict[int, Served] = field(default_factory=dict)
+    earned: Earned
+    _seen: dict[int, SessionMeter] = field(default_factory=dict)
 
     def sent(self, session: int, start: int, positions: int, choose: int, choosing: Choosing) -> None:
-        self._seen.setdefault(session, Served()).add(start, positions, choose, choosing.prompt_tokens)
+        seen = self._seen.setdefault(session, SessionMeter())
+        seen.sent.add(start, positions, choose, choosing.prompt_tokens)
+
+    def came(self, session: int, start: int, positions: int, choose: int, choosing: Choosing) -> None:
+        """Of a session whose receipts were asked for meanwhile, these say it."""
+        seen = self._seen.get(session)
+        if seen is not None:
+            before = seen.parts
+            seen.came.add(start, positions, choose, choosing.prompt_tokens)
+            for at in range(len(self.places)):
+                self.earned(at, seen.parts - before, None)
 
     @property
     def open(self) -> list[int]:
         """Sessions of which no receipt was asked for yet."""
         return list(self._seen)
 
-    def close(self, session: int) -> Served | None:
+    def close(self, session: int) -> SessionMeter | None:
         """Receipts will be asked for; None where they were, or where nothing went through."""
         return self._seen.pop(session, None)
 
-    def heard(self, session: int, seen: Served, at: int, receipt: bytes | None) -> None:
+    def heard(self, session: int, seen: SessionMeter, at: int, receipt: bytes | None) -> None:
         """What stage `at` answered: None for nothing at all, empty where it knows of no work for the session."""
         if receipt == b"":
             return
@@ -231,7 +270,7 @@ class RingMeter:
             "job": self.metering.job.hex(), "ring": self.ring.hex(), "session": f"{session:016x}",
             "first": place.first, "stop": place.stop,
         }  # fmt: skip
-        went = Figures(seen.prompt, seen.generated, seen.computed)
+        went = Figures(seen.sent.prompt, seen.sent.generated, seen.sent.computed)
         if receipt is None:
             self.metering.keep(Missing(**about, seen=went))
             return
@@ -241,15 +280,18 @@ class RingMeter:
             claim, reason = None, error.sentence
         else:
             claim, reason = judge(
-                envelope, place, job=self.metering.job, ring=self.ring, session=session, seen=seen,
+                envelope, place, job=self.metering.job, ring=self.ring, session=session, seen=seen.sent,
                 network=self.metering.network,
             )  # fmt: skip
         claimed = None
         if claim is not None:
             claimed = Figures(claim.prompt_tokens, claim.generated_tokens, claim.computed_positions)
         if reason or claimed is None:
+            self.earned(at, -seen.parts, None)
             self.metering.keep(Disputed(**about, reason=reason, claimed=claimed, seen=went, envelope=receipt))
         else:
+            parts = served_parts(claimed.generated_tokens, claimed.computed_positions)
+            self.earned(at, parts - seen.parts, envelope.record_id)
             self.metering.keep(Kept(**about, figures=claimed, envelope=receipt))
 
 

@@ -93,6 +93,12 @@ class Unserved(EngineError):
     code = "SH-572"
 
 
+class BudgetSpent(Unserved):
+    """The money for nodes that cost something is used up, and none that costs nothing serves the model."""
+
+    code = "SH-579"
+
+
 class Stopping(Unserved):
     """The endpoint is being stopped: nobody is let in, and what is under way ends soon."""
 

@@ -122,14 +122,16 @@ class NodeRing(LimitedRing):
         *,
         token_ms: float,
         meter: RingMeter | None = None,
+        loaded: Callable[[bytes], None] = lambda _: None,
     ) -> None:
+        """`loaded` is told which nodes say that their stages are ready."""
         super().__init__(name, stages=len(places), token_ms=token_ms)
         self.ring = ring
         self.places = tuple(places)
         self._links = tuple(links)
         self._planned_s = token_ms / 1000
         """What it takes by the plan: there and back to any of its stages takes no more."""
-        self._clock, self._meter = clock, meter or Metering().ring(ring, places)
+        self._clock, self._meter, self._loaded = clock, meter or Metering().ring(ring, places), loaded
         self._number = 0
         self._flying = 0
         """Positions under way, of all sessions."""
@@ -170,6 +172,7 @@ class NodeRing(LimitedRing):
         if not self._holds(message.mine, peer) or self.ready.done():
             return
         self._ready[message.mine] = message
+        self._loaded(peer)
         if len(self._ready) == len(self.places):
             self.arithmetic = arithmetic_of(
                 (place.first, place.stop, self._ready[at].arithmetic) for at, place in enumerate(self.places)
@@ -211,8 +214,11 @@ class NodeRing(LimitedRing):
     # --- what the gateway asks -------------------------------------------------------------------------------------
 
     async def _through(self, piece: Advance) -> Advanced:
-        self._meter.sent(piece.session, piece.start, len(piece.tokens), piece.choose, piece.sampling)
-        return await self._cross(piece)
+        of = piece.session, piece.start, len(piece.tokens), 0 if piece.states_wanted else piece.choose, piece.sampling
+        self._meter.sent(*of)
+        crossed = await self._cross(piece)
+        self._meter.came(*of)
+        return crossed
 
     async def try_out(self, session: int) -> None:
         """A few positions through all stages: the first opens the links between them, and from the others it is known

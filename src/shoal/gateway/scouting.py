@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from shoal.gateway.meeting import Meetings
@@ -18,6 +18,7 @@ from shoal.sharding import GATEWAY, Links, ModelNeeds, Presence, ServingNode
 from shoal.world import Clock, Endpoint, FoundOffer, Link
 from shoal.world.directory import Directory
 from shoal.world.lookout import Lookout
+from shoal.world.quotes import serves_free
 from shoal.world.reach import probe
 
 KNOWN_MAX = 256
@@ -68,6 +69,8 @@ class Scout:
     ) -> None:
         """`changed` is called when there is more to plan with."""
         self._needs, self._clock, self._changed = needs, clock, changed
+        self._payable: Callable[[Offer], bool] = lambda _: False
+        self._former = frozenset[bytes]()
         self._meetings = Meetings(endpoint, directory, clock, self._met)
         self._lookout = Lookout(directory, OfferFind(accepts="serve"))
         self._known: dict[bytes, _Known] = {}
@@ -76,6 +79,11 @@ class Scout:
         self._looked = False
         self._presence: dict[bytes, Presence] = {}
         """Without the time since a known node was met."""
+
+    def pay(self, payable: Callable[[Offer], bool], former: Collection[bytes]) -> None:
+        """Nodes that cost something are of use, too, where they are `payable`. Where `former` ones are busy, it is with
+        this gateway, before it was started anew."""
+        self._payable, self._former = payable, frozenset(former)
 
     async def run(self) -> None:
         await self._meetings.run(self.look)
@@ -87,13 +95,13 @@ class Scout:
 
     async def look(self) -> None:
         """Take notice of what is on offer; whoever is new is met meanwhile."""
-        found = await self._lookout.look()
+        found = await self._lookout.look(self._former - self._known.keys())
         self._looked = True
         for one in found:
             known = self._known.get(one.node)
             if known is not None and not known.link.closed:
                 known.offer = one.offer
-            elif not one.offer.busy and len(self._known) < KNOWN_MAX:
+            elif (not one.offer.busy or one.node in self._former) and len(self._known) < KNOWN_MAX:
                 self._meetings.meet(one)
         if any(self._unmeasured(node) for node in self._nearest()):
             await self._probe()
@@ -103,7 +111,8 @@ class Scout:
         rate = one.offer.capability.devices[0].memory_bytes_per_s or 1e9
         guess_ms = 1000 * self._needs.layer_bytes / rate
         now = self._clock.monotonic()
-        self._known[one.node] = _Known(one.offer, link, far_ms, guess_ms, now, now)
+        ours = one.node in self._former
+        self._known[one.node] = _Known(one.offer, link, far_ms, guess_ms, now, now, ours=ours)
         if not self._meetings.under_way:  # of several that come at once, the last measures for all
             await self._probe()
             self._changed()
@@ -153,8 +162,16 @@ class Scout:
         return [
             self._serving_node(node, known)
             for node, known in self._known.items()
-            if not known.leaving and not self._meetings.failed.rests(node) and (known.ours or not known.offer.busy)
+            if not known.leaving
+            and not self._meetings.failed.rests(node)
+            and (known.ours or not known.offer.busy)
+            and (serves_free(known.offer) or self._payable(known.offer))
         ]
+
+    @property
+    def too_dear(self) -> int:
+        """Nodes that are left out for what they cost, or for where they are paid."""
+        return sum(not (serves_free(one.offer) or self._payable(one.offer)) for one in self._known.values())
 
     def _serving_node(self, node: bytes, known: _Known) -> ServingNode:
         device = known.offer.capability.devices[0]
@@ -162,6 +179,7 @@ class Scout:
         seen_s = self._clock.monotonic() - known.met
         return ServingNode(
             node, known.offer.name, free, max(1e-3, known.layer_ms), known.last_ms,
+            price=0 if known.offer.price is None or serves_free(known.offer) else known.offer.price.micro_per_h,
             survival=self._presence_of(node).survival(seen_s),
         )  # fmt: skip
 
@@ -183,6 +201,10 @@ class Scout:
         known = self._known.get(node)
         return known.offer.name if known else node.hex()[:8]
 
+    def offer(self, node: bytes) -> Offer | None:
+        known = self._known.get(node)
+        return known.offer if known else None
+
     def addresses(self, node: bytes) -> tuple[str, ...]:
         known = self._known.get(node)
         return known.offer.addresses if known else ()
@@ -195,13 +217,13 @@ class Scout:
             known.layer_ms, known.last_ms = layer_ms, last_ms or known.last_ms
 
     def taken(self, node: bytes) -> None:
-        """It is invited to hold layers."""
+        """It is invited to hold layers, or keeps a place for that."""
         known = self._known.get(node)
         if known is not None:
             known.ours = True
 
     def refused(self, node: bytes) -> None:
-        """It does not take the invitation: it is somebody else's now."""
+        """It does not take the invitation, or was let go: it is somebody else's now."""
         known = self._known.get(node)
         if known is not None:
             known.ours = False

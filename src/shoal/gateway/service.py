@@ -19,8 +19,9 @@ from shoal.gateway.constraints import Constraint, JsonFormats
 from shoal.gateway.embeddings import INPUTS_AT_ONCE, INPUTS_MAX, AskedVectors, pooled
 from shoal.gateway.guesses import Draft
 from shoal.gateway.openai import ChatRequest, CompletionRequest, EmbeddingRequest
+from shoal.gateway.paying import Paying
 from shoal.gateway.prompts import ChatTemplate
-from shoal.gateway.refusals import RequestRefused, Stopping, UnknownModel, Unserved
+from shoal.gateway.refusals import BudgetSpent, RequestRefused, Stopping, UnknownModel, Unserved
 from shoal.gateway.rings import Continuing, Replica, RingLost, are_exact
 from shoal.gateway.routing import Candidate, choose
 from shoal.gateway.streams import LOOK_S, REPLICAS_MAX, Stream, StreamLost, another
@@ -121,6 +122,8 @@ class ModelService:
     generates: bool = True
     """Whether it says anything; one without a head does not."""
     counts: Counts = field(default_factory=Counts)
+    paying: Paying | None = None
+    """Where nodes that cost something serve."""
 
     def __post_init__(self) -> None:
         self._formats = JsonFormats(self.tokenizer, self.ends)
@@ -144,9 +147,11 @@ class ModelService:
         self.admission.close()
 
     def refuse_unserved(self) -> None:
-        """Raises Stopping, and Unserved while no replica is there."""
+        """Raises Stopping, BudgetSpent, and Unserved while no replica is there."""
         if self.stopping:
             raise Stopping
+        if self.paying is not None and self.paying.closing and all(one.leaving for one in self.rings):
+            raise BudgetSpent(self.paying.closing)
         if not self.rings:
             raise Unserved(f"No node serves {self.name} at the moment.")
 
@@ -276,7 +281,7 @@ class ModelService:
     async def answer(self, asked: Asked, whose: bytes = b"") -> AsyncGenerator[Piece]:
         """Pieces of all choices as they come. Where requests of several wait, `whose` is who takes turns.
 
-        Raises RequestRefused, Overloaded, Unserved, Stopping, StreamLost, RingRefused."""
+        Raises RequestRefused, Overloaded, Unserved, BudgetSpent, Stopping, StreamLost, RingRefused."""
         self.refuse_unserved()
         if asked.own and all(isinstance(one, Continuing) for one in self.rings):
             raise RequestRefused(
@@ -412,6 +417,8 @@ class ModelService:
         there are before one that has others, one that works before one in reserve."""
         able = [one for one in self.rings if one not in lost and not (own and isinstance(one, Continuing))]
         if not able:
+            if self.paying is not None and self.paying.closing and self.paying.spent and not self.rings:
+                raise BudgetSpent(self.paying.closing)  # no other will come
             return None
 
         def rank(one: Replica) -> tuple[bool, bool, bool]:

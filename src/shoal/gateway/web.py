@@ -43,6 +43,7 @@ from shoal.gateway.openai import (
     Usage,
 )
 from shoal.gateway.refusals import (
+    BudgetSpent,
     KeyRefused,
     LimitReached,
     Overloaded,
@@ -426,6 +427,8 @@ def _said_trouble(error: Exception) -> tuple[int, TroubleAnswer]:
         return error.status, error.answer
     if isinstance(error, Overloaded):
         return 429, TroubleAnswer(Trouble(error.sentence, "rate_limit_exceeded", code="rate_limit_exceeded"))
+    if isinstance(error, BudgetSpent):  # repeating it would not help, as clients do with 503
+        return 402, TroubleAnswer(Trouble(error.sentence, "insufficient_quota", code="insufficient_quota"))
     if isinstance(error, Unserved | StreamLost):
         return 503, TroubleAnswer(Trouble(error.sentence, "server_error", code=error.code))
     if isinstance(error, HTTPException):
@@ -483,6 +486,11 @@ class _Figures(Collector):
             ),
         ):
             yield GaugeMetricFamily(f"shoal_{name}", said, value)
+        if self._service.paying is not None:
+            purse = self._service.paying.purse
+            yield GaugeMetricFamily("shoal_paid_micro", "Promised to nodes, millionths.", purse.payments.spent_micro)
+            yield GaugeMetricFamily("shoal_budget_micro", "What that may come to.", purse.funds.budget_micro)
+            yield GaugeMetricFamily("shoal_price_micro_per_h", "Of nodes at work.", purse.micro_per_h)
         token = GaugeMetricFamily("shoal_replica_token_ms", "What a token of one stream takes.", labels=["replica"])
         computing = GaugeMetricFamily("shoal_replica_computing_ms", "What of that is computing.", labels=["replica"])
         for ring in self._service.rings:

@@ -1,8 +1,12 @@
-"""What a node has earned in a training job: for accepted tokens, at the speed that it measured when it joined.
+"""What a node has earned: for accepted tokens of a training job, or for tokens that it served, at the speed that it
+measured when it joined, or when it had loaded its layers.
 
 The price of an hour, divided by the tokens that the node does in an hour of work, is the price of a token: a node that
 becomes slower earns less in an hour, and waiting earns nothing. Whatever speed it says, it never earns more than its
 price for the time since it was ready, nor more than was set aside for it.
+
+What is served is paid by stages: a token costs the price of the time that it takes there when it is computed alone. Of
+several that are computed at once each counts, up to the price of the time.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from msgspec import Meta
 from shoal.quantities.money import MICRO, format_money, owed
 
 TOKENS_PER_H_MAX = 10**16
+HOUR_US = 3_600_000_000
 DEAR = 2
 """So many times as dear for its speed as the dearest that was chosen, a node that comes later is left."""
 IDLE, IDLE_FROM_MICRO, IDLE_FROM_PARTS = 10, 10_000, 3
@@ -24,6 +29,13 @@ a hundredth, for that many contributions."""
 UNPAID_SHARE = 0.75
 """A node goes on working while its newest voucher is for this share, at least, of what it had earned two accepted
 contributions before: the client's clock may differ, and vouchers take a moment."""
+POSITIONS_A_TOKEN = 16
+"""So many positions that are computed beside generated tokens (a prompt's, guesses that did not hold) count as one of
+them: many go through at once. `gateway.routing` expects the same."""
+TOKEN_US_MAX = HOUR_US
+UNPAID_SERVED_MS, UNPAID_SERVED_SHARE = 60_000, 0.05
+"""A node goes on serving while what is not paid is no more than its price for so long and this share of all that it has
+earned: vouchers take a moment, and what was under way when a ring was lost each side counts as it saw it."""
 
 
 class Earnings(msgspec.Struct, frozen=True):
@@ -48,6 +60,46 @@ class Earnings(msgspec.Struct, frozen=True):
         """In all, `ready_ms` after it was ready."""
         for_tokens = self.tokens * micro_per_h // self.tokens_per_h
         return min(self.before_micro + min(for_tokens, owed(micro_per_h, ready_ms)), most_micro)
+
+
+class Serving(msgspec.Struct, frozen=True):
+    """Of one node that serves for one client."""
+
+    before_micro: Annotated[int, Meta(ge=0)] = 0
+    """Earned before it was ready last."""
+    parts_us: Annotated[int, Meta(ge=0)] = 0
+    """Since then: parts of tokens, each times the microseconds of a token in its stage."""
+
+    def ready(self, earned_micro: int) -> Serving:
+        """It has loaded layers, having had none, with so much earned."""
+        return Serving(earned_micro, 0)
+
+    def served(self, parts: int, token_us: int) -> Serving:
+        """So many parts more, or fewer where what was counted before turns out to be less."""
+        return msgspec.structs.replace(self, parts_us=max(0, self.parts_us + parts * token_us))
+
+    def earned_micro(self, micro_per_h: int, ready_ms: int, most_micro: int) -> int:
+        """In all, `ready_ms` after it was ready."""
+        for_tokens = self.parts_us * micro_per_h // (POSITIONS_A_TOKEN * HOUR_US)
+        return min(self.before_micro + min(for_tokens, owed(micro_per_h, ready_ms)), most_micro)
+
+
+def served_parts(generated: int, computed: int) -> int:
+    """Of a session in a stage, in sixteenths of a token: generated tokens count whole, what was computed besides as
+    positions."""
+    return POSITIONS_A_TOKEN * generated + max(0, computed - generated)
+
+
+def token_us(layers: int, layer_ms: float, last_ms: float) -> int:
+    """What a token takes in a stage, as the stage has measured it, in microseconds."""
+    return round(min(TOKEN_US_MAX, max(1.0, 1000 * (layers * layer_ms + last_ms))))
+
+
+def say_unpaid_service(paid_micro: int, earned_micro: int, micro_per_h: int) -> str | None:
+    """Why a node serves for a client no longer, if it should not."""
+    if earned_micro - paid_micro <= owed(micro_per_h, UNPAID_SERVED_MS) + UNPAID_SERVED_SHARE * earned_micro:
+        return None
+    return f"its vouchers are for {format_money(paid_micro)}, and it has earned {format_money(earned_micro)} by serving"
 
 
 def say_unpaid(paid_micro: int, earned_before_micro: int, earned_micro: int) -> str | None:

@@ -67,7 +67,7 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
     payee: Address
     slots: int = 1
     reclaim_notice_ms: ReclaimNoticeMs = 0
-    works: tuple[str, ...] = ("train",)
+    works: tuple[str, ...] = ("train", "serve")
     holdback_max_ppm: int = 300_000
     audit_max_ms: int = 7 * DAY_MS
     notice_least_ms: int = 30_000

@@ -113,6 +113,8 @@ class Sale:
     """The account."""
     reclaim_notice_ms: int = 0
     """What clients are given when the owner wants the machine back."""
+    serves_free: bool = False
+    """Serving costs nothing all the same."""
 
 
 @dataclass(frozen=True)
@@ -305,7 +307,8 @@ class NodeAgent:
                 settings=self.settings.engine,
                 memory_bytes=self.capability.devices[0].memory_bytes,
                 network=self.settings.network,
-                admit=lambda known: self._refuse_when_stopping() if known else self._admit(),
+                admit=lambda known, held: self._refuse_when_stopping() if known else self._admit(held=held),
+                service_for=self._sales.service_for if self._sales and self._serves_for_money else None,
                 changed=self._changed,
             )
         self._hubs.answer_introductions()
@@ -323,6 +326,7 @@ class NodeAgent:
     def _start_selling(self, sale: Sale) -> Sales:
         terms = Terms(
             price=sale.price, ledger=sale.ledger.name, payee=sale.payee, slots=self.settings.members_max,
+            works=("train", "serve") if self._serves_for_money else ("train",),
             reclaim_notice_ms=sale.reclaim_notice_ms,
         )  # fmt: skip
         return Sales(
@@ -337,6 +341,11 @@ class NodeAgent:
             changed=self._changed,
             network=self.settings.network,
         )
+
+    @property
+    def _serves_for_money(self) -> bool:
+        sale = self.settings.sale
+        return sale is not None and not sale.serves_free
 
     def _start_hosting(self, settings: HostSettings) -> Hosting:
         async def paid(begin: DriveBegin) -> None:
@@ -441,6 +450,7 @@ class NodeAgent:
                 price=sale.price if sale else None,
                 ledger=sale.ledger.name if sale else None,
                 slots=self.settings.members_max,
+                serves_free=sale.serves_free if sale else False,
                 driving_micro_per_h=self.settings.driving.micro_per_h if drives and self.settings.driving else None,
                 reclaim_notice_ms=sale.reclaim_notice_ms if sale else 0,
             )
@@ -545,10 +555,9 @@ class NodeAgent:
 
     def _unheld(self) -> list[str]:
         """Of what this node works for, that for which nobody holds a slot."""
-        sales = self._sales
-        held = [
-            one for one in self._members.values() if sales is not None and sales.keeps_for(self._client(one.driver))
-        ]
+        clients = [self._client(one.driver) for one in self._members.values()]
+        clients += self._stages.gateways() if self._stages else []
+        held = [one for one in clients if self._sales is not None and self._sales.keeps_for(one)]
         return self._jobs()[len(held) :]
 
     def _admit(self, without: MemberRun | None = None, *, held: bool = False) -> None:

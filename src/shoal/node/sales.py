@@ -26,7 +26,7 @@ from shoal.ledger.commands import Redeem
 from shoal.ledger.escrows import Escrow, EscrowOver, OldVoucher, State
 from shoal.ledger.escrows import Paid as PaidOut
 from shoal.ledger.moves import MoneyRefused
-from shoal.market.earnings import Earnings, say_unpaid
+from shoal.market.earnings import Earnings, Serving, say_unpaid, say_unpaid_service
 from shoal.market.holds import (
     HoldRefused,
     Slots,
@@ -53,12 +53,13 @@ from shoal.protocol.holds import (
     Reclaim,
     Release,
 )
+from shoal.protocol.holds import Work as Kind
 from shoal.protocol.messages import DEFAULT_NETWORK, decode, encode, open_record, sign
 from shoal.protocol.money import Amount, BadVoucher, LedgerName, SignedVoucher
 from shoal.protocol.offers import Done, UnixMs
 from shoal.protocol.prices import Currency
 from shoal.quantities.money import format_money
-from shoal.storage.faults import disk_faults
+from shoal.storage.whole import write_whole
 from shoal.transport.allowances import RateLimit
 from shoal.world import Clock, Disk, Endpoint, Ledger, Request
 from shoal.world.clock import within
@@ -95,6 +96,7 @@ FILE_MAX_BYTES = 8 << 20
 
 _log = logging.getLogger("shoal.node")
 T = TypeVar("T")
+W = TypeVar("W", "Work", "Service")
 
 
 class NotHeld(JobError):
@@ -183,8 +185,8 @@ def read_kept(disk: Disk, name: str, kind: type[T], whose: str) -> T | None:
 
 
 class Work:
-    """What is earned here out of one escrow, however often its client invites the node anew: what was not paid is not
-    forgotten by that."""
+    """What is earned by training here out of one escrow, however often its client invites the node anew: what was not
+    paid is not forgotten by that."""
 
     def __init__(self, sales: Sales, account: Account) -> None:
         self._sales, self._escrow = sales, account.escrow
@@ -220,16 +222,60 @@ class Work:
     def over(self) -> str | None:
         """Why the node should not work for it, if it should not."""
         account = self._sales.account(self._escrow)
-        if account is None or account.ends_ms <= self._sales.now_ms() + ENDS_EARLY_MS:
-            return "the money set aside for it goes back to its client now"
-        if not self._sales.keeps_for(account.client):
-            return "no slot is kept for its client any more"
+        before, _, earned = self._earned_lately
+        over = self._sales.say_over(account, self._began_micro + earned)
+        if over is not None or account is None:
+            return over
         if self._uncounted > UNCOUNTED_MAX:
             return f"of its last {UNCOUNTED_MAX} contributions none counted, so none is paid for"
-        before, _, earned = self._earned_lately
-        if self._began_micro + earned >= account.most_micro:
-            return f"it has earned what was set aside for it, {format_money(account.most_micro)}"
         return say_unpaid(account.paid_micro - self._began_micro, before, earned)
+
+
+class Service:
+    """What is earned by serving here out of one escrow, over all the stages that its client has here."""
+
+    def __init__(self, sales: Sales, account: Account) -> None:
+        self._sales, self._escrow = sales, account.escrow
+        self._began_micro = account.paid_micro
+        self._serving = Serving()
+        self._stages = 0
+        """Those that are ready."""
+        self._ready_s = 0.0
+        self._earned_micro = 0
+
+    def ready(self) -> None:
+        """A stage has loaded its layers."""
+        if not self._stages:
+            self._ready_s = self._sales.monotonic()
+        self._stages += 1
+
+    def ended(self) -> None:
+        """A stage that was ready is no more."""
+        self._stages -= 1
+        if not self._stages:  # time without any is not paid
+            self._serving = self._serving.ready(self.earned_micro())
+
+    def served(self, parts: int, token_us: int) -> None:
+        """So many parts of tokens more went through a stage."""
+        self._serving = self._serving.served(parts, token_us)
+
+    def earned_micro(self) -> int:
+        """By serving, since the node began or was started anew."""
+        account = self._sales.account(self._escrow)
+        if account is not None:
+            ready_ms = round(1000 * (self._sales.monotonic() - self._ready_s))
+            most = max(0, account.most_micro - self._began_micro)
+            earned = self._serving.earned_micro(account.micro_per_h, ready_ms, most)
+            self._earned_micro = max(self._earned_micro, earned)
+        return self._earned_micro
+
+    def over(self) -> str | None:
+        """Why the node should not serve for it, if it should not."""
+        account, earned = self._sales.account(self._escrow), self.earned_micro()
+        over = self._sales.say_over(account, self._began_micro + earned)
+        if over is not None or account is None:
+            return over
+        return say_unpaid_service(account.paid_micro - self._began_micro, earned, account.micro_per_h)
 
 
 class Sales:
@@ -265,7 +311,8 @@ class Sales:
         self._clients: OrderedDict[bytes, bytes] = OrderedDict()
         """Drivers that act for another client, as that one has signed."""
         self._works: dict[bytes, Work] = {}
-        """Of these, those that work was done for since the node started."""
+        """Of these, those that work was done for since the node started; the same of what is served."""
+        self._services: dict[bytes, Service] = {}
         self._brought = {one.escrow: one.redeemed_micro for one in self._accounts.values()}
         """Of each escrow, the highest voucher that this node has brought to the ledger itself."""
         self._elsewhere_s: dict[bytes, float] = {}
@@ -317,20 +364,41 @@ class Sales:
         return hold_of(self._slots, client, self.now_ms()) is not None
 
     def work_for(self, client: bytes) -> Work:
-        """For a client that has a slot and money for it. Raises NotHeld."""
+        """For a client that has a slot to train in, and money for it. Raises NotHeld."""
+        account = self._account_of(client, "train")
+        return self._unless_over(self._works.setdefault(account.escrow, Work(self, account)), client)
+
+    def service_for(self, client: bytes) -> Service:
+        """For a client that has a slot to serve in, and money for it. Raises NotHeld."""
+        account = self._account_of(client, "serve")
+        return self._unless_over(self._services.setdefault(account.escrow, Service(self, account)), client)
+
+    def _account_of(self, client: bytes, kind: Kind) -> Account:
         kept = hold_of(self._slots, client, self.now_ms())
         account = self._accounts.get(kept.hold.escrow) if kept and kept.hold.escrow else None
-        if account is None:
+        if kept is None or account is None or kept.hold.work != kind:
             raise NotHeld(
                 f"Node {self._name} costs {format_money(self.terms.price.micro_per_h)} {self.terms.price.currency} an "
-                f"hour, and keeps no slot for {short_id(client)} that there is money for: hold one, set the money "
-                "aside, and take it before inviting."
+                f"hour, and keeps no slot to {kind} in for {short_id(client)} that there is money for: hold one, set "
+                "the money aside, and take it before inviting."
             )
-        work = self._works.setdefault(account.escrow, Work(self, account))
+        return account
+
+    def _unless_over(self, work: W, client: bytes) -> W:
         over = work.over()
         if over is not None:
             raise NotHeld(f"Node {self._name} works for {short_id(client)} no longer: {over}.")
         return work
+
+    def say_over(self, account: Account | None, earned_micro: int) -> str | None:
+        """Why there is no more money for a client of which so much is earned, if there is not."""
+        if account is None or account.ends_ms <= self.now_ms() + ENDS_EARLY_MS:
+            return "the money set aside for it goes back to its client now"
+        if not self.keeps_for(account.client):
+            return "no slot is kept for its client any more"
+        if earned_micro >= account.most_micro:
+            return f"it has earned what was set aside for it, {format_money(account.most_micro)}"
+        return None
 
     async def paid_for_driving(self, escrow_id: bytes, client: bytes) -> None:
         """Money is set aside for driving a job: its vouchers are taken from whoever acts for `client`. Raises
@@ -661,17 +729,12 @@ class Sales:
         await asyncio.to_thread(self._write, ACCOUNTS, list(accounts.values()))
         self._accounts = accounts
         self._works = {name: work for name, work in self._works.items() if name in accounts}
+        self._services = {name: service for name, service in self._services.items() if name in accounts}
         self._brought = {name: micro for name, micro in self._brought.items() if name in accounts}
         self._elsewhere_s = {name: since for name, since in self._elsewhere_s.items() if name in accounts}
 
     def _write(self, name: str, content: Any) -> None:
-        packed, scratch = msgspec.msgpack.encode(content), f"{name}.new"
-        with disk_faults(self._disk, "keeping what this node has promised", len(packed)):
-            self._disk.delete(scratch)
-            self._disk.write(scratch, packed)
-            self._disk.sync(scratch)
-            self._disk.rename(scratch, name)
-            self._disk.sync(name)
+        write_whole(self._disk, name, msgspec.msgpack.encode(content), "keeping what this node has promised")
 
 
 def _as_at(escrow: Escrow, account: Account) -> Account:

@@ -18,8 +18,10 @@ from shoal.errors import BadRecord, LinkError, ShoalError
 from shoal.identity import Envelope, KeyPair, short_id
 from shoal.inference.commands import Advance
 from shoal.inference.metering import Served
+from shoal.market.earnings import served_parts, token_us
 from shoal.node.layers import Layers, Wanted
 from shoal.node.lending import NotLent
+from shoal.node.sales import Service
 from shoal.protocol.messages import encode, open_record, sign
 from shoal.protocol.serving import (
     Chosen,
@@ -105,8 +107,10 @@ class StageRun:
         clock: Clock,
         network: str,
         layers: Callable[[Wanted, ServeJob, StageInvite], Layers],
+        service: Service | None = None,
     ) -> None:
-        """`layers`: the node's, loaded or to be loaded. Raises BadRecord: a job that the gateway did not sign, more
+        """`layers`: the node's, loaded or to be loaded. `service`: what is earned for the gateway; none: it serves for
+        nothing. Raises BadRecord: a job that the gateway did not sign, more
         than the node lends, a ring that does not hold the model, a stage that is not this node's."""
         envelope = Envelope.from_bytes(invite.job, ServeJob.MAX_BYTES + 1024)
         self.job = open_record(envelope, ServeJob, network)
@@ -126,6 +130,7 @@ class StageRun:
         self._layers = layers(wanted, self.job, invite)
         self._layers.use()
         self._ready = False
+        self._service, self._token_us = service, 0
         self._asked_at = clock.monotonic()
         self._under_way: dict[asyncio.Task[None], float] = {}
         """Pieces of work, and since when."""
@@ -161,7 +166,10 @@ class StageRun:
         for task in under_way:
             task.cancel()
         await asyncio.gather(*under_way, return_exceptions=True)
-        if self._ready:  # other rings may go on with these layers
+        if self._ready:
+            if self._service is not None:
+                self._service.ended()
+            # Other rings may go on with these layers.
             sessions = (self._layers.engine.close_session(session) for session in self._sessions)
             await asyncio.gather(*sessions, return_exceptions=True)
         await self._layers.let_go()
@@ -191,6 +199,9 @@ class StageRun:
         loaded = await self._layers.loaded()
         self._layers.engine.died.add_done_callback(lambda died: self.end(died.result().sentence, tell=True))
         self._ready = True
+        self._token_us = token_us(self._place.stop - self._place.first, loaded.layer_ms, loaded.last_ms)
+        if self._service is not None:
+            self._service.ready()
         ready = StageReady(
             ring=self.ring,
             mine=self._mine,
@@ -201,10 +212,13 @@ class StageRun:
         await self._ask(await self._gateway_link(), ready)
 
     async def _watch_gateway(self) -> None:
-        """Nobody else will ask anything of this stage."""
+        """Nobody else will ask anything of this stage; nor is it looked after anywhere else that it is paid."""
         seen = self._clock.monotonic()
         while True:
             await self._clock.sleep(LOOK_EVERY_S)
+            over = self._service.over() if self._service is not None else None
+            if over is not None:
+                self.end(f"{self.name} serves for this gateway no longer: {over}.", tell=True)
             now = self._clock.monotonic()
             link = self._endpoint.links().get(self.gateway)
             if link is not None and not link.closed:
@@ -256,9 +270,15 @@ class StageRun:
         while following is not None:
             session.reached = following.start + len(following.tokens)
             chosen = 0 if following.states_wanted else following.choose
-            session.served.add(following.start, len(following.tokens), chosen, following.choosing.prompt_tokens)
+            self._serve(session.served, following, chosen)
             self._keep(self._take_on(following))
             following = session.early.pop(session.reached, None)
+
+    def _serve(self, served: Served, message: StageWork, chosen: int) -> None:
+        before = served_parts(served.generated, served.computed)
+        served.add(message.start, len(message.tokens), chosen, message.choosing.prompt_tokens)
+        if self._service is not None:
+            self._service.served(served_parts(served.generated, served.computed) - before, self._token_us)
 
     async def _take_late(self, session: _Session, message: StageWork) -> None:
         """What was before it does not come: the engine says what is wrong with it."""

@@ -11,6 +11,7 @@ from shoal.inference.process import StageProcess
 from shoal.node.layers import PIN_PREFIX, Layers, Wanted
 from shoal.node.lending import Held, Lending, NotLent
 from shoal.node.member import EngineSettings
+from shoal.node.sales import Service
 from shoal.node.stage import NotInRing, StageFull, StageRun
 from shoal.protocol.messages import decode, encode
 from shoal.protocol.offers import Done
@@ -50,18 +51,21 @@ class StageHost:
         settings: EngineSettings,
         memory_bytes: int,
         network: str,
-        admit: Callable[[bool], None],
+        admit: Callable[[bool, bool], None],
         changed: Callable[[], Awaitable[None]],
+        service_for: Callable[[bytes], Service] | None = None,
         start_engine: Callable[..., Awaitable[StageProcess]] = StageProcess.start,
     ) -> None:
         """`memory_bytes`: of the device that computes, for all stages together. `admit` raises where the node is
-        stopping, or busy; true says that it works for whoever asks already. `changed` is called when a stage came or
-        went."""
+        stopping, or busy; it is told whether the node works for whoever asks already, and whether a slot is held for
+        them. `changed` is called when a stage came or went. `service_for` raises NotHeld for gateways that do not pay;
+        none: the node serves for nothing."""
         self._key, self._name, self._endpoint = key, name, endpoint
         self._store, self._fetcher, self._clock = store, fetcher, clock
         self._settings, self._network = settings, network
         self._lending = Lending(name, memory_bytes, clock)
         self._admit, self._changed, self._start_engine = admit, changed, start_engine
+        self._service_for = service_for
         self._layers: dict[Wanted, Layers] = {}
         self._stages: dict[bytes, tuple[StageRun, asyncio.Task[None]]] = {}
         for owner in store.owners():
@@ -80,6 +84,10 @@ class StageHost:
         """What is served here: each model once, however many rings it has."""
         return [repr(job.name) for job in {run.job_id: run.job for run, _ in self._stages.values()}.values()]
 
+    def gateways(self) -> list[bytes]:
+        """For whom it is served: of each model."""
+        return list({run.job_id: run.gateway for run, _ in self._stages.values()}.values())
+
     @property
     def lent_bytes(self) -> int:
         """Memory that stages take, or will when they are loaded."""
@@ -95,7 +103,8 @@ class StageHost:
             theirs = [run for run, _ in self._stages.values() if run.gateway == request.peer]
             if len(theirs) >= RINGS_MAX:
                 raise StageFull(f"Node {self._name} holds {RINGS_MAX} rings of this gateway already.")
-            self._admit(bool(theirs))
+            service = self._service_for(request.peer) if self._service_for is not None else None
+            self._admit(bool(theirs), service is not None)
             run = StageRun(
                 invite,
                 request.peer,
@@ -105,6 +114,7 @@ class StageHost:
                 clock=self._clock,
                 network=self._network,
                 layers=self._shared,
+                service=service,
             )
             self._stages[invite.ring] = (run, asyncio.create_task(self._run(run)))
         return encode(Done(), request.version)

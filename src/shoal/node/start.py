@@ -111,8 +111,7 @@ async def start_node(
         engine=EngineSettings(device=device, threads=threads, processes=processes, speed_limit=max_speed),
         listen=listen,
         memory_bytes=memory_bytes,
-        accepts=("train",) if priced and not serve_free else ("train", "serve"),
-        sale=_sale(price, paid, reclaim_notice_ms, endpoint, clock),
+        sale=_sale(price, paid, reclaim_notice_ms, endpoint, clock, serve_free),
         place=place,
         server=server,
         driving=driving if server is None or not server.alone else None,
@@ -139,7 +138,12 @@ async def start_node(
 
 
 def _sale(
-    price: Price | None, paid: PaidAt | None, reclaim_notice_ms: int, endpoint: Endpoint, clock: Clock
+    price: Price | None,
+    paid: PaidAt | None,
+    reclaim_notice_ms: int,
+    endpoint: Endpoint,
+    clock: Clock,
+    serves_free: bool,
 ) -> Sale | None:
     """Raises CannotSell."""
     if price is None or not price.micro_per_h:
@@ -153,7 +157,7 @@ def _sale(
         raise CannotSell(
             f"The price is in {price.currency}, and the ledger at which this node is paid keeps {paid.ledger.currency}."
         )
-    return Sale(price, RemoteLedger(endpoint, paid.ledger, clock), paid.account, reclaim_notice_ms)
+    return Sale(price, RemoteLedger(endpoint, paid.ledger, clock), paid.account, reclaim_notice_ms, serves_free)
 
 
 def _name(text: str) -> str:

@@ -128,6 +128,8 @@ class Offer(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_
     """None: for nothing."""
     ledger: LedgerName | None = None
     """Where it is paid; what costs something is sold at a ledger alone."""
+    serves_free: bool = False
+    """Whatever its price, it serves for nothing."""
     slots: Annotated[int, Meta(ge=1, le=64)] = 1
     """Pieces of work that it does at a time: a Hold keeps one of them."""
     reclaim_notice_ms: ReclaimNoticeMs = 0

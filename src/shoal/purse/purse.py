@@ -136,6 +136,7 @@ class Purse:
         self._sending: set[bytes] = set()
         self._working: set[bytes] = set()
         self._ready_s: dict[bytes, float] = {}
+        self._left_s: dict[bytes, float] = {}
         """By the clock that only grows: the wall clock may be put right meanwhile."""
         self.absent: set[bytes] = set()
         """Nodes that kept a place and did not take what was set aside for them."""
@@ -168,10 +169,14 @@ class Purse:
         """What a node has got in this term; None for one that is not paid."""
         return self._term.nodes.get(node.hex()) if self._term else None
 
+    def works(self, node: bytes) -> bool:
+        """It has begun, and has not left."""
+        return node in self._working
+
     def ready_ms(self, node: bytes) -> int:
-        """Since it began to work last."""
-        now_s = self._clock.monotonic()
-        return round(1000 * (now_s - self._ready_s.get(node, now_s)))
+        """Since it began to work last, until it left."""
+        until_s = self._left_s.get(node, self._clock.monotonic())
+        return round(1000 * (until_s - self._ready_s.get(node, until_s)))
 
     # ---- places and money ----
 
@@ -241,17 +246,28 @@ class Purse:
         ledger do."""
         if not self.left_micro:
             raise NotSecured(f"Nothing of the budget is left for {offer.name}.")
-        held = await self._quotes.hold(node, offer)
+        await self._secure([await self._quotes.hold(node, offer)])
+
+    async def join_all(self, wanted: Sequence[tuple[bytes, Offer]]) -> None:
+        """The same of several: all of them, or none."""
+        if not self.left_micro:
+            raise NotSecured("Nothing of the budget is left.")
+        held, _ = await self._quotes.hold_all(wanted, len(wanted))
+        await self._secure(held)
+
+    async def _secure(self, held: Sequence[Held]) -> None:
         try:
             async with self._opening:
                 opens = self._term is None
-                await self._set_aside([held])
+                await self._set_aside(held)
                 if opens:
                     self._beside(self._renew())
-            await self._take(held)
+            for taken in await asyncio.gather(*map(self._take, held), return_exceptions=True):
+                if taken is not None:
+                    raise taken
             await self._write()
         except BaseException:
-            await self._quotes.release(held)
+            await self._quotes.release_all([self._held.pop(one.node, one) for one in held])
             raise
 
     async def _set_aside(self, held: Sequence[Held]) -> None:
@@ -370,6 +386,7 @@ class Purse:
         if known is not None:
             self._working.add(node)
             self._ready_s[node] = self._clock.monotonic()
+            self._left_s.pop(node, None)
             self._put(node, msgspec.structs.replace(known, reason="worked"))
 
     async def pay(self, earned: Mapping[bytes, tuple[int, bytes]]) -> None:
@@ -442,7 +459,9 @@ class Purse:
 
     def left(self, node: bytes, reason: str) -> None:
         """A node is gone: it earns no more, and what it has earned stays."""
-        self._working.discard(node)
+        if node in self._working:
+            self._working.remove(node)
+            self._left_s[node] = self._clock.monotonic()
         known = self.paid(node)
         if known is not None:
             self._put(node, msgspec.structs.replace(known, reason=_in_short(reason)))
@@ -487,12 +506,13 @@ class Purse:
 
     # ---- the end ----
 
-    async def close_former(self) -> None:
-        """What earlier terms have left, as of a client that was killed, goes back. Raises ShoalError."""
+    async def close_former(self, *, forget: bool = False) -> None:
+        """What earlier terms have left, as of a client that was killed, goes back; with `forget` they are no part of
+        this budget. Raises ShoalError."""
         closed = list[TermPayments]()
         for term in self._former:
             closed.append(term if term.closed else await close_escrow(term, self.funds.ledger, self._hand))
-        self._former = tuple(closed)
+        self._former = () if forget else tuple(closed)
         if closed:
             await self._write()
 

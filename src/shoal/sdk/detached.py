@@ -42,7 +42,8 @@ from shoal.quantities.money import format_money
 from shoal.sdk.handed import FILE as HANDED
 from shoal.sdk.handed import Handed
 from shoal.sdk.jobfile import JobFile
-from shoal.sdk.train import DRIVER_KEY, GRANT_MS, TOKENIZER, Session, Spending, TrainOptions, refuse_script
+from shoal.sdk.spending import Spending
+from shoal.sdk.train import DRIVER_KEY, GRANT_MS, TOKENIZER, Session, TrainOptions, refuse_script
 from shoal.world import Clock, Endpoint, Link, Request
 from shoal.world.directory import Directory, FoundOffer
 from shoal.world.reach import reach_again

@@ -31,7 +31,8 @@ from shoal.protocol.ledgers import LedgerTicket
 from shoal.quantities.money import format_money, format_price
 from shoal.sdk.jobfile import JobFile, parse_job
 from shoal.sdk.local import LocalShoal
-from shoal.sdk.train import Spending, TrainOptions, train
+from shoal.sdk.spending import Spending
+from shoal.sdk.train import TrainOptions, train
 from shoal.transport import TlsEndpoint
 from shoal.world import SystemClock, SystemDice
 

@@ -21,6 +21,8 @@ from shoal.gateway.engines import EngineFinder
 from shoal.gateway.guesses import Draft
 from shoal.gateway.keyfile import KeyFile
 from shoal.gateway.keys import Keys, parse_keys
+from shoal.gateway.meeting import DIAL_DEADLINE_S
+from shoal.gateway.paying import Paying
 from shoal.gateway.placing import ModelOnNodes, Placer
 from shoal.gateway.prompts import ChatTemplate, read_template
 from shoal.gateway.receipts import Books, Metering
@@ -28,6 +30,7 @@ from shoal.gateway.remote import Rings
 from shoal.gateway.rings import LocalRing, arithmetic_of
 from shoal.gateway.service import STOP_S, ModelService
 from shoal.gateway.web import make_app
+from shoal.house import RemoteLedger
 from shoal.hub import HubClient, HubState
 from shoal.identity import KeyPair, blake3_hash, load_or_create_key
 from shoal.inference.blocks import BLOCK, kept_bytes, padded
@@ -41,12 +44,16 @@ from shoal.models.weights import weight_files
 from shoal.protocol.blobs import BlobHolder
 from shoal.protocol.hubs import HubTicket
 from shoal.protocol.messages import sign
+from shoal.protocol.money import DAY_MS
+from shoal.protocol.offers import Offer
 from shoal.protocol.serving import LAYERS_MAX, ModelFile, ServeJob
+from shoal.sdk.spending import Spending
 from shoal.sharding import ModelNeeds
 from shoal.storage import BlobStore, serve
 from shoal.transport import TlsEndpoint
 from shoal.transport.http import HttpFace, refuse_taken
-from shoal.world import Clock, Dice
+from shoal.world import Clock, Dice, DirectoryDisk, Link
+from shoal.world.reach import reach
 
 ENGINE_JOB = b"shoal/engine-job/1\x00"
 """What the receipts of engines name: a model by the name that they have for it."""
@@ -94,6 +101,9 @@ class ServeOptions:
     """Whether tokens are guessed; what is said is the same."""
     draft: Path | None = None
     """A small model with the same vocabulary, held beside the gateway, that guesses."""
+    spending: Spending | None = None
+    """With nodes: what those that cost something may come to, with `data` for what was paid; none: only nodes that
+    serve for nothing take part."""
     say: Callable[[str], None] = lambda _: None
 
 
@@ -421,13 +431,43 @@ class NodesServer(ServedModel):
             last_bytes=found.last_bytes,
         )
         envelope = sign(key, job)
+        if options.spending is not None:
+            service.paying = await self._pay(options.spending, envelope.record_id, key, endpoint, hubs)
         metering = Metering(envelope.record_id, books, self.clock, service.counts)
         return Placer(
             ModelOnNodes(
                 job, envelope, needs, found.parts_of, BlobHolder(key.node_id, tuple(endpoint.addresses))
             ),
             endpoint, hubs, self.clock, self.dice, Rings(endpoint), service.rings, options.say, metering,
+            service.paying,
         )  # fmt: skip
+
+    async def _pay(
+        self, spending: Spending, job: bytes, key: KeyPair, endpoint: TlsEndpoint, hubs: HubClient
+    ) -> Paying:
+        """What pays nodes, once a former gateway's money was asked back. Raises ServeFailed, PaymentsDamaged, NoMoney,
+        and what the ledger does."""
+        if self.options.data is None:
+            raise ServeFailed("A gateway that pays keeps what it paid on a disk: name a folder with --data.")
+
+        async def link(node: bytes, offer: Offer) -> Link:
+            return await reach(
+                node, offer, endpoint=endpoint, directory=hubs, clock=self.clock, dial_deadline_s=DIAL_DEADLINE_S
+            )
+
+        ledger = RemoteLedger(endpoint, spending.ledger, self.clock)
+        paying = Paying(
+            spending.funds(ledger, DAY_MS), DirectoryDisk(self.options.data), key=key, link=link, clock=self.clock,
+            dice=self.dice, say=self.options.say, job=job,
+        )  # fmt: skip
+        await paying.begin()
+        self._stack.push_async_callback(paying.close)
+        self._looking.append(asyncio.create_task(paying.run(self._changed)))
+        return paying
+
+    def _changed(self) -> None:
+        if self.placer is not None:
+            self.placer.wake()
 
     async def stop(self) -> None:
         await super().stop()

@@ -57,7 +57,7 @@ from shoal.protocol.ledgers import LedgerTicket
 from shoal.protocol.messages import record_id_of, sign
 from shoal.protocol.offers import Offer, OfferFind
 from shoal.protocol.training import Assignment, Commit, Contribution, Grant, Term, TrainJob
-from shoal.purse.purse import AUDIT_MS, NOTICE_MS, Funds
+from shoal.purse.purse import Funds
 from shoal.quantities.money import format_money
 from shoal.rounds.length import RoundLength, choose_round_length, exchange_takes_s, members_of_full_speed
 from shoal.rounds.standing import Standing, standing_at_start
@@ -67,6 +67,7 @@ from shoal.sdk.handed import is_driven_by_nodes
 from shoal.sdk.jobfile import JobFile
 from shoal.sdk.loop_script import ScriptFailed, engine_for, how_to_take_part, loop_kind, measure
 from shoal.sdk.preparation import Prepared, prepare
+from shoal.sdk.spending import Spending
 from shoal.storage import BlobStore, Fetcher, serve
 from shoal.training.commands import Evaluate, ExportCheckpoint, Generate, Prepare, ShardFile
 from shoal.training.process import EngineProcess
@@ -113,17 +114,6 @@ class NotDetached(BadInput):
     """A job cannot be driven by nodes."""
 
     code = "SH-153"
-
-
-@dataclass(frozen=True)
-class Spending:
-    """What a job may cost, and whose money it is."""
-
-    account: AccountKey
-    ledger: LedgerTicket
-    budget_micro: int
-    notice_ms: int = NOTICE_MS
-    audit_ms: int = AUDIT_MS
 
 
 @dataclass(frozen=True)
@@ -483,10 +473,7 @@ class Session:
             funds = Funds(self.ledger, spending.payer, spending.signer, spending.budget_micro)
             key, deputy = spending.client, sign(spending.client, Deputy(driver=self.key.node_id)).to_bytes()
         else:
-            funds = Funds.own(
-                self.ledger, spending.account, spending.budget_micro, notice_ms=spending.notice_ms,
-                audit_ms=spending.audit_ms,
-            )  # fmt: skip
+            funds = spending.funds(self.ledger)
         return Treasurer(
             funds, self.folder, key=key, link=link, clock=self.clock, dice=self.dice, say=self.options.say,
             deputy=deputy, present=self.options.hosted.present if self.options.hosted else tuple,

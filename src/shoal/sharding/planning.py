@@ -18,6 +18,8 @@ from shoal.sharding.rings import EXACT_MAX, all_rings, long_ring, ring_of, room
 SLOW_RATIO = 4.0
 """A replica that takes more than so many times the time per token of the fastest is left out: whoever is sent there
 would be served badly."""
+OFF_MS = 3.0
+"""By so much measured distances are off."""
 FRONT_MAX = 32
 """Choices between price and speed that are kept at each step."""
 NODES_MAX = 256
@@ -35,6 +37,10 @@ class _Choice:
     @property
     def stages(self) -> int:
         return sum(len(replica.stages) for replica in self.replicas)
+
+    @property
+    def nodes(self) -> set[bytes]:
+        return {stage.node for replica in self.replicas for stage in replica.stages}
 
 
 def plan(
@@ -58,13 +64,7 @@ def plan(
     for node in sorted(nodes, key=lambda node: node.node)[NODES_MAX:]:
         reasons[node.node] = f"{node.name}: {NODES_MAX} nodes are looked at already."
 
-    front = [_Choice()]
-    wholes = {node.node: ring for node in able if (ring := ring_of(needs, [node], links)) is not None}
-    for ring in wholes.values():
-        front = _front([*front, *(one.joined(_of(ring)) for one in front)], price_max)
-    for found in _split(needs, [node for node in able if node.node not in wholes], links, price_max):
-        front = _front((one.joined(other) for one in front for other in found), price_max)
-    chosen = front[-1]
+    chosen = _choices(needs, able, links, price_max)[-1]
 
     fastest = min((replica.token_ms for replica in (*chosen.replicas, *beside)), default=math.inf)
     kept = tuple(
@@ -84,13 +84,39 @@ def plan(
                 f"{fastest:.0f} ms."
             )
         else:
-            reasons[node.node] = _unused(needs, node, kept, wholes, able, links, price_max)
+            reasons[node.node] = _unused(needs, node, kept, able, links, price_max)
     left_out = tuple(LeftOut(node, reasons[node]) for node in sorted(reasons))
     return Plan(kept, left_out, _reason(needs, kept, nodes, able, reasons, price_max))
 
 
+def cheapest(needs: ModelNeeds, nodes: Sequence[ServingNode], links: Links) -> Plan:
+    """The plan that costs least of those with a replica that is not slow beside the fastest there could be."""
+    front = _choices(needs, [node for node in nodes if not _unable(needs, node, links)][:NODES_MAX], links, None)
+    serving = [one for one in front if one.replicas]
+    if not serving:
+        return plan(needs, nodes, links)  # which says why
+
+    def token_ms(one: _Choice) -> float:
+        return min(replica.token_ms for replica in one.replicas)
+
+    fastest = min(map(token_ms, serving))
+    best = next(one for one in serving if token_ms(one) <= max(SLOW_RATIO * fastest, fastest + OFF_MS))
+    return plan(needs, [node for node in nodes if node.node in best.nodes], links, price_max=best.price)
+
+
 def _of(ring: Replica) -> _Choice:
     return _Choice(ring.price, ring.rate, (ring,))
+
+
+def _choices(needs: ModelNeeds, able: Sequence[ServingNode], links: Links, price_max: int | None) -> list[_Choice]:
+    """What there is to choose of, the cheapest first, the fastest last."""
+    front = [_Choice()]
+    wholes = {node.node: ring for node in able if (ring := ring_of(needs, [node], links)) is not None}
+    for ring in wholes.values():
+        front = _front([*front, *(one.joined(_of(ring)) for one in front)], price_max)
+    for found in _split(needs, [node for node in able if node.node not in wholes], links, price_max):
+        front = _front((one.joined(other) for one in front for other in found), price_max)
+    return front
 
 
 def _front(choices: Iterable[_Choice], price_max: int | None) -> list[_Choice]:
@@ -101,8 +127,9 @@ def _front(choices: Iterable[_Choice], price_max: int | None) -> list[_Choice]:
         if not front or one.rate > front[-1].rate * (1 + 1e-12):
             front.append(one)
     if len(front) > FRONT_MAX:
-        step = (len(front) - 1) / (FRONT_MAX - 1)
-        front = [front[round(at * step)] for at in range(FRONT_MAX)]
+        rest, few = front[2:], FRONT_MAX - 2  # nothing at all, and the cheapest that is something, stay
+        step = (len(rest) - 1) / (few - 1)
+        front = front[:2] + [rest[round(at * step)] for at in range(few)]
     return front
 
 
@@ -182,13 +209,12 @@ def _unused(
     needs: ModelNeeds,
     node: ServingNode,
     kept: Sequence[Replica],
-    wholes: dict[bytes, Replica],
     able: Sequence[ServingNode],
     links: Links,
     price_max: int | None,
 ) -> str:
     """Why a node that can hold layers holds none."""
-    if node.node in wholes:
+    if ring_of(needs, [node], links) is not None:
         return f"{node.name}: with its {node.price} an hour the plan would cost more than {price_max}."
     by_id = {one.node: one for one in able}
     rings = [one for one in kept if len(one.stages) > 1]

@@ -11,13 +11,13 @@ import math
 from collections.abc import Iterator, Sequence
 
 from shoal.sharding.needs import Links, ModelNeeds, Plan, Replica, ServingNode, Stage
-from shoal.sharding.planning import plan
+from shoal.sharding.planning import OFF_MS, plan
 from shoal.sharding.rings import crossings, replica_of, room
 
 WORTH = 1.25
 """A new ring is worth loading its layers when a mended or a present one takes this many times as long per token..."""
-WORTH_MS = 3.0
-"""... and so much longer: less is no more than what measured distances are off by."""
+WORTH_MS = OFF_MS
+"""... and so much longer."""
 
 
 def replan(

@@ -64,6 +64,11 @@ def is_free(offer: Offer) -> bool:
     return offer.price is None or not offer.price.micro_per_h
 
 
+def serves_free(offer: Offer) -> bool:
+    """The same of what it serves."""
+    return offer.serves_free or is_free(offer)
+
+
 class Quotes:
     """What one client asks of nodes, for one account at one ledger."""
 

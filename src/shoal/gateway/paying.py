@@ -1,0 +1,220 @@
+"""Pays the nodes that hold layers for money: places at those that a plan chose, and a voucher every few seconds for
+what each has served.
+
+What a node has earned follows from what came back through its stages and from its signed receipts (`receipts`), by the
+rule of `market.earnings`. When the money comes to its end new requests are refused, those under way go on for as long
+as it lasts, and then the nodes are let go.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Awaitable, Callable, Sequence
+
+import msgspec
+
+from shoal.errors import ShoalError, StorageError
+from shoal.identity import KeyPair
+from shoal.market.earnings import Serving, lasts_s
+from shoal.protocol.offers import Offer
+from shoal.purse.bills import FILE, Bill, Payments, bill
+from shoal.purse.purse import Funds, Purse
+from shoal.quantities import format_duration_s
+from shoal.quantities.money import format_money, owed
+from shoal.storage.whole import write_whole
+from shoal.world import Clock, Dice, Disk, Link
+
+PAY_EVERY_S = 2.0
+WARNED_AT = 0.8
+"""Of the budget: it is said then for how long the rest does."""
+LAST_MS, LAST_SHARE = 30_000, 0.1
+"""What the nodes at work cost in so long, or this share of the budget if that is less, is kept for requests that are
+under way."""
+
+
+class PaymentsDamaged(StorageError):
+    """The file in a gateway's folder that says what was set aside and paid cannot be read."""
+
+    code = "SH-452"
+
+
+class Paying:
+    """For the nodes that serve one model."""
+
+    def __init__(
+        self,
+        funds: Funds,
+        disk: Disk,
+        *,
+        key: KeyPair,
+        link: Callable[[bytes, Offer], Awaitable[Link]],
+        clock: Clock,
+        dice: Dice,
+        say: Callable[[str], None],
+        job: bytes,
+    ) -> None:
+        """`disk` is the gateway's folder; `job` what vouchers name until there is a receipt. Raises PaymentsDamaged."""
+        self._clock, self._say, self._job = clock, say, job
+        self.purse = Purse(
+            funds,
+            _read(disk),
+            lambda content: write_whole(disk, FILE, content, "keeping what nodes were paid"),
+            key=key,
+            link=link,
+            clock=clock,
+            dice=dice,
+            say=say,
+            again="the next `shoal serve` of this model",
+            work="serve",
+        )
+        self.taken: set[bytes] = set()
+        """Nodes that keep a place, with money for it."""
+        self.former: set[bytes] = set()
+        """Nodes that a gateway that was killed has left with a place for it."""
+        self.closing = ""
+        """Why nodes take no more requests for money, once they do not."""
+        self._serving: dict[bytes, Serving] = {}
+        """Of as many nodes as were ever paid."""
+        self._receipts: dict[bytes, bytes] = {}
+        """The newest of each."""
+        self._warned = False
+        self._trouble = ""
+
+    # ---- before ----
+
+    async def begin(self) -> None:
+        """Ask back what a gateway that was killed has left, and see that there is money. Raises NoMoney, and what the
+        ledger does."""
+        former = self.purse.payments
+        still_open = [one for one in former.terms if not one.closed]
+        await self.purse.close_former(forget=True)
+        if still_open:
+            self.former = {bytes.fromhex(node) for one in still_open for node in one.nodes}
+            charged = sum(one.charged_micro for one in still_open)
+            rest = sum(one.terms.amount_micro for one in still_open) - charged
+            self._say(
+                f"The gateway that served from this folder before was not stopped in order: it has paid "
+                f"{format_money(charged)} {self.currency}, and {format_money(rest)} was asked back."
+            )
+        await self.purse.check()
+
+    def takes(self, offer: Offer) -> bool:
+        """Whether a node that costs something can be paid."""
+        return offer.ledger == self.purse.funds.ledger.name
+
+    async def take(self, wanted: Sequence[tuple[bytes, Offer]]) -> None:
+        """A place at each of these, with money for it, or at none. Raises ShoalError."""
+        await self.purse.join_all(wanted)
+        self.taken |= {node for node, _ in wanted}
+
+    def let_go(self, node: bytes, reason: str) -> None:
+        """What it has earned stays, and what it has earned in a ring that is not closed yet is paid, too."""
+        self.taken.discard(node)
+        self.purse.left(node, reason)
+
+    # ---- what is served ----
+
+    def ready(self, node: bytes) -> None:
+        """A stage of it has loaded its layers."""
+        known = self.purse.paid(node)
+        if node in self.taken and known is not None and not self.purse.works(node):
+            self.purse.begin(node)
+            self._serving[node] = Serving().ready(known.paid_micro)
+
+    def served(self, node: bytes, parts: int, token_us: int, receipt: bytes | None) -> None:
+        """So many parts of tokens more, or fewer (`RingMeter`)."""
+        serving = self._serving.get(node)
+        if serving is not None:
+            self._serving[node] = serving.served(parts, token_us)
+            if receipt is not None:
+                self._receipts[node] = receipt
+
+    async def run(self, changed: Callable[[], None]) -> None:
+        """Pay, now and then, until this is cancelled; `changed` is told when there is less to be had for money than
+        before."""
+        while True:
+            await self._clock.sleep(PAY_EVERY_S)
+            await self.pay()
+            if self._look():
+                changed()
+
+    async def pay(self) -> None:
+        """What was earned since the last time. Where the disk refuses, nodes wait for a while, and then stop."""
+        earned = dict[bytes, tuple[int, bytes]]()
+        for node, serving in self._serving.items():
+            known = self.purse.paid(node)
+            assert known is not None, "it was, when it was ready"
+            most = known.paid_micro + self.purse.left_micro
+            micro = serving.earned_micro(known.micro_per_h, self.purse.ready_ms(node), most)
+            if micro > known.paid_micro:
+                earned[node] = micro, self._receipts.get(node, self._job)
+        if not earned:
+            return
+        try:
+            await self.purse.pay(earned)
+            self._trouble = ""
+        except ShoalError as error:
+            if error.sentence != self._trouble:
+                self._trouble = error.sentence
+                self._say(f"Nodes are not paid at the moment: {error.sentence}")
+
+    def _look(self) -> bool:
+        """What is left, and what follows; whether something does."""
+        purse = self.purse
+        left, budget = purse.left_micro, purse.funds.budget_micro
+        if not self.closing:
+            if purse.ends_soon:
+                self.closing = "The money that nodes are paid out of goes back now; start `shoal serve` again."
+            elif left <= min(owed(purse.micro_per_h, LAST_MS), round(LAST_SHARE * budget)):
+                self.closing = (
+                    f"The budget of {format_money(budget)} {self.currency} is used up; start `shoal serve` again with "
+                    "another --budget."
+                )
+            if self.closing:
+                self._say(f"{self.closing} New requests are refused, and those under way go on for as long as it "
+                          "lasts.")  # fmt: skip
+                return True
+        if not self.closing and not self._warned and left <= (1 - WARNED_AT) * budget:
+            self._warned = True
+            lasts = lasts_s(left, purse.micro_per_h)
+            said = "" if math.isinf(lasts) else f", enough for {format_duration_s(lasts)} of work at least"
+            self._say(f"{format_money(left)} {self.currency} of the budget is left{said}; then nodes that cost "
+                      "something are let go.")  # fmt: skip
+        return bool(self.closing) and self.spent
+
+    @property
+    def spent(self) -> bool:
+        """Nothing is left."""
+        return self.purse.left_micro == 0
+
+    # ---- the end ----
+
+    async def close(self) -> None:
+        """Nodes get their last vouchers, and the rest goes back."""
+        await self.pay()
+        self.taken.clear()
+        with contextlib.suppress(StorageError):  # it was said; the next start asks for the rest
+            await self.purse.close()
+
+    @property
+    def bill(self) -> Bill | None:
+        """None where nothing was set aside."""
+        return bill(self.purse.payments)
+
+    @property
+    def currency(self) -> str:
+        return self.purse.funds.ledger.name.currency
+
+
+def _read(disk: Disk) -> Payments | None:
+    if disk.info(FILE) is None:
+        return None
+    try:
+        return msgspec.json.decode(disk.read(FILE), type=Payments)
+    except (msgspec.DecodeError, UnicodeDecodeError, OSError) as error:
+        raise PaymentsDamaged(
+            f"{disk.place}/{FILE}, which says what was set aside and paid for serving, cannot be read: {error}. "
+            "Restore it from a copy; without one, move it away: what was set aside comes back by itself when its "
+            "escrow ends."
+        ) from error

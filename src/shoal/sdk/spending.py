@@ -1,0 +1,28 @@
+"""What a job or an endpoint may cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shoal.identity.accounts import AccountKey
+from shoal.protocol.ledgers import LedgerTicket
+from shoal.purse.purse import AUDIT_MS, ENDS_LEAST_MS, NOTICE_MS, Funds
+from shoal.world import Ledger
+
+
+@dataclass(frozen=True)
+class Spending:
+    """What may be spent, and whose money it is."""
+
+    account: AccountKey
+    ledger: LedgerTicket
+    budget_micro: int
+    notice_ms: int = NOTICE_MS
+    audit_ms: int = AUDIT_MS
+
+    def funds(self, ledger: Ledger, ends_least_ms: int = ENDS_LEAST_MS) -> Funds:
+        """The same at the ledger itself; its escrow is to last so long at least."""
+        return Funds.own(
+            ledger, self.account, self.budget_micro, notice_ms=self.notice_ms,
+            audit_ms=self.audit_ms, ends_least_ms=ends_least_ms,
+        )  # fmt: skip

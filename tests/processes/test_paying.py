@@ -1,0 +1,197 @@
+"""What a gateway pays: places for all or none, vouchers for what was served, and an end when the money has one."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+from hub_world import a_key
+from money_world import LEDGER, Shop, Street, an_account
+
+from shoal.errors import StorageError
+from shoal.gateway.paying import Paying, PaymentsDamaged
+from shoal.ledger.journal import verified
+from shoal.protocol.prices import Price
+from shoal.purse.bills import FILE, Payments
+from shoal.purse.purse import Funds
+from shoal.world import DirectoryDisk, SeededDice
+from shoal.world.quotes import NotSecured
+
+PAYER = an_account(50)
+JOB, RECEIPT = bytes(32), b"r" * 32
+SECOND_US = 1_000_000
+
+
+def run(story: Callable[[Street], Awaitable[None]]) -> None:
+    async def whole() -> None:
+        street = Street()
+        street.ledger.give(PAYER.address, 10_000_000)
+        try:
+            async with asyncio.timeout(60):
+                await story(street)
+        finally:
+            await street.close()
+        verified(street.ledger.lines, LEDGER)
+        assert sum(street.ledger.book.balances.values()) == 0
+
+    asyncio.run(whole())
+
+
+class Gateway:
+    """What of a gateway has to do with money."""
+
+    def __init__(self, street: Street, folder: Path, *, budget: int = 1_000_000) -> None:
+        self.street, self.said = street, list[str]()
+        self.endpoint = street.client(60)
+        folder.mkdir(exist_ok=True)
+        self.disk = DirectoryDisk(folder)
+        self.paying = Paying(
+            Funds.own(street.ledger, PAYER, budget, audit_ms=1000),
+            self.disk,
+            key=a_key(60),
+            link=street.linker(self.endpoint),
+            clock=street.clock,
+            dice=SeededDice(60),
+            say=self.said.append,
+            job=JOB,
+        )
+
+    async def begin(self, *shops: Shop) -> None:
+        await self.paying.begin()
+        await self.paying.take([(shop.node, shop.offer) for shop in shops])
+        for shop in shops:
+            self.paying.ready(shop.node)
+
+    async def pay(self) -> list[int]:
+        await self.paying.pay()
+        for _ in range(5):
+            await asyncio.sleep(0.01)  # vouchers go out beside
+        return [one.paid_micro for one in self.written.terms[0].nodes.values()]
+
+    @property
+    def written(self) -> Payments:
+        return msgspec.json.decode(self.disk.read(FILE), type=Payments)
+
+
+def test_each_is_paid_for_what_it_served_and_the_bill_adds_up(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shops = [await street.shop(number, tmp_path / str(number)) for number in (1, 2)]
+        gateway = Gateway(street, tmp_path / "gateway")
+        paying = gateway.paying
+        await gateway.begin(*shops)
+        await street.clock.advance(20.0)
+        one, other = (shop.node for shop in shops)
+        paying.served(one, 16 * 4, SECOND_US, None)
+        paying.served(other, 16 * 100, SECOND_US, None)
+        assert await gateway.pay() == [400, 2000], "never more than the time"
+        vouchers = [node.voucher for node in gateway.written.terms[0].nodes.values()]
+        assert [each.voucher.work for each in vouchers if each] == [JOB, JOB]
+        account = shops[0].sales.account(gateway.written.terms[0].escrow)
+        assert account is not None and account.paid_micro == 400
+        paying.served(one, -16, SECOND_US, RECEIPT)
+        assert await gateway.pay() == [400, 2000], "what was signed stays"
+        paying.served(one, 16 * 2, SECOND_US, RECEIPT)
+        assert await gateway.pay() == [500, 2000]
+        newest = gateway.written.terms[0].nodes[one.hex()].voucher
+        assert newest is not None and newest.voucher.work == RECEIPT
+        paying.let_go(one, "it died. Whatever")
+        paying.served(one, 16, SECOND_US, None)  # of a ring that is closed after it was lost
+        await paying.close()
+        assert paying.bill is not None
+        assert [(line.paid, line.reason) for line in paying.bill.nodes] == [(600, "it died"), (2000, "worked")]
+        assert (paying.bill.charged, paying.bill.refunded) == (2600, 997_400)
+        await street.clock.advance(62.0)
+        assert await street.ledger.balance(PAYER.address) == 10_000_000 - 2600
+
+    run(story)
+
+
+def test_places_are_taken_at_all_or_at_none_and_then_at_others(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shops = [await street.shop(number, tmp_path / str(number)) for number in (1, 2, 3)]
+        shops[1].unheld[0] = 1
+        gateway = Gateway(street, tmp_path / "gateway")
+        with pytest.raises(NotSecured, match="2 nodes are needed, and 1 would keep a place. shop-2: All 1 slots"):
+            await gateway.begin(*shops[:2])
+        assert not gateway.paying.taken and not street.ledger.book.escrows
+        await gateway.paying.take([(shop.node, shop.offer) for shop in (shops[0], shops[2])])
+        assert gateway.paying.taken == {shops[0].node, shops[2].node}
+        shops[1].unheld[0] = 0
+        await gateway.paying.take([(shops[1].node, shops[1].offer)])
+        (escrow,) = street.ledger.book.escrows.values()
+        assert escrow.payees == {an_account(number).address for number in (1, 2, 3)}
+        await gateway.paying.close()
+        assert all(not shop.sales.held for shop in shops)
+
+    run(story)
+
+
+def test_money_is_warned_of_kept_for_what_is_under_way_and_then_used_up(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shop = await street.shop(1, tmp_path / "1")
+        gateway = Gateway(street, tmp_path / "gateway", budget=10_000)
+        paying, told = gateway.paying, list[float]()
+        await gateway.begin(shop)
+        running = asyncio.create_task(paying.run(lambda: told.append(street.clock.monotonic())))
+        began = street.clock.monotonic()
+        for _ in range(120):
+            paying.served(shop.node, 16, SECOND_US, None)
+            await street.clock.advance(1.0)
+            await asyncio.sleep(0.005)
+            if paying.purse.left_micro > 1000:
+                assert not paying.closing
+        assert paying.spent and told[0] - began >= 90 and told[-1] - began >= 100
+        assert paying.closing.startswith("The budget of 0.01 USD is used up; start `shoal serve` again with another")
+        warned, closed = gateway.said
+        assert re.match(r"0.001\d* USD of the budget is left, enough for 1\d.\d s of work at least; then nodes", warned)
+        assert closed.endswith("New requests are refused, and those under way go on for as long as it lasts.")
+        running.cancel()
+        await paying.close()
+        assert paying.bill is not None and (paying.bill.charged, paying.bill.refunded) == (10_000, 0)
+
+    run(story)
+
+
+def test_what_a_killed_gateway_set_aside_comes_back_and_counts_no_more(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shop = await street.shop(1, tmp_path / "1")
+        killed = Gateway(street, tmp_path / "gateway")
+        await killed.begin(shop)
+        await street.clock.advance(10.0)
+        killed.paying.served(shop.node, 16 * 5, SECOND_US, None)
+        await killed.pay()
+        for task in killed.paying.purse._tasks:
+            task.cancel()
+        await killed.endpoint.close()
+        again = Gateway(street, tmp_path / "gateway", budget=2_000_000)
+        street.ledger.fails = StorageError("away")
+        with pytest.raises(StorageError):
+            await again.paying.begin()
+        street.ledger.fails = None
+        await again.begin(shop)
+        said = "it has paid 0.0005 USD, and 0.9995 was asked back."
+        assert [one.partition(": ")[2] for one in again.said] == [said]
+        first, second = street.ledger.book.escrows.values()
+        assert first.closing and first.redeemed_micro == 500 and second.amount_micro == 2_000_000
+        await again.paying.close()
+        assert again.paying.bill is not None and again.paying.bill.quoted == again.paying.bill.refunded == 2_000_000
+
+    run(story)
+
+
+def test_a_file_that_cannot_be_read_and_an_offer_at_another_ledger(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shop = await street.shop(1, tmp_path / "1")
+        gateway = Gateway(street, tmp_path / "gateway")
+        assert gateway.paying.takes(shop.offer)
+        other = msgspec.structs.replace(LEDGER, currency="EUR")
+        assert not gateway.paying.takes(msgspec.structs.replace(shop.offer, price=Price(1, "EUR"), ledger=other))
+        (tmp_path / "gateway" / FILE).write_text("{")
+        with pytest.raises(PaymentsDamaged, match="payments.json, which says what was set aside and paid for serving"):
+            Gateway(street, tmp_path / "gateway")
+
+    run(story)
