@@ -153,7 +153,7 @@ class _Looking:
                 raise HostsSilent(f"All hosts have given the job up: {standing.sentence}")
             while True:
                 try:
-                    message = FolderAsk(job=self._known.job, files=copy.there, wait_ms=WAIT_MS)
+                    message = FolderAsk(job=self._known.job, files=copy.there, wait_ms=0 if once else WAIT_MS)
                     given = await ask(await link_to_host(host, self), message, FolderGiven)
                     await asyncio.to_thread(copy.take, given.pieces)
                 except BadCopy as error:
@@ -165,8 +165,10 @@ class _Looking:
                 except ShoalError:
                     break  # somebody else may drive by now
                 self._tell(given)
-                if not given.pieces and not given.more and (once or given.phase == "over"):
-                    return given.sentence if given.phase == "over" else None
+                if given.phase == "over" and not given.pieces and not given.more:
+                    return given.sentence
+                if once and given.phase != "over" and not given.more:
+                    return None
                 if given.phase not in ("driving", "over"):
                     await self.clock.sleep(AGAIN_S)
                     break
