@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import re
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -18,7 +19,8 @@ from shoal.ledger.journal import verified
 from shoal.protocol.prices import Price
 from shoal.purse.bills import FILE, Payments
 from shoal.purse.purse import Funds
-from shoal.world import DirectoryDisk, SeededDice
+from shoal.world import DirectoryDisk, FaultyDisk, SeededDice
+from shoal.world.disk import Fault
 from shoal.world.quotes import NotSecured
 
 PAYER = an_account(50)
@@ -44,11 +46,13 @@ def run(story: Callable[[Street], Awaitable[None]]) -> None:
 class Gateway:
     """What of a gateway has to do with money."""
 
-    def __init__(self, street: Street, folder: Path, *, budget: int = 1_000_000) -> None:
+    def __init__(
+        self, street: Street, folder: Path, *, budget: int = 1_000_000, fault: Fault = lambda *_: None
+    ) -> None:
         self.street, self.said = street, list[str]()
         self.endpoint = street.client(60)
         folder.mkdir(exist_ok=True)
-        self.disk = DirectoryDisk(folder)
+        self.disk = FaultyDisk(DirectoryDisk(folder), fault)
         self.paying = Paying(
             Funds.own(street.ledger, PAYER, budget, audit_ms=1000),
             self.disk,
@@ -179,6 +183,34 @@ def test_what_a_killed_gateway_set_aside_comes_back_and_counts_no_more(tmp_path:
         assert first.closing and first.redeemed_micro == 500 and second.amount_micro == 2_000_000
         await again.paying.close()
         assert again.paying.bill is not None and again.paying.bill.quoted == again.paying.bill.refunded == 2_000_000
+
+    run(story)
+
+
+def test_what_could_not_be_written_down_is_paid_once_it_can(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        full = list[str]()
+
+        def fault(call: str, name: str) -> None:
+            if full and call == "write":
+                raise OSError(errno.ENOSPC, "no space left")
+
+        shop = await street.shop(1, tmp_path / "1")
+        gateway = Gateway(street, tmp_path / "gateway", fault=fault)
+        await gateway.begin(shop)
+        await street.clock.advance(10.0)
+        gateway.paying.served(shop.node, 16 * 5, SECOND_US, None)
+        full.append("yes")
+        for _ in range(2):
+            assert await gateway.pay() == [0]
+        assert [said.partition(":")[0] for said in gateway.said] == ["Nodes are not paid at the moment"]
+        account = shop.sales.account(gateway.written.terms[0].escrow)
+        assert account is not None and account.paid_micro == 0, "no voucher is out that is not on the disk"
+        full.clear()
+        assert await gateway.pay() == [500]
+        account = shop.sales.account(gateway.written.terms[0].escrow)
+        assert account is not None and account.paid_micro == 500
+        await gateway.paying.close()
 
     run(story)
 

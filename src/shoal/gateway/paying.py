@@ -78,6 +78,8 @@ class Paying:
         """Of as many nodes as were ever paid."""
         self._receipts: dict[bytes, bytes] = {}
         """The newest of each."""
+        self._unpaid: dict[bytes, tuple[int, bytes]] = {}
+        """Node -> what was earned, and by which record, that could not be written down."""
         self._warned = False
         self._trouble = ""
 
@@ -140,8 +142,9 @@ class Paying:
                 changed()
 
     async def pay(self) -> None:
-        """What was earned since the last time. Where the disk refuses, nodes wait for a while, and then stop."""
-        earned = dict[bytes, tuple[int, bytes]]()
+        """What was earned since the last time, and what could not be paid then: where the disk refuses, nodes wait for
+        a while, and then stop."""
+        earned = dict(self._unpaid)
         for node, serving in self._serving.items():
             known = self.purse.paid(node)
             assert known is not None, "it was, when it was ready"
@@ -153,8 +156,9 @@ class Paying:
             return
         try:
             await self.purse.pay(earned)
-            self._trouble = ""
+            self._unpaid, self._trouble = {}, ""
         except ShoalError as error:
+            self._unpaid = earned
             if error.sentence != self._trouble:
                 self._trouble = error.sentence
                 self._say(f"Nodes are not paid at the moment: {error.sentence}")
