@@ -20,17 +20,21 @@ from typing import Any
 import shoal.auctions.server
 from shoal.auctions import AuctionServer, AuctionSettings, AuctionStore, RemoteAuction
 from shoal.identity import Envelope, KeyPair
+from shoal.identity.accounts import AccountKey
+from shoal.ledger.commands import Deposit, Open
+from shoal.market.bids import terms_for
 from shoal.protocol.auctions import AuctionTicket
 from shoal.protocol.messages import sign
 from shoal.protocol.money import HouseLedger
 from shoal.protocol.orders import HOUR_MS, Ask, Bid, Block, NodeClass, OrderTerms
 from shoal.transport import MemoryNetwork
-from shoal.world import Endpoint, HeldClock, Link, SeededDice, SystemClock, SystemDice
+from shoal.world import Endpoint, HeldClock, Link, MemoryLedger, SeededDice, SystemClock, SystemDice
 
 PATIENCE_S = 60.0
 EVERY_S = 10.0
 ANN, BEN, CAT, *NODES = (KeyPair.from_seed(bytes([number] * 32)) for number in range(9))
 H100 = NodeClass(device="H100", memory_gib=80)
+LEDGER = HouseLedger(ANN.node_id, "USD")
 
 
 class JumpingClock(HeldClock):
@@ -42,7 +46,7 @@ class JumpingClock(HeldClock):
 
 def terms(auctioneer: bytes, batch: int, now_ms: int, limit: int, **changed: Any) -> OrderTerms:
     """For the hour after the next."""
-    block = Block(of=H100, start_ms=(now_ms // HOUR_MS + 2) * HOUR_MS, ledger=HouseLedger(ANN.node_id, "USD"))
+    block = Block(of=H100, start_ms=(now_ms // HOUR_MS + 2) * HOUR_MS, ledger=LEDGER)
     usual: dict[str, Any] = {
         "auctioneer": auctioneer, "batch": batch, "expires_ms": now_ms + HOUR_MS, "sequence": 1, "block": block,
         "limit_micro": limit,
@@ -58,6 +62,7 @@ class Hall:
     ticket: AuctionTicket
     network: MemoryNetwork
     clock: JumpingClock
+    ledger: MemoryLedger
     remote: RemoteAuction
     endpoint: Endpoint
 
@@ -68,12 +73,22 @@ class Hall:
         return await self.endpoint.dial(self.ticket.auctioneer, self.ticket.addresses)
 
     def bid(self, key: KeyPair, batch: int, limit: int = 400_000, blocks: int = 1, **changed: Any) -> Envelope:
-        return sign(
-            key, Bid(terms=terms(self.ticket.auctioneer, batch, self.clock.now_ms(), limit, **changed), blocks=blocks)
-        )
+        """With its money set aside."""
+        said = terms(self.ticket.auctioneer, batch, self.clock.now_ms(), limit, **changed)
+        return sign(key, Bid(terms=said, blocks=blocks, escrow=self.set_aside(said, blocks, key.node_id)))
+
+    def set_aside(self, said: OrderTerms, blocks: int, trader: bytes) -> bytes:
+        book, payer = self.ledger.book, AccountKey(trader)
+        book.at(self.clock.now_ms())
+        money = terms_for(said, blocks, trader, payer.address, len(book.escrows).to_bytes(32))
+        name = money.escrow_id(LEDGER)
+        book.apply(Deposit(payer.address, money.amount_micro, f"payment {len(book.escrows)}"))
+        book.apply(Open(money, payer.sign(name)))
+        return name
 
     def ask(self, key: KeyPair, batch: int, limit: int = 200_000, **changed: Any) -> Envelope:
-        return sign(key, Ask(terms=terms(self.ticket.auctioneer, batch, self.clock.now_ms(), limit, **changed)))
+        said = terms(self.ticket.auctioneer, batch, self.clock.now_ms(), limit, **changed)
+        return sign(key, Ask(terms=said, payee=key.node_id[:20]))
 
     async def until_closed(self, number: int) -> None:
         """Let so much time pass that a batch with orders is closed, and wait until it is published."""
@@ -88,12 +103,13 @@ async def a_hall(data: Path, **settings: Any) -> AsyncIterator[Hall]:
     clock = JumpingClock()
     network = MemoryNetwork()
     chosen = AuctionSettings(data, every_s=EVERY_S, listen="tcp://auction:7", **settings)
-    server = AuctionServer(chosen, network.endpoint, clock, SeededDice(7))
+    ledger = MemoryLedger(LEDGER, clock)
+    server = AuctionServer(chosen, network.endpoint, lambda _: ledger, clock, SeededDice(7))
     ticket = await server.start()
     endpoint = network.endpoint(KeyPair.generate())
     try:
         async with asyncio.timeout(PATIENCE_S):
-            yield Hall(server, ticket, network, clock, RemoteAuction(endpoint, ticket, clock), endpoint)
+            yield Hall(server, ticket, network, clock, ledger, RemoteAuction(endpoint, ticket, clock), endpoint)
     finally:
         await endpoint.close()
         await server.stop()
@@ -138,7 +154,11 @@ class DyingStore(AuctionStore):
 async def serve(data: Path, every_s: float) -> None:
     from shoal.transport import TlsEndpoint
 
-    server = AuctionServer(AuctionSettings(data, every_s=every_s), TlsEndpoint, SystemClock(), SystemDice())
+    clock = SystemClock()
+    ledger = MemoryLedger(LEDGER, clock)
+    server = AuctionServer(
+        AuctionSettings(data, every_s=every_s), TlsEndpoint, lambda _: ledger, clock, SystemDice()
+    )  # fmt: skip
     print(await server.start(), flush=True)
     await asyncio.Event().wait()
 

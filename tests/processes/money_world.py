@@ -21,6 +21,7 @@ from shoal.ledger.fees import Announced
 from shoal.ledger.journal import BEGINNING, Line, line
 from shoal.ledger.moves import MoneyRefused, Move, account
 from shoal.market.holds import Terms
+from shoal.node.hours import Hours
 from shoal.node.sales import Sales
 from shoal.protocol.messages import open_record, sign
 from shoal.protocol.money import FeeTable, HouseLedger, LedgerName
@@ -125,6 +126,7 @@ async def a_shop(
         sells, key=key, name=name, disk=disk, endpoint=endpoint, ledger=ledger, clock=clock, unheld=lambda: unheld[0],
         changed=changed,
     )  # fmt: skip
+    Hours(sales, key=key, endpoint=endpoint, ledger=ledger, clock=clock)
     await endpoint.listen(f"tcp://{name}:0")
     envelope = an_offer(
         key, 1, name=name, addresses=tuple(endpoint.addresses), price=sells.price, ledger=sells.ledger,

@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -17,11 +17,14 @@ import pytest
 
 from shoal.cli.main import main
 from shoal.identity import Envelope, KeyPair, load_or_create_key
-from shoal.protocol.orders import ORDER_MAX_BYTES, Ask, open_order
+from shoal.identity.accounts import AccountKey, address_text
+from shoal.protocol.holds import Hold, open_hold
+from shoal.protocol.orders import HOUR_MS, ORDER_MAX_BYTES, Ask, open_order
+from shoal.protocol.prices import Price
 
 NOBODY = KeyPair.from_seed(bytes(32)).node_id.hex()
 AUCTION, LEDGER = f"shoal-auction://{NOBODY}@127.0.0.1:9", f"shoal-ledger://{NOBODY}@127.0.0.1:9/USD"
-HOUR = (datetime.now(UTC) + timedelta(hours=30)).strftime("%Y-%m-%dT%H")
+HOUR, LATER = ((datetime.now(UTC) + timedelta(hours=ahead)).strftime("%Y-%m-%dT%H") for ahead in (30, 31))
 KIND = "H100 [80] 80 GiB, DE"
 NEVER, SOON = "1h", "100ms"
 
@@ -58,19 +61,30 @@ def done(outcome: tuple[int, str, str]) -> Any:
 
 
 @contextmanager
-def a_process(*words: str) -> Iterator[dict[str, Any]]:
-    """A command that runs until it is stopped, and what it said when it was ready."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "shoal", *words, "--json", "--with-parent", str(os.getpid())],
-        stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert process.stdout is not None
+def processes(*commands: Sequence[str]) -> Iterator[list[dict[str, Any]]]:
+    """Commands that run until they are stopped, and what each said when it was ready."""
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-m", "shoal", *words, "--json", "--with-parent", str(os.getpid())],
+            stdout=subprocess.PIPE, text=True,
+        )
+        for words in commands
+    ]  # fmt: skip
     try:
-        yield json.loads(process.stdout.readline())
+        yield [json.loads(one.stdout.readline()) for one in running if one.stdout is not None]
     finally:
-        process.terminate()
-        assert process.wait(60) == 0
-        process.stdout.close()
+        for one in running:
+            one.terminate()
+        for one in running:
+            assert one.wait(60) == 0
+            assert one.stdout is not None
+            one.stdout.close()
+
+
+@contextmanager
+def a_process(*words: str) -> Iterator[dict[str, Any]]:
+    with processes(words) as [ready]:
+        yield ready
 
 
 def until(shoal: Shoal, running: int) -> None:
@@ -81,29 +95,84 @@ def until(shoal: Shoal, running: int) -> None:
     raise AssertionError(f"Batch {running - 1} was not closed.")
 
 
-def test_hours_are_sold_and_bought(shoal: Shoal, tmp_path: Path) -> None:
-    """Three nodes ask and one buyer bids while batches take an hour; then they take a tenth of a second."""
-    data, cheap, other, dear = (tmp_path / name for name in ("auction", "home/node", "other", "dear"))
-    keys = [load_or_create_key(folder / "node.key").node_id.hex() for folder in (cheap, other, dear)]
+NODES = ("cheap", "dear")
+PAID_AT = {name: address_text(AccountKey(bytes([number] * 32)).address) for number, name in enumerate(NODES, 1)}
+
+
+@pytest.fixture
+def world(shoal: Shoal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, dict[str, Any]]]:
+    """A hub, a ledger at which this user has 25 USD, and two nodes that sell."""
+    with processes(
+        ("hub", "--data", str(tmp_path / "hub"), "--http", ""),
+        ("ledger", "start", "--data", str(tmp_path / "ledger"), "--mint-max", "100"),
+    ) as [hub, ledger]:
+        monkeypatch.setenv("SHOAL_LEDGER", ledger["ticket"])
+        monkeypatch.setenv("SHOAL_HUB", hub["ticket"])
+        done(shoal("account", "create", "--json"))
+        done(shoal("account", "deposit", "25", "--json"))
+        with processes(
+            *(
+                ("node", "start", "--data", str(tmp_path / name), "--device", "cpu", "--price", "0.50/h", "--account",
+                 PAID_AT[name])
+                for name in NODES
+            )
+        ) as nodes:  # fmt: skip
+            yield dict(zip(NODES, nodes, strict=True))
+
+
+def test_hours_are_sold_and_bought_kept_and_passed_on(
+    shoal: Shoal, world: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    """Two nodes ask and one buyer bids while batches take an hour; then they take a tenth of a second."""
+    data, keys = tmp_path / "auction", {name: ready["node"] for name, ready in world.items()}
     terms = ("--class", KIND, "--hour", HOUR)
+
+    def sell(name: str, price: str, *more: str) -> tuple[int, str, str]:
+        return shoal("market", "sell", *terms, "--price", price, "--data", name, "--account", PAID_AT[name], *more)
+
     with a_process("market", "run", "--data", str(data), "--every", NEVER) as ready:
         assert ready["ready"] == "auction"
         ticket = ready["ticket"]
-        code, out, _ = shoal("market", "sell", *terms, "--price", "0.30", "--auction", ticket)
+        code, out, _ = sell("cheap", "0.30", "--auction", ticket)
         assert code == 0 and re.search(
             rf"^Order [0-9a-f]{{12}} sells H100 \[80\] 80 GiB, DE, open, {HOUR}:00 UTC for 0.30 USD or more. It is in "
             r"batch 2, which is closed in (1 h 0|59) min.*; then: shoal market mine\n$", out
         ), out  # fmt: skip
-        second = done(shoal("market", "sell", *terms, "--price", "0.35", "--data", str(dear), "--json"))
+        second = done(sell("dear", "0.35", "--json"))
         kept = open_order(Envelope.from_bytes(Path(second["file"]).read_bytes(), ORDER_MAX_BYTES))
         assert isinstance(kept, Ask) and kept.terms.limit_micro == 350_000 and second["batch"] == 2
-        done(shoal("market", "sell", *terms, "--price", "0.32", "--data", str(other), "--json"))
-        code, out, _ = shoal("market", "buy", *terms, "--price", "0.40", "--blocks", "2")
-        assert code == 0 and "buys up to 2 x H100 [80] 80 GiB, DE" in out and "for 0.40 USD or less" in out
-        assert len(done(shoal("market", "mine", "--json"))["waiting"]) == 4
-        assert shoal("market", "mine")[1].count("was signed for batch 2, which is open.") == 4
+        code, _, err = shoal("market", "sell", *terms, "--price", "1", "--data", "cheap")
+        assert code == 1 and f"This node is paid at {PAID_AT['cheap']}" in err
+        code, out, _ = shoal("market", "buy", *terms, "--price", "0.40", "--blocks", "1")
+        assert code == 0 and "buys H100 [80] 80 GiB, DE" in out and "for 0.40 USD or less" in out
+        assert done(shoal("account", "balance", "--json"))["balance_micro"] == 24_600_000
+        code, _, err = shoal("market", "buy", *terms, "--price", "400", "--blocks", "2")
+        assert code == 2 and "SH-191" in err
+        assert len(done(shoal("market", "mine", "--json"))["waiting"]) == 3
+        assert shoal("market", "mine")[1].count("was signed for batch 2, which is open.") == 3
         code, out, _ = shoal("market", "show")
         assert code == 0 and "0 orders. Batch 2 is open." in out and "Nothing was traded." in out
+
+        load_or_create_key(tmp_path / "home" / "node" / "node.key")
+        code, _, err = shoal("market", "sell", "--hour", HOUR, "--price", "0.30")
+        assert code == 2 and "has no offer at the hubs" in err and "has to be up" in err
+        as_offered = (
+            "market",
+            "sell",
+            "--hour",
+            LATER,
+            "--price",
+            "0.30",
+            "--data",
+            "dear",
+            "--account",
+            PAID_AT["dear"],
+        )
+        order = done(shoal(*as_offered, "--json"))
+        envelope = Envelope.from_bytes(Path(order["file"]).read_bytes(), ORDER_MAX_BYTES)
+        kind = open_order(envelope).terms.block.of
+        assert envelope.signer.hex() == keys["dear"]
+        assert kind.device and kind.device in " ".join(world["dear"]["devices"]) and kind.memory_gib >= 1
 
     listen = f"tcp://{ticket.partition('@')[2]}"
     with a_process("market", "run", "--data", str(data), "--every", SOON, "--listen", listen) as ready:
@@ -112,25 +181,44 @@ def test_hours_are_sold_and_bought(shoal: Shoal, tmp_path: Path) -> None:
         found = done(shoal("market", "show", "2", "--save", "2.batch", "--json"))
         [cleared] = found["cleared"]
         assert cleared["price_micro"] == 350_000
-        assert {trade["node"] for trade in cleared["trades"]} == set(keys[:2])
+        assert {trade["node"] for trade in cleared["trades"]} == {keys["cheap"]}
         code, out, _ = shoal("market", "show", "2")
         assert code == 0 and f"H100 [80] 80 GiB, DE, open, {HOUR}:00 UTC" in out and "sets-price" in out
-        assert keys[0][:8] in out and "0.35 USD" in out and "4 orders. Batch 3 is open." in out
-        code, out, _ = shoal("market", "mine")
-        assert code == 0 and out.count("bought") == 2 and out.count("sold") == 1 and out.count("is in batch 2") == 4
-        mine = done(shoal("market", "mine", "--data", str(dear), "--json"))
-        assert [one["what"] for one in mine["trades"]] == ["bought", "bought"] and not any(
+        assert keys["cheap"][:8] in out and "0.35 USD" in out and "4 orders. Batch 3 is open." in out
+        code, out, _ = shoal("market", "mine", "--data", "cheap")
+        assert code == 0 and re.search(r"^2 +sold +H100", out, re.M) and re.search(r"^2 +bought +H100", out, re.M)
+        assert out.count("is in batch 2") == 4
+        assert out.count("is kept for you; the money is in escrow") == 1
+        mine = done(shoal("market", "mine", "--data", "dear", "--json"))
+        assert [one["what"] for one in mine["trades"]] == ["bought"] and not any(
             one["missing"] for one in mine["orders"]
         )
         assert {one["order"] for one in mine["orders"]} <= set(found["orders"])
+        for hour in mine["hours"]:
+            hold = open_hold(
+                Envelope.from_bytes(Path(hour["hold"]).read_bytes(), Hold.MAX_BYTES), bytes.fromhex(hour["node"])
+            )
+            assert hold.price == Price(350_000) and hold.escrow is not None and hold.escrow.hex() == hour["escrow"]
+            assert hold.until_ms - hold.from_ms == HOUR_MS and hold.from_ms == hour["block"]["start_ms"]
+        assert done(shoal("account", "balance", "--json"))["balance_micro"] == 24_645_000, (
+            "less 0.35, and 0.005 for later"
+        )
+        code, _, err = sell("cheap", "0.10")
+        assert code == 1 and "This hour was sold in batch 2" in err
         assert shoal("market", "verify", "2.batch", "--order", second["file"])[0] == 0
         assert shoal("market", "show", "2", "--save", "2.batch")[0] == 2, "a file that is there"
         late = Path(second["file"]).with_name(f"{2:016}-late.order")
-        late.write_bytes(sign_late(dear, kept))
+        late.write_bytes(sign_late(Path("dear"), kept))
         code, out, _ = shoal("market", "mine")
         assert code == 4 and "was signed for batch 2 and is not in it" in out
         code, _, err = shoal("market", "show", "9")
         assert code == 2 and "SH-157" in err and "is open" in err
+
+        code, _, err = shoal("market", "resell", "--hour", HOUR, "--price", "0.34")
+        assert code == 2 and "SH-156" in err and "was promised 0.35 for this hour" in err
+        resale = done(shoal("market", "resell", "--hour", HOUR, "--price", "0.35", "--blocks", "1", "--json"))
+        until(shoal, resale["batch"] + 1)
+        assert "0 of 1 blocks" in shoal("market", "mine")[1], "nobody wants it"
 
 
 def sign_late(folder: Path, order: Ask) -> bytes:
@@ -141,25 +229,6 @@ def sign_late(folder: Path, order: Ask) -> bytes:
 
     key = load_or_create_key(folder / "node.key")
     return sign(key, replace(order, terms=replace(order.terms, limit_micro=1))).to_bytes()
-
-
-def test_a_node_sells_as_what_it_offers(shoal: Shoal, tmp_path: Path) -> None:
-    node = tmp_path / "home" / "node"
-    with (
-        a_process("hub", "--data", str(tmp_path / "hub"), "--http", "") as hub,
-        a_process("market", "run", "--data", str(tmp_path / "auction"), "--every", NEVER) as auction,
-        a_process("node", "start", "--hub", hub["ticket"], "--data", str(node), "--device", "cpu") as ready,
-    ):
-        sold = ("market", "sell", "--hour", HOUR, "--price", "0.30", "--auction", auction["ticket"])
-        order = done(shoal(*sold, "--hub", hub["ticket"], "--json"))
-        envelope = Envelope.from_bytes(Path(order["file"]).read_bytes(), ORDER_MAX_BYTES)
-        kind = open_order(envelope).terms.block.of
-        assert envelope.signer.hex() == ready["node"]
-        assert kind.device and kind.device in " ".join(ready["devices"]) and kind.memory_gib >= 1
-        (node / "node.key").unlink()
-        load_or_create_key(node / "node.key")
-        code, _, err = shoal(*sold, "--hub", hub["ticket"])
-        assert code == 2 and "has no offer at the hubs" in err and "--class" in err
 
 
 SELL, BUY = ["market", "sell", "--hour", HOUR], ["market", "buy", "--hour", HOUR]

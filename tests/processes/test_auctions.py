@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from auction_world import ANN, BEN, CAT, EVERY_S, NODES, AuctionProcess, Hall, a_hall, terms
+from auction_world import ANN, BEN, CAT, EVERY_S, LEDGER, NODES, AuctionProcess, Hall, a_hall, terms
 
 from shoal.auctions import AuctionServer, AuctionSettings, AuctionStore, RemoteAuction
 from shoal.auctions.auctioneer import AuctionBusy, Auctioneer, BatchFull, NotPublished, OrderRefused
@@ -27,7 +27,7 @@ from shoal.protocol.messages import encode, sign
 from shoal.protocol.orders import HOUR_MS, Ask, BadOrder, Bid
 from shoal.transport import MemoryNetwork, TlsEndpoint
 from shoal.transport.allowances import TooManyRequests
-from shoal.world import HeldClock, LinkLost, Refused, Request, SeededDice, SystemClock
+from shoal.world import HeldClock, LinkLost, MemoryLedger, Refused, Request, SeededDice, SystemClock
 
 FAST_S, NEVER_S = 0.05, 3600.0
 
@@ -129,7 +129,7 @@ def test_who_signs_what_would_not_count_is_told_why_at_once(tmp_path: Path) -> N
             (hall.ask(NODES[1], 1), "It is for batch 1; this is 2"),
             (hall.ask(NODES[1], 3), "It is for batch 3; this is 2"),
             (hall.ask(NODES[1], 2, expires_ms=now), "It had expired"),
-            (sign(NODES[1], Ask(terms=terms(ANN.node_id, 2, now, 1))), "It is for the auctioneer"),
+            (sign(NODES[1], Ask(terms=terms(ANN.node_id, 2, now, 1), payee=bytes(20))), "It is for the auctioneer"),
             (hall.ask(NODES[0], 2, sequence=4), "does not replace: give it a higher sequence"),
             (hall.ask(NODES[0], 2, 150_000, sequence=5), "has given order 5 for this already"),
         ):
@@ -186,7 +186,11 @@ def test_what_is_no_order_of_its_signer_is_refused(tmp_path: Path) -> None:
         published = await hall.remote.published(1)
         with pytest.raises(BadOrder, match="market.batch"):
             await hall.remote.hand_in(Envelope.from_bytes(published.batch, 4096))
-        elsewhere = sign(ANN, Bid(terms=terms(hall.ticket.auctioneer, 2, hall.clock.now_ms(), 1), blocks=1), "other")
+        elsewhere = sign(
+            ANN,
+            Bid(terms=terms(hall.ticket.auctioneer, 2, hall.clock.now_ms(), 1), blocks=1, escrow=bytes(32)),
+            "other",
+        )
         with pytest.raises(Refused, match="network 'other'"):
             await hall.remote.hand_in(elsewhere)
         assert (await hall.remote.about()).orders == 0
@@ -317,7 +321,9 @@ async def remote_of(process: AuctionProcess) -> tuple[TlsEndpoint, RemoteAuction
 
 def orders_for(process: AuctionProcess, batch: int, *keys: KeyPair) -> list[Envelope]:
     now_ms = SystemClock().now_ms()
-    return [sign(key, Ask(terms=terms(process.ticket.auctioneer, batch, now_ms, 200_000))) for key in keys]
+    return [
+        sign(key, Ask(terms=terms(process.ticket.auctioneer, batch, now_ms, 200_000), payee=bytes(20))) for key in keys
+    ]
 
 
 async def until(condition: Callable[[], Awaitable[bool]]) -> None:
@@ -504,7 +510,9 @@ def test_a_large_batch_is_had_part_by_part_and_old_ones_go(tmp_path: Path, monke
 
 def test_a_folder_has_one_auction_with_one_key(tmp_path: Path) -> None:
     async def started(settings: AuctionSettings) -> None:
-        server = AuctionServer(settings, MemoryNetwork().endpoint, HeldClock(), SeededDice(1))
+        server = AuctionServer(
+            settings, MemoryNetwork().endpoint, lambda _: MemoryLedger(LEDGER, HeldClock()), HeldClock(), SeededDice(1)
+        )
         await server.start()
         await server.stop()
 
@@ -618,7 +626,7 @@ def test_who_says_to_have_taken_another_order_is_not_believed() -> None:
         await asker.close()
         await liar.close()
 
-    order = sign(ANN, Ask(terms=terms(BEN.node_id, 2, 0, 1)))
+    order = sign(ANN, Ask(terms=terms(BEN.node_id, 2, 0, 1), payee=bytes(20)))
     asyncio.run(play())
 
 

@@ -90,10 +90,10 @@ class Auctioneer:
         return OrderTerms(**{**usual, **changed})
 
     def bid(self, key: KeyPair, limit: int, blocks: int = 1, **changed: Any) -> Envelope:
-        return sign(key, Bid(terms=self.terms(limit, **changed), blocks=blocks))
+        return sign(key, Bid(terms=self.terms(limit, **changed), blocks=blocks, escrow=bytes(32)))
 
     def ask(self, key: KeyPair, limit: int, **changed: Any) -> Envelope:
-        return sign(key, Ask(terms=self.terms(limit, **changed)))
+        return sign(key, Ask(terms=self.terms(limit, **changed), payee=key.node_id[:20]))
 
     def resale(self, key: KeyPair, limit: int, *purchases: tuple[int, KeyPair], **changed: Any) -> Envelope:
         named = tuple(Purchase(batch, node.node_id) for batch, node in purchases)
@@ -255,19 +255,24 @@ def bought(market: Auctioneer) -> tuple[KeyPair, KeyPair]:
 def test_who_has_bought_a_block_sells_it_on_once() -> None:
     market = Auctioneer()
     holder, node = bought(market)
-    market.close(market.resale(holder, 100_000, (2, node)), market.bid(CAT, 900_000), market.bid(DAN, 900_000))
+    low = market.resale(holder, 299_999, (2, node))
+    published = market.close(low, market.bid(CAT, 900_000), market.bid(DAN, 900_000))
+    assert why(published)[low.record_id] == "under-price"
+    assert "was promised 0.30 for this hour, and would get as little as 0.299999" in reasons(published)[low.record_id]
+    market.close(market.resale(holder, 300_000, (2, node)), market.bid(CAT, 900_000), market.bid(DAN, 900_000))
     [again] = [one for one in market.carried.held if one.node == node.node_id]
-    assert again.batch == 3 and again.holder in (CAT.node_id, DAN.node_id)
-    twice = market.resale(holder, 100_000, (2, node))
+    assert again.batch == 4 and again.holder in (CAT.node_id, DAN.node_id)
+    assert (again.price_micro, again.payee) == (900_000, node.node_id[:20])
+    twice = market.resale(holder, 300_000, (2, node))
     published = market.close(twice, market.bid(OTHER, 900_000), market.bid(AUCTIONEER, 900_000))
     assert why(published)[twice.record_id] == "not-held"
     assert reasons(published)[twice.record_id] == (
-        f"This hour of node {node.node_id.hex()[:8]} is held by {again.holder.hex()[:8]} since batch 3; "
+        f"This hour of node {node.node_id.hex()[:8]} is held by {again.holder.hex()[:8]} since batch 4; "
         f"{holder.node_id.hex()[:8]} cannot sell it."
     )
     new = next(key for key in (CAT, DAN) if key.node_id == again.holder)
-    market.close(market.resale(new, 100_000, (3, node)), market.bid(OTHER, 900_000), market.bid(AUCTIONEER, 900_000))
-    assert market.carried.held[0].batch == 5 or market.carried.held[1].batch == 5
+    market.close(market.resale(new, 900_000, (4, node)), market.bid(OTHER, 950_000), market.bid(AUCTIONEER, 950_000))
+    assert market.carried.held[0].batch == 6 or market.carried.held[1].batch == 6
 
 
 def test_what_somebody_does_not_hold_it_cannot_sell() -> None:
@@ -290,7 +295,7 @@ def test_what_somebody_does_not_hold_it_cannot_sell() -> None:
 
 def test_only_so_many_blocks_are_sold_ahead() -> None:
     nodes = (number.to_bytes(32) for number in range(HELD_MAX - 1))
-    held = tuple(Held(BLOCK.start_ms, node, ANN.node_id, 1, block_hash(BLOCK)) for node in nodes)
+    held = tuple(Held(BLOCK.start_ms, node, ANN.node_id, 1, block_hash(BLOCK), 5, bytes(20)) for node in nodes)
     market = Auctioneer()
     carried = replace(market.carried, held=held)
     asks = [market.ask(node, 5) for node in NODES[:3]]
@@ -339,7 +344,7 @@ def test_what_does_not_open_stays_out_of_a_batch() -> None:
 def test_there_is_room_for_all_that_a_batch_may_come_to() -> None:
     of = NodeClass(device="x" * 96, devices=64, memory_gib=1 << 20, tier="sandboxed", country="DE")
     block = Block(of=of, start_ms=BLOCK.start_ms, ledger=HouseLedger(bytes(32), "A" * 12))
-    trades = (Trade(bytes(32), bytes(32), bytes(32)),) * (SOLD_MAX // ORDERS_MAX)
+    trades = (Trade(bytes(32), bytes(32), bytes(32), bytes(20)),) * (SOLD_MAX // ORDERS_MAX)
     cleared = (Cleared(block=block, price_micro=PRICE_MAX_MICRO_PER_H, trades=trades),) * ORDERS_MAX
     left = tuple(LeftOut(number.to_bytes(32), "other-batch") for number in range(ORDERS_MAX))
     encode(Clearing(batch=bytes(32), cleared=cleared, left_out=left, after=bytes(32)))
@@ -360,6 +365,7 @@ def test_no_block_has_two_holders_and_only_its_holder_sells_it(data: st.DataObje
     market = Auctioneer()
     sold: set[tuple[int, bytes]] = set()
     holder: dict[tuple[int, bytes], bytes] = {}
+    price: dict[tuple[int, bytes], int] = {}
     traders = [ANN, BEN, CAT, DAN]
     for _ in range(data.draw(st.integers(1, 4))):
         orders = []
@@ -385,7 +391,9 @@ def test_no_block_has_two_holders_and_only_its_holder_sells_it(data: st.DataObje
                     sold.add(at)
                 else:
                     assert holder[at] == trade.seller
-                assert trade.buyer != trade.seller
+                assert trade.buyer != trade.seller and trade.payee == trade.node[:20]
+                assert cleared.price_micro >= price.get(at, 0), "what a node was promised it gets"
+                price[at] = cleared.price_micro
         for cleared in outcome.cleared:
             holder |= {(cleared.block.start_ms, trade.node): trade.buyer for trade in cleared.trades}
         assert {(one.start_ms, one.node): one.holder for one in market.carried.held} == holder

@@ -17,7 +17,7 @@ SURFACE = {
     "shoal quickstart": "--seed --honest --tokens --files --runs --json",
     "shoal up": "--nodes --speeds --threads --json",
     "shoal down": "--json",
-    "shoal train": "[JOB.YAML] --hub --runs --resume --replace --detach --dry-run --budget --ledger "
+    "shoal train": "[JOB.YAML] --hub --runs --resume --replace --detach --dry-run --budget --bought --ledger "
     "--prompt --listen --fields --json",
     "shoal attach": "RUN --hub --listen --json",
     "shoal plan": "JOB.YAML --hub --deadline --json",
@@ -55,11 +55,13 @@ SURFACE = {
     "shoal offers": "--hub --device --device-name --memory --flops --bandwidth --latency --country --without-country "
     "--region --without-region --tier --reputation --notice --max-price --currency --idle --sort --limit --json",
     "shoal market": "",
-    "shoal market run": "--listen --every --public --data --json",
-    "shoal market sell": "--hour --price --class --auction --ledger --hub --data --json",
+    "shoal market run": "--listen --every --public --ledger --data --json",
+    "shoal market sell": "--hour --price --class --account --auction --ledger --hub --data --json",
     "shoal market buy": "--class --hour --price --blocks --auction --ledger --json",
+    "shoal market resell": "--hour --price --class --blocks --auction --json",
     "shoal market show": "[NUMBER] --save --auction --json",
-    "shoal market mine": "--last --auction --data --json",
+    "shoal market mine": "--last --auction --ledger --hub --data --json",
+    "shoal market compare": "BATCH_A BATCH_B --json",
     "shoal market verify": "BATCH --order --json",
 }
 HIDDEN = {

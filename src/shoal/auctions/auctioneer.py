@@ -21,11 +21,14 @@ from shoal.auctions.store import AuctionFailed, AuctionStore
 from shoal.errors import BadInput, BadRecord, LinkError, ShoalError, StorageError
 from shoal.identity import Envelope, KeyPair, blake3_hash
 from shoal.market.batches import Carried, Gathering, Signed
+from shoal.market.bids import say_unfunded
 from shoal.market.publishing import Published, close, verified
 from shoal.protocol.auctions import BatchPart, Taken
 from shoal.protocol.messages import DEFAULT_NETWORK
-from shoal.protocol.orders import ORDER_MAX_BYTES, ORDERS_MAX, Clearing, open_order
-from shoal.world import Clock, Dice
+from shoal.protocol.money import ledger_text
+from shoal.protocol.orders import ORDER_MAX_BYTES, ORDERS_MAX, Bid, Clearing, open_order
+from shoal.transport.allowances import RateLimit
+from shoal.world import Clock, Dice, Ledger
 
 TRADER_ORDERS_MAX = 256
 """Of one trader, in one batch."""
@@ -33,6 +36,8 @@ SOURCE_ORDERS_MAX = 1024
 """From one address, in one batch, whatever keys sign: a quarter of it."""
 WAITING_MAX = ORDERS_MAX
 """Orders that wait for the disk, or until a batch is closed."""
+BIDS_PER_S, BIDS_BURST = 5.0, 256
+"""From one address: for each the ledger is asked."""
 AT_A_TIME = 512
 """Orders that are written in one transaction."""
 _log = logging.getLogger("shoal.auctions")
@@ -75,10 +80,11 @@ class Auctioneer:
     """Takes orders and closes batches, for the tasks of one event loop. Made by `open`; the store is its own then."""
 
     def __init__(
-        self, store: AuctionStore, key: KeyPair, clock: Clock, dice: Dice, every_s: float, network: str
+        self, store: AuctionStore, key: KeyPair, ledger: Ledger, clock: Clock, dice: Dice, every_s: float, network: str
     ) -> None:
         self._store, self._key, self._clock, self._dice = store, key, clock, dice
         self._every_s, self._network = every_s, network
+        self._ledger, self._bids = ledger, RateLimit(clock, BIDS_PER_S, BIDS_BURST)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="auction")
         self._turn = asyncio.Lock()
         self._waiting: deque[_Waiting] = deque()
@@ -93,6 +99,7 @@ class Auctioneer:
         cls,
         store: AuctionStore,
         key: KeyPair,
+        ledger: Ledger,
         clock: Clock,
         dice: Dice,
         *,
@@ -100,8 +107,8 @@ class Auctioneer:
         network: str = DEFAULT_NETWORK,
     ) -> Auctioneer:
         """As it was when it last ran; the first batch, which has no orders, is closed at once. What was published last
-        is cleared again. Raises AuctionFailed."""
-        one = cls(store, key, clock, dice, every_s, network)
+        is cleared again. Hours are paid at `ledger`. Raises AuctionFailed."""
+        one = cls(store, key, ledger, clock, dice, every_s, network)
         try:
             if not await one._resume():
                 one._carried, one._seed = Carried(), dice.bytes(32)
@@ -134,10 +141,12 @@ class Auctioneer:
 
     async def hand_in(self, envelope: Envelope, source: str = "?") -> Taken:
         """Take an order for the open batch; it is durable when this returns. The same one again does nothing more.
-        Raises what `open_order` does, OrderRefused, BatchFull, AuctionBusy, AuctionFailed."""
+        Raises what `open_order` and the ledger do, OrderRefused, BatchFull, AuctionBusy, AuctionFailed."""
+        signed = Signed(envelope.record_id, envelope.signer, open_order(envelope, self._network))
+        if signed.id not in self._orders:
+            await self._check_money(signed, source)
         if len(self._waiting) >= WAITING_MAX:
             raise AuctionBusy(f"{WAITING_MAX} orders wait for this auction already; try again in a moment.")
-        signed = Signed(envelope.record_id, envelope.signer, open_order(envelope, self._network))
         taken: asyncio.Future[Taken] = asyncio.get_running_loop().create_future()
         self._waiting.append(_Waiting(signed, envelope, source, taken))
         if self._writing is None or self._writing.done():
@@ -184,6 +193,17 @@ class Auctioneer:
         self._waiting.clear()
         await asyncio.to_thread(self._thread.shutdown)
         self._store.close()
+
+    async def _check_money(self, signed: Signed, source: str) -> None:
+        """Raises OrderRefused, TooManyRequests, and what the ledger does."""
+        order, ledger = signed.order, self._ledger.name
+        if order.terms.block.ledger != ledger:
+            raise OrderRefused(f"Hours are paid here at the ledger {ledger_text(ledger)}; the order names another one.")
+        if isinstance(order, Bid):
+            self._bids.spend(source.encode(), "A bid")
+            reason = say_unfunded(order, signed.trader, await self._ledger.escrow(order.escrow))
+            if reason is not None:
+                raise OrderRefused(f"The order does not count: {reason}")
 
     # --- the open batch -----------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from shoal.errors import ShoalError, StorageError
 from shoal.identity import KeyPair, load_or_create_key
 from shoal.protocol.auctions import AuctionTicket
 from shoal.protocol.messages import DEFAULT_NETWORK
-from shoal.world import Address, Clock, Dice, DirectoryDisk, DiskLock, Endpoint
+from shoal.world import Address, Clock, Dice, DirectoryDisk, DiskLock, Endpoint, Ledger
 
 DEFAULT_EVERY_S = 10.0
 _log = logging.getLogger("shoal.auctions")
@@ -45,10 +45,17 @@ class AuctionServer:
     """An auction from start to stop. What it acknowledged or published survives `kill -9`."""
 
     def __init__(
-        self, settings: AuctionSettings, make_endpoint: Callable[[KeyPair], Endpoint], clock: Clock, dice: Dice
+        self,
+        settings: AuctionSettings,
+        make_endpoint: Callable[[KeyPair], Endpoint],
+        make_ledger: Callable[[Endpoint], Ledger],
+        clock: Clock,
+        dice: Dice,
     ) -> None:
-        """`dice` draws the seeds of the lots: nobody else may know its throws."""
+        """`make_ledger` gives that at which hours are paid; `dice` draws the seeds of the lots: nobody else may know
+        its throws."""
         self._settings, self._make_endpoint, self._clock, self._dice = settings, make_endpoint, clock, dice
+        self._make_ledger = make_ledger
         self._lock: DiskLock | None = None
         self._auctioneer: Auctioneer | None = None
         self._endpoint: Endpoint | None = None
@@ -87,10 +94,11 @@ class AuctionServer:
         except BaseException:
             store.close()
             raise
-        self._auctioneer = await Auctioneer.open(
-            store, key, self._clock, self._dice, every_s=settings.every_s, network=settings.network
-        )
         self._endpoint = self._make_endpoint(key)
+        self._auctioneer = await Auctioneer.open(
+            store, key, self._make_ledger(self._endpoint), self._clock, self._dice, every_s=settings.every_s,
+            network=settings.network,
+        )  # fmt: skip
         AuctionService(
             self._endpoint, self._auctioneer, self._clock, every_s=settings.every_s, network=settings.network
         )

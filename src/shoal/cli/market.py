@@ -1,11 +1,13 @@
-"""`shoal market`: an auction of hours, by who runs one and by who trades there; and whether its batches are right."""
+"""`shoal market`: an auction of hours, by who runs one and by who trades there; whether its batches are right, and what
+two of one number prove."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Awaitable, Callable
-from datetime import UTC, datetime
+from collections import defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -29,27 +31,34 @@ from shoal.cli.output import (
     until_stopped,
 )
 from shoal.errors import BadInput, BadRecord, ShoalError
-from shoal.identity import KeyPair, load_key, short_id
+from shoal.identity import Envelope, KeyPair, load_key, short_id
+from shoal.identity.accounts import parse_address
 from shoal.protocol.orders import (
     BID_BLOCKS_MAX,
     HOUR_MS,
+    RESALE_BLOCKS_MAX,
     Ask,
-    Bid,
+    Batch,
     Block,
     NodeClass,
-    Order,
     OrderTerms,
+    Purchase,
+    Resale,
+    closed_twice,
 )
 from shoal.protocol.prices import PRICE_MAX_MICRO_PER_H
 from shoal.quantities import format_duration_s, parse_duration_s
 from shoal.quantities.money import format_money
 from shoal.sdk.local import shoal_home
-from shoal.world import DeadlineExceeded, LinkLost, SystemClock, SystemDice
+from shoal.world import DeadlineExceeded, Link, LinkLost, SystemClock, SystemDice
 from shoal.world.processes import die_with_parent
 
 if TYPE_CHECKING:
     from shoal.auctions import RemoteAuction
-    from shoal.market.publishing import Verified
+    from shoal.market.publishing import Published, Verified
+    from shoal.protocol.offers import Offer
+    from shoal.sdk.hours import BoughtHour, Buyer, KeptBid, KeptBids, Reach
+    from shoal.world.directory import FoundOffer
 
 WRONG, MISSING = 3, 4
 """Exit codes."""
@@ -59,6 +68,7 @@ EXPIRES_AFTER_MS = 60_000
 SIGNED_AGAIN_MAX = 5
 """How often an order is signed for the next batch because the one that it was signed for has just been closed."""
 LAST_MAX = 1000
+DIAL_DEADLINE_S = 8.0
 SHORT = 12
 """Hexadecimal digits of an order's id, for people."""
 T = TypeVar("T")
@@ -109,6 +119,7 @@ def run_auction(
             show_default=False,
         ),
     ] = None,
+    ledger: LedgerFlag = None,
     data: Annotated[
         Path | None, typer.Option("--data", help="Its key and database.", show_default="~/.shoal/auction")
     ] = None,
@@ -117,10 +128,12 @@ def run_auction(
 ) -> None:
     """Run an auction: it takes orders for hours of nodes, closes a batch of them every so often, and publishes it.
 
-    It prints its ticket; give that to `--auction` elsewhere. What it acknowledged or published survives a crash. Keep
+    It prints its ticket; give that to `--auction` elsewhere. Hours are paid at one ledger: it asks that whether the money
+    of a bid is there. What it acknowledged or published survives a crash. Keep
     its folder, and never put an old copy in its place: two batches of one number, signed with its key, convict it.
     """  # fmt: skip
     from shoal.auctions import AuctionServer, AuctionSettings
+    from shoal.house import RemoteLedger
     from shoal.transport import TlsEndpoint
 
     if with_parent:
@@ -136,8 +149,12 @@ def run_auction(
         data=data or shoal_home() / "auction", every_s=every_s, listen=listen, public=tuple(public or ())
     )
 
+    paid_at, clock = places.ledger_ticket(ledger), SystemClock()
+
     async def work() -> None:
-        server = AuctionServer(settings, TlsEndpoint, SystemClock(), SystemDice())
+        server = AuctionServer(
+            settings, TlsEndpoint, lambda endpoint: RemoteLedger(endpoint, paid_at, clock), clock, SystemDice()
+        )
         ticket = await server.start()
         if json:
             print_json({"ready": "auction", "ticket": str(ticket), "pid": os.getpid()})
@@ -161,6 +178,10 @@ def sell(
         str | None,
         typer.Option("--class", metavar="CLASS", help=f"{CLASS_HELP}.", show_default="as its offer at a hub has it"),
     ] = None,
+    account: Annotated[
+        str | None,
+        typer.Option(metavar="0x...", help="The account at which the node is paid.", show_default="your own"),
+    ] = None,
     auction: AuctionFlag = None,
     ledger: LedgerFlag = None,
     hub: HubFlag = None,
@@ -169,17 +190,26 @@ def sell(
 ) -> None:
     """Sell an hour of this machine's node in the batch that is open, for at least so much.
 
-    The order is signed with the node's key. Its class is what the node measured and offers at a hub: its first kind of
-    device, how many, their memory, the tier, wherever it is. It is good for one batch: where it does not trade, sign
-    another one. Whoever has bought an hour gets it from you: a trade moves no money yet.
+    The node has to be up, with a price: it keeps that hour free from now on, and for whoever buys it. The order is signed
+    with the node's key. Its class is what the node measured and offers at a hub: its first kind of device, how many,
+    their memory, the tier, wherever it is. It is good for one batch: where it does not trade, sell the hour again.
     """  # fmt: skip
+    from shoal.protocol.messages import sign
+    from shoal.sdk.hours import have_promised
+
     key = load_key((data or shoal_home() / "node") / "node.key")
-    block = Block(
-        of=_offered_class(key.node_id, hub) if of is None else _class_of(of),
-        start_ms=_hour_of(hour),
-        ledger=places.ledger_ticket(ledger).ledger,
-    )
-    _hand_in(auction, key, block, _limit_of(price), lambda terms: Ask(terms=terms), "sells", json)
+    payee = parse_address(account) if account is not None else places.account_key().address
+    paid_at, start_ms, limit = places.ledger_ticket(ledger).ledger, _hour_of(hour), _limit_of(price)
+    ticket, reach = places.auction_ticket(auction), _reach(hub)
+    kind = _class_of(of) if of is not None else _class_offered(run(lambda: _offer_of(key.node_id, hub)))
+
+    async def make(_: RemoteAuction, terms: OrderTerms) -> Envelope:
+        order = sign(key, Ask(terms=terms, payee=payee))
+        await have_promised(key, order, str(ticket), reach)
+        return order
+
+    block = Block(of=kind, start_ms=start_ms, ledger=paid_at)
+    _hand_in(auction, block, limit, make, "sells", json)
 
 
 @market_app.command("buy")
@@ -194,16 +224,79 @@ def buy(
 ) -> None:
     """Buy an hour of so many nodes of a class in the batch that is open, each for at most so much.
 
-    You pay what the last one costs who is left out, and never more than your price: it pays to say what an hour is
-    worth to you. The order is signed with your key, and good for one batch. A trade moves no money yet.
+    All that this may cost is set aside. You pay what the last one costs who is left out, and never more than your price:
+    it pays to say what an hour is worth to you. The order is good for one batch. Once that is closed, `shoal market mine`
+    has the nodes keep what you bought, and what you did not buy comes back; do so within the hour.
     """  # fmt: skip
+    from shoal.sdk.hours import KeptBids
+    from shoal.sdk.orders import KeptOrders
+
     if not 1 <= blocks <= BID_BLOCKS_MAX:
         raise BadFlag(f"--blocks {blocks} cannot be used: from 1 to {BID_BLOCKS_MAX}.")
     block = Block(of=_class_of(of), start_ms=_hour_of(hour), ledger=places.ledger_ticket(ledger).ledger)
+    limit = _limit_of(price)
     said = f"buys up to {blocks} x" if blocks > 1 else "buys"
-    _hand_in(
-        auction, places.user_key(), block, _limit_of(price), lambda terms: Bid(terms=terms, blocks=blocks), said, json
-    )
+    bids = KeptBids(KeptOrders(_orders_folder(), places.auction_ticket(auction).auctioneer))
+    tried: list[KeptBid] = []
+
+    async def make(one: RemoteAuction, terms: OrderTerms) -> Envelope:
+        async with _buying(one, bids, ledger, None) as buyer:
+            tried.append(await buyer.set_aside(terms, blocks))
+        return tried[-1].envelope
+
+    async def undo(one: RemoteAuction) -> None:
+        async with _buying(one, bids, ledger, None) as buyer:
+            await buyer.drop(tried[-1])
+
+    _hand_in(auction, block, limit, make, said, json, undo)
+
+
+@market_app.command("resell")
+def resell(
+    hour: HourFlag,
+    price: Annotated[
+        str, typer.Option(metavar="AMOUNT", help="What a block brings its node at least; not less than it cost you.")
+    ],
+    of: Annotated[
+        str | None,
+        typer.Option("--class", metavar="CLASS", help=f"{CLASS_HELP}.", show_default="what you have of that hour"),
+    ] = None,
+    blocks: Annotated[
+        int | None, typer.Option(metavar="N", help="So many of them at most.", show_default="all")
+    ] = None,
+    auction: AuctionFlag = None,
+    json: JsonFlag = False,
+) -> None:
+    """Pass hours on that you bought and will not use, in the batch that is open.
+
+    What is sold is given back to its node by the next `shoal market mine`, and your money for it comes back. The new
+    price is the node's: an hour that is not used costs you nothing, and passing it on earns you nothing.
+    """  # fmt: skip
+    from shoal.protocol.messages import sign
+    from shoal.sdk.hours import KeptBids, hour_key
+    from shoal.sdk.orders import KeptOrders
+
+    if blocks is not None and blocks < 1:
+        raise BadFlag(f"--blocks {blocks} cannot be used: from 1 on.")
+    start_ms, limit, kind = _hour_of(hour), _limit_of(price), _class_of(of) if of is not None else None
+    bids = KeptBids(KeptOrders(_orders_folder(), places.auction_ticket(auction).auctioneer))
+    mine: dict[Block, list[Purchase]] = defaultdict(list)
+    for one in bids.all():
+        block = one.bid.terms.block
+        if block.start_ms == start_ms and kind in (None, block.of):
+            mine[block] += [Purchase(one.bid.terms.batch, each.node) for each in one.hours or () if not each.passed_on]
+    found = {block: purchases for block, purchases in mine.items() if purchases}
+    if len(found) != 1:
+        have = ", ".join(_described(block) for block in found) or "nothing"
+        raise BadFlag(f"--hour {hour}: you have bought {have} of it here; name one with --class.")
+    [(block, purchases)] = found.items()
+    named = tuple(purchases[: min(blocks or RESALE_BLOCKS_MAX, RESALE_BLOCKS_MAX)])
+    key = hour_key(places.user_key(), block)
+
+    async def make(_: RemoteAuction, terms: OrderTerms) -> Envelope:
+        return sign(key, Resale(terms=terms, purchases=named))
+
+    _hand_in(auction, block, limit, make, f"passes on {len(named)} x", json)
 
 
 @market_app.command("show")
@@ -263,26 +356,35 @@ def show(
 def mine(
     last: Annotated[int, typer.Option(metavar="N", help="Look through the newest so many batches.")] = 10,
     auction: AuctionFlag = None,
+    ledger: LedgerFlag = None,
+    hub: HubFlag = None,
     data: NodeData = None,
     json: JsonFlag = False,
 ) -> None:
-    """Show what you and this machine's node bought and sold in the last batches, and what became of your orders.
+    """Show what you and this machine's node bought and sold in the last batches, and bring to its end what you bought.
 
-    Orders that were signed on this machine are looked for in their batches: one that is missing is told. Exit code 4
-    where one is.
+    The money of bids that bought nothing comes back. Of what was bought the nodes sign that they keep the hour for you,
+    and exactly what it costs stays set aside; what you have passed on is given back to them. Orders that were signed on
+    this machine are looked for in their batches: one that is missing is told. Exit code 4 where one is.
     """  # fmt: skip
     from shoal.market.batches import short
     from shoal.market.publishing import left_out
+    from shoal.sdk.hours import KeptBids, hour_key
     from shoal.sdk.orders import KeptOrders
 
     if not 1 <= last <= LAST_MAX:
         raise BadFlag(f"--last {last} cannot be used: from 1 to {LAST_MAX}.")
     ticket = places.auction_ticket(auction)
-    node_key = (data or shoal_home() / "node") / "node.key"
-    keys = {places.user_key().node_id, *([load_key(node_key).node_id] if node_key.exists() else [])}
+    node_key, user = (data or shoal_home() / "node") / "node.key", places.user_key()
+    keys = {load_key(node_key).node_id} if node_key.exists() else set[bytes]()
     kept = KeptOrders(_orders_folder(), ticket.auctioneer)
+    bids = KeptBids(kept)
+    known = bids.all()
+    keys |= {hour_key(user, one.bid.terms.block).node_id for one in known}
     trades: list[dict[str, Any]] = []
     orders: list[dict[str, Any]] = []
+    passed_on: dict[bytes, set[bytes]] = defaultdict(set)
+    """Nodes of a bid's hours that were sold again, by the bid's id."""
 
     def look(checked: Verified) -> None:
         number = checked.batch.number
@@ -299,6 +401,10 @@ def mine(
                                 "price_micro": market.price_micro, "node": trade.node, "with": other,
                             }
                         )  # fmt: skip
+            for bid in known:
+                if bid.bid.terms.block == market.block and bid.bid.terms.batch < number:
+                    me = hour_key(user, market.block).node_id
+                    passed_on[bid.order_id] |= {trade.node for trade in market.trades if trade.seller == me}
         signed_here = {order.record_id: order for order in kept.of(number)}
         for one in checked.orders:
             if one.trader in keys or one.id in signed_here:
@@ -309,17 +415,31 @@ def mine(
                 missing, said = left_out(checked, order)
                 orders.append({"order": order.record_id, "batch": number, "missing": missing, "sentence": said})
 
-    async def work(one: RemoteAuction) -> tuple[int, int]:
+    async def work(one: RemoteAuction) -> tuple[int, int, list[KeptBid]]:
         info = await one.about()
         first = max(info.oldest, info.running - last)
         for number in range(first, info.running):
             look(await one.batch(number))
-        return first, info.running
+        unsettled = [each for each in known if not each.over]
+        if not unsettled:
+            return first, info.running, []
+        settled = []
+        async with _buying(one, bids, ledger, hub) as buyer:
+            for each in unsettled:
+                each = await buyer.give_back(each, passed_on[each.order_id])
+                settled.append(await buyer.settle(each, info.running))
+        return first, info.running, settled
 
-    first, running = _ask(auction, work)
+    first, running, settled = _ask(auction, work)
     waiting = [one.record_id for one in kept.of(running)]
+    hours = [_bought(bids, one, hour) for one in settled for hour in one.hours or ()]
     if json:
-        print_json({"from": first, "to": running - 1, "trades": trades, "orders": orders, "waiting": waiting})
+        print_json(
+            {
+                "from": first, "to": running - 1, "trades": trades, "orders": orders, "waiting": waiting,
+                "hours": hours,
+            }
+        )  # fmt: skip
     else:
         if trades:
             table = Table("batch", "what", "block", "price", "node", "with", box=None, pad_edge=False)
@@ -330,14 +450,37 @@ def mine(
                     short_id(row["node"]), short_id(row["with"]),
                 )  # fmt: skip
             out.print(table)
-        for row in orders:
+        for row in [*orders, *hours]:
             out.print(shown(row["sentence"]), markup=False, soft_wrap=True)
         for name in waiting:
             out.print(f"Order {short(name)} was signed for batch {running}, which is open.", markup=False)
-        if not (trades or orders or waiting):
+        if not (trades or orders or waiting or hours):
             out.print(f"Nothing of yours is in batches {first} to {running - 1}.")
     if any(row["missing"] for row in orders):
         raise typer.Exit(MISSING)
+
+
+@market_app.command("compare")
+def compare(
+    one: Annotated[Path, typer.Argument(metavar="BATCH_A", help="A batch, as `shoal market show --save` wrote it.")],
+    other: Annotated[Path, typer.Argument(metavar="BATCH_B", help="Another one of that number, from somebody else.")],
+    json: JsonFlag = False,
+) -> None:
+    """Say whether two published batches prove that their auctioneer has closed one batch twice.
+
+    The two signatures are the proof, and convince anybody who has both files. Exit code 3 where they do.
+    """  # fmt: skip
+    first, second = (Envelope.from_bytes(_published(path).batch, Batch.MAX_BYTES) for path in (one, other))
+    proof = closed_twice(first, second)
+    if json:
+        print_json({"auctioneer": first.signer, "proof": proof})
+    elif proof is None:
+        out.print("They prove nothing: they are one and the same batch, or of two numbers or auctioneers.")
+    else:
+        out.print(shown(proof), markup=False, soft_wrap=True)
+        out.print("Keep both files, and trade there no more.")
+    if proof is not None:
+        raise typer.Exit(WRONG)
 
 
 @market_app.command("verify")
@@ -360,16 +503,10 @@ def verify(
     Exit code 0 when it is right, 3 when it is wrong, 4 when it is right and an order is missing; 1 and 2 are errors, as
     everywhere.
     """  # fmt: skip
-    from shoal.identity import Envelope
-    from shoal.market.publishing import FILE_MAX_BYTES, Published, left_out, verified
+    from shoal.market.publishing import left_out, verified
     from shoal.protocol.orders import ORDER_MAX_BYTES
 
-    try:
-        published = Published.from_bytes(_read(batch, FILE_MAX_BYTES))
-    except BadRecord as error:
-        raise NoBatch(
-            f"{batch} cannot be checked: {error.sentence} Name a file as the auctioneer published it."
-        ) from error
+    published = _published(batch)
     try:
         checked = verified(published)
     except BadRecord as error:
@@ -424,17 +561,16 @@ def _ask(named: str | None, question: Callable[[RemoteAuction], Awaitable[T]]) -
 
 def _hand_in(
     named: str | None,
-    key: KeyPair,
     block: Block,
     limit_micro: int,
-    order_of: Callable[[OrderTerms], Order],
+    make: Callable[[RemoteAuction, OrderTerms], Awaitable[Envelope]],
     says: str,
     json: bool,
+    undo: Callable[[RemoteAuction], Awaitable[None]] | None = None,
 ) -> None:
     """Sign an order for the batch that is open, keep it, and hand it in; again for the next one where that one was closed
-    meanwhile."""
+    meanwhile. `undo` is for one that was not taken."""
     from shoal.auctions.auctioneer import OrderRefused
-    from shoal.protocol.messages import sign
     from shoal.sdk.orders import KeptOrders
 
     ticket, clock = places.auction_ticket(named), SystemClock()
@@ -447,7 +583,7 @@ def _hand_in(
                 auctioneer=ticket.auctioneer, batch=info.running, sequence=clock.now_ms(), block=block,
                 expires_ms=min(info.closes_ms, block.start_ms) + EXPIRES_AFTER_MS, limit_micro=limit_micro,
             )  # fmt: skip
-            order = sign(key, order_of(terms))
+            order = await make(one, terms)
             path = kept.keep(order)
             try:
                 return await one.hand_in(order), path
@@ -458,6 +594,8 @@ def _hand_in(
                 ) from error
             except ShoalError as error:
                 path.unlink(missing_ok=True)
+                if undo is not None:
+                    await undo(one)
                 if not isinstance(error, OrderRefused) or again == SIGNED_AGAIN_MAX:
                     raise
                 info = await one.about()
@@ -477,35 +615,111 @@ def _hand_in(
     )  # fmt: skip
 
 
-def _offered_class(node: bytes, hub: list[str] | None) -> NodeClass:
-    """Of a node's offer at the hubs. Raises BadFlag where there is none."""
+@asynccontextmanager
+async def _buying(
+    auction: RemoteAuction, bids: KeptBids, ledger: str | None, hub: list[str] | None
+) -> AsyncIterator[Buyer]:
+    """This user, as somebody who buys hours."""
+    from shoal.house import RemoteLedger
+    from shoal.sdk.hours import Buyer
+    from shoal.transport import TlsEndpoint
+
+    account, ticket, clock = places.account_key(), places.ledger_ticket(ledger), SystemClock()
+    endpoint = TlsEndpoint(KeyPair.generate())
+    try:
+        at = RemoteLedger(endpoint, ticket, clock)
+        yield Buyer(places.user_key(), account, at, auction, bids, _reach(hub), clock, SystemDice())
+    finally:
+        await endpoint.close()
+
+
+def _reach(hub: list[str] | None) -> Reach:
+    """Links to nodes that the hubs know."""
+    from shoal.hub import HubClient
+    from shoal.protocol.offers import OfferFind
+    from shoal.transport import TlsEndpoint
+    from shoal.world.reach import reach
+
+    @asynccontextmanager
+    async def link(key: KeyPair, node: bytes) -> AsyncIterator[Link]:
+        clock, dice = SystemClock(), SystemDice()
+        endpoint = TlsEndpoint(key, clock=clock, dice=dice)
+        client = HubClient(endpoint, places.find_hubs(hub), clock=clock, dice=dice)
+        try:
+            await client.start()
+            found = await client.find(OfferFind(node=node))
+            yield await reach(
+                node, _first(found, node), endpoint=endpoint, directory=client, clock=clock,
+                dial_deadline_s=DIAL_DEADLINE_S,
+            )  # fmt: skip
+        finally:
+            await client.close()
+            await endpoint.close()
+
+    return link
+
+
+async def _offer_of(node: bytes, hub: list[str] | None) -> Offer:
+    """A node's offer at the hubs. Raises BadFlag where there is none."""
     from shoal.hub import HubClient
     from shoal.protocol.offers import OfferFind
     from shoal.transport import TlsEndpoint
 
-    tickets = places.find_hubs(hub)
+    clock, dice = SystemClock(), SystemDice()
+    endpoint = TlsEndpoint(KeyPair.generate(), clock=clock, dice=dice)
+    client = HubClient(endpoint, places.find_hubs(hub), clock=clock, dice=dice)
+    try:
+        await client.start()
+        return _first(await client.find(OfferFind(node=node)), node)
+    finally:
+        await client.close()
+        await endpoint.close()
 
-    async def work() -> NodeClass:
-        clock, dice = SystemClock(), SystemDice()
-        endpoint = TlsEndpoint(KeyPair.generate(), clock=clock, dice=dice)
-        client = HubClient(endpoint, tickets, clock=clock, dice=dice)
-        try:
-            await client.start()
-            found = await client.find(OfferFind(node=node))
-        finally:
-            await client.close()
-            await endpoint.close()
-        if not found:
-            raise BadFlag(
-                f"Node {short_id(node)} has no offer at the hubs that would say what it is: start it, or name its kind "
-                "with --class 'DEVICE N GiB'."
-            )
-        offer = found[0].offer
-        first = offer.capability.devices[0]
-        same = [one.memory_bytes for one in offer.capability.devices if one.name == first.name]
-        return _class(first.name, len(same), min(same) >> 30, None, offer.tier)
 
-    return run(work)
+def _first(found: Sequence[FoundOffer], node: bytes) -> Offer:
+    if not found:
+        raise BadFlag(
+            f"Node {short_id(node)} has no offer at the hubs: it has to be up, and known to one of them (--hub)."
+        )
+    return found[0].offer
+
+
+def _class_offered(offer: Offer) -> NodeClass:
+    first = offer.capability.devices[0]
+    same = [one.memory_bytes for one in offer.capability.devices if one.name == first.name]
+    return _class(first.name, len(same), min(same) >> 30, None, offer.tier)
+
+
+def _bought(bids: KeptBids, one: KeptBid, hour: BoughtHour) -> dict[str, Any]:
+    """An hour that was bought, for machines and for people."""
+    block, price = one.bid.terms.block, f"{format_money(hour.price_micro)} {one.ledger.currency}"
+    what = f"{_described(block)} of node {short_id(hour.node)}, bought in batch {one.bid.terms.batch} for {price}"
+    escrow = one.escrow_id.hex()[:SHORT]
+    if hour.passed_on:
+        said = f"{what}, is passed on, and given back."
+    elif hour.hold:
+        said = (
+            f"{what}, is kept for you; the money is in escrow {escrow}, the node's word in {bids.hold_file(one, hour)}."
+        )
+    else:
+        said = f"{what}, is not kept for you yet: {hour.trouble or 'it has not been asked.'}"
+    return {
+        "batch": one.bid.terms.batch, "block": block, "node": hour.node, "price_micro": hour.price_micro,
+        "escrow": one.escrow_id, "hold": str(bids.hold_file(one, hour)) if hour.hold else None,
+        "passed_on": hour.passed_on, "sentence": said,
+    }  # fmt: skip
+
+
+def _published(path: Path) -> Published:
+    """What a file holds that an auctioneer has published. Raises NoBatch."""
+    from shoal.market.publishing import FILE_MAX_BYTES, Published
+
+    try:
+        return Published.from_bytes(_read(path, FILE_MAX_BYTES))
+    except BadRecord as error:
+        raise NoBatch(
+            f"{path} cannot be checked: {error.sentence} Name a file as the auctioneer published it."
+        ) from error
 
 
 _CLASS = re.compile(
@@ -535,12 +749,7 @@ def _class(device: str, devices: int, memory_gib: int, country: str | None, tier
 
 
 def _hour_of(text: str) -> int:
-    """Unix time in milliseconds."""
-    try:
-        at = datetime.strptime(text, "%Y-%m-%dT%H").replace(tzinfo=UTC)
-    except ValueError:
-        raise BadFlag(f"--hour {text!r} cannot be used; write it as 2026-11-28T14, in UTC.") from None
-    start_ms = int(at.timestamp()) * 1000
+    start_ms = places.hour_of(text)
     if start_ms < SystemClock().now_ms():
         raise BadFlag(f"--hour {text} cannot be used: it has begun, and hours are traded before.")
     assert start_ms % HOUR_MS == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
 
 from shoal.cli.output import BadFlag, err, shown
@@ -36,6 +37,7 @@ __all__ = [
     "find_run",
     "forget_local",
     "holds_run",
+    "hour_of",
     "job_of",
     "ledger_ticket",
     "local_folder",
@@ -95,6 +97,15 @@ def amount_of(text: str) -> int:
     if not micro:
         raise BadFlag(f"{text} is nothing; name an amount, such as 25 or 0.35.")
     return micro
+
+
+def hour_of(text: str) -> int:
+    """When an hour begins, as Unix time in milliseconds. Raises BadFlag."""
+    try:
+        at = datetime.strptime(text, "%Y-%m-%dT%H").replace(tzinfo=UTC)
+    except ValueError:
+        raise BadFlag(f"The hour {text!r} cannot be used; write it as 2026-11-28T14, in UTC.") from None
+    return int(at.timestamp()) * 1000
 
 
 def refuse_wildcard(listen: str, instead: str) -> None:

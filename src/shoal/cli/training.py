@@ -7,7 +7,7 @@ import contextlib
 import shlex
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -34,13 +34,20 @@ from shoal.cli.output import (
 from shoal.cli.tables import RunView, print_completion, print_report
 from shoal.driver.report import Report
 from shoal.errors import BadInput, ShoalError
+from shoal.house import RemoteLedger
+from shoal.identity import KeyPair, load_key
+from shoal.protocol.orders import HOUR_MS
 from shoal.purse.bills import budget_of
 from shoal.quantities import format_bytes, format_count, format_duration_s, format_flops, parse_duration_s
 from shoal.quantities.money import format_money, parse_money
 from shoal.sdk.costs import Costs, Way
 from shoal.sdk.documents import describe, show_default
+from shoal.sdk.hours import Bought, KeptBid, KeptBids, bought_at, bought_hours, free_for
 from shoal.sdk.jobfile import JobFile, explain, parse_job, read_job_bytes, schema
-from shoal.sdk.train import Plan, TrainOptions, plan, resume, train
+from shoal.sdk.local import shoal_home
+from shoal.sdk.spending import Spending
+from shoal.sdk.train import DRIVER_KEY, Plan, TrainOptions, plan, resume, train
+from shoal.transport import TlsEndpoint
 from shoal.world import SystemClock
 
 if TYPE_CHECKING:
@@ -98,6 +105,14 @@ def train_command(
             show_default="the job file's; of a run that goes on, its own",
         ),
     ] = None,
+    bought: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOUR",
+            help="Use the hour that you bought with `shoal market buy`, while it lasts: 2026-11-28T14. It takes those nodes "
+            "and no others, for what you bought them for.",
+        ),
+    ] = None,
     ledger: LedgerFlag = None,
     prompt: Annotated[str | None, typer.Option(help="Have the trained model continue this text.")] = None,
     listen: Annotated[
@@ -148,18 +163,26 @@ def train_command(
     places.refuse_wildcard(listen, "use an address of this machine, or --listen '' where every node can be dialled")
     tickets = places.find_hubs(hub)
     view = RunView(job_file.name)
+    hours = _bought(bought, folder if resume_run else None) if bought is not None else None
+    budget_micro = _budget(budget, job_file, folder if resume_run else None)
+    if hours is not None and budget_micro is None:
+        budget_micro = sum(price.micro_per_h for price in hours.bought.prices.values())
+    spending = places.spending(budget_micro, ledger)
     options = TrainOptions(
         folder=folder,
         hubs=tickets,
         key=places.user_key(),
+        bought=hours.bought if hours is not None else None,
         listen=listen or None,
         replace=replace,
         prompt=prompt,
         acquaintances=places.acquaintances(),
-        spending=places.spending(_budget(budget, job_file, folder if resume_run else None), ledger),
+        spending=spending,
     )
     if detach and resume_run:
         raise BadFlag("A run that was begun here goes on here: leave out --detach.")
+    if detach and hours is not None:
+        raise BadFlag("Bought hours are used by a job that is driven here: leave out --detach or --bought.")
     if dry_run:
         with tempfile.TemporaryDirectory(prefix="shoal-plan-") as scratch:
             made = run(lambda: plan(job_file, options, Path(scratch) / "plan"))
@@ -183,6 +206,11 @@ def train_command(
     before = places.job_of(folder)
 
     async def work() -> Report:
+        if hours is not None and spending is not None:
+            options.say(
+                "What was set aside for these hours comes back, in a minute at most; the job sets it aside anew."
+            )
+            await hours.free(spending)
         try:
             return await (resume(job_file, options) if resume_run else train(job_file, text, options))
         except asyncio.CancelledError:
@@ -204,6 +232,38 @@ def train_command(
         out.print(f"Model: {folder / 'model'}   Report: {folder / 'report.html'}", markup=False, soft_wrap=True)
     if made_report.goal is not None and not made_report.goal.reached:
         raise typer.Exit(1)
+
+
+@dataclass(frozen=True)
+class _Hours:
+    """Hours that this user has bought, for a job."""
+
+    bids: Sequence[tuple[KeptBids, KeptBid]]
+    bought: Bought
+
+    async def free(self, spending: Spending) -> None:
+        endpoint, clock = TlsEndpoint(KeyPair.generate()), SystemClock()
+        try:
+            ledger = RemoteLedger(endpoint, spending.ledger, clock)
+            await free_for(self.bids, spending.account, ledger, spending.budget_micro, clock)
+        finally:
+            await endpoint.close()
+
+
+def _bought(text: str, begun: Path | None) -> _Hours:
+    """Raises BadFlag for an hour that was not bought, is not now, or is not the one that a run was begun with."""
+    start_ms, now_ms = places.hour_of(text), SystemClock().now_ms()
+    if not start_ms <= now_ms < start_ms + HOUR_MS:
+        raise BadFlag(f"--bought {text} cannot be used now: an hour is used from its beginning to its end, in UTC.")
+    found = bought_at(shoal_home() / "orders", start_ms)
+    if len(found) != 1:
+        have = "nodes of two kinds keep it" if found else "no node keeps it for you; `shoal market mine` says why"
+        raise BadFlag(f"--bought {text} cannot be used: {have}.")
+    [(block, bids)] = found.items()
+    bought = bought_hours(places.user_key(), block, [one for _, one in bids])
+    if begun is not None and load_key(begun / DRIVER_KEY).node_id != bought.key.node_id:
+        raise BadFlag(f"--bought {text} cannot be used: the run was begun without it, or with another hour.")
+    return _Hours(bids, bought)
 
 
 def _detach(job_file: JobFile, text: bytes, options: TrainOptions, view: RunView, json: bool) -> None:

@@ -13,6 +13,7 @@ from msgspec import Meta
 
 from shoal.errors import BadRecord
 from shoal.identity import Hash, NodeId, blake3_hash, hash_of_parts, short_id
+from shoal.identity.accounts import Address
 from shoal.market.auction import Limit, crossed
 from shoal.protocol.offers import UnixMs
 from shoal.protocol.orders import (
@@ -23,6 +24,7 @@ from shoal.protocol.orders import (
     Block,
     Cleared,
     LeftOut,
+    LimitPrice,
     NodeClass,
     Order,
     Purchase,
@@ -30,6 +32,7 @@ from shoal.protocol.orders import (
     Trade,
     Why,
 )
+from shoal.quantities.money import format_money
 
 HORIZON_MS = 30 * 24 * HOUR_MS
 """So far ahead hours are traded."""
@@ -56,6 +59,10 @@ class Held(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=T
     """In which its holder bought it."""
     block: Hash
     """As which: see `block_hash`."""
+    price_micro: LimitPrice
+    """For how much."""
+    payee: Address
+    """Where its node is paid."""
 
 
 class Carried(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -142,12 +149,15 @@ def clear(carried: Carried, batch: Batch, auctioneer: bytes, orders: Iterable[Si
             if isinstance(one.order, Bid):
                 buyers += [one.trader] * fill.blocks
             else:
-                sellers += [(one.trader, node) for node in _nodes(one)[: fill.blocks]]
+                sellers += [(one.trader, *hour) for hour in _hours(one, held)[: fill.blocks]]
         trades = tuple(Trade(buyer, *seller) for buyer, seller in zip(buyers, sellers, strict=True))
         if crossing.price_micro is not None:
             cleared.append(Cleared(block=block, price_micro=crossing.price_micro, trades=trades))
         for trade in trades:
-            held[block.start_ms, trade.node] = Held(block.start_ms, trade.node, trade.buyer, batch.number, names[block])
+            held[block.start_ms, trade.node] = Held(
+                block.start_ms, trade.node, trade.buyer, batch.number, names[block], cleared[-1].price_micro,
+                trade.payee,
+            )  # fmt: skip
     after = Carried(
         number=batch.number,
         closed_ms=batch.closed_ms,
@@ -280,6 +290,12 @@ def _trouble(
                 return "not-held", reason
         if len({purchase.node for purchase in one.order.purchases}) < len(one.order.purchases):
             return "not-held", "It names one block twice."
+        paid = max(held[start_ms, purchase.node].price_micro for purchase in one.order.purchases)
+        if terms.limit_micro < paid:
+            return "under-price", (
+                f"Its node was promised {format_money(paid)} for this hour, and would get as little as "
+                f"{format_money(terms.limit_micro)}: pass it on for what it cost at least."
+            )
     return None
 
 
@@ -302,9 +318,13 @@ def _size(order: Order) -> int:
     return order.blocks if isinstance(order, Bid) else len(order.purchases) if isinstance(order, Resale) else 1
 
 
-def _nodes(one: Signed) -> list[bytes]:
-    """Whose hours somebody sells."""
-    return [purchase.node for purchase in one.order.purchases] if isinstance(one.order, Resale) else [one.trader]
+def _hours(one: Signed, held: Mapping[tuple[int, bytes], Held]) -> list[tuple[bytes, bytes]]:
+    """Whose hours somebody sells, and where those nodes are paid."""
+    if isinstance(one.order, Ask):
+        return [(one.trader, one.order.payee)]
+    assert isinstance(one.order, Resale)
+    start_ms = one.order.terms.block.start_ms
+    return [(each.node, held[start_ms, each.node].payee) for each in one.order.purchases]
 
 
 def short(order: bytes) -> str:

@@ -1,7 +1,8 @@
 """For whom a node keeps its slots: what it may promise, so that it never promises one slot to two clients at once.
 
 A node keeps a `Slots` on its disk and changes it before it answers. Every function here returns what it decides, or
-raises HoldRefused with the reason.
+raises HoldRefused with the reason. What is sold now, for its posted price, ends before an hour begins that the node has
+promised or sold in an auction (`hours`).
 """
 
 from __future__ import annotations
@@ -16,14 +17,17 @@ from shoal.identity import Hash, short_id
 from shoal.identity.accounts import Address, address_text
 from shoal.ledger.escrows import Escrow, Paid, State
 from shoal.protocol.holds import LEASE_STEP_MS, RELEASES_MAX, SLOTS_MAX, Hold, HoldAsk, Release
-from shoal.protocol.money import DAY_MS, LedgerName
+from shoal.protocol.money import DAY_MS, TIME_MAX_MS, LedgerName
 from shoal.protocol.offers import ReclaimNoticeMs, UnixMs
+from shoal.protocol.orders import HOUR_MS
 from shoal.protocol.prices import Price
 from shoal.quantities.money import format_money
 
 LEASE_LEAST_MS = 60_000
 """What is left of an escrow at least when work for it begins."""
 
+HOURS_MAX = 1024
+"""That a node promises ahead: more than there are in the 30 days for which hours are traded."""
 CLOCK_BACK_MAX_MS = 10_000
 """As clocks are put right by; it is waited for."""
 
@@ -49,6 +53,32 @@ class PendingRelease(msgspec.Struct, frozen=True):
     packed: bytes
 
 
+class Hour(msgspec.Struct, frozen=True, kw_only=True):
+    """An hour of a slot for which the node has signed an Ask, and for whom it keeps it once it is sold."""
+
+    slot: int
+    start_ms: UnixMs
+    auction: str
+    """Its ticket."""
+    batch: int
+    order: Hash
+    """The Ask."""
+    lapses_ms: UnixMs
+    """From then on the hour is not promised any more, unless it is sold."""
+    kept: Kept | None = None
+    """Its buyer's Hold."""
+    given_back: bool = False
+    """By that buyer, who may have passed it on."""
+
+    @property
+    def ends_ms(self) -> int:
+        return self.start_ms + HOUR_MS
+
+    def binds(self, now_ms: int) -> bool:
+        """Nobody else gets this hour."""
+        return not self.given_back and now_ms < (self.lapses_ms if self.kept is None else self.ends_ms)
+
+
 class Slots(msgspec.Struct, frozen=True):
     number: int = 0
     """Of the newest Hold that was signed."""
@@ -57,6 +87,7 @@ class Slots(msgspec.Struct, frozen=True):
     kept: Annotated[tuple[Kept, ...], Meta(max_length=SLOTS_MAX)] = ()
     """One a slot; also those whose time is over, until the slot is held anew."""
     pending: tuple[PendingRelease, ...] = ()
+    hours: Annotated[tuple[Hour, ...], Meta(max_length=HOURS_MAX)] = ()
 
 
 class Terms(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,9 +109,20 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def held(slots: Slots, now_ms: int) -> list[Kept]:
-    """What is promised at a moment."""
+    """What is promised at a moment: by the newest Hold of each slot."""
     now_ms = max(now_ms, slots.now_ms)
-    return [one for one in slots.kept if one.hold.until_ms > now_ms]
+    newest = [one for one in slots.kept if one.hold.until_ms > now_ms]
+    known = {one.hold.slot for one in newest}
+    begun = (hour.kept for hour in slots.hours if hour.binds(now_ms) and hour.start_ms <= now_ms)
+    return [*newest, *(one for one in begun if one is not None and one.hold.slot not in known)]
+
+
+def is_free(slots: Slots, slot: int, from_ms: int, until_ms: int, now_ms: int) -> bool:
+    """Whether nobody is promised anything of a slot in this time, which begins now or later."""
+    return not any(one.hold.slot == slot and one.hold.until_ms > from_ms for one in slots.kept) and not any(
+        hour.slot == slot and hour.binds(now_ms) and hour.start_ms < until_ms and from_ms < hour.ends_ms
+        for hour in slots.hours
+    )
 
 
 def taken(slots: Slots, now_ms: int) -> list[Kept]:
@@ -105,19 +147,20 @@ def ask(
 ) -> Hold:
     """The Hold to be signed for whoever asks; the one it has, where it has one. `unheld` slots are taken by work that
     nobody holds a place for; `closes_ms` is when the node's owner takes it back. Raises HoldRefused."""
-    now_ms = _now(slots, now_ms)
-    _refuse_closing(closes_ms, now_ms)
+    now_ms = now_or_refuse(slots, now_ms)
+    refuse_closing(closes_ms, now_ms)
     if wanted.work not in terms.works:
         raise HoldRefused(f"This node takes no {wanted.work} jobs for money; it takes {', '.join(terms.works)}.")
     if wanted.ledger != terms.ledger:
         raise HoldRefused("This node is paid at another ledger than the one that was named; its offer names it.")
-    if wanted.price != terms.price:
-        raise HoldRefused(
-            f"This node costs {_per_h(terms.price)}, and was asked for {_per_h(wanted.price)}: its price has changed. "
-            "Look at its newest offer."
-        )
     taken = {one.hold.slot for one in held(slots, now_ms)}
     known = hold_of(slots, client, now_ms)
+    price = known.hold.price if known else terms.price
+    if wanted.price != price:
+        raise HoldRefused(
+            f"This node costs {_per_h(price)}, and was asked for {_per_h(wanted.price)}: its price has changed. "
+            "Look at its newest offer."
+        )
     if known is not None:
         return known.hold
     for lapsed in (one.hold for one in slots.kept if one.hold.client == client and one.hold.escrow is None):
@@ -127,7 +170,10 @@ def ask(
                 f"Slot {lapsed.slot} was held for {short_id(client)} and not taken; it may ask again in "
                 f"{rests_ms / 1000:.0f} s, or give back next time what it does not take."
             )
-    free = [slot for slot in range(terms.slots) if slot not in taken]
+    until_ms = now_ms + wanted.lifetime_ms
+    free = [slot for slot in range(terms.slots) if is_free(slots, slot, now_ms, until_ms, now_ms)]
+    if len(free) <= unheld and len(free) < terms.slots - len(taken):
+        raise HoldRefused("An hour of this node begins that it has promised in an auction; take another node.")
     if len(free) <= unheld:
         until = min((one.hold.until_ms for one in held(slots, now_ms)), default=now_ms)
         raise HoldRefused(
@@ -136,9 +182,9 @@ def ask(
         )
     slot = free[0]
     return Hold(
-        slot=slot, number=_number(slots, now_ms), client=client, work=wanted.work, from_ms=now_ms,
-        until_ms=now_ms + wanted.lifetime_ms, price=terms.price, ledger=terms.ledger, payer=wanted.payer,
-        payee=terms.payee, reclaim_notice_ms=terms.reclaim_notice_ms, released=_released(slots, slot, now_ms),
+        slot=slot, number=next_number(slots, now_ms), client=client, work=wanted.work, from_ms=now_ms,
+        until_ms=until_ms, price=terms.price, ledger=terms.ledger, payer=wanted.payer, payee=terms.payee,
+        reclaim_notice_ms=terms.reclaim_notice_ms, released=released(slots, slot, now_ms),
     )  # fmt: skip
 
 
@@ -147,12 +193,12 @@ def take(
 ) -> Hold:
     """The Hold to be signed once there is money for one, and again to make it last: not past `closes_ms`, at which the
     node's owner takes it back. Raises HoldRefused."""
-    now_ms = _now(slots, now_ms)
+    now_ms = now_or_refuse(slots, now_ms)
     known = promised(slots, client, now_ms)
     if escrow is None:
         raise HoldRefused("The ledger has no such escrow.")
     if known.hold.escrow != escrow.escrow_id:
-        _refuse_closing(closes_ms, now_ms)
+        refuse_closing(closes_ms, now_ms)
     if escrow.terms.payer != known.hold.payer:
         raise HoldRefused(
             f"{escrow.name} is {address_text(escrow.terms.payer)}'s, and the slot is held for "
@@ -162,9 +208,9 @@ def take(
     if closes_ms is not None:
         ends_ms = min(ends_ms, closes_ms)
     return msgspec.structs.replace(
-        known.hold, number=_number(slots, now_ms), from_ms=now_ms,
-        until_ms=max(known.hold.until_ms, min(now_ms + LEASE_STEP_MS, ends_ms)),
-        escrow=escrow.escrow_id, released=_released(slots, known.hold.slot, now_ms),
+        known.hold, number=next_number(slots, now_ms), from_ms=now_ms,
+        until_ms=max(known.hold.until_ms, min(now_ms + LEASE_STEP_MS, ends_ms, _next_hour(slots, known.hold, now_ms))),
+        escrow=escrow.escrow_id, released=released(slots, known.hold.slot, now_ms),
     )  # fmt: skip
 
 
@@ -173,13 +219,19 @@ def keep(slots: Slots, hold: Hold, hold_id: bytes) -> Slots:
     others = tuple(one for one in slots.kept if one.hold.slot != hold.slot)
     now_ms = max(slots.now_ms, hold.from_ms)
     pending = tuple(one for one in slots.pending if one.until_ms > now_ms)
-    return Slots(max(slots.number, hold.number), now_ms, (*others, Kept(hold, hold_id)), pending)
+    hours = tuple(hour for hour in slots.hours if hour.ends_ms > now_ms)
+    return Slots(max(slots.number, hold.number), now_ms, (*others, Kept(hold, hold_id)), pending, hours)
 
 
 def give_back(slots: Slots, release: Release, client: bytes, packed: bytes, now_ms: int) -> Slots:
     """A client's signed Release has come. Raises HoldRefused."""
     now_ms = max(now_ms, slots.now_ms)
-    known = next((one for one in slots.kept if one.hold.slot == release.slot and one.hold.client == client), None)
+    theirs = [
+        one
+        for one in (*slots.kept, *(hour.kept for hour in slots.hours if hour.kept is not None and hour.binds(now_ms)))
+        if one.hold.slot == release.slot and one.hold.client == client
+    ]
+    known = max(theirs, key=lambda one: (one.hold.until_ms > now_ms, one.hold.number), default=None)
     if known is None or known.hold.number != release.number:
         raise HoldRefused(
             f"{short_id(client)} gives back slot {release.slot} up to hold {release.number}, which is not the newest "
@@ -190,10 +242,13 @@ def give_back(slots: Slots, release: Release, client: bytes, packed: bytes, now_
         return slots  # more cannot be named in one Hold: this one lasts until it is over
     others = tuple(one for one in slots.kept if one is not known)
     more = PendingRelease(release.slot, known.hold.until_ms, packed)
-    return Slots(slots.number, now_ms, others, (*slots.pending, more))
+    hours = tuple(
+        msgspec.structs.replace(hour, given_back=True) if _is_of(known.hold, hour) else hour for hour in slots.hours
+    )
+    return Slots(slots.number, now_ms, others, (*slots.pending, more), hours)
 
 
-def _refuse_closing(closes_ms: int | None, now_ms: int) -> None:
+def refuse_closing(closes_ms: int | None, now_ms: int) -> None:
     """Raises HoldRefused where the node's owner takes it back."""
     if closes_ms is not None:
         raise HoldRefused(
@@ -202,12 +257,12 @@ def _refuse_closing(closes_ms: int | None, now_ms: int) -> None:
         )
 
 
-def _number(slots: Slots, now_ms: int) -> int:
+def next_number(slots: Slots, now_ms: int) -> int:
     """Also where what was signed before is lost: two Holds of one number convict."""
     return max(slots.number + 1, now_ms)
 
 
-def _now(slots: Slots, now_ms: int) -> int:
+def now_or_refuse(slots: Slots, now_ms: int) -> int:
     """Raises HoldRefused where the clock has gone back so far that what was promised would last for too long."""
     if slots.now_ms - now_ms > CLOCK_BACK_MAX_MS:
         raise HoldRefused(
@@ -217,7 +272,20 @@ def _now(slots: Slots, now_ms: int) -> int:
     return max(now_ms, slots.now_ms)
 
 
-def _released(slots: Slots, slot: int, now_ms: int) -> tuple[bytes, ...]:
+def _is_of(hold: Hold, hour: Hour) -> bool:
+    """Whether it is the Hold of an hour, or one with which its buyer has taken it."""
+    kept = hour.kept.hold if hour.kept is not None else None
+    return kept is not None and (kept.slot, kept.client, kept.until_ms) == (hold.slot, hold.client, hold.until_ms)
+
+
+def _next_hour(slots: Slots, hold: Hold, now_ms: int) -> int:
+    """When a Hold ends at the latest: that of a bought hour with the hour, others before an hour that is promised."""
+    mine = (hour.ends_ms for hour in slots.hours if hour.kept is not None and hour.kept.hold.client == hold.client)
+    others = (hour.start_ms for hour in slots.hours if hour.slot == hold.slot and hour.binds(now_ms))
+    return min((at for at in (*mine, *others) if at > now_ms), default=TIME_MAX_MS)
+
+
+def released(slots: Slots, slot: int, now_ms: int) -> tuple[bytes, ...]:
     return tuple(one.packed for one in slots.pending if one.slot == slot and one.until_ms > now_ms)
 
 

@@ -22,6 +22,7 @@ from shoal.market.holds import Terms
 from shoal.node.engine import EngineHost
 from shoal.node.hosted_job import Around, HostSettings
 from shoal.node.hosting import CannotHost, Hosting
+from shoal.node.hours import Hours
 from shoal.node.member import (
     PIN_PREFIX,
     PRIVATE_MEDIA_TYPE,
@@ -329,7 +330,7 @@ class NodeAgent:
             works=("train", "serve") if self._serves_for_money else ("train",),
             reclaim_notice_ms=sale.reclaim_notice_ms,
         )  # fmt: skip
-        return Sales(
+        sales = Sales(
             terms,
             key=self._key,
             name=self.settings.name,
@@ -341,6 +342,11 @@ class NodeAgent:
             changed=self._changed,
             network=self.settings.network,
         )
+        Hours(
+            sales, key=self._key, endpoint=self._endpoint, ledger=sale.ledger, clock=self._clock,
+            network=self.settings.network,
+        )  # fmt: skip
+        return sales
 
     @property
     def _serves_for_money(self) -> bool:

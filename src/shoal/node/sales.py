@@ -182,8 +182,8 @@ def read_kept(disk: Disk, name: str, kind: type[T], whose: str) -> T | None:
     except (msgspec.DecodeError, OSError) as error:
         raise SalesDamaged(
             f"{disk.place}/{name}, in which node {whose} keeps what it has promised and was paid with, cannot be read: "
-            f"{error}. Restore it from a copy; without one, move it away once what was promised is over, ten minutes "
-            "after the node stopped."
+            f"{error}. Restore it from a copy; without one, move it away once what was promised is over: ten minutes "
+            "after the node stopped, and with the last hour that it has sold in an auction."
         ) from error
 
 
@@ -353,6 +353,19 @@ class Sales:
     def held(self) -> int:
         """Slots that are promised now."""
         return len(held(self._slots, self.now_ms()))
+
+    @property
+    def slots(self) -> Slots:
+        """What is promised, now and later."""
+        return self._slots
+
+    async def decide(self, decision: Callable[[Slots], tuple[Slots, T]]) -> T:
+        """Change what is promised; it is on the disk when this returns. Raises what `decision` does."""
+        async with self._deciding:
+            slots, answer = decision(self._slots)
+            if slots != self._slots:
+                await self._store_slots(slots)
+        return answer
 
     @property
     def taken(self) -> int:

@@ -1,5 +1,5 @@
-"""How an auctioneer is named for people, what is asked of it over a link, and what it answers. The orders and batches
-themselves stand in `orders`."""
+"""How an auctioneer is named for people, what is asked of it over a link and what it answers; and what is asked of the
+nodes whose hours are traded. The orders and batches themselves stand in `orders`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from msgspec import Meta
 
 from shoal.identity import ENVELOPE_OVERHEAD_BYTES, Hash, NodeId
 from shoal.protocol.hubs import who_and_where
-from shoal.protocol.messages import Message
+from shoal.protocol.messages import Message, Record
 from shoal.protocol.offers import UnixMs
-from shoal.protocol.orders import ORDER_MAX_BYTES, BatchNumber
+from shoal.protocol.orders import HOUR_MS, ORDER_MAX_BYTES, BatchNumber
 
 SCHEME = "shoal-auction://"
 PART_BYTES = 512 * 1024
@@ -105,3 +105,38 @@ class BatchPart(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, 
     parts: Annotated[int, Meta(ge=1, le=PARTS_MAX)]
     """Of this batch in all."""
     data: Annotated[bytes, Meta(max_length=PART_BYTES)]
+
+
+class HourPromise(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Whoever has a node's key signs this to the node itself: keep the hour of this order free, for whoever buys it in
+    its batch. Nobody else sees it, as orders are seen, and could send it again."""
+
+    KIND: ClassVar[str] = "hour.promised"
+    MAX_BYTES: ClassVar[int] = 4 * 1024
+
+    order: Annotated[bytes, Meta(max_length=ORDER_MAX_BYTES + ENVELOPE_OVERHEAD_BYTES)]
+    """An Envelope of an Ask that the node has signed, too."""
+    auction: Annotated[str, Meta(max_length=1024)]
+    """Its ticket."""
+
+
+class PromiseHour(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Request `hour.promise`, to a node by its owner. The reply is Done, once that is durable; the order is handed in
+    afterwards."""
+
+    KIND: ClassVar[str] = "hour.promise"
+    MAX_BYTES: ClassVar[int] = 6 * 1024
+
+    promise: Annotated[bytes, Meta(max_length=5 * 1024)]
+    """An Envelope of an HourPromise."""
+
+
+class ClaimHour(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Request `hour.claim`, buyer to node: this hour of yours was bought in this batch, and the money is set aside. The
+    node looks into the batch and asks the ledger, and replies with HoldGiven."""
+
+    KIND: ClassVar[str] = "hour.claim"
+    MAX_BYTES: ClassVar[int] = 128
+
+    batch: BatchNumber
+    start_ms: Annotated[int, Meta(ge=0, le=1 << 53, multiple_of=HOUR_MS)]

@@ -2,6 +2,7 @@
 
 What is traded is a `Block`: an hour of a node of some class, paid at some ledger. An order is good for one batch of one
 auctioneer, whose number it names: it cannot be used again, held back for later, or be put before another auctioneer.
+A buyer has set aside what its order may cost, in an escrow that is for this order alone; a node says where it is paid.
 Whoever still wants to trade signs one for the next batch. The auctioneer signs the exact set of orders that it closes a
 batch with (`Batch`) and what follows from it (`Clearing`), and anybody can compute that again (`shoal.market`).
 """
@@ -14,7 +15,8 @@ import msgspec
 from msgspec import Meta
 
 from shoal.errors import BadRecord
-from shoal.identity import Envelope, Hash, NodeId, short_id
+from shoal.identity import Envelope, Hash, NodeId, hash_of_parts, short_id
+from shoal.identity.accounts import Address
 from shoal.protocol.messages import DEFAULT_NETWORK, Record, open_record
 from shoal.protocol.money import LedgerName
 from shoal.protocol.offers import Country, Tier, UnixMs
@@ -27,6 +29,8 @@ BID_BLOCKS_MAX = 1024
 RESALE_BLOCKS_MAX = 16
 SOLD_MAX = ORDERS_MAX * RESALE_BLOCKS_MAX
 """Blocks that a batch sells."""
+
+_encoder = msgspec.msgpack.Encoder()
 
 BatchNumber = Annotated[int, Meta(ge=1, le=1 << 53)]
 LimitPrice = Annotated[int, Meta(ge=1, le=PRICE_MAX_MICRO_PER_H)]
@@ -84,6 +88,8 @@ class Ask(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_de
     MAX_BYTES: ClassVar[int] = 1024
 
     terms: OrderTerms
+    payee: Address
+    """The account at which it is paid for the hour, whoever has it in the end."""
 
 
 class Bid(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -94,6 +100,13 @@ class Bid(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_de
 
     terms: OrderTerms
     blocks: Annotated[int, Meta(ge=1, le=BID_BLOCKS_MAX)]
+    escrow: Hash
+    """In which all is set aside that this may cost; its quote is `bid_quote`."""
+
+
+def bid_quote(terms: OrderTerms, blocks: int, trader: bytes) -> bytes:
+    """What the escrow of a Bid names, so that it is for this one alone."""
+    return hash_of_parts("market/bid/1", (_encoder.encode(terms), blocks.to_bytes(8), trader))
 
 
 class Purchase(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -104,7 +117,8 @@ class Purchase(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
 
 
 class Resale(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Whoever signs this sells blocks that it bought in earlier batches, those named first before others."""
+    """Whoever signs this passes on blocks that it bought in earlier batches, those named first before others. The node
+    gets the new price, which is no lower than the one before; who passes a block on has its own money free."""
 
     KIND: ClassVar[str] = "market.resale"
     MAX_BYTES: ClassVar[int] = 2048
@@ -162,6 +176,8 @@ class Trade(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
     buyer: NodeId
     seller: NodeId
     node: NodeId
+    payee: Address
+    """The node's account."""
 
 
 class Cleared(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -173,8 +189,8 @@ class Cleared(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 Why = Literal[
-    "elsewhere", "other-batch", "expired", "begun", "too-far", "twice", "replaced", "sold", "not-held", "no-room",
-    "limit", "sets-price", "lot",
+    "elsewhere", "other-batch", "expired", "begun", "too-far", "twice", "replaced", "sold", "not-held", "under-price",
+    "no-room", "limit", "sets-price", "lot",
 ]  # fmt: skip
 """Why an order got fewer blocks than it asked for. Up to `no-room` it did not count."""
 

@@ -18,12 +18,12 @@ class KeptOrders:
     """Those for one auctioneer, in a folder of its own below `folder`."""
 
     def __init__(self, folder: Path, auctioneer: bytes) -> None:
-        self._folder = folder / auctioneer.hex()
+        self.folder = folder / auctioneer.hex()
 
     def keep(self, order: Envelope) -> Path:
         """Where it is then. Raises OSError, and what `open_order` does."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._folder / f"{open_order(order).terms.batch:016}-{order.record_id.hex()[:16]}.order"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{open_order(order).terms.batch:016}-{order.record_id.hex()[:16]}.order"
         path.write_bytes(order.to_bytes())
         for old in self._files()[:-KEPT_MAX]:
             old.unlink(missing_ok=True)
@@ -40,4 +40,4 @@ class KeptOrders:
         return found
 
     def _files(self, begin: str = "") -> list[Path]:
-        return sorted(self._folder.glob(f"{begin}*.order"))
+        return sorted(self.folder.glob(f"{begin}*.order"))

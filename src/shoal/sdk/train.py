@@ -46,6 +46,7 @@ from shoal.house import RemoteLedger
 from shoal.hub import HubClient
 from shoal.identity import Envelope, KeyPair, load_key, load_or_create_key
 from shoal.identity.accounts import AccountKey
+from shoal.identity.secrets import write_secret
 from shoal.market import Wish
 from shoal.market.goodput import TrainingWork
 from shoal.market.reputation import Outcome
@@ -64,6 +65,7 @@ from shoal.rounds.standing import Standing, standing_at_start
 from shoal.sdk.acquaintances import Acquaintances, AcquaintancesDamaged
 from shoal.sdk.costs import Costs, costs_of, mix_for
 from shoal.sdk.handed import is_driven_by_nodes
+from shoal.sdk.hours import Bought, BoughtOffers
 from shoal.sdk.jobfile import JobFile
 from shoal.sdk.loop_script import ScriptFailed, engine_for, how_to_take_part, loop_kind, measure
 from shoal.sdk.preparation import Prepared, prepare
@@ -163,6 +165,8 @@ class TrainOptions:
     goal: Callable[[Report], Goal] | None = None
     spending: Spending | Lent | None = None
     """None: only nodes that work for nothing take part."""
+    bought: Bought | None = None
+    """Hours that it uses, and no other nodes; none: it takes nodes at the price that they offer."""
     hosted: Hosted | None = None
     acquaintances: Acquaintances | None = None
     """What nodes did for earlier jobs, and where it is kept what they do for this one; none: all are new."""
@@ -208,6 +212,8 @@ class Plan:
 async def train(job_file: JobFile, yaml: bytes, options: TrainOptions, folder: RunFolder | None = None) -> Report:
     """Run a job in a new folder, or in one that was just created. Raises ShoalError when it cannot start."""
     with folder or RunFolder.create(options.folder, replace=options.replace) as folder, saying_room(folder.path):
+        if options.bought is not None:
+            write_secret(folder.path / DRIVER_KEY, options.bought.key.to_pem())
         async with Session(folder, options, load_or_create_key(folder.path / DRIVER_KEY)) as session:
             if session.treasurer is not None:
                 await session.treasurer.check()
@@ -449,7 +455,12 @@ class Session:
         self.endpoint = TlsEndpoint(self.key, clock=self.clock, dice=self.dice)
         self.store = BlobStore(self.folder.blobs, STORE_BYTES, self.clock)
         self.fetcher = Fetcher(self.endpoint, self.store, self.clock, self.dice)
-        self.hubs = HubClient(self.endpoint, options.hubs, clock=self.clock, dice=self.dice)
+        if options.bought is None:
+            self.hubs = HubClient(self.endpoint, options.hubs, clock=self.clock, dice=self.dice)
+        else:
+            self.hubs = BoughtOffers(
+                self.endpoint, options.hubs, prices=options.bought.prices, clock=self.clock, dice=self.dice
+            )
         if options.spending is not None:
             self.treasurer = self._make_treasurer(options.spending)
         try:
