@@ -7,13 +7,13 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from shoal.errors import StorageError
+from shoal.storage.faults import LedgerFailed
 
 CONNECT_S, LOCK_S, IDLE_S = 5, 5, 60
 """For a connection; for a lock that another has; until the server gives up a transaction whose client says nothing."""
 
 
-class NotDurable(StorageError):
+class NotDurable(LedgerFailed):
     """A PostgreSQL server acknowledges what a lost power supply can still take away."""
 
     code = "SH-442"
