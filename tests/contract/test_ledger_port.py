@@ -12,15 +12,16 @@ from typing import Any
 
 import msgspec
 import pytest
-from ledger_requests import CLIENT, DRIVER, LEDGER, NODES, a_voucher, a_withdrawal, an_escrow
+from ledger_requests import CLIENT, DRIVER, LEDGER, NODES, OPERATOR, a_fee_table, a_voucher, a_withdrawal, an_escrow
 from postgres import PROGRAMS, empty, postgres
 
 from shoal.house import RemoteLedger
 from shoal.house.server import LedgerServer, LedgerSettings, deposit
-from shoal.identity import KeyPair
+from shoal.identity import KeyPair, load_key
 from shoal.ledger.book import NotSigned, SameEscrow, UnknownEscrow, WithdrawalOutOfTurn
 from shoal.ledger.commands import Close, Deposit, Redeem, Withdraw, Withhold
 from shoal.ledger.escrows import BadTerms, EscrowOver, NotYours, OldVoucher, State, TooMuchPromised
+from shoal.ledger.fees import FEE_NOTICE_MS, BadFees, OtherFee, fee_at
 from shoal.ledger.moves import ISSUED, Move, TooLittleMoney, account, escrowed, held
 from shoal.protocol.money import Closing, LedgerName, Withholding
 from shoal.storage.group_commit import GroupCommit
@@ -37,6 +38,7 @@ class World:
     clock: HeldClock
     deposit: Callable[[bytes, int], Awaitable[Any]]
     """As the operator does it."""
+    operator: KeyPair = OPERATOR
 
     @property
     def name(self) -> LedgerName:
@@ -84,7 +86,8 @@ async def afar(data: Path, clock: HeldClock) -> AsyncIterator[World]:
         async def book(address: bytes, amount: int) -> None:
             await asyncio.to_thread(deposit, data, address, amount, a_payment(), clock)
 
-        yield World(RemoteLedger(endpoint, ticket, clock), clock, book)
+        operator = load_key(data / "operator.key")
+        yield World(RemoteLedger(endpoint, ticket, clock), clock, book, operator)
     finally:
         await endpoint.close()
         await server.stop()
@@ -132,6 +135,32 @@ def test_money_goes_in_to_an_account_and_out(play: Callable[[Scene], None]) -> N
         with pytest.raises(NotSigned, match="does not carry its signature"):
             await world.ledger.apply(Withdraw(forged, DRIVER.sign(forged.digest(world.name))))
         assert await world.ledger.balance(me) == 400
+
+    play(scene)
+
+
+def test_an_escrow_is_opened_with_the_fee_that_the_operator_has_signed_for(play: Callable[[Scene], None]) -> None:
+    async def scene(world: World) -> None:
+        async def set_fee(*of: int) -> None:
+            await world.ledger.apply(a_fee_table(*of, operator=world.operator))
+
+        assert await world.ledger.fees() == ()
+        await set_fee(1, 0, 20_000)
+        await world.an_open_escrow(fee_ppm=20_000)
+        for fee_ppm in (0, 50_000):
+            with pytest.raises(OtherFee, match="takes 2 % of what an escrow pays"):
+                await world.an_open_escrow(fee_ppm=fee_ppm, nonce=1)
+        then = world.clock.now_ms() + FEE_NOTICE_MS
+        with pytest.raises(BadFees, match="comes too soon"):
+            await set_fee(2, then - 1, 50_000)
+        await set_fee(2, then, 50_000)
+        tables = await world.ledger.fees()
+        assert [(one.table.number, one.table.fee_ppm) for one in tables] == [(1, 20_000), (2, 50_000)]
+        assert [fee_at(tables, at) for at in (then - 1, then)] == [20_000, 50_000]
+        world.clock.jump(FEE_NOTICE_MS)
+        with pytest.raises(OtherFee, match="takes 5 %"):
+            await world.an_open_escrow(fee_ppm=20_000, nonce=1)
+        await world.an_open_escrow(fee_ppm=50_000, nonce=1)
 
     play(scene)
 
@@ -186,7 +215,7 @@ def test_a_payer_gets_the_rest_after_its_notice(play: Callable[[Scene], None]) -
         await world.ledger.apply(world.voucher(name, 300))
         wish = Closing(name)
         with pytest.raises(NotSigned):
-            await world.ledger.apply(Close(wish, DRIVER.sign(wish.digest(world.name))))
+            await world.ledger.apply(Close(wish, NODES[0].sign(wish.digest(world.name))))
         assert await world.ledger.apply(Close(wish, CLIENT.sign(wish.digest(world.name)))) == ()
         await world.ledger.apply(world.voucher(name, 400))
         await world.clock.advance(0.1)

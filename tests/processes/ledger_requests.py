@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from shoal.identity import Envelope, KeyPair
 from shoal.identity.accounts import AccountKey
-from shoal.ledger.commands import Admit, Close, Finish, Open, PostBond, Slash, TopUp, Unbond, Withdraw
+from shoal.ledger.commands import Admit, Close, Finish, Open, PostBond, SetFee, Slash, TopUp, Unbond, Withdraw
 from shoal.protocol.holds import Hold
 from shoal.protocol.messages import sign
 from shoal.protocol.money import (
@@ -13,6 +13,7 @@ from shoal.protocol.money import (
     BondTerms,
     Closing,
     EscrowTerms,
+    FeeTable,
     Finished,
     HouseLedger,
     LedgerName,
@@ -27,7 +28,8 @@ from shoal.protocol.money import (
 from shoal.protocol.prices import Price
 from shoal.quantities.money import MICRO
 
-LEDGER = HouseLedger(bytes(32), "USD")
+OPERATOR = KeyPair.from_seed(bytes([9] * 32))
+LEDGER = HouseLedger(OPERATOR.node_id, "USD")
 CLIENT, DRIVER, *NODES = (AccountKey(bytes([number] * 32)) for number in range(1, 5))
 SELLERS = [KeyPair.from_seed(bytes([number] * 32)) for number in (1, 2)]
 FOR_EVER_MS = 1 << 50
@@ -61,6 +63,11 @@ def a_voucher(
 def a_withdrawal(key: AccountKey, amount: int, number: int, ledger: LedgerName = LEDGER) -> Withdraw:
     order = Withdrawal(account=key.address, amount_micro=amount, to="payment 7", number=number)
     return Withdraw(order, key.sign(order.digest(ledger)))
+
+
+def a_fee_table(number: int, from_ms: int, fee_ppm: int, operator: KeyPair = OPERATOR) -> SetFee:
+    table = FeeTable(currency="USD", number=number, from_ms=from_ms, fee_ppm=fee_ppm)
+    return SetFee(sign(operator, table).to_bytes())
 
 
 def a_close(escrow: bytes) -> Close:

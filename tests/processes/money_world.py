@@ -15,21 +15,23 @@ from shoal.house import OutcomeUnknown
 from shoal.identity import KeyPair
 from shoal.identity.accounts import AccountKey
 from shoal.ledger.book import Book
-from shoal.ledger.commands import Command, Deposit
+from shoal.ledger.commands import Command, Deposit, SetFee
 from shoal.ledger.escrows import Escrow
+from shoal.ledger.fees import Announced
 from shoal.ledger.journal import BEGINNING, Line, line
 from shoal.ledger.moves import MoneyRefused, Move, account
 from shoal.market.holds import Terms
 from shoal.node.hours import Hours
 from shoal.node.sales import Sales
-from shoal.protocol.messages import open_record
-from shoal.protocol.money import HouseLedger, LedgerName
+from shoal.protocol.messages import open_record, sign
+from shoal.protocol.money import FeeTable, HouseLedger, LedgerName
 from shoal.protocol.offers import Offer
 from shoal.protocol.prices import Price
 from shoal.transport.memory import MemoryEndpoint, MemoryNetwork
 from shoal.world import Clock, DirectoryDisk, Disk, HeldClock, Link, SeededDice
 
-LEDGER = HouseLedger(bytes(32), "USD")
+OPERATOR = a_key(90)
+LEDGER = HouseLedger(OPERATOR.node_id, "USD")
 PRICE = Price(360_000)
 
 
@@ -67,6 +69,15 @@ class BookLedger:
     async def escrow(self, escrow_id: bytes) -> Escrow | None:
         await self._asked()
         return self.book.escrows.get(escrow_id)
+
+    async def fees(self) -> tuple[Announced, ...]:
+        await self._asked()
+        return self.book.fees
+
+    def announce(self, fee_ppm: int) -> None:
+        """As its operator does, while nobody has money there."""
+        table = FeeTable(currency="USD", number=1, from_ms=0, fee_ppm=fee_ppm)
+        self._apply(SetFee(sign(OPERATOR, table).to_bytes()))
 
     def give(self, address: bytes, micro: int) -> None:
         self._apply(Deposit(address, micro, f"payment {len(self.lines)}"))

@@ -272,7 +272,10 @@ def test_a_shoal_goes_up_once_is_found_and_goes_down(place: Path) -> None:
         (place / "here" / "job.yaml").write_text("data:\n  paths: words.txt\n")
         costs = json.loads(shoal(place, "plan", "job.yaml", "--json").stdout)["costs"]
         assert costs["all"]["micro"] == 0 and costs["best"]["what"] == costs["one"]["what"] == "node-1"
-        assert "public list prices" in shoal(place, "plan", "job.yaml", "--deadline", "2 h").stdout
+        with running(place, "ledger", "start", "--fee", "2%") as (_, ledger):
+            told = shoal(place, "plan", "job.yaml", "--deadline", "2 h", SHOAL_LEDGER=ledger["ticket"]).stdout
+        assert "public list prices" in told
+        assert "The ledger takes 2 % of what escrows pay: a part of these costs, which nodes get less.\n" in told
         twice = shoal(place, "node", "start", "--data", str(place / "home" / "local" / "nodes" / "node-1"))
         assert twice.returncode == 1 and "\nerror SH-407" in twice.stderr
         down = shoal(place, "down")

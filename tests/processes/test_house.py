@@ -33,6 +33,7 @@ from shoal.house.messages import (
     NotOverLinks,
 )
 from shoal.house.server import (
+    ANNOUNCING_MS,
     PASS_EVERY_S,
     BadDeposit,
     LedgerFolderRefused,
@@ -46,12 +47,23 @@ from shoal.identity import KeyPair
 from shoal.ledger.book import WithdrawalOutOfTurn
 from shoal.ledger.commands import Deposit, Pass, Redeem, Unbond
 from shoal.ledger.escrows import OldVoucher, State
+from shoal.ledger.fees import OtherFee
 from shoal.ledger.journal import Line, line, verified
 from shoal.ledger.moves import ISSUED, Move, TooLittleMoney, account
 from shoal.protocol.hubs import BadTicket
 from shoal.protocol.ledgers import LedgerTicket
 from shoal.protocol.messages import encode, sign
-from shoal.protocol.money import DAY_MS, BadCheckpoint, Checkpoint, HouseLedger, Payee, Unbonding, open_checkpoint
+from shoal.protocol.money import (
+    DAY_MS,
+    BadCheckpoint,
+    BadFeeTable,
+    Checkpoint,
+    FeeTable,
+    HouseLedger,
+    Payee,
+    Unbonding,
+    open_checkpoint,
+)
 from shoal.quantities.money import AMOUNT_MAX, MICRO
 from shoal.storage.faults import LedgerBusy, LedgerFailed
 from shoal.storage.ledgers import SqlLedger
@@ -412,6 +424,57 @@ def test_another_currency_than_the_ticket_says_is_another_ledger() -> None:
 
     euros = LedgerInfo(ledger=HouseLedger(bytes(32), "EUR"), network="shoal", software="none")
     with_liar({AskLedger.KIND: encode(euros)}, scene)
+
+
+def test_a_fee_is_announced_a_day_ahead_once_somebody_has_money_there(tmp_path: Path) -> None:
+    async def begun(fee_ppm: int | None) -> list[tuple[int, int, int]]:
+        """Of each table its number, from when it holds and what it says, as whoever asks hears it."""
+        async with a_house(tmp_path, fee_ppm=fee_ppm) as house:
+            await house.deposit(ME, 1, f"after line {(await house.remote.about()).lines}")
+            tables = await house.remote.fees()
+            assert verified(await journal(house.remote), house.remote.name).fees == tables
+            return [(one.table.number, one.table.from_ms, one.table.fee_ppm) for one in tables]
+
+    later = DAY_MS + ANNOUNCING_MS
+    start = HeldClock().now_ms()
+    assert asyncio.run(begun(None)) == [], "nothing is said"
+    assert asyncio.run(begun(20_000)) == [(1, start + later, 20_000)], "somebody has money there"
+    assert asyncio.run(begun(20_000)) == asyncio.run(begun(None)) == [(1, start + later, 20_000)]
+    assert asyncio.run(begun(0)) == [(2, start + later, 0)], "what does not hold yet is replaced"
+
+
+def test_a_new_ledger_takes_its_fee_at_once(tmp_path: Path) -> None:
+    async def scene(house: House) -> None:
+        (table,) = await house.remote.fees()
+        assert (table.table.from_ms, table.table.fee_ppm) == (house.clock.now_ms(), 20_000)
+        await house.deposit(ME, 10_000)
+        with pytest.raises(OtherFee, match="takes 2 %"):
+            await house.remote.apply(an_escrow(fee_ppm=0, ledger=house.remote.name)[0])
+        await house.remote.apply(an_escrow(fee_ppm=20_000, ledger=house.remote.name)[0])
+
+    with_house(tmp_path, scene, fee_ppm=20_000)
+
+
+def test_a_fee_table_of_somebody_else_is_none() -> None:
+    forged = sign(KeyPair.generate(), FeeTable(currency="USD", number=1, from_ms=0, fee_ppm=1)).to_bytes()
+
+    async def on_stage() -> None:
+        network = MemoryNetwork()
+        liar, asker = network.endpoint(KeyPair.generate()), network.endpoint(KeyPair.generate())
+        ticket = LedgerTicket(liar.node_id, "USD", ("tcp://liar:7",))
+        info = encode(LedgerInfo(ledger=ticket.ledger, network="shoal", software="none", fees=(forged,)))
+
+        async def lie(_: Request) -> bytes:
+            return info
+
+        liar.handle(AskLedger.KIND, lie)
+        await liar.listen("tcp://liar:7")
+        with pytest.raises(BadFeeTable):
+            await RemoteLedger(asker, ticket, HeldClock()).fees()
+        await asker.close()
+        await liar.close()
+
+    asyncio.run(on_stage())
 
 
 # --- links and processes that break ---------------------------------------------------------------------------------

@@ -148,10 +148,35 @@ def test_a_statement_names_escrows_and_what_they_hold_back(
     short = escrow_story(ticket, load_account(tmp_path / "home" / "account.key")).hex()[:10]
     shown = shoal("account", "statement")[1]
     assert re.search(rf"into escrow {short} +1.00 +1.00\n", shown)
-    assert re.search(rf"earned of escrow {short}, 0.02 held back +0.1764 +1.1764\n", shown)
+    assert re.search(rf"earned of escrow {short}, 0.02 held back, fee 0.0036 +0.1764 +1.1764\n", shown)
     lines = done(shoal("account", "statement", "--json"))["newest"]
     assert [one["held_micro"] for one in lines[:3]] == [0, 0, 20_000]
+    assert [one["fee_micro"] for one in lines[:3]] == [0, 0, 3600]
     assert shoal("account", "balance")[1] in ("1.1764 USD\n", "1.8764 USD\n"), "before the notice is over, or after"
+
+
+def test_an_operator_says_what_it_takes(shoal: Shoal, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "shoal", "ledger", "start", "--data", str(tmp_path / "ledger"), "--fee", "2%",
+         "--mint-max", "1000"],
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    said = [process.stdout.readline() for _ in range(3)]
+    assert said[2] == "It takes 2 % of what escrows pay.\n"
+    ticket = said[1].strip()
+    shoal("account", "create", "--ledger", ticket)
+    shoal("account", "deposit", "2")
+    escrow_story(ticket, load_account(tmp_path / "home" / "account.key"))
+    assert "The ledger takes 2 % of what escrows pay.\n" in shoal("account", "statement")[1]
+    (table,) = done(shoal("account", "statement", "--json"))["fees"]
+    assert table["fee_ppm"] == 20_000
+    assert shoal("account", "verify")[0] == 0
+    process.terminate()
+    assert process.wait(60) == 0
+    process.stdout.close()
+    wrong = shoal("ledger", "start", "--data", str(tmp_path / "other"), "--fee", "2")
+    assert wrong[0] == 2 and "'2' is no share; write for example '2%'" in wrong[2]
 
 
 def write_hold(path: Path, node: KeyPair, number: int, **changed: Any) -> str:

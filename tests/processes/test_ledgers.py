@@ -23,6 +23,7 @@ from ledger_requests import (
     SELLERS,
     a_bond,
     a_close,
+    a_fee_table,
     a_finish,
     a_slash,
     a_top_up,
@@ -94,6 +95,7 @@ class Wall(HeldClock):
 def commands(dice: random.Random) -> Iterator[Command]:
     """Whatever comes to mind, some of it nonsense."""
     names: list[bytes] = []
+    yield a_fee_table(1, 0, 20_000)
     yield Deposit(CLIENT.address, 40_000, "mint")
     yield Deposit(CLIENT.address, 20 * MICRO, "stake")
     posted, bonds = zip(*(a_bond(dice.choice(SELLERS), nonce) for nonce in range(12)), strict=True)
@@ -121,6 +123,9 @@ def commands(dice: random.Random) -> Iterator[Command]:
             yield a_top_up(names[-1], dice.randrange(500), dice.randrange(1, 3), dice.randrange(30_000, 60_000))
         elif what < 0.91:
             yield a_finish(names[-1], dice.choice(NODES), 0)
+        elif what < 0.93:
+            yield a_fee_table(dice.randrange(1, 5), dice.randrange(3) * DAY_MS, dice.randrange(30_000))
+            yield an_escrow(nonce=8, fee_ppm=dice.randrange(30_000))[0]
         elif what < 0.95:
             yield a_close(dice.choice(names))
         else:
@@ -171,6 +176,7 @@ def test_a_database_is_the_book_in_memory(place: Path | str, together: int) -> N
     again = SqlLedger.open(place, LEDGER, clock)
     anew = verified(again.lines(), LEDGER)
     assert (anew.escrows, anew.bonds, anew.references) == (book.escrows, book.bonds, book.references)
+    assert anew.fees == book.fees == again.fees() and len(book.fees) == 2
     assert sum(again.balances().values()) == 0
     again.close()
 

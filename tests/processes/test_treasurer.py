@@ -23,7 +23,8 @@ from shoal.identity import Envelope, blake3_hash
 from shoal.identity.accounts import AccountKey, signer_of
 from shoal.ledger.escrows import State
 from shoal.ledger.journal import verified
-from shoal.ledger.moves import ISSUED
+from shoal.ledger.moves import FEES, ISSUED
+from shoal.node.earned import read_earned
 from shoal.protocol.holds import Hold, open_hold
 from shoal.protocol.messages import sign
 from shoal.protocol.money import HouseLedger
@@ -44,7 +45,8 @@ HOUR_MS = 3_600_000
 def run(story: Callable[[Street], Awaitable[None]], deposit: int = 10_000_000) -> None:
     async def whole() -> None:
         street = Street()
-        street.ledger.give(PAYER.address, deposit)
+        if deposit:
+            street.ledger.give(PAYER.address, deposit)
         try:
             async with asyncio.timeout(60):
                 await story(street)
@@ -159,6 +161,32 @@ def test_each_is_paid_for_what_was_accepted_and_the_bill_adds_up(tmp_path: Path)
         assert street.ledger.book.balances[ISSUED] == -10_000_000
 
     run(story)
+
+
+def test_the_ledger_takes_its_fee_and_bill_and_nodes_say_how_much(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        street.ledger.announce(20_000)
+        street.ledger.give(PAYER.address, 10_000_000)
+        shops = [await street.shop(number, tmp_path / str(number) / "sales") for number in (1, 2)]
+        job = Job(street, tmp_path / "run")
+        await job.begin(*shops)
+        assert job.written.terms[0].terms.fee_ppm == 20_000
+        assert "Of what nodes are paid, the ledger takes 2 %." in job.said
+        await street.clock.advance(10.0)
+        await job.commit((shops[0], 12_345), (shops[1], 4_000))
+        await job.treasurer.withhold(shops[1].node, "it lied", WORK)
+        await job.treasurer.close()
+        await settle(street, 62)
+        await settle(street, 10)
+        has_all = [await street.ledger.balance(shop.sales.terms.payee) for shop in shops]
+        made = bill(job.written)
+        assert made is not None and made.fee == street.ledger.book.balances[FEES] == 20 + 7
+        assert made.charged == sum(has_all) + made.fee
+        for number, has in zip((1, 2), has_all, strict=True):
+            earned = read_earned(tmp_path / str(number), street.clock.now_ms())
+            assert has > 0 and sum(one.paid_micro - one.fee_micro for one in earned.escrows) == has
+
+    run(story, deposit=0)
 
 
 def test_another_hand_than_the_payers_signs_vouchers_and_admissions(tmp_path: Path) -> None:
@@ -405,7 +433,9 @@ def test_what_a_killed_driver_has_set_aside_is_asked_back_without_another(tmp_pa
         assert look_at(path).open_micro == 999_000 and open_at(path) == [LEDGER]
         with pytest.raises(OthersMoney, match=r"has set money of 0x\w+ aside, and your account is 0x\w+: whose it is"):
             await close_escrows(path, an_account(51), street.ledger)
-        with pytest.raises(OthersMoney, match=f"at the ledger {bytes(32).hex()}/USD; name its ticket with --ledger"):
+        with pytest.raises(
+            OthersMoney, match=f"at the ledger {LEDGER.operator.hex()}/USD; name its ticket with --ledger"
+        ):
             await close_escrows(path, PAYER, BookLedger(street.clock, HouseLedger(bytes(32), "EUR")))
         street.ledger.fails = StorageError("away")
         with pytest.raises(StorageError):

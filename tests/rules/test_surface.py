@@ -50,7 +50,7 @@ SURFACE = {
     "shoal account export": "FILE --ledger --json",
     "shoal account verify": "[FILE] --ledger --json",
     "shoal ledger": "",
-    "shoal ledger start": "--listen --currency --database --mint-max --public --data --json",
+    "shoal ledger start": "--listen --currency --database --fee --mint-max --public --data --json",
     "shoal ledger deposit": "ACCOUNT AMOUNT --reference --data --json",
     "shoal offers": "--hub --device --device-name --memory --flops --bandwidth --latency --country --without-country "
     "--region --without-region --tier --reputation --notice --max-price --currency --idle --sort --limit --json",

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from shoal.cli import places
 from shoal.cli.app import MONEY, Commands, Group, app
-from shoal.cli.output import BadFlag, JsonFlag, LedgerFlag, err, out, print_json, run, shown, when
+from shoal.cli.output import BadFlag, JsonFlag, LedgerFlag, err, out, print_json, run, say_fee, shown, when
 from shoal.errors import BadInput, BadRecord
 from shoal.identity import ENVELOPE_OVERHEAD_BYTES, Envelope, KeyPair, load_key, node_id_from_hex, short_id
 from shoal.identity.accounts import address_text, create_account
@@ -32,13 +32,14 @@ from shoal.ledger.commands import (
     PayBack,
     PostBond,
     Redeem,
+    SetFee,
     Slash,
     TopUp,
     Unbond,
     Withdraw,
     Withhold,
 )
-from shoal.ledger.moves import ISSUED, Move
+from shoal.ledger.moves import FEES, ISSUED, Move
 from shoal.ledger.moves import account as account_name
 from shoal.protocol.holds import Hold, sold_twice
 from shoal.protocol.ledgers import MINTED, LedgerTicket
@@ -64,6 +65,7 @@ from shoal.world import SystemClock
 if TYPE_CHECKING:
     from shoal.house import RemoteLedger
     from shoal.house.messages import AccountState
+    from shoal.ledger.fees import Announced
     from shoal.ledger.journal import Line
 
 T = TypeVar("T")
@@ -403,15 +405,17 @@ def statement(
     ticket, key = ledger_ticket(ledger), account_key()
     mine = account_name(key.address)
 
-    async def work(one: RemoteLedger) -> tuple[int, deque[tuple[Line, int, int]], tuple[Bond, ...]]:
+    async def work(
+        one: RemoteLedger,
+    ) -> tuple[int, deque[tuple[Line, int, int]], tuple[Bond, ...], tuple[Announced, ...]]:
         newest, after, count = deque[tuple["Line", int, int]](maxlen=limit), 0, 0
         async for line in one.lines(account=key.address):
             change = _change(line.moves, mine)
             after, count = after + change, count + 1
             newest.append((line, change, after))
-        return count, newest, (await one.account(key.address)).bonds
+        return count, newest, (await one.account(key.address)).bonds, await one.fees()
 
-    count, newest, bonds = ask(ticket, work)
+    count, newest, bonds, fees = ask(ticket, work)
     if json:
         print_json(
             {
@@ -419,11 +423,13 @@ def statement(
                 "newest": [
                     {
                         "number": line.number, "at_ms": line.at_ms, "what": _what(line.command, mine, ticket.ledger),
-                        "change_micro": change, "held_micro": _held(line.moves, mine), "balance_micro": after,
+                        "change_micro": change, "held_micro": _held(line.moves, mine), "fee_micro": _fee(line, mine),
+                        "balance_micro": after,
                     }
                     for line, change, after in newest
                 ],
                 "bonds": [_plain_bond(one) for one in bonds],
+                "fees": [{"fee_ppm": one.table.fee_ppm, "from_ms": one.table.from_ms} for one in fees],
             }
         )  # fmt: skip
         return
@@ -434,8 +440,9 @@ def statement(
     for column in table.columns[2:]:
         column.justify = "right"
     for line, change, after in newest:
-        held = _held(line.moves, mine)
+        held, fee = _held(line.moves, mine), _fee(line, mine)
         what = _what(line.command, mine, ticket.ledger) + (f", {format_money(held)} held back" if held > 0 else "")
+        what += f", fee {format_money(fee)}" if fee else ""
         table.add_row(
             when(line.at_ms), escape(shown(what)), format_money(change) if change > 0 else "",
             format_money(-change) if change < 0 else "", format_money(after),
@@ -445,6 +452,9 @@ def statement(
         out.print(f"[dim]{count - len(newest)} older lines are left out; --limit shows more.[/]")
     for one in bonds:
         out.print(_say_bond(one, ticket.currency), markup=False, soft_wrap=True)
+    for each in fees:
+        said = say_fee(each.table, SystemClock().now_ms())
+        out.print(f"The ledger takes {said}.", markup=False, soft_wrap=True)
 
 
 @account_app.command("export")
@@ -598,6 +608,14 @@ def _held(moves: tuple[Move, ...], name: str) -> int:
     )  # fmt: skip
 
 
+def _fee(line: Line, name: str) -> int:
+    """Of what it was paid by this line, to the ledger."""
+    pays = isinstance(line.command, Redeem)
+    return sum(
+        one.amount_micro for one in line.moves if one.target == FEES and (pays or _is_held(one.source, name))
+    )  # fmt: skip
+
+
 def _is_held(pot: str, name: str) -> bool:
     return pot.startswith("held ") and pot.endswith(f" {name}")
 
@@ -615,6 +633,8 @@ def _what(command: Command, mine: str, ledger: HouseLedger) -> str:
             return f"deposit, {_shortened(command.reference)}"
         case Withdraw():
             return f"withdrawal {command.order.number}, to {command.order.to}"
+        case SetFee():
+            return "what the ledger takes"
         case Open():
             return f"into escrow {command.terms.escrow_id(ledger).hex()[:SHORT]}"
         case Admit():

@@ -10,9 +10,9 @@ import typer
 
 from shoal.cli import places
 from shoal.cli.app import MONEY, Commands, Group, app
-from shoal.cli.output import JsonFlag, WithParent, out, print_json, run, until_stopped
+from shoal.cli.output import JsonFlag, WithParent, out, print_json, run, say_fee, until_stopped
 from shoal.identity.accounts import address_text, parse_address
-from shoal.quantities.money import format_money
+from shoal.quantities.money import format_money, parse_share
 from shoal.sdk.local import shoal_home
 from shoal.world import SystemClock
 from shoal.world.processes import die_with_parent
@@ -46,6 +46,15 @@ def start(
             help="postgresql+psycopg://USER@HOST/DATABASE; decided at its first start. With a password in it, say it in "
             "SHOAL_LEDGER_DATABASE: other users of this machine can see flags.",
             show_default="as before; SQLite in its folder",
+        ),
+    ] = None,
+    fee: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHARE",
+            help="What it takes of what escrows pay, such as 2%. Another fee than before is announced, and holds for "
+            "escrows that are opened a day later.",
+            show_default="as before; what the terms of an escrow say, where none was said",
         ),
     ] = None,
     mint_max: Annotated[
@@ -87,6 +96,7 @@ def start(
         )
     settings = LedgerSettings(
         data=data or shoal_home() / "ledger", currency=currency, database=database, listen=listen,
+        fee_ppm=None if fee is None else parse_share(fee),
         mint_max_micro=0 if mint_max is None else places.amount_of(mint_max), public=tuple(public or ()),
     )  # fmt: skip
 
@@ -98,6 +108,8 @@ def start(
         else:
             out.print(f"A ledger in [bold]{ticket.currency}[/] is up.  Ticket:", soft_wrap=True)
             out.print(str(ticket), soft_wrap=True, markup=False)
+            for one in await server.fees():
+                out.print(f"It takes {say_fee(one.table, SystemClock().now_ms())}.", markup=False)
             if settings.mint_max_micro:
                 out.print(f"It gives {format_money(settings.mint_max_micro)} at a time to whoever asks.", markup=False)
             out.print("[dim]Ctrl-C stops it.[/]")

@@ -16,7 +16,7 @@ import signal
 import sys
 from collections.abc import Awaitable, Callable, Coroutine
 from datetime import datetime
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import msgspec
 import typer
@@ -24,6 +24,10 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from shoal.errors import BadInput, JobError, ShoalError, StorageError
+from shoal.quantities.money import format_share
+
+if TYPE_CHECKING:
+    from shoal.protocol.money import FeeTable
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -105,6 +109,12 @@ def when(at_ms: int, form: str = "%Y-%m-%d %H:%M") -> str:
         return datetime.fromtimestamp(at_ms / 1000).strftime(form)
     except (OverflowError, ValueError, OSError):  # strangers may write what they like
         return f"{at_ms} ms"
+
+
+def say_fee(table: FeeTable, now_ms: int) -> str:
+    """`"2 % of what escrows pay, from 2026-11-28 08:00 on"`."""
+    since = f" that are opened from {when(table.from_ms)} on" if table.from_ms > now_ms else ""
+    return f"{format_share(table.fee_ppm)} of what escrows pay{since}"
 
 
 def shoal_command() -> str:

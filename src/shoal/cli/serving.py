@@ -394,6 +394,7 @@ def node_earnings(
                     {
                         **vars(one), "client": one.client.hex(), "payer": address_text(one.payer),
                         "coming_micro": one.coming_micro, "paid_micro": one.paid_micro,
+                        "fee_micro": one.fee_micro,
                     }
                     for one in earned.escrows
                 ],
@@ -458,7 +459,8 @@ def _print_earned(earned: Earned, days: dict[tuple[str, str], int]) -> None:
     for total in earned.totals:
         out.print(
             f"In all {format_money(total.paid_micro)} {total.currency} paid, {format_money(total.coming_micro)} to come"
-            + (f", {format_money(total.withheld_micro)} withheld." if total.withheld_micro else "."),
+            + (f", {format_money(total.withheld_micro)} withheld." if total.withheld_micro else ".")
+            + (f" Of what was paid, ledgers took {format_money(total.fee_micro)}." if total.fee_micro else ""),
             markup=False,
         )
 

@@ -163,7 +163,8 @@ def print_bill(bill: Bill, *, console: Console = out) -> None:
     console.print(table)
     console.print(
         f"Set aside {format_money(bill.quoted)} {bill.currency}: charged {format_money(bill.charged)}, "
-        f"and {format_money(bill.refunded)} comes back.",
+        f"and {format_money(bill.refunded)} comes back."
+        + (f" Of what was charged the ledger takes {format_money(bill.fee)}." if bill.fee else ""),
         markup=False,
     )
 

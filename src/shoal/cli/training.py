@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -27,12 +27,13 @@ from shoal.cli.output import (
     out,
     print_json,
     run,
+    say_fee,
     shoal_command,
     shown,
 )
 from shoal.cli.tables import RunView, print_completion, print_report
 from shoal.driver.report import Report
-from shoal.errors import BadInput
+from shoal.errors import BadInput, ShoalError
 from shoal.house import RemoteLedger
 from shoal.identity import KeyPair, load_key
 from shoal.protocol.orders import HOUR_MS
@@ -48,6 +49,9 @@ from shoal.sdk.spending import Spending
 from shoal.sdk.train import DRIVER_KEY, Plan, TrainOptions, plan, resume, train
 from shoal.transport import TlsEndpoint
 from shoal.world import SystemClock
+
+if TYPE_CHECKING:
+    from shoal.ledger.fees import Announced
 
 
 def print_fields() -> None:
@@ -384,13 +388,29 @@ def plan_job(
         options = TrainOptions(folder=Path(scratch), hubs=tickets, key=places.user_key(), listen="tcp://127.0.0.1:0",
                                acquaintances=places.acquaintances())  # fmt: skip
         made = run(lambda: plan(job_file, options, Path(scratch) / "plan", deadline_s))
+    fees = _fees() if made.costs is not None else ()
     if json:
-        print_json(_plan_fields(made))
+        tables = [{"fee_ppm": one.table.fee_ppm, "from_ms": one.table.from_ms} for one in fees]
+        print_json({**_plan_fields(made), "fees": tables})
         return
     print_plan(made)
     if made.costs is not None:
         out.print()
         print_costs(made.costs)
+    for one in fees:
+        said = say_fee(one.table, SystemClock().now_ms())
+        out.print(
+            f"The ledger takes {said}: a part of these costs, which nodes get less.", soft_wrap=True, markup=False
+        )
+
+
+def _fees() -> tuple[Announced, ...]:
+    """Of the user's ledger; nothing where none is known, or it does not answer."""
+    from shoal.cli.accounts import ask
+
+    with contextlib.suppress(ShoalError):
+        return ask(places.ledger_ticket(), lambda one: one.fees())
+    return ()
 
 
 def print_costs(costs: Costs) -> None:

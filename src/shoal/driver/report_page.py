@@ -440,7 +440,8 @@ def _bill(bill: Bill | None) -> str:
 <th class="number">withheld</th><th>why</th></tr></thead>
 <tbody>{rows}</tbody></table>{_more(len(bill.nodes), ROWS_MAX)}""",
         f"{format_money(bill.quoted)} {escape(bill.currency)} was set aside: {format_money(bill.charged)} was charged, "
-        f"and {format_money(bill.refunded)} comes back. Nodes are paid for accepted work, never more than their price.",
+        f"and {format_money(bill.refunded)} comes back. Nodes are paid for accepted work, never more than their price."
+        + (f" The ledger takes {format_money(bill.fee)} of what was charged." if bill.fee else ""),
     )
 
 

@@ -29,6 +29,7 @@ from shoal.identity import Envelope, short_id
 from shoal.ledger.book import NotSigned
 from shoal.ledger.commands import Command
 from shoal.ledger.escrows import Escrow
+from shoal.ledger.fees import Announced, opened_table
 from shoal.ledger.journal import Line
 from shoal.ledger.moves import MoneyRefused, Move
 from shoal.protocol.ledgers import LedgerTicket
@@ -112,6 +113,10 @@ class RemoteLedger:
 
     async def bonds_behind(self, node: bytes, until_ms: int = 0) -> BondsFound:
         return await self._ask(AskBond(node=node, network=self._network, until_ms=until_ms), BondsFound)
+
+    async def fees(self) -> tuple[Announced, ...]:
+        """As the operator signed them. Raises BadFeeTable, and what `open_record` does."""
+        return tuple(opened_table(one, self.name, self._network) for one in (await self.about()).fees)
 
     async def about(self) -> LedgerInfo:
         return await self._ask(AskLedger(), LedgerInfo)

@@ -11,7 +11,7 @@ from shoal.errors import BadInput
 from shoal.identity import Hash, NodeId
 from shoal.identity.accounts import Address
 from shoal.ledger.bonds import Bond
-from shoal.ledger.commands import Command
+from shoal.ledger.commands import Command, FeeTableBytes
 from shoal.ledger.escrows import Escrow
 from shoal.ledger.journal import LINE_MAX_BYTES, Line
 from shoal.ledger.moves import Move
@@ -46,7 +46,7 @@ class AskLedger(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, 
 
 
 class LedgerInfo(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A ledger about itself. Nothing here is signed."""
+    """A ledger about itself. Nothing here is signed but the fee tables."""
 
     MAX_BYTES: ClassVar[int] = 4 * 1024
 
@@ -57,6 +57,8 @@ class LedgerInfo(Message, frozen=True, kw_only=True, forbid_unknown_fields=True,
     """Of its journal."""
     mint_max_micro: Amount = 0
     """With a development mint, which gives money to whoever asks: how much at a time. 0: it has none."""
+    fees: Annotated[tuple[FeeTableBytes, ...], Meta(max_length=2)] = ()
+    """The fee table that holds, if any, and the one that is to follow: Envelopes, by the operator."""
 
 
 class ApplyCommand(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):

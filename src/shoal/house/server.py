@@ -15,11 +15,12 @@ from shoal.errors import BadInput, StorageError
 from shoal.house.service import LedgerService
 from shoal.identity import KeyPair, load_key, load_or_create_key
 from shoal.identity.secrets import write_secret
-from shoal.ledger.commands import Deposit
-from shoal.ledger.moves import Move
+from shoal.ledger.commands import Deposit, SetFee
+from shoal.ledger.fees import FEE_NOTICE_MS, Announced
+from shoal.ledger.moves import ISSUED, Move
 from shoal.protocol.ledgers import LedgerTicket
-from shoal.protocol.messages import DEFAULT_NETWORK
-from shoal.protocol.money import HouseLedger
+from shoal.protocol.messages import DEFAULT_NETWORK, sign
+from shoal.protocol.money import FeeTable, HouseLedger
 from shoal.protocol.prices import Currency
 from shoal.storage.group_commit import GroupCommit
 from shoal.storage.ledgers import SqlLedger
@@ -27,6 +28,8 @@ from shoal.world import Address, Clock, DirectoryDisk, DiskLock, Endpoint
 
 PASS_EVERY_S = 10.0
 """How often a ledger looks what the time has brought, also when nobody asks it for anything."""
+ANNOUNCING_MS = 60_000
+"""Until a fee table is in the journal, at most: it is announced so much before it has to be."""
 SETTINGS_MAX_BYTES = 4096
 DEFAULT_CURRENCY = "USD"
 _log = logging.getLogger("shoal.house")
@@ -69,6 +72,9 @@ class LedgerSettings:
     where there was none."""
     listen: Address = "tcp://127.0.0.1:0"
     network: str = DEFAULT_NETWORK
+    fee_ppm: int | None = None
+    """What it takes of what escrows pay. None: as before; what terms say, where nothing was said yet. Another fee than
+    before is announced, and holds a day later."""
     mint_max_micro: int = 0
     """With a development mint: how much it gives at a time; 0: without one."""
     public: tuple[Address, ...] = ()
@@ -110,8 +116,10 @@ class LedgerServer:
         kept = _settled(settings)
         key = load_or_create_key(settings.data / "operator.key")
         name = HouseLedger(key.node_id, kept.currency)
-        opened = await asyncio.to_thread(SqlLedger.open, _place(settings.data, kept), name, self._clock)
+        place = _place(settings.data, kept)
+        opened = await asyncio.to_thread(SqlLedger.open, place, name, self._clock, settings.network)
         self._ledger = GroupCommit(opened)
+        await self._ledger.ask(lambda ledger: self._announce(ledger, key))
         with suppress(FileExistsError):
             write_secret(settings.data / "ledger.json", msgspec.json.encode(kept))  # a URL may hold a password
         self._endpoint = self._make_endpoint(key)
@@ -122,6 +130,22 @@ class LedgerServer:
         self._passing = asyncio.create_task(self._pass(self._ledger))
         await self._endpoint.listen(settings.listen)
         return LedgerTicket(key.node_id, kept.currency, settings.public or tuple(self._endpoint.addresses))
+
+    def _announce(self, ledger: SqlLedger, key: KeyPair) -> None:
+        """A fee that is not what the newest table says. Raises LedgerFailed."""
+        known, now_ms, fee_ppm = ledger.fees(), self._clock.now_ms(), self._settings.fee_ppm
+        if fee_ppm is None or (known and known[-1].table.fee_ppm == fee_ppm):
+            return
+        ahead_ms = FEE_NOTICE_MS + ANNOUNCING_MS if ledger.balance(ISSUED) else 0
+        table = FeeTable(
+            currency=ledger.ledger.currency, number=known[-1].table.number + 1 if known else 1,
+            from_ms=now_ms + ahead_ms, fee_ppm=fee_ppm,
+        )  # fmt: skip
+        ledger.apply(SetFee(sign(key, table, self._settings.network).to_bytes()))
+
+    async def fees(self) -> tuple[Announced, ...]:
+        """The table that holds, if any, and the one that is to follow."""
+        return () if self._ledger is None else await self._ledger.fees()
 
     async def stop(self) -> None:
         """Stop answering, then close the database. Stopping twice, or before the start, is harmless."""

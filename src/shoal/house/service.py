@@ -86,10 +86,10 @@ class LedgerService:
         self._questions.spend(request.peer, "A question")
         decode(AskLedger, request.body, request.version)
         with self._at_once.place(request.source, "requests"):
-            lines, _ = await self._ledger.ask(lambda ledger: ledger.last())
+            (lines, _), fees = await self._ledger.ask(lambda ledger: (ledger.last(), ledger.fees()))
         info = LedgerInfo(
             ledger=self._name, network=self._network, software=f"shoal {version('shoal')}", lines=lines,
-            mint_max_micro=self._mint_max_micro,
+            mint_max_micro=self._mint_max_micro, fees=tuple(one.signed for one in fees),
         )  # fmt: skip
         return encode(info, request.version)
 

@@ -2,6 +2,7 @@
 
 - `commands`: what a ledger can be asked to do: money comes in, goes into escrows and bonds, to who earned it, and out.
 - `escrows`: one escrow from its opening to its end, as decisions that return what becomes of it and the moves of money.
+- `fees`: what the ledger takes of what escrows pay, announced ahead.
 - `bonds`: what is at stake for a node's promises, and lost by two that contradict each other.
 - `book.Book`: all accounts, escrows and bonds of one ledger in memory: what a journal on a disk, or a contract, must
   equal.

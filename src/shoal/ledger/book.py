@@ -19,6 +19,7 @@ from shoal.ledger.commands import (
     PayBack,
     PostBond,
     Redeem,
+    SetFee,
     Slash,
     TopUp,
     Unbond,
@@ -36,9 +37,11 @@ from shoal.ledger.escrows import (
     topped_up,
     withheld,
 )
+from shoal.ledger.fees import Announced, OtherFee, announced, fee_at, opened_table
 from shoal.ledger.moves import ISSUED, MoneyRefused, Move, account, moved
 from shoal.protocol.messages import DEFAULT_NETWORK
 from shoal.protocol.money import Admission, BondTerms, EscrowTerms, LedgerName, SignedVoucher, Withdrawal, Withholding
+from shoal.quantities.money import format_share
 
 
 class NotSigned(BadRecord):
@@ -95,6 +98,10 @@ class Book:
     bonds: dict[bytes, Bond] = field(default_factory=dict)
     references: set[str] = field(default_factory=set)
     """Of deposits."""
+    fees: tuple[Announced, ...] = ()
+    """That holds, if any, and that is to follow."""
+    network: str = DEFAULT_NETWORK
+    """For which the operator signs."""
     now_ms: int = 0
     """It never goes back, whatever the clock does."""
 
@@ -127,6 +134,10 @@ class Book:
                 return self._deposit(command)
             case Withdraw():
                 return self._withdraw(command.order, command.signature)
+            case SetFee():
+                table = opened_table(command.table, self.ledger, self.network)
+                self.fees = announced(self.fees, table, -self.balances.get(ISSUED, 0), self.now_ms)
+                return ()
             case Open():
                 return self._open(command.terms, command.signature)
             case Admit():
@@ -188,6 +199,12 @@ class Book:
         _check_signer(name, signature, terms.payer)
         if name in self.escrows:
             raise SameEscrow(f"{self.escrows[name].name} was opened already; draw another nonce for another one.")
+        fee_ppm = fee_at(self.fees, self.now_ms)
+        if fee_ppm is not None and terms.fee_ppm != fee_ppm:
+            raise OtherFee(
+                f"This ledger takes {format_share(fee_ppm)} of what an escrow pays that is opened now, and these terms "
+                f"say {format_share(terms.fee_ppm)}: sign them with the fee that it takes."
+            )
         return self._become(*opened(terms, self.ledger, self.now_ms))
 
     def _admit(self, admission: Admission, signature: bytes) -> tuple[Move, ...]:

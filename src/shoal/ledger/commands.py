@@ -1,7 +1,7 @@
 """What a ledger can be asked to do; whoever signs what is said in `protocol.money`.
 
-Nobody signs a `Deposit`, which is the operator's alone to ask for, nor a `Slash`, whose evidence is signed, nor what
-time brings, `Pass` and `PayBack`.
+A fee table is signed as a record. Nobody signs a `Deposit`, which is the operator's alone to ask for, nor a `Slash`,
+whose evidence is signed, nor what time brings, `Pass` and `PayBack`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from shoal.protocol.money import (
     BondTerms,
     Closing,
     EscrowTerms,
+    FeeTable,
     Finished,
     LedgerName,
     SignedVoucher,
@@ -42,6 +43,16 @@ class Deposit(_Command, frozen=True):
     reference: Annotated[str, Meta(max_length=128)]
     """Where it came from: the number of a payment, or of a development mint. Good once: a deposit whose answer was lost
     can be asked for again."""
+
+
+FeeTableBytes = Annotated[bytes, Meta(max_length=FeeTable.MAX_BYTES + ENVELOPE_OVERHEAD_BYTES)]
+"""An Envelope of a FeeTable."""
+
+
+class SetFee(_Command, frozen=True):
+    """By the operator: what escrows pay that are opened from a moment on."""
+
+    table: FeeTableBytes
 
 
 class Withdraw(_Command, frozen=True):
@@ -120,7 +131,7 @@ class PayBack(_Command, frozen=True):
 
 
 Command: TypeAlias = (
-    Deposit | Withdraw
+    Deposit | Withdraw | SetFee
     | Open | Admit | TopUp | Redeem | Close | Finish | Withhold | Pass
     | PostBond | Unbond | Slash | PayBack
 )  # fmt: skip
@@ -129,7 +140,7 @@ Command: TypeAlias = (
 def escrow_of(command: Command, ledger: LedgerName) -> bytes | None:
     """Which escrow a command speaks of, if any."""
     match command:
-        case Deposit() | Withdraw() | PostBond() | Unbond() | Slash() | PayBack():
+        case Deposit() | Withdraw() | SetFee() | PostBond() | Unbond() | Slash() | PayBack():
             return None
         case Open():
             return command.terms.escrow_id(ledger)

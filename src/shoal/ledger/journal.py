@@ -66,7 +66,7 @@ def verified(
     that the operator signed, and maybe more lines. Raises BadJournal, which names the line; for a checkpoint, what
     `open_checkpoint` does."""
     signed = None if checkpoint is None else open_checkpoint(checkpoint, ledger, network)
-    book, previous, number = Book(ledger), BEGINNING, 0
+    book, previous, number = Book(ledger, network=network), BEGINNING, 0
     for number, one in enumerate(lines, start=1):
         said = f"Line {number} of the journal"
         if one.number != number or one.previous != previous:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from shoal.errors import BadInput
 from shoal.node.sales import ACCOUNTS, ENDED, Account, Ended, read_kept
+from shoal.quantities.money import share
 from shoal.world import DirectoryDisk
 
 
@@ -35,6 +36,8 @@ class EarnedOf:
     """Of that, held back until audits are over."""
     withheld_micro: int
     """Gone back to the payer, as far as the node has seen."""
+    fee_ppm: int
+    """Of what is paid, to the ledger."""
     ends_ms: int
     """When it ends, or has ended; for one that is open, at the latest."""
 
@@ -45,8 +48,13 @@ class EarnedOf:
 
     @property
     def paid_micro(self) -> int:
-        """To the node's account."""
+        """To the node's account, and of that the fee to the ledger."""
         return self.redeemed_micro - self.held_micro - self.withheld_micro
+
+    @property
+    def fee_micro(self) -> int:
+        """Of what was paid, to the ledger: to the millionth once what was held back is paid, too."""
+        return share(self.paid_micro, self.fee_ppm)
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,8 @@ class InCurrency:
     paid_micro: int
     coming_micro: int
     withheld_micro: int
+    fee_micro: int
+    """Of what was paid, to the ledger."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +84,7 @@ class Earned:
                 sum(one.paid_micro for one in self.escrows if one.currency == currency),
                 sum(one.coming_micro for one in self.escrows if one.currency == currency),
                 sum(one.withheld_micro for one in self.escrows if one.currency == currency),
+                sum(one.fee_micro for one in self.escrows if one.currency == currency),
             )
             for currency in sorted({one.currency for one in self.escrows})
         ]
@@ -118,7 +129,7 @@ def read_earned(folder: Path, now_ms: int) -> Earned:
 def _of_open(one: Account) -> EarnedOf:
     return EarnedOf(
         one.escrow, one.client, one.payer, one.currency, False, one.paid_micro, one.redeemed_micro, one.held_micro,
-        one.withheld_micro, one.ends_ms,
+        one.withheld_micro, one.fee_ppm, one.ends_ms,
     )  # fmt: skip
 
 
@@ -126,5 +137,5 @@ def _of_ended(one: Ended, now_ms: int) -> EarnedOf:
     held = one.held_micro if now_ms < one.settles_ms else 0
     return EarnedOf(
         one.escrow, one.client, one.payer, one.currency, True, one.paid_micro, one.redeemed_micro, held,
-        one.withheld_micro, one.ended_ms,
+        one.withheld_micro, one.fee_ppm, one.ended_ms,
     )  # fmt: skip

@@ -55,7 +55,7 @@ from shoal.protocol.holds import (
 )
 from shoal.protocol.holds import Work as Kind
 from shoal.protocol.messages import DEFAULT_NETWORK, decode, encode, open_record, sign
-from shoal.protocol.money import Amount, BadVoucher, LedgerName, SignedVoucher
+from shoal.protocol.money import Amount, BadVoucher, LedgerName, PartsPerMillion, SignedVoucher
 from shoal.protocol.offers import Done, UnixMs
 from shoal.protocol.prices import Currency
 from shoal.quantities.money import format_money
@@ -129,6 +129,8 @@ class Account(msgspec.Struct, frozen=True, kw_only=True):
     held_micro: Amount = 0
     """Of that, held back and not withheld."""
     withheld_micro: Amount = 0
+    fee_ppm: PartsPerMillion = 0
+    """Of what it is paid, to the ledger."""
     refused: bool = False
     """The ledger has paid nothing for a voucher: none counts until one is redeemed."""
 
@@ -165,6 +167,7 @@ class Ended(msgspec.Struct, frozen=True, kw_only=True):
     """Of that, still held back when it ended; it comes at `settles_ms`, less what is withheld until then."""
     withheld_micro: Amount
     """Before it ended."""
+    fee_ppm: PartsPerMillion = 0
     ended_ms: UnixMs
     settles_ms: UnixMs
 
@@ -543,7 +546,7 @@ class Sales:
             )
         account = known or Account(
             escrow=escrow.escrow_id, ledger=self._ledger.name, client=client, payer=terms.payer,
-            signer=terms.signer, payee=payee, most_micro=0, ends_ms=0, micro_per_h=0,
+            signer=terms.signer, payee=payee, most_micro=0, ends_ms=0, micro_per_h=0, fee_ppm=terms.fee_ppm,
         )  # fmt: skip
         account = msgspec.structs.replace(account, micro_per_h=micro_per_h)
         accounts = {**self._accounts, escrow.escrow_id: _as_at(escrow, account)}
@@ -725,7 +728,8 @@ class Sales:
             escrow=account.escrow, client=account.client, payer=account.payer, payee=account.payee,
             currency=account.currency, paid_micro=max(account.voucher_micro, account.redeemed_micro),
             redeemed_micro=account.redeemed_micro, held_micro=account.held_micro,
-            withheld_micro=account.withheld_micro, ended_ms=account.ends_ms, settles_ms=account.ends_ms + audit_ms,
+            withheld_micro=account.withheld_micro, fee_ppm=account.fee_ppm, ended_ms=account.ends_ms,
+            settles_ms=account.ends_ms + audit_ms,
         )  # fmt: skip
         others = [one for one in self._ended if one.escrow != ended.escrow]
         self._ended = [*others, ended][-ENDED_MAX:]

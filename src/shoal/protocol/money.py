@@ -95,6 +95,12 @@ class BadCheckpoint(BadRecord):
     code = "SH-284"
 
 
+class BadFeeTable(BadRecord):
+    """A fee table is not of this ledger: another operator signed it, or it is of another currency."""
+
+    code = "SH-286"
+
+
 class HouseLedger(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="house", tag_field="ledger"):
     """One that an operator runs."""
 
@@ -384,3 +390,28 @@ def open_checkpoint(envelope: Envelope, ledger: LedgerName, network: str = DEFAU
             "this ledger."
         )
     return checkpoint
+
+
+class FeeTable(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The operator of the house ledger of this currency takes so much of what an escrow pays that is opened from a
+    moment on."""
+
+    KIND: ClassVar[str] = "fees"
+    MAX_BYTES: ClassVar[int] = 128
+
+    currency: Currency
+    number: Annotated[int, Meta(ge=1, le=1 << 31)]
+    """How many tables of this ledger there are with this one: of two that hold the newer counts."""
+    from_ms: Annotated[int, Meta(ge=0, le=TIME_MAX_MS)]
+    fee_ppm: PartsPerMillion
+
+
+def open_fee_table(envelope: Envelope, ledger: LedgerName, network: str = DEFAULT_NETWORK) -> FeeTable:
+    """Raises BadFeeTable, and what `open_record` does."""
+    table = open_record(envelope, FeeTable, network)
+    if HouseLedger(envelope.signer, table.currency) != ledger:
+        raise BadFeeTable(
+            f"A fee table of a ledger in {table.currency} that {short_id(envelope.signer)} runs says nothing of this "
+            "ledger."
+        )
+    return table

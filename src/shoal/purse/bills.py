@@ -13,7 +13,9 @@ from msgspec import Meta
 from shoal.identity import Hash
 from shoal.identity.accounts import AccountSignature, Address
 from shoal.ledger.commands import HoldBytes
+from shoal.ledger.escrows import Paid
 from shoal.protocol.money import Amount, EscrowTerms, LedgerName, SignedVoucher
+from shoal.quantities.money import share
 
 FILE = "payments.json"
 
@@ -36,6 +38,8 @@ class Bill(msgspec.Struct, frozen=True, kw_only=True):
     """What was set aside at most."""
     charged: Amount
     refunded: Amount
+    fee: Amount = 0
+    """Of what was charged, to the ledger: nodes get that much less."""
     currency: str
     nodes: tuple[BillLine, ...]
 
@@ -98,6 +102,18 @@ class TermPayments(msgspec.Struct, frozen=True, kw_only=True):
         return self.terms.escrow_id(self.ledger)
 
     @property
+    def fee_micro(self) -> int:
+        """To the ledger, when all is paid: of what is paid at once, and of what is held back first."""
+        by_payee = dict[bytes, Paid]()
+        for one in self.nodes.values():
+            known = by_payee.get(one.payee, Paid())
+            earned = known.redeemed_micro + one.paid_micro
+            held, withheld = share(earned, self.terms.holdback_ppm), known.withheld_micro + one.withheld_micro
+            by_payee[one.payee] = Paid(earned, held, withheld)
+        parts = [part for one in by_payee.values() for part in (one.free_micro, one.waiting_micro)]
+        return sum(share(part, self.terms.fee_ppm) for part in parts)
+
+    @property
     def charged_micro(self) -> int:
         return sum(one.paid_micro - one.withheld_micro for one in self.nodes.values())
 
@@ -147,6 +163,7 @@ def bill(payments: Payments) -> Bill | None:
         quoted=quoted,
         charged=charged,
         refunded=quoted - charged,
+        fee=sum(term.fee_micro for term in payments.terms),
         currency=payments.terms[0].ledger.currency,
         nodes=tuple(lines.values()),
     )

@@ -15,7 +15,7 @@ import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -25,6 +25,7 @@ from shoal.identity.accounts import AccountKey, address_text, signer_of
 from shoal.ledger.book import SameEscrow, UnknownEscrow
 from shoal.ledger.commands import Admit, Close, Open, Redeem, Withhold
 from shoal.ledger.escrows import EscrowOver, OldVoucher
+from shoal.ledger.fees import fee_at
 from shoal.ledger.moves import DoneAlready, TooLittleMoney
 from shoal.market.earnings import lasts_s
 from shoal.protocol.holds import LEASE_STEP_MS, BadHold, HoldReclaim, Work, quote_id
@@ -43,7 +44,7 @@ from shoal.protocol.money import (
 from shoal.protocol.offers import Offer
 from shoal.purse.bills import Owed, OwedTo, PaidNode, Payments, TermPayments, newest_vouchers
 from shoal.quantities import format_duration_s
-from shoal.quantities.money import format_money, share
+from shoal.quantities.money import format_money, format_share, share
 from shoal.world import Clock, Dice, Ledger, Link
 from shoal.world.quotes import Held, NotSecured, Quotes
 
@@ -62,6 +63,7 @@ ENDS_SOON_MS = 120_000
 """Before an escrow ends, the work for it does: nodes need some time for their last vouchers."""
 REASON_MAX = 160
 
+T = TypeVar("T")
 _log = logging.getLogger("shoal.purse")
 
 
@@ -282,6 +284,7 @@ class Purse:
         """Set the money aside, first for these. Raises NoMoney, and what the ledger does; nothing is set aside then."""
         funds, now_ms = self.funds, self._clock.now_ms()
         amount = self.left_micro
+        tables = await self._answer_of(funds.ledger.fees)
         lasts_ms = 1000 * ENDS_AFTER * lasts_s(amount, sum(one.micro_per_h for one in nodes.values()))
         terms = EscrowTerms(
             payer=funds.payer,
@@ -289,7 +292,7 @@ class Purse:
             cap_micro=0 if funds.signer.address == funds.payer else amount,
             auditor=funds.signer.address,
             amount_micro=amount,
-            fee_ppm=0,
+            fee_ppm=fee_at(tables, now_ms) or 0,
             holdback_ppm=funds.holdback_ppm,
             notice_ms=funds.notice_ms,
             audit_ms=funds.audit_ms,
@@ -313,18 +316,22 @@ class Purse:
             await self._take_back()
             raise
 
+        if terms.fee_ppm:
+            self._say(f"Of what nodes are paid, the ledger takes {format_share(terms.fee_ppm)}.")
+
     async def _have_done(self, command: Open | Admit) -> None:
-        """Where an answer is lost, the ledger is asked again: what is signed is done once. Raises what it does."""
-        for wait_s in (*ASKED_AGAIN_S, None):
+        """Raises what the ledger does."""
+        with contextlib.suppress(SameEscrow, DoneAlready):  # what is signed is done once
+            await self._answer_of(lambda: self.funds.ledger.apply(command))
+
+    async def _answer_of(self, ask: Callable[[], Awaitable[T]]) -> T:
+        """Where an answer is lost, the ledger is asked again. Raises what it does."""
+        for wait_s in ASKED_AGAIN_S:
             try:
-                await self.funds.ledger.apply(command)
-                return
-            except (SameEscrow, DoneAlready):
-                return
+                return await ask()
             except LinkError:
-                if wait_s is None:
-                    raise
-            await self._clock.sleep(wait_s)
+                await self._clock.sleep(wait_s)
+        return await ask()
 
     async def _take_back(self) -> None:
         """Of an escrow of which it is not known that it was opened: another one is opened for whoever comes next."""

@@ -14,6 +14,7 @@ MICRO = 1_000_000
 AMOUNT_MAX = (1 << 63) - 1
 """Of an account, an escrow, an entry: what a column of SQL holds."""
 _AMOUNT = re.compile(r"\s*([0-9]{1,13})(?:\.([0-9]{1,6}))?\s*\Z")
+_SHARE = re.compile(r"\s*([0-9]{1,3})(?:\.([0-9]{1,4}))?\s*%\s*\Z")
 _PRICE = re.compile(r"(.*?)\s*/\s*(h|hour|s|second|d|day)\s*\Z", re.DOTALL)
 _SECONDS = {"s": 1, "second": 1, "h": 3600, "hour": 3600, "d": 86_400, "day": 86_400}
 MS_PER_H = 3_600_000
@@ -35,6 +36,20 @@ def format_money(micro: int) -> str:
     """350000 -> `"0.35"`, -1500000 -> `"-1.50"`: two places or as many as it takes."""
     whole, rest = divmod(abs(micro), MICRO)
     return f"{'-' if micro < 0 else ''}{whole}.{f'{rest:06}'.rstrip('0').ljust(2, '0')}"
+
+
+def parse_share(text: str) -> int:
+    """`"2%"` -> 20000 parts per million. Raises BadQuantity for more than 100 %, and beyond four places."""
+    match = _SHARE.match(text)
+    ppm = 0 if match is None else int(match[1]) * 10_000 + int((match[2] or "").ljust(4, "0"))
+    if match is None or ppm > MICRO:
+        raise BadQuantity(f"{text!r} is no share; write for example '2%' or '0.5%', with at most four places.")
+    return ppm
+
+
+def format_share(ppm: int) -> str:
+    """20000 -> `"2 %"`."""
+    return f"{ppm / 10_000:g} %"
 
 
 def parse_price(text: str) -> int:

@@ -14,6 +14,7 @@ from typing import TypeVar
 from shoal.errors import ShoalError
 from shoal.ledger.commands import Command
 from shoal.ledger.escrows import Escrow
+from shoal.ledger.fees import Announced
 from shoal.ledger.moves import Move
 from shoal.ledger.moves import account as account_name
 from shoal.protocol.money import LedgerName
@@ -58,6 +59,9 @@ class GroupCommit:
 
     async def escrow(self, escrow_id: bytes) -> Escrow | None:
         return await self.ask(lambda ledger: ledger.escrow(escrow_id))
+
+    async def fees(self) -> tuple[Announced, ...]:
+        return await self.ask(lambda ledger: ledger.fees())
 
     async def ask(self, question: Callable[[SqlLedger], T]) -> T:
         """Whatever the ledger answers, in its turn. Raises LedgerFailed, LedgerBusy."""

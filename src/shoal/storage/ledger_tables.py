@@ -13,6 +13,7 @@ from msgspec.msgpack import Decoder
 
 from shoal.ledger.bonds import Bond
 from shoal.ledger.escrows import Escrow, Paid
+from shoal.ledger.fees import Announced
 from shoal.ledger.journal import Line
 
 SCHEMA = 4
@@ -68,6 +69,13 @@ BONDS = sa.Table(
     sa.Column("due_ms", sa.BigInteger, nullable=True, index=True),
     sa.Column("content", sa.LargeBinary, nullable=False),
 )
+FEES = sa.Table(
+    "ledger_fees",
+    METADATA,
+    sa.Column("one", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("content", sa.LargeBinary, nullable=False),
+)
+"""One row, once there is a fee table: that which holds, and that which is to follow."""
 REFERENCES = sa.Table("ledger_references", METADATA, sa.Column("reference", sa.LargeBinary, primary_key=True))
 JOURNAL = sa.Table(
     "ledger_journal",
@@ -85,6 +93,7 @@ Rows: TypeAlias = dict[sa.Table, list[Row]]
 encode = msgspec.msgpack.Encoder().encode
 decode_line = Decoder(Line).decode
 decode_bond = Decoder(Bond).decode
+decode_fees = Decoder(tuple[Announced, ...]).decode
 _decode_escrow, _decode_paid = Decoder(Escrow).decode, Decoder(Paid).decode
 
 
@@ -109,6 +118,10 @@ def bond_row(one: Bond) -> Row:
     return (
         one.bond_id, terms.node, terms.network.encode(), terms.account, one.at_stake_micro, one.due_ms, encode(one),
     )  # fmt: skip
+
+
+def fees_row(tables: tuple[Announced, ...]) -> Row:
+    return 1, encode(tables)
 
 
 def line_row(one: Line) -> Row:

@@ -26,8 +26,9 @@ from sqlalchemy.exc import SQLAlchemyError
 from shoal.errors import ShoalError
 from shoal.ledger.bonds import Bond
 from shoal.ledger.book import Book
-from shoal.ledger.commands import Command, Deposit, Pass, PayBack, Withdraw, bond_named_by, escrow_of
+from shoal.ledger.commands import Command, Deposit, Pass, PayBack, SetFee, Withdraw, bond_named_by, escrow_of
 from shoal.ledger.escrows import Escrow
+from shoal.ledger.fees import Announced
 from shoal.ledger.journal import BEGINNING, BadJournal, Line, line, verified
 from shoal.ledger.moves import Move
 from shoal.protocol.messages import DEFAULT_NETWORK
@@ -38,6 +39,7 @@ from shoal.storage.ledger_tables import (
     ACCOUNTS,
     BONDS,
     ESCROWS,
+    FEES,
     JOURNAL,
     METADATA,
     PAID,
@@ -47,10 +49,12 @@ from shoal.storage.ledger_tables import (
     Rows,
     bond_row,
     decode_bond,
+    decode_fees,
     decode_line,
     encode,
     escrow_of_rows,
     escrow_row,
+    fees_row,
     line_row,
     paid_rows,
     put_into,
@@ -99,12 +103,11 @@ _BONDS_BEHIND, _BONDS_BY = (
     sa.select(BONDS.c.content).where(*which).order_by(BONDS.c.at_stake_micro.desc(), BONDS.c.bond).limit(BONDS_MAX)
     for which in ((*_BEHIND, BONDS.c.at_stake_micro > 0), (BONDS.c.account == sa.bindparam("account"),))
 )
+_FEES = sa.select(FEES.c.content)
 _REFERENCE = sa.select(REFERENCES.c.reference).where(REFERENCES.c.reference == sa.bindparam("one"))
 _WITHDRAWN = sa.select(WITHDRAWALS.c.number).where(WITHDRAWALS.c.account == sa.bindparam("one"))
 _LINE = sa.select(JOURNAL.c.line).where(JOURNAL.c.number == sa.bindparam("number"))
 _LOCK = sa.text(f"LOCK TABLE {JOURNAL} IN EXCLUSIVE MODE")
-_WAIT_FOR_LINE = sa.text(f"INSERT INTO {JOURNAL} (number, line) VALUES (:number, :line) ON CONFLICT DO NOTHING")
-"""Where somebody is writing a line of this number, it waits until that is written or given up."""
 _PUT = {
     table: sa.text(put_into(table, f"VALUES ({', '.join(f':{one.name}' for one in table.columns)})"))
     for table in METADATA.sorted_tables
@@ -138,13 +141,14 @@ class _Known:
     """What was read of a ledger, or written, up to the last line of its journal: while that is the last one, it need
     not be read again."""
 
-    def __init__(self, ledger: LedgerName, number: int, last: bytes) -> None:
+    def __init__(self, book: Book, number: int, last: bytes) -> None:
         self.number, self.last = number, last
         """Of that line, its hash."""
         self.due_ms = 0
         """Before this the time brings nothing."""
         self.balances = _Balances()
-        self.book = Book(ledger, balances=self.balances)
+        self.book = book
+        book.balances = self.balances
 
     def __len__(self) -> int:
         book = self.book
@@ -156,6 +160,9 @@ class _Known:
 class _Step:
     """What follows from some commands, and is to be written."""
 
+    commands: Sequence[Command]
+    known: _Known
+    """As it is when that is written."""
     due: int
     """How many of the outcomes are of what the time has brought."""
     outcomes: list[tuple[Move, ...] | ShoalError]
@@ -170,17 +177,17 @@ class _Step:
 class SqlLedger:
     """One thread at a time uses it."""
 
-    def __init__(self, engine: sa.Engine, place: str, ledger: LedgerName, clock: Clock) -> None:
-        self._engine, self._place, self.ledger, self.clock = engine, place, ledger, clock
+    def __init__(self, engine: sa.Engine, place: str, ledger: LedgerName, clock: Clock, network: str) -> None:
+        self._engine, self._place, self.ledger, self.clock, self._network = engine, place, ledger, clock, network
         self._writer = SqliteWriter(engine) if engine.dialect.name == "sqlite" else PostgresWriter(engine)
         self._known: _Known | None = None
-        self._open: tuple[Sequence[Command], _Known, _Step] | None = None
+        self._unsure: _Step | None = None
         """Of which it is not known whether it was written."""
         self._latest_ms = 0
         """Of what the clock has said: the time never goes back, also where nothing was written at it."""
 
     @classmethod
-    def open(cls, place: Path | str, ledger: LedgerName, clock: Clock) -> SqlLedger:
+    def open(cls, place: Path | str, ledger: LedgerName, clock: Clock, network: str = DEFAULT_NETWORK) -> SqlLedger:
         """A file, or a `postgresql+psycopg://` URL. Raises LedgerFailed: also for a database of another ledger, and for
         one that acknowledges what it may still lose."""
         try:
@@ -190,7 +197,7 @@ class SqlLedger:
                 "The URL of the ledger's database cannot be used; write postgresql+psycopg://USER@HOST/DATABASE, and "
                 "install shoal[postgres]. Or name a file, for SQLite."
             ) from None
-        made = cls(engine, engine.url.render_as_string(hide_password=True), ledger, clock)
+        made = cls(engine, engine.url.render_as_string(hide_password=True), ledger, clock, network)
         try:
             with made._transaction() as connection:
                 made._create_or_check(connection)
@@ -216,34 +223,43 @@ class SqlLedger:
         writing: asked for the same list again, it looks whether that was written, and writes it if not."""
         if len(commands) > COMMANDS_MAX:
             raise ValueError(f"{len(commands)} commands are more than {COMMANDS_MAX}")
-        (asked, known, step), self._open = self._open or (None, None, None), None
-        if asked is commands and known is not None and step is not None and self._was_written(commands, known, step):
-            return step.answers
+        unsure, self._unsure = self._unsure, None
+        if unsure is not None and unsure.commands is not commands:
+            unsure = None  # who asked for that has been told
         known, self._known = self._known, None  # if this fails, nothing is known any more
-        if known is not None:
+        if unsure is None and known is not None:
             with _LazyTransaction(self._reading()) as reading:
                 step = self._decided(known, reading, commands)
-                if not step.lines and commands and self._newest(reading.connection) != known.number:
-                    known = None
-            if known is not None and self._written(commands, known, step):
-                return step.answers
-        return self._alone(commands).answers
+                stale = not step.lines and bool(commands) and self._newest(reading.connection) != known.number
+            try:
+                if not stale and self._written(step):
+                    return step.answers
+            except OutcomeOpen:
+                unsure = step
+        return self._alone(commands, unsure).answers
 
-    def _alone(self, commands: Sequence[Command]) -> _Step:
-        """While nobody else writes. What was known may be of before somebody did."""
-        decided = None
+    def _alone(self, commands: Sequence[Command], unsure: _Step | None) -> _Step:
+        """While nobody else writes: what was known may be of before somebody did. Where it is not known whether
+        something was written, the journal says so, once the server is done with it."""
         try:
             with _LazyTransaction(self._transaction()) as reading:
                 if self._engine.dialect.name != "sqlite":  # which lets nobody else write as it is
                     reading.connection.execute(_LOCK)
-                known = self._read_head(reading.connection)
-                step = self._decided(known, reading, commands)
-                _put(reading.connection, step.rows)
-                decided = (known, step) if step.lines else None
-        except LedgerFailed:
-            if decided is None or not self._was_written(commands, *decided):
+                if unsure is not None and self._holds(reading.connection, unsure.lines[-1]):
+                    step = unsure
+                else:
+                    step = self._decided(self._read_head(reading.connection), reading, commands)
+                    _put(reading.connection, step.rows)
+                    unsure = step if step.lines else None  # until the commit is answered
+        except LedgerFailed as error:
+            if unsure is None:
                 raise
-        self._is_known(known, step)
+            self._unsure = unsure
+            raise OutcomeUnknown(
+                f"The ledger in {self._place} went away while it was writing, so that it is not known whether that "
+                f"was done: {error} What is signed is done once at most: hand the same in again."
+            ) from error
+        self._is_known(step)
         return step
 
     def balance(self, name: str) -> int:
@@ -281,6 +297,11 @@ class SqlLedger:
         """How many an account has had."""
         with self._reading() as connection:
             return int(connection.execute(_WITHDRAWN, {"one": account}).scalar() or 0)
+
+    def fees(self) -> tuple[Announced, ...]:
+        """The table that holds, if any, and the one that is to follow."""
+        with self._reading() as connection:
+            return _read_fees(connection)
 
     def escrow(self, name: bytes) -> Escrow | None:
         with self._reading() as connection:
@@ -332,9 +353,12 @@ class SqlLedger:
     def _read_head(self, connection: sa.Connection) -> _Known:
         last = self._last_line(connection)
         if last is None:
-            return _Known(self.ledger, 0, BEGINNING)
+            return self._known_to(0, BEGINNING, ())
         self._latest_ms = max(self._latest_ms, last.at_ms)
-        return _Known(self.ledger, last.number, last.hash)
+        return self._known_to(last.number, last.hash, _read_fees(connection))
+
+    def _known_to(self, number: int, last: bytes, fees: tuple[Announced, ...]) -> _Known:
+        return _Known(Book(self.ledger, fees=fees, network=self._network), number, last)
 
     def _page(self, connection: sa.Connection, after: int) -> list[Line]:
         return [decode_line(row) for row in connection.execute(_PAGE, {"after": after}).scalars()]
@@ -374,7 +398,7 @@ class SqlLedger:
             previous = lines[-1].hash
         touched = (*(book.escrows[name].due_ms for name in escrows), *(book.bonds[name].due_ms for name in bonds))
         known.due_ms = min((known.due_ms, *(due_ms for due_ms in touched if due_ms is not None)))
-        return _Step(len(due), outcomes, lines, _rows_after(book, escrows, bonds, lines))
+        return _Step(commands, known, len(due), outcomes, lines, _rows_after(book, escrows, bonds, lines))
 
     def _due(self, known: _Known, reading: _LazyTransaction) -> list[Command]:
         """As `Book.due`."""
@@ -408,39 +432,25 @@ class SqlLedger:
         if isinstance(command, Deposit) and row(_REFERENCE, command.reference.encode()) is not None:
             book.references.add(command.reference)
 
-    def _written(self, commands: Sequence[Command], known: _Known, step: _Step) -> bool:
-        """False where another process has written meanwhile. Raises LedgerFailed, OutcomeUnknown."""
+    def _written(self, step: _Step) -> bool:
+        """False where another process has written meanwhile. Raises LedgerFailed, OutcomeOpen."""
         try:
             if step.lines and not self._writer.write(step.rows):
                 return False
-        except OutcomeOpen:
-            return self._was_written(commands, known, step)
         except (SQLAlchemyError, self._engine.dialect.loaded_dbapi.Error) as error:
             raise _failed(error, self._place) from error
-        self._is_known(known, step)
+        self._is_known(step)
         return True
 
-    def _was_written(self, commands: Sequence[Command], known: _Known, step: _Step) -> bool:
-        """The journal says so. Raises OutcomeUnknown where it cannot be asked."""
-        newest = step.lines[-1]
-        try:
-            with self._reading() as connection:
-                connection.execute(_WAIT_FOR_LINE, {"number": newest.number, "line": b""})
-                there = connection.execute(_LINE, {"number": newest.number}).scalar() == encode(newest)
-        except LedgerFailed as error:
-            self._open = commands, known, step
-            raise OutcomeUnknown(
-                f"The ledger in {self._place} went away while it was writing, so that it is not known whether that "
-                f"was done: {error} What is signed is done once at most: hand the same in again."
-            ) from error
-        if there:
-            self._is_known(known, step)
-        return there
+    def _holds(self, connection: sa.Connection, one: Line) -> bool:
+        return connection.execute(_LINE, {"number": one.number}).scalar() == encode(one)
 
-    def _is_known(self, known: _Known, step: _Step) -> None:
+    def _is_known(self, step: _Step) -> None:
+        known = step.known
         if step.lines:
             known.number, known.last = step.lines[-1].number, step.lines[-1].hash
-        self._known = known if len(known) <= KNOWN_MAX else _Known(self.ledger, known.number, known.last)
+        forget = len(known) > KNOWN_MAX
+        self._known = self._known_to(known.number, known.last, known.book.fees) if forget else known
 
     def _create_or_check(self, connection: sa.Connection) -> None:
         METADATA.create_all(connection)
@@ -461,7 +471,7 @@ class SqlLedger:
         """All tables but the journal, which the others follow from. Takes as long as it takes to verify that, and the
         memory of a whole `Book`."""
         try:
-            book = verified(self._all_lines(connection), self.ledger)
+            book = verified(self._all_lines(connection), self.ledger, network=self._network)
         except BadJournal as error:
             raise LedgerFailed(
                 f"The ledger in {self._place} has tables of form {version}, and those of form {SCHEMA} cannot be made "
@@ -471,15 +481,19 @@ class SqlLedger:
         METADATA.drop_all(connection, derived)
         METADATA.create_all(connection, derived)
         escrows = dict[bytes, Escrow | None].fromkeys(book.escrows)
-        _put(connection, _rows_of(book, book.balances, escrows, book.bonds, book.withdrawals, book.references))
+        _put(connection, _rows_of(book, book.balances, escrows, book.bonds, book.withdrawals, book.references, True))
         connection.execute(ABOUT.update().values(version=SCHEMA))
 
     def _transaction(self) -> _Transaction:
         return _Transaction(self._engine.begin, self._place)
 
     def _reading(self) -> _Transaction:
-        """What is written in it is given up."""
         return _Transaction(self._engine.connect, self._place)
+
+
+def _read_fees(connection: sa.Connection) -> tuple[Announced, ...]:
+    found = connection.execute(_FEES).scalar()
+    return () if found is None else decode_fees(found)
 
 
 def _read_escrow(connection: sa.Connection, name: bytes) -> Escrow | None:
@@ -494,13 +508,14 @@ def _rows_after(book: Book, escrows: Mapping[bytes, Escrow | None], bonds: Itera
     accounts = {name for one in lines for move in one.moves for name in (move.source, move.target)}
     drawn = {one.command.order.account for one in lines if isinstance(one.command, Withdraw)}
     references = {one.command.reference for one in lines if isinstance(one.command, Deposit)}
-    rows = _rows_of(book, accounts, escrows, bonds, drawn, references)
+    fees = any(isinstance(one.command, SetFee) for one in lines)
+    rows = _rows_of(book, accounts, escrows, bonds, drawn, references, fees)
     return {**rows, JOURNAL: [line_row(one) for one in lines]} if lines else {}
 
 
 def _rows_of(
     book: Book, accounts: Iterable[str], escrows: Mapping[bytes, Escrow | None], bonds: Iterable[bytes],
-    drawn: Iterable[bytes], references: Iterable[str],
+    drawn: Iterable[bytes], references: Iterable[str], fees: bool,
 ) -> Rows:  # fmt: skip
     """As they are in the book now; of escrows, what is not as it was before."""
     rows: Rows = {
@@ -518,6 +533,7 @@ def _rows_of(
         BONDS: [bond_row(book.bonds[name]) for name in bonds],
         WITHDRAWALS: [(account, book.withdrawals[account]) for account in drawn],
         REFERENCES: [(one.encode(),) for one in references],
+        FEES: [fees_row(book.fees)] if fees else [],
     }
     return {table: some for table, some in rows.items() if some}
 

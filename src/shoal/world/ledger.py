@@ -8,6 +8,7 @@ from shoal.errors import LinkError
 from shoal.ledger.book import Book
 from shoal.ledger.commands import Command
 from shoal.ledger.escrows import Escrow
+from shoal.ledger.fees import Announced
 from shoal.ledger.moves import Move
 from shoal.ledger.moves import account as account_name
 from shoal.protocol.money import LedgerName
@@ -41,6 +42,11 @@ class Ledger(Protocol):
         """As it stands after all that was acknowledged; None where there is none. Raises ShoalError."""
         ...
 
+    async def fees(self) -> tuple[Announced, ...]:
+        """What it takes of what escrows pay: the table that holds, if any, and the one that is to follow. Raises
+        ShoalError."""
+        ...
+
 
 class MemoryLedger:
     """A ledger without a journal: for tests and simulations."""
@@ -63,6 +69,9 @@ class MemoryLedger:
     async def escrow(self, escrow_id: bytes) -> Escrow | None:
         self._pass()
         return self.book.escrows.get(escrow_id)
+
+    async def fees(self) -> tuple[Announced, ...]:
+        return self.book.fees
 
     def _pass(self) -> None:
         """What the time has brought comes first."""
