@@ -27,6 +27,7 @@ from shoal.identity.accounts import AccountKey, AccountSignature, Address
 from shoal.ledger.book import SameEscrow
 from shoal.ledger.commands import Open
 from shoal.ledger.escrows import EscrowOver, OldVoucher, State
+from shoal.ledger.fees import fee_at
 from shoal.ledger.moves import DoneAlready
 from shoal.market.batches import block_hash
 from shoal.market.bids import NOTICE_MS, bid_of, next_step, signed, terms_for
@@ -250,7 +251,8 @@ class Buyer:
     async def set_aside(self, terms: OrderTerms, blocks: int) -> KeptBid:
         """A signed bid, with its money. Raises what the ledger does; with LinkError it may be set aside."""
         key = hour_key(self._user, terms.block)
-        money = terms_for(terms, blocks, key.node_id, self._account.address, self._dice.bytes(32))
+        fee_ppm = fee_at(await self._ledger.fees(), self._clock.now_ms()) or 0
+        money = terms_for(terms, blocks, key.node_id, self._account.address, self._dice.bytes(32), fee_ppm)
         name = money.escrow_id(self._ledger.name)
         order = sign(key, Bid(terms=terms, blocks=blocks, escrow=name))
         signature = self._account.sign(name)
