@@ -17,6 +17,7 @@ from shoal.auctions import AuctionServer, AuctionSettings, RemoteAuction
 from shoal.identity import Envelope, KeyPair
 from shoal.ledger.commands import Command
 from shoal.ledger.escrows import Escrow, State
+from shoal.ledger.fees import Announced
 from shoal.ledger.journal import verified
 from shoal.ledger.moves import account
 from shoal.market.bids import FOR_CLAIMS_MS
@@ -63,6 +64,9 @@ class DyingLedger:
 
     async def escrow(self, escrow_id: bytes) -> Escrow | None:
         return await self._ledger.escrow(escrow_id)
+
+    async def fees(self) -> tuple[Announced, ...]:
+        return await self._ledger.fees()
 
 
 class Town:

@@ -200,6 +200,21 @@ def test_who_pays_and_is_paid_at_one_account_gets_the_rest_with_the_end() -> Non
     assert next_step(scene.book.escrows[one.escrow], {PAYERS[0].address: 300_000}, bytes(32)) is None
 
 
+def test_of_what_goes_back_no_fee_is_taken() -> None:
+    scene = Scene()
+    terms, key = order(BEGIN_MS + 2 * HOUR_MS, 1, 400_000), BUYERS[0].node_id
+    money = terms_for(terms, 1, key, PAYERS[0].address, bytes(32), fee_ppm=50_000)
+    name = money.escrow_id(LEDGER)
+    scene.book.apply(Open(money, PAYERS[0].sign(name)))
+    assert say_unfunded(Bid(terms=terms, blocks=1, escrow=name), key, scene.book.escrows[name]) is None
+    step = next_step(scene.book.escrows[name], {SELLER.address: 300_000}, bytes(32))
+    assert step == Admission(name, SELLER.address, 300_000)
+    scene.book.apply(signed(step, PAYERS[0], LEDGER))
+    assert next_step(scene.book.escrows[name], {SELLER.address: 300_000}, bytes(32)) is None
+    scene.pass_time(10 * HOUR_MS)
+    assert scene.balance(0) == MONEY
+
+
 def test_money_that_is_not_for_this_bid_is_none() -> None:
     scene = Scene()
     one = scene.bid(0, BEGIN_MS + 2 * HOUR_MS)

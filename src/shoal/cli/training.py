@@ -166,7 +166,7 @@ def train_command(
     hours = _bought(bought, folder if resume_run else None) if bought is not None else None
     budget_micro = _budget(budget, job_file, folder if resume_run else None)
     if hours is not None and budget_micro is None:
-        budget_micro = sum(price.micro_per_h for price in hours.bought.prices.values())
+        budget_micro = sum(hold.price.micro_per_h for hold in hours.bought.holds.values())
     spending = places.spending(budget_micro, ledger)
     options = TrainOptions(
         folder=folder,

@@ -29,10 +29,12 @@ Step = Admission | Voucher | Finished | Closing
 """For the payer to sign; of a Finished it is the payee, too."""
 
 
-def terms_for(terms: OrderTerms, blocks: int, trader: bytes, payer: bytes, nonce: bytes) -> EscrowTerms:
-    """Of the escrow in which a buyer sets aside what its Bid may cost."""
+def terms_for(
+    terms: OrderTerms, blocks: int, trader: bytes, payer: bytes, nonce: bytes, fee_ppm: int = 0
+) -> EscrowTerms:
+    """Of the escrow in which a buyer sets aside what its Bid may cost; `fee_ppm` is what the ledger takes now."""
     return EscrowTerms(
-        payer=payer, signer=payer, cap_micro=0, auditor=payer, amount_micro=terms.limit_micro * blocks, fee_ppm=0,
+        payer=payer, signer=payer, cap_micro=0, auditor=payer, amount_micro=terms.limit_micro * blocks, fee_ppm=fee_ppm,
         holdback_ppm=HOLDBACK_PPM, notice_ms=NOTICE_MS, audit_ms=AUDIT_MS,
         expires_ms=terms.block.start_ms + HOUR_MS + AFTER_MS, payees=(Payee(payer, 0),),
         quote=bid_quote(terms, blocks, trader), nonce=nonce,
@@ -44,7 +46,7 @@ def say_unfunded(bid: Bid, trader: bytes, escrow: Escrow | None) -> str | None:
     if escrow is None:
         return "The ledger has no escrow of the name that this bid says."
     terms, amount = escrow.terms, bid.terms.limit_micro * bid.blocks
-    if terms != terms_for(bid.terms, bid.blocks, trader, terms.payer, terms.nonce):
+    if terms != terms_for(bid.terms, bid.blocks, trader, terms.payer, terms.nonce, terms.fee_ppm):
         return f"{escrow.name} is not for this bid: it has other terms than a bid of {format_money(amount)} in all."
     if escrow.state is not State.OPEN or escrow.closing or escrow.redeemed_micro or escrow.admitted:
         return f"{escrow.name} is not untouched any more: set the money for this bid aside anew."
@@ -78,6 +80,8 @@ def next_step(escrow: Escrow, owed: Mapping[bytes, int], work: bytes) -> Step | 
     for payee, most in sorted(others.items()):
         if (escrow.most_of(payee) or 0) < most:
             return Admission(name, payee, most)
+    if escrow.terms.fee_ppm:  # it would be taken of what goes back now, and is not with the end
+        return Admission(name, payer, owed[payer]) if (escrow.most_of(payer) or 0) < owed.get(payer, 0) else None
     spare = escrow.amount_micro - sum(others.values())
     if spare > (escrow.most_of(payer) or 0):
         return Admission(name, payer, spare)

@@ -27,6 +27,7 @@ from shoal.identity.accounts import AccountKey, AccountSignature, Address
 from shoal.ledger.book import SameEscrow
 from shoal.ledger.commands import Open
 from shoal.ledger.escrows import EscrowOver, OldVoucher, State
+from shoal.ledger.fees import fee_at
 from shoal.ledger.moves import DoneAlready
 from shoal.market.batches import block_hash
 from shoal.market.bids import NOTICE_MS, bid_of, next_step, signed, terms_for
@@ -37,7 +38,6 @@ from shoal.protocol.messages import decode, encode, sign
 from shoal.protocol.money import Amount, Closing, EscrowTerms, LedgerName
 from shoal.protocol.offers import Done, OfferFind
 from shoal.protocol.orders import HOUR_MS, ORDER_MAX_BYTES, Bid, Block, OrderTerms, open_order
-from shoal.protocol.prices import Price
 from shoal.sdk.orders import KEPT_MAX, KeptOrders
 from shoal.world import Clock, Dice, Ledger, Link
 from shoal.world.directory import FoundOffer
@@ -153,27 +153,32 @@ class Bought:
 
     key: KeyPair
     """Whom their nodes keep them for: it drives the job."""
-    prices: Mapping[bytes, Price]
+    holds: Mapping[bytes, Hold]
+    """By node."""
 
 
 class BoughtOffers(HubClient):
-    """The hubs as a job sees them that uses bought hours: with those nodes alone, for what they were bought for. That
-    they are busy is for its sake."""
+    """The hubs as a job sees them that uses bought hours: with those nodes alone, on the terms of their Holds,
+    whatever they offer now. That they are busy is for its sake."""
 
-    def __init__(self, *where: Any, prices: Mapping[bytes, Price], **how: Any) -> None:
+    def __init__(self, *where: Any, holds: Mapping[bytes, Hold], **how: Any) -> None:
         super().__init__(*where, **how)
-        self._prices = prices
+        self._holds = holds
 
     async def find(self, wanted: OfferFind) -> list[FoundOffer]:
         if wanted.after is not None:
             return []
-        nodes = [node for node in self._prices if wanted.node in (None, node)]
+        nodes = [node for node in self._holds if wanted.node in (None, node)]
         asked = (msgspec.structs.replace(wanted, node=node, idle_only=False) for node in nodes)
         found = [one for some in await asyncio.gather(*map(super().find, asked)) for one in some]
-        return [
-            dataclasses.replace(one, offer=msgspec.structs.replace(one.offer, price=self._prices[one.node], busy=False))
-            for one in sorted(found, key=lambda one: one.node)
-        ]
+        return [self._as_bought(one) for one in sorted(found, key=lambda one: one.node)]
+
+    def _as_bought(self, one: FoundOffer) -> FoundOffer:
+        hold = self._holds[one.node]
+        offer = msgspec.structs.replace(
+            one.offer, price=hold.price, reclaim_notice_ms=hold.reclaim_notice_ms, busy=False
+        )
+        return dataclasses.replace(one, offer=offer)
 
 
 def bought_at(folder: Path, start_ms: int) -> dict[Block, list[tuple[KeptBids, KeptBid]]]:
@@ -190,8 +195,10 @@ def bought_at(folder: Path, start_ms: int) -> dict[Block, list[tuple[KeptBids, K
 def bought_hours(user: KeyPair, block: Block, bids: Iterable[KeptBid]) -> Bought:
     """Of one block, at most BOUGHT_MAX."""
     hours = [hour for one in bids for hour in one.hours or () if _is_kept(hour)]
-    prices = {hour.node: Price(hour.price_micro, block.ledger.currency) for hour in hours[:BOUGHT_MAX]}
-    return Bought(hour_key(user, block), prices)
+    holds = {
+        hour.node: open_hold(Envelope.from_bytes(hour.hold, Hold.MAX_BYTES), hour.node) for hour in hours[:BOUGHT_MAX]
+    }
+    return Bought(hour_key(user, block), holds)
 
 
 async def free_for(
@@ -244,7 +251,8 @@ class Buyer:
     async def set_aside(self, terms: OrderTerms, blocks: int) -> KeptBid:
         """A signed bid, with its money. Raises what the ledger does; with LinkError it may be set aside."""
         key = hour_key(self._user, terms.block)
-        money = terms_for(terms, blocks, key.node_id, self._account.address, self._dice.bytes(32))
+        fee_ppm = fee_at(await self._ledger.fees(), self._clock.now_ms()) or 0
+        money = terms_for(terms, blocks, key.node_id, self._account.address, self._dice.bytes(32), fee_ppm)
         name = money.escrow_id(self._ledger.name)
         order = sign(key, Bid(terms=terms, blocks=blocks, escrow=name))
         signature = self._account.sign(name)

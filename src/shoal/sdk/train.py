@@ -459,7 +459,7 @@ class Session:
             self.hubs = HubClient(self.endpoint, options.hubs, clock=self.clock, dice=self.dice)
         else:
             self.hubs = BoughtOffers(
-                self.endpoint, options.hubs, prices=options.bought.prices, clock=self.clock, dice=self.dice
+                self.endpoint, options.hubs, holds=options.bought.holds, clock=self.clock, dice=self.dice
             )
         if options.spending is not None:
             self.treasurer = self._make_treasurer(options.spending)
