@@ -127,9 +127,9 @@ def beside_exact(instances: int) -> tuple[float, int, int]:
     for seed in range(instances):
         drawn = listings(SMALL, 100 + seed)
         costs = np.array([one.offer.price.micro_per_h for one in drawn])  # type: ignore[union-attr]
-        places = np.array([one.coordinate.position_ms for one in drawn])  # type: ignore[union-attr]
+        places = np.array([Coordinate.of(one.offer).position_ms for one in drawn])
         places *= 0.3  # 60 nodes in 60 cities have nobody near
-        heights = np.array([one.coordinate.height_ms for one in drawn])  # type: ignore[union-attr]
+        heights = np.array([Coordinate.of(one.offer).height_ms for one in drawn])
         limit = (25.0, 40.0, 60.0)[seed % 3]
         best = exact_cost(costs, places, heights, SMALL_GANG, limit)
         gang = cheapest_gang(costs, places, heights, size=SMALL_GANG, latency_max_ms=limit)
