@@ -351,8 +351,11 @@ class Client:
             if amount is None:
                 continue
             forged = AccountKey(blake3_hash(payee))
+            newest = self._voucher(payee, amount, paper)
+            older = await self.quotes.pay(one.node, self._voucher(payee, amount - 1, paper), last=False, deadline_s=5.0)
+            if older is None or older.voucher.amount_micro < newest.voucher.amount_micro:
+                self.seen.wrong.append(f"{one.name} took a voucher for less than before.")
             for said, bad in (
-                ("for less than before", self._voucher(payee, amount - 1, paper)),
                 ("by somebody else", self._voucher(payee, amount + 1, paper, by=forged)),
                 ("for more than was agreed", self._voucher(payee, ESCROW_MICRO + 1, paper)),
             ):
