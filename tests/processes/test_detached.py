@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import psutil
 import pytest
-from job_world import PATIENCE_S, Watch, check_account, job_text, options_for, owner_key, parsed
+from job_world import PATIENCE_S, Watch, check_account, job_text, options_for, owner_key, parsed, resume_job
 from test_paid_jobs import DEPOSIT, Town, check_bill, in_town
 
 from shoal.driver.folder import RunFolder
@@ -29,9 +29,9 @@ from shoal.protocol.driving import (
     Host,
 )
 from shoal.protocol.offers import Done
-from shoal.protocol.training import Term
+from shoal.protocol.training import Commit, Term
 from shoal.purse.bills import FILE, Payments
-from shoal.sdk.attached import AttachOptions, attach
+from shoal.sdk.attached import AttachOptions, attach, stop_detached
 from shoal.sdk.detached import Standing, ask, detach
 from shoal.sdk.local import LocalProcess, LocalShoal
 from shoal.transport import TlsEndpoint
@@ -214,5 +214,31 @@ def test_what_strangers_ask_of_a_host_is_refused(tmp_path: Path) -> None:
                 assert (await ask(link, FolderAsk(job=bytes(32)), FolderGiven)).phase == "over"
             finally:
                 await endpoint.close()
+
+    asyncio.run(whole())
+
+
+@pytest.mark.timeout(400)
+def test_what_nodes_began_is_gone_on_with_here(tmp_path: Path) -> None:
+    async def whole() -> None:
+        async with LocalShoal(tmp_path / "town") as shoal:
+            await three_nodes(shoal)
+            text = job_text(tmp_path, tokens=2_000_000)
+            await detach(parsed(text, tmp_path), text, options_for(shoal, tmp_path / "run", owner_key(), Watch()))
+            seen = Watch()
+            looking = asyncio.create_task(attach(attach_options(tmp_path, seen)))
+            await seen.until(lambda: bool(seen.shares))
+            looking.cancel()
+            await asyncio.gather(looking, return_exceptions=True)
+            await stop_detached(attach_options(tmp_path, Watch()))
+            with RunFolder.open(tmp_path / "run", read_only=True) as folder:
+                commits = sum(1 for _ in folder.records(Commit))
+            again = Watch()
+            going_on = asyncio.create_task(resume_job(shoal, tmp_path, owner_key(), again, text))
+            await again.until(lambda: bool(again.shares) or going_on.done())
+            going_on.cancel()
+            await asyncio.gather(going_on, return_exceptions=True)
+            assert any(said.startswith(f"Going on after round {commits - 1}, in term 2") for said in again.said)
+            assert again.shares[0] > seen.shares[0]
 
     asyncio.run(whole())

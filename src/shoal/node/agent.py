@@ -18,6 +18,7 @@ from shoal.devices import measure_in_child
 from shoal.errors import BadInput, JobError, LinkError, StorageError
 from shoal.hub import HubClient, NoHub
 from shoal.identity import Envelope, KeyPair
+from shoal.identity.accounts import AccountKey
 from shoal.market.holds import Terms
 from shoal.node.engine import EngineHost
 from shoal.node.hosted_job import Around, HostSettings
@@ -359,6 +360,9 @@ class NodeAgent:
                 raise CannotHost(f"Node {self.settings.name} drives no job for nothing; set money aside for it.")
             client = KeyPair.from_seed(begin.allowance.client).node_id
             await self._sales.paid_for_driving(begin.allowance.escrow, client)
+            account = self._sales.account(begin.allowance.escrow)
+            if account is None or account.signer != AccountKey(begin.allowance.signer).address:
+                raise CannotHost(f"Node {self.settings.name} was given a key that signs nothing out of that escrow.")
 
         async def took(voucher: SignedVoucher) -> None:
             if self._sales is not None:

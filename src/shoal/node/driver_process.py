@@ -34,6 +34,8 @@ class DriverOrders(msgspec.Struct, frozen=True, kw_only=True):
     listen: str | None
     """Where it accepts links of nodes that cannot be dialled."""
     network: str
+    storage_bytes: int
+    """For the blobs of its job."""
     gone: tuple[NodeId, ...] = ()
     """Hosts that were not heard for long: as members they are not waited for."""
     alone: bool = False

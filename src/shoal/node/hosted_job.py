@@ -34,7 +34,7 @@ from shoal.protocol.money import SignedVoucher
 from shoal.protocol.training import Commit, Grant, Term
 from shoal.purse.bills import FILE as PAYMENTS
 from shoal.purse.bills import Payments
-from shoal.storage import BlobStore, Fetcher
+from shoal.storage import BlobStore, Fetcher, patience_s
 from shoal.world import Clock, Endpoint, Link
 from shoal.world.clock import within
 from shoal.world.directory import Directory
@@ -52,8 +52,10 @@ WAIT_MS = 10_000
 ASK_DEADLINE_S = 30.0
 LOOK_DEADLINE_S = 5.0
 REACH_DEADLINE_S = 5.0
-FETCHED_WITHIN_S = 3600.0
-"""A job whose owner has not handed it over by then is dropped."""
+FETCHED_WITHIN_S = 300.0
+"""A job whose owner has not handed it over by then, and by `patience_s` longer for its bytes, is dropped."""
+ROOM, ROOM_LEAST_BYTES = 4, 1 << 30
+"""A job's folder may grow to ROOM times what it brought along, and ROOM_LEAST_BYTES more: records come."""
 UPDATES_WITHIN_S = 60.0
 FETCHED_AT_ONCE = 32
 FAILURES_MAX = 5
@@ -108,8 +110,8 @@ class HostingRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     owner: NodeId
     begin: DriveBegin
-    size_max: int
-    """Bytes that the run folder may have."""
+    size: int
+    """Bytes that the job brought along."""
     ended: Phase | None = None
     why: str = ""
 
@@ -262,6 +264,10 @@ class HostedJob:
             await self._around.clock.sleep(AGAIN_S)
 
     @property
+    def _room(self) -> int:
+        return ROOM * self.record.size + ROOM_LEAST_BYTES
+
+    @property
     def _pin(self) -> str:
         return f"drive-{self._begin.job.hex()}"
 
@@ -270,8 +276,8 @@ class HostedJob:
     async def _fetch(self) -> None:
         """What the owner has made, over the link that it keeps open meanwhile."""
         self._say("fetching")
-        copy = await asyncio.to_thread(Copy, self.run_folder, self.record.size_max)
-        until_s = self._around.clock.monotonic() + FETCHED_WITHIN_S
+        copy = await asyncio.to_thread(Copy, self.run_folder, self._room)
+        until_s = self._around.clock.monotonic() + patience_s(self.record.size, FETCHED_WITHIN_S)
         while self._around.clock.monotonic() < until_s:
             link = self._around.endpoint.links().get(self.record.owner)
             if link is None or link.closed:
@@ -350,7 +356,7 @@ class HostedJob:
     async def _follow(self, host: Host) -> None:
         """Keep a copy of what a host writes, until it is gone or drives no longer."""
         self._say("standing by", f"{host.name} drives.")
-        copy = await asyncio.to_thread(Copy, self.run_folder, self.record.size_max)
+        copy = await asyncio.to_thread(Copy, self.run_folder, self._room)
         while True:
             try:
                 given = await self._take_from(await self._link(host), copy, WAIT_MS)
@@ -456,6 +462,7 @@ class HostedJob:
         now_s = self._around.clock.monotonic()
         orders = DriverOrders(
             begin=self._begin, node=self._around.node, listen=self._around.listen, network=self._around.network,
+            storage_bytes=self._around.store.capacity_bytes,
             gone=tuple(node for node, heard_s in self._heard_s.items() if now_s - heard_s >= SILENCE_S),
             alone=self._waits_s is not None and now_s - self._waits_s >= ALONE_S,
         )  # fmt: skip

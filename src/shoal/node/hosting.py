@@ -10,6 +10,7 @@ import asyncio
 import logging
 import shutil
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -27,10 +28,8 @@ JOBS_MAX = 4
 """Jobs that a node drives, or stands by for, at a time."""
 ENDED_MAX = 16
 """Jobs that are over and whose folders are kept for their owners; the oldest go."""
-ASKED_MAX, ASKED_S = 64, 600.0
-"""Owners that were given a key and have not begun, and how long that is good."""
-ROOM, ROOM_LEAST_BYTES = 4, 1 << 30
-"""A job's folder may grow to ROOM times what it brought along, and ROOM_LEAST_BYTES more: records come."""
+ASKED_MAX, ASKED_OF_ONE, ASKED_S = 64, 4, 600.0
+"""Owners that were given a key and have not begun, those from one address, and how long that is good."""
 STORAGE_SHARE = 0.5
 """Of the node's storage, for what one job brings along."""
 
@@ -49,6 +48,17 @@ class CannotHost(JobError):
     code = "SH-608"
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """Somebody was given a key to have a job driven with."""
+
+    owner: bytes
+    source: str
+    size: int
+    """Bytes that the job would bring along."""
+    until_s: float
+
+
 class Hosting:
     def __init__(
         self,
@@ -63,8 +73,8 @@ class Hosting:
         self._around, self._folder, self._name, self._payee, self._paid = around, folder, name, payee, paid
         self._jobs: dict[bytes, HostedJob] = {}
         """The oldest first."""
-        self._asked: dict[bytes, tuple[bytes, int, float]] = {}
-        """Keys that were made: for whom, for a job of how many bytes, and until when."""
+        self._asked: dict[bytes, _Asked] = {}
+        """By the keys that were made."""
         self._deciding = asyncio.Lock()
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         for kind, handler in (
@@ -110,18 +120,19 @@ class Hosting:
                 f"{format_bytes(most)} of one."
             )
         now_s = self._around.clock.monotonic()
-        for driver, (owner, _, until_s) in list(self._asked.items()):
-            if owner == request.peer or until_s < now_s:  # whoever asks again has no use for what was said before
+        for driver, one in list(self._asked.items()):
+            if one.owner == request.peer or one.until_s < now_s:  # whoever asks again has no use for the key before
                 del self._asked[driver]
                 shutil.rmtree(self._place_of(driver), ignore_errors=True)
-        if len(self._asked) >= ASKED_MAX:
-            raise CannotHost(f"Node {self._name} was asked to drive {ASKED_MAX} jobs just now; ask it later.")
+        near = sum(one.source == request.source for one in self._asked.values())
+        if len(self._asked) >= ASKED_MAX or near >= ASKED_OF_ONE:
+            raise CannotHost(f"Node {self._name} was asked to drive {len(self._asked)} jobs just now; ask it later.")
         scratch = self._folder / f"asked-{request.peer.hex()}"
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(mode=0o700)
         driver = load_or_create_key(scratch / "driver.key").node_id
         scratch.rename(self._place_of(driver))
-        self._asked[driver] = request.peer, message.size_bytes, now_s + ASKED_S
+        self._asked[driver] = _Asked(request.peer, request.source, message.size_bytes, now_s + ASKED_S)
         return encode(DriveGiven(driver=driver, payee=self._payee if price else None), request.version)
 
     def _check_place(self) -> None:
@@ -142,8 +153,9 @@ class Hosting:
 
     async def _take(self, message: DriveBegin, owner: bytes) -> None:
         price = self._around.settings.micro_per_h
-        asked, size, until_s = self._asked.get(message.driver, (b"", 0, 0.0))
-        if asked != owner or until_s < self._around.clock.monotonic() or message.job in self._jobs:
+        asked = self._asked.get(message.driver)
+        late = asked is None or asked.owner != owner or asked.until_s < self._around.clock.monotonic()
+        if asked is None or late or message.job in self._jobs:
             raise CannotHost(f"Node {self._name} was not asked to drive this job, or too long ago: ask it again.")
         mine = [one for one in message.hosts if one.node == self._around.node]
         if len(mine) != 1 or mine[0].driver != message.driver or mine[0].micro_per_h < price:
@@ -151,7 +163,7 @@ class Hosting:
         self._check_place()
         if price:
             await self._paid(message)
-        record = HostingRecord(owner=owner, begin=message, size_max=ROOM * size + ROOM_LEAST_BYTES)
+        record = HostingRecord(owner=owner, begin=message, size=asked.size)
         job = HostedJob(self._around, self._place_of(message.driver), record)
         await asyncio.to_thread(job.write)
         del self._asked[message.driver]

@@ -108,6 +108,7 @@ async def drive(folder: Path, key: KeyPair, node: _Node) -> str:
         spending=_lent(folder, begin.allowance) if begin.allowance else None,
         hosted=Hosted(
             key=key,
+            storage_bytes=orders.storage_bytes,
             gone=orders.gone,
             alone=orders.alone,
             began=lambda term: say(Began(term)),

@@ -136,6 +136,8 @@ class Hosted:
 
     key: KeyPair
     """To drive with."""
+    storage_bytes: int
+    """For the job's blobs."""
     gone: Collection[bytes]
     """Nodes that are gone with the driver before."""
     alone: bool
@@ -453,7 +455,8 @@ class Session:
     async def __aenter__(self) -> Session:
         options = self.options
         self.endpoint = TlsEndpoint(self.key, clock=self.clock, dice=self.dice)
-        self.store = BlobStore(self.folder.blobs, STORE_BYTES, self.clock)
+        capacity_bytes = options.hosted.storage_bytes if options.hosted is not None else STORE_BYTES
+        self.store = BlobStore(self.folder.blobs, capacity_bytes, self.clock)
         self.fetcher = Fetcher(self.endpoint, self.store, self.clock, self.dice)
         if options.bought is None:
             self.hubs = HubClient(self.endpoint, options.hubs, clock=self.clock, dice=self.dice)
