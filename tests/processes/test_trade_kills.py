@@ -18,7 +18,8 @@ from trade_world import BUYER, LIMIT, PAYER, reach_over
 
 from shoal.auctions import Auctioneer, AuctionService, AuctionStore
 from shoal.errors import LinkError
-from shoal.house import LedgerServer, LedgerSettings, RemoteLedger, deposit
+from shoal.house import RemoteLedger
+from shoal.house.server import LedgerServer, LedgerSettings, deposit
 from shoal.identity import Envelope, KeyPair
 from shoal.ledger.escrows import State
 from shoal.ledger.journal import verified
