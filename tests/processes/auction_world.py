@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import shoal.auctions.server
-from shoal.auctions import AuctionServer, AuctionSettings, AuctionStore, RemoteAuction
+from shoal.auctions import RemoteAuction
+from shoal.auctions.server import AuctionServer, AuctionSettings
+from shoal.auctions.store import AuctionStore
 from shoal.identity import Envelope, KeyPair
 from shoal.identity.accounts import AccountKey
 from shoal.ledger.commands import Deposit, Open

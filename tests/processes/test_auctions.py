@@ -12,11 +12,12 @@ import msgspec
 import pytest
 from auction_world import ANN, BEN, CAT, EVERY_S, LEDGER, NODES, AuctionProcess, Hall, a_hall, terms
 
-from shoal.auctions import AuctionServer, AuctionSettings, AuctionStore, RemoteAuction
-from shoal.auctions.auctioneer import AuctionBusy, Auctioneer, BatchFull, NotPublished, OrderRefused
-from shoal.auctions.server import AuctionFolderRefused
+from shoal.auctions import RemoteAuction
+from shoal.auctions.auctioneer import Auctioneer
+from shoal.auctions.refusals import AuctionBusy, AuctionFailed, BatchFull, NotPublished, OrderRefused
+from shoal.auctions.server import AuctionFolderRefused, AuctionServer, AuctionSettings
 from shoal.auctions.service import ORDERS_BURST, PARTS_BURST
-from shoal.auctions.store import AuctionFailed
+from shoal.auctions.store import AuctionStore
 from shoal.errors import BadRecord, LinkError
 from shoal.identity import BadSignature, Envelope, KeyPair
 from shoal.market.batches import BEGINNING, BadBatch

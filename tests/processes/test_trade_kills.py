@@ -16,7 +16,9 @@ from hub_world import a_key
 from money_world import an_account
 from trade_world import BUYER, LIMIT, PAYER, reach_over
 
-from shoal.auctions import Auctioneer, AuctionService, AuctionStore
+from shoal.auctions.auctioneer import Auctioneer
+from shoal.auctions.service import AuctionService
+from shoal.auctions.store import AuctionStore
 from shoal.errors import LinkError
 from shoal.house import RemoteLedger
 from shoal.house.server import LedgerServer, LedgerSettings, deposit

@@ -13,7 +13,8 @@ import pytest
 from hub_world import a_key
 from money_world import LEDGER, Shop, Street, an_account
 
-from shoal.auctions import AuctionServer, AuctionSettings, RemoteAuction
+from shoal.auctions import RemoteAuction
+from shoal.auctions.server import AuctionServer, AuctionSettings
 from shoal.identity import Envelope, KeyPair
 from shoal.ledger.commands import Command
 from shoal.ledger.escrows import Escrow, State

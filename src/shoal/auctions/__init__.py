@@ -8,12 +8,10 @@
 Invariants: an order is on the disk before its trader hears that it was taken, and is then in the batch; a batch is on
 the disk, with the seed that the next one draws lots from, before anybody can read it, and no other of its number ever
 is; which orders count and what they come to, `shoal.market` alone decides.
+
+Only the client is imported with the room: databases are for those who run an auction.
 """
 
-from shoal.auctions.auctioneer import Auctioneer
 from shoal.auctions.client import RemoteAuction
-from shoal.auctions.server import AuctionServer, AuctionSettings
-from shoal.auctions.service import AuctionService
-from shoal.auctions.store import AuctionStore
 
-__all__ = ["AuctionServer", "AuctionService", "AuctionSettings", "AuctionStore", "Auctioneer", "RemoteAuction"]
+__all__ = ["RemoteAuction"]

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
-from shoal.auctions.store import AuctionFailed, AuctionStore
-from shoal.errors import BadInput, BadRecord, LinkError, ShoalError, StorageError
+from shoal.auctions.refusals import AuctionBusy, AuctionFailed, BatchFull, NotPublished, OrderRefused
+from shoal.auctions.store import AuctionStore
+from shoal.errors import BadRecord, ShoalError
 from shoal.identity import Envelope, KeyPair, blake3_hash
 from shoal.market.batches import Carried, Gathering, Signed
 from shoal.market.bids import say_unfunded
@@ -42,30 +43,6 @@ AT_A_TIME = 512
 """Orders that are written in one transaction."""
 _log = logging.getLogger("shoal.auctions")
 T = TypeVar("T")
-
-
-class OrderRefused(BadInput):
-    """An order would not count in the batch that is open."""
-
-    code = "SH-156"
-
-
-class NotPublished(BadInput):
-    """An auctioneer has no published batch of this number, or none any more."""
-
-    code = "SH-157"
-
-
-class BatchFull(LinkError):
-    """A batch has as many orders as it takes, in all, of one trader, or from one address."""
-
-    code = "SH-348"
-
-
-class AuctionBusy(StorageError):
-    """More is asked of an auction at once than it answers."""
-
-    code = "SH-457"
 
 
 @dataclass(frozen=True)

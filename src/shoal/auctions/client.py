@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TypeVar
 
-from shoal.auctions.auctioneer import AuctionBusy, BatchFull, NotPublished, OrderRefused
-from shoal.auctions.store import AuctionFailed
+from shoal.auctions.refusals import AuctionBusy, AuctionFailed, BatchFull, NotPublished, OrderRefused
 from shoal.errors import BadRecord, ShoalError
 from shoal.identity import Envelope, short_id
 from shoal.market.batches import BadBatch

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shoal.auctions.auctioneer import Auctioneer
+from shoal.auctions.refusals import AuctionFailed
 from shoal.auctions.service import AuctionService
-from shoal.auctions.store import AuctionFailed, AuctionStore
+from shoal.auctions.store import AuctionStore
 from shoal.errors import ShoalError, StorageError
 from shoal.identity import KeyPair, load_or_create_key
 from shoal.protocol.auctions import AuctionTicket

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from importlib.metadata import version
 
-from shoal.auctions.auctioneer import AuctionBusy, Auctioneer
+from shoal.auctions.auctioneer import Auctioneer
+from shoal.auctions.refusals import AuctionBusy
 from shoal.identity import Envelope
 from shoal.protocol.auctions import AskAuction, AskBatch, AuctionInfo, HandIn
 from shoal.protocol.messages import DEFAULT_NETWORK, decode, encode

@@ -13,7 +13,7 @@ from typing import TypeVar
 import sqlalchemy as sa
 from sqlalchemy.exc import SQLAlchemyError
 
-from shoal.errors import StorageError
+from shoal.auctions.refusals import AuctionFailed
 from shoal.protocol.auctions import PART_BYTES, PARTS_MAX
 from shoal.storage.sqlite import sqlite_engine
 
@@ -46,12 +46,6 @@ _parts = sa.Table(
     sa.Column("data", sa.LargeBinary, nullable=False),
 )
 T = TypeVar("T")
-
-
-class AuctionFailed(StorageError):
-    """The database of an auction cannot be read or written, or is not what its auctioneer wrote."""
-
-    code = "SH-455"
 
 
 class AuctionStore:

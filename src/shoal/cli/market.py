@@ -132,7 +132,7 @@ def run_auction(
     of a bid is there. What it acknowledged or published survives a crash. Keep
     its folder, and never put an old copy in its place: two batches of one number, signed with its key, convict it.
     """  # fmt: skip
-    from shoal.auctions import AuctionServer, AuctionSettings
+    from shoal.auctions.server import AuctionServer, AuctionSettings
     from shoal.house import RemoteLedger
     from shoal.transport import TlsEndpoint
 
@@ -570,7 +570,7 @@ def _hand_in(
 ) -> None:
     """Sign an order for the batch that is open, keep it, and hand it in; again for the next one where that one was closed
     meanwhile. `undo` is for one that was not taken."""
-    from shoal.auctions.auctioneer import OrderRefused
+    from shoal.auctions.refusals import OrderRefused
     from shoal.sdk.orders import KeptOrders
 
     ticket, clock = places.auction_ticket(named), SystemClock()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 
 from shoal.auctions import RemoteAuction
-from shoal.auctions.auctioneer import NotPublished
+from shoal.auctions.refusals import NotPublished
 from shoal.errors import BadRecord
 from shoal.identity import Envelope, KeyPair, short_id
 from shoal.market.holds import HoldRefused, Slots, refuse_closing

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 import msgspec
 
 from shoal.auctions import RemoteAuction
-from shoal.auctions.auctioneer import NotPublished
+from shoal.auctions.refusals import NotPublished
 from shoal.errors import BadRecord, LinkError, ShoalError
 from shoal.house import OutcomeUnknown
 from shoal.hub import HubClient
