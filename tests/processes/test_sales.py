@@ -316,12 +316,11 @@ def test_work_ends_with_its_escrow(tmp_path: Path) -> None:
         await client.quotes.pay(shop.node, voucher(escrow, shop, 70), last=False, deadline_s=5)
         wish = Closing(escrow)
         await street.ledger.apply(Close(wish, PAYER.sign(wish.digest(LEDGER))))
-        await settle(street, REDEEM_EVERY_S)
-        assert street.ledger.book.escrows[escrow].redeemed_micro == 70, "redeemed before the notice is over"
+        await until(street, lambda: street.ledger.book.escrows[escrow].redeemed_micro == 70)
+        assert street.clock.now_ms() < street.ledger.book.escrows[escrow].ends_ms, "redeemed before the notice is over"
         await settle(street, 45)
         assert "goes back to its client now" in (work.accepted(10) or "")
-        await settle(street, 2 * REDEEM_EVERY_S)
-        assert shop.sales.accounts == []
+        await until(street, lambda: shop.sales.accounts == [])
 
     run(story)
 
@@ -783,9 +782,7 @@ def test_a_node_that_is_paid_elsewhere_now(tmp_path: Path) -> None:
         street.shops.clear()
         street.ledger.name = LEDGER
         again = await street.shop(1, tmp_path / "one", payee=9)
-        await settle(street)
-        await settle(street, REDEEM_EVERY_S)
-        assert [one.redeemed_micro for one in again.sales.accounts] == [40]
+        await until(street, lambda: [one.redeemed_micro for one in again.sales.accounts] == [40])
         assert await street.ledger.balance(elsewhere.sales.terms.payee) == 0
         assert await street.ledger.balance(shop.sales.terms.payee) == 36, "all but what is held back"
         street.ledger.name = HouseLedger(b"x" * 32, "USD")
