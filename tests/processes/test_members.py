@@ -757,7 +757,7 @@ def test_a_slot_that_is_paid_for_once_is_worked_in_once(tmp_path: Path) -> None:
         scene = await a_node(tmp_path, members_max=2, sale=Sale(PRICE, ledger, payee.address))
         driver = a_key(160)
         link = await scene.link(driver)
-        with pytest.raises(Refused, match="keeps no slot for"):
+        with pytest.raises(Refused, match="keeps no slot to train in for"):
             await link.request(MemberInvite.KIND, encode(an_invitation(scene.setting, driver)))
 
         async def linked(_node: bytes, _offer: Offer) -> Any:
