@@ -100,13 +100,17 @@ def test_pieces_that_do_not_fit_change_nothing(tmp_path: Path) -> None:
     assert same(source, tmp_path / "two")
     with pytest.raises(BadCopy, match="more than the 100 bytes"):
         follow(source, Copy(tmp_path / "three", 100))
+    endless = Copy(tmp_path / "four", 3 * PIECE_BYTES)
+    with pytest.raises(BadCopy, match="it may have"):  # also of one file that never comes to its end
+        for at in range(4):
+            endless.take([Piece("model/m", at * PIECE_BYTES, bytes(PIECE_BYTES), 1 << 40, bytes(32))])
 
 
 def test_half_a_record_is_cut(tmp_path: Path) -> None:
     (tmp_path / "records").mkdir()
     (tmp_path / CHAIN).write_bytes(b"half a rec")
     copy = Copy(tmp_path, ROOM)
-    assert (tmp_path / CHAIN).read_bytes() == b"" and copy.chain_bytes == 0 == intact_end(tmp_path)
+    assert (tmp_path / CHAIN).read_bytes() == b"" and copy.there[0].size == 0 == intact_end(tmp_path)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -664,6 +664,13 @@ def intact_end(path: Path) -> int:
     return max((end for end, _ in records_after(path, 0)), default=0)
 
 
+def cut_torn(path: Path) -> None:
+    """Cut what is behind the intact frames of a folder's records, be it a whole run folder or not. Raises OSError."""
+    folder, end = RunFolder(path, DirectoryDisk(path), None), intact_end(path)
+    if end < (folder._size(CHAIN) or 0):
+        folder._cut(CHAIN, end)
+
+
 def records_after(path: Path, position: int) -> Iterator[tuple[int, Envelope]]:
     """The records of a folder, be it a whole one or not, from where one of them begins: where each ends, and what it
     is."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from shoal.driver.folder import CHAIN, intact_end
+from shoal.driver.folder import CHAIN, cut_torn
 from shoal.driver.lines import LINES
 from shoal.errors import BadRecord
 from shoal.protocol.driving import FILES_MAX, PIECE_BYTES, FileThere, Piece
@@ -109,13 +109,20 @@ def _tail_hash(disk: DirectoryDisk, name: str, size: int) -> bytes:
 
 def _whole(disk: DirectoryDisk, name: str) -> tuple[int, bytes]:
     info = disk.info(name)
-    return _hashed(disk.place, name, info.modified_ns) if info is not None else (0, b"")
+    if info is not None and info.size > PIECE_BYTES:
+        return _large(disk.place, name, info.modified_ns)
+    return _hashed(disk, name)
 
 
 @lru_cache(maxsize=4 * FILES_MAX)
-def _hashed(place: str, name: str, modified_ns: int) -> tuple[int, bytes]:
-    """A model is asked for in many pieces."""
-    disk, hasher, at = DirectoryDisk(Path(place)), blake3(), 0
+def _large(place: str, name: str, modified_ns: int) -> tuple[int, bytes]:
+    """A model is asked for in many pieces, and does not change; a small file may, twice between two ticks of a disk's
+    clock."""
+    return _hashed(DirectoryDisk(Path(place)), name)
+
+
+def _hashed(disk: DirectoryDisk, name: str) -> tuple[int, bytes]:
+    hasher, at = blake3(), 0
     while data := disk.read(name, at, PIECE_BYTES):
         hasher.update(data)
         at += len(data)
@@ -135,7 +142,10 @@ class Copy:
         self._anew: dict[str, int] = {}
         """Files that grow and are copied once more from their beginning, and how far that has to come."""
         self._have: dict[str, FileThere] = {}
-        self._cut_tail()
+        for info in self._disk.files(_SCRATCH):
+            self._disk.delete(info.name)
+        if self._disk.info(CHAIN) is not None:
+            cut_torn(folder)  # who was killed may have left half a record
         for name in _names(self._disk):
             self._note(name)
 
@@ -146,11 +156,6 @@ class Copy:
         coming += [_grown(self._disk, name, _scratch(name)) for name in self._anew]
         under_way = self._coming.keys() | self._anew.keys()
         return (*(one for name, one in self._have.items() if name not in under_way), *coming)
-
-    @property
-    def chain_bytes(self) -> int:
-        """How far the records go."""
-        return self._have[CHAIN].size if CHAIN in self._have else 0
 
     def take(self, pieces: Sequence[Piece]) -> None:
         """Returns once they are on the disk. Raises BadCopy, OSError."""
@@ -174,9 +179,7 @@ class Copy:
             raise BadCopy(f"A copy of a run folder was sent {piece.name!r}, which is no file of one.")
 
     def _grow(self, piece: Piece) -> None:
-        if piece.offset == 0 and _size(
-            self._disk, piece.name
-        ):  # what is here stays until what is there is here as well
+        if piece.offset == 0 and _size(self._disk, piece.name):  # which stays until what is there is here as well
             self._anew[piece.name] = piece.size
             self._disk.delete(_scratch(piece.name))
         target = _scratch(piece.name) if piece.name in self._anew else piece.name
@@ -213,26 +216,14 @@ class Copy:
         self._disk.rename(scratch, piece.name)
 
     def _make_room(self, size: int) -> None:
-        if sum(one.size for one in self._have.values()) + size > self._size_max:
+        coming = sum(at for at, _, _ in self._coming.values())
+        anew = sum(_size(self._disk, _scratch(name)) for name in self._anew)
+        if sum(one.size for one in self._have.values()) + coming + anew + size > self._size_max:
             raise BadCopy(f"A copy of a run folder has grown to more than the {self._size_max} bytes it may have.")
 
     def _note(self, name: str) -> None:
         grows = name in _GROWING
         self._have[name] = _grown(self._disk, name, name) if grows else FileThere(name, *_whole(self._disk, name))
-
-    def _cut_tail(self) -> None:
-        """Who was killed may have left half a record; whoever drives from here cuts it, and so must who goes on
-        copying."""
-        for info in self._disk.files(_SCRATCH):
-            self._disk.delete(info.name)
-        end = intact_end(self.folder) if _size(self._disk, CHAIN) else 0
-        if end < _size(self._disk, CHAIN):
-            scratch = _scratch(CHAIN)
-            for at in range(0, end, PIECE_BYTES):
-                self._disk.write(scratch, self._disk.read(CHAIN, at, min(PIECE_BYTES, end - at)), at)
-            self._disk.write(scratch, b"", end)
-            self._disk.sync(scratch)
-            self._disk.rename(scratch, CHAIN)
 
 
 def _scratch(name: str) -> str:
