@@ -11,10 +11,11 @@ from shoal.identity import Envelope, short_id
 from shoal.market.batches import BadBatch
 from shoal.market.publishing import Published, Verified, verified
 from shoal.protocol.auctions import AskAuction, AskBatch, AuctionInfo, AuctionTicket, BatchPart, HandIn, Taken
-from shoal.protocol.messages import DEFAULT_NETWORK, Message, decode, encode
+from shoal.protocol.messages import DEFAULT_NETWORK, Message
 from shoal.protocol.orders import BadOrder, open_order
 from shoal.transport.allowances import TooManyRequests
 from shoal.world import Clock, Endpoint, Link, LinkLost, Refused
+from shoal.world.asking import ask
 
 DIAL_DEADLINE_S = 10.0
 REQUEST_DEADLINE_S = 30.0
@@ -103,15 +104,9 @@ class RemoteAuction:
             self.ticket.auctioneer, self.ticket.addresses, deadline_s=DIAL_DEADLINE_S
         )
         try:
-            body = await link.request(
-                question.KIND,
-                encode(question, link.version),
-                deadline_s=REQUEST_DEADLINE_S,
-                reply_max_bytes=answer.MAX_BYTES,
-            )
+            return await ask(link, question, answer, REQUEST_DEADLINE_S)
         except Refused as error:
             kind = _REFUSALS.get(error.remote_code)
             if kind is None:
                 raise
             raise kind(error.sentence) from error
-        return decode(answer, body, link.version)

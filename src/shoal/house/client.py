@@ -33,11 +33,12 @@ from shoal.ledger.fees import Announced, opened_table
 from shoal.ledger.journal import Line
 from shoal.ledger.moves import MoneyRefused, Move
 from shoal.protocol.ledgers import LedgerTicket
-from shoal.protocol.messages import DEFAULT_NETWORK, Message, decode, encode
+from shoal.protocol.messages import DEFAULT_NETWORK, Message
 from shoal.protocol.money import Checkpoint, HouseLedger, open_checkpoint
 from shoal.storage.faults import LedgerBusy, LedgerFailed
 from shoal.transport.allowances import TooManyRequests
 from shoal.world import Clock, Dice, Endpoint, Link, LinkLost, OutcomeUnknown, Refused, SystemDice
+from shoal.world.asking import ask
 
 DIAL_DEADLINE_S = 10.0
 REQUEST_DEADLINE_S = 20.0
@@ -198,15 +199,9 @@ class RemoteLedger:
 async def _request(link: Link, question: Question, answer: type[A]) -> A:
     """Raises LinkError, BadRecord where the answer is none, and what the ledger refuses with."""
     try:
-        body = await link.request(
-            question.KIND,
-            encode(question, link.version),
-            deadline_s=REQUEST_DEADLINE_S,
-            reply_max_bytes=answer.MAX_BYTES,
-        )
+        return await ask(link, question, answer, REQUEST_DEADLINE_S)
     except Refused as error:
         kind = _REFUSALS.get(error.remote_code)
         if kind is None:
             raise
         raise kind(error.sentence) from error
-    return decode(answer, body, link.version)

@@ -29,6 +29,7 @@ from shoal.protocol.offers import (
 )
 from shoal.transport.allowances import TooManyRequests
 from shoal.world import Address, Clock, DeadlineExceeded, Dice, Endpoint, Link, Refused, Request
+from shoal.world.asking import ask
 from shoal.world.directory import FoundOffer
 
 HUBS_MAX = 16
@@ -424,8 +425,4 @@ async def _ask(
     deadline_s: float = REQUEST_DEADLINE_S,
 ) -> R:
     """Raises LinkError, and BadRecord when the answer is not one."""
-    version = link.version
-    body = await link.request(
-        question.KIND, encode(question, version), deadline_s=deadline_s, reply_max_bytes=answer.MAX_BYTES
-    )
-    return decode(answer, body, version)
+    return await ask(link, question, answer, deadline_s)

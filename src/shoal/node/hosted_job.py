@@ -29,13 +29,14 @@ from shoal.node.driver_process import Began, Committed, DriverOrders, DriverProc
 from shoal.protocol.blobs import BlobHolder, BlobRef
 from shoal.protocol.driving import DriveBegin, FolderAsk, FolderGiven, Host, Phase
 from shoal.protocol.holds import LEASE_STEP_MS
-from shoal.protocol.messages import decode, encode, open_record
+from shoal.protocol.messages import open_record
 from shoal.protocol.money import SignedVoucher
 from shoal.protocol.training import Commit, Grant, Term
 from shoal.purse.bills import FILE as PAYMENTS
 from shoal.purse.bills import Payments
 from shoal.storage import BlobStore, Fetcher, patience_s
 from shoal.world import Clock, Endpoint, Link
+from shoal.world.asking import ask
 from shoal.world.clock import within
 from shoal.world.directory import Directory
 from shoal.world.reach import reach_again
@@ -311,14 +312,7 @@ class HostedJob:
 
     async def _have(self, refs: Sequence[BlobRef], holders: Sequence[BlobHolder]) -> None:
         """Raises LinkError, StorageError."""
-        store = self._around.store
-
-        async def one(ref: BlobRef) -> None:
-            if not store.has(ref.hash):
-                await self._around.fetcher.fetch(ref, holders)
-            store.pin(self._pin, ref.hash)
-
-        await asyncio.gather(*(one(ref) for ref in refs))
+        await asyncio.gather(*(self._around.fetcher.fetch(ref, holders, owner=self._pin) for ref in refs))
 
     # ---- standing by ----
 
@@ -338,7 +332,7 @@ class HostedJob:
         term = self._term if self._process is not None else 0
         message = FolderAsk(job=self._begin.job, standing_only=True, term=term)
         try:
-            given = await self._asked(await self._link(host), message, LOOK_DEADLINE_S)
+            given = await ask(await self._link(host), message, FolderGiven, LOOK_DEADLINE_S)
         except ShoalError:
             return None
         if given.phase != "given up":
@@ -382,19 +376,13 @@ class HostedJob:
     async def _take_from(self, link: Link, copy: Copy, wait_ms: int) -> FolderGiven:
         """Ask for what is missing, and take it in. Raises LinkError, OSError."""
         message = FolderAsk(job=self._begin.job, files=copy.there, wait_ms=wait_ms, sound_bytes=self._sound)
-        given = await self._asked(link, message, ASK_DEADLINE_S + wait_ms / 1000)
+        given = await ask(link, message, FolderGiven, ASK_DEADLINE_S + wait_ms / 1000)
         try:
             await asyncio.to_thread(copy.take, given.pieces)
         except BadCopy as error:  # it was written anew meanwhile, or the sender is not to be believed
             _log.info("job %s: %s", self._begin.job.hex()[:12], error)
             await self._around.clock.sleep(AGAIN_S)
         return given
-
-    async def _asked(self, link: Link, message: FolderAsk, deadline_s: float) -> FolderGiven:
-        body = await link.request(
-            message.KIND, encode(message, link.version), deadline_s=deadline_s, reply_max_bytes=FolderGiven.MAX_BYTES
-        )
-        return decode(FolderGiven, body, link.version)
 
     async def _link(self, host: Host) -> Link:
         """Raises LinkError."""

@@ -47,14 +47,14 @@ class VersionMismatch(BadRecord):
 class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """A body that travels on a link."""
 
+    KIND: ClassVar[str]
+    """Of requests and records; answers have none."""
     MAX_BYTES: ClassVar[int] = 64 * 1024
     SINCE: ClassVar[Mapping[str, int]] = {}
 
 
 class Record(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """A body that travels signed, in an Envelope of the same kind."""
-
-    KIND: ClassVar[str]
 
 
 M = TypeVar("M", bound=Message)

@@ -20,7 +20,7 @@ from shoal.driver.training import PIN, Progress
 from shoal.errors import BadInput, JobError, ShoalError
 from shoal.hub import HubClient
 from shoal.identity import load_key
-from shoal.protocol.blobs import BlobHolder, BlobRef
+from shoal.protocol.blobs import BlobHolder
 from shoal.protocol.driving import DriveStop, FolderAsk, FolderGiven, Host
 from shoal.protocol.hubs import HubTicket
 from shoal.protocol.offers import Done
@@ -242,18 +242,12 @@ class _Looking:
         try:
             fetcher = Fetcher(self.endpoint, store, self.clock, self._options.dice)
             holders = [BlobHolder(one.node, one.addresses) for one in self._known.hosts]
-
-            async def one(ref: BlobRef) -> None:
-                if not store.has(ref.hash):
-                    await fetcher.fetch(ref, holders)
-                store.pin(PIN, ref.hash)
-
             missing = [ref for ref in refs if not store.has(ref.hash)]
             if missing:
                 self._options.say(
                     f"Fetching the {len(missing)} updates of the job, for replays and for going on with it."
                 )
-            await asyncio.gather(*(one(ref) for ref in refs))
+            await asyncio.gather(*(fetcher.fetch(ref, holders, owner=PIN) for ref in refs))
         except ShoalError as error:
             self._options.say(
                 f"Not all updates could be fetched, so not every round can be replayed here: {error.sentence}"

@@ -44,7 +44,7 @@ from shoal.sdk.handed import Handed
 from shoal.sdk.jobfile import JobFile
 from shoal.sdk.spending import Spending
 from shoal.sdk.train import DRIVER_KEY, GRANT_MS, TOKENIZER, Session, TrainOptions, refuse_script
-from shoal.world import Clock, Endpoint, Link, Request
+from shoal.world import Clock, Endpoint, Link, Request, asking
 from shoal.world.directory import Directory, FoundOffer
 from shoal.world.reach import reach_again
 
@@ -281,7 +281,4 @@ async def link_to_host(host: Host, near: Surroundings) -> Link:
 
 async def ask(link: Link, message: DriveAsk | DriveBegin | DriveStop | FolderAsk, answer: type[M]) -> M:
     """Raises LinkError, BadMessage."""
-    body = await link.request(
-        message.KIND, encode(message, link.version), deadline_s=DEADLINE_S, reply_max_bytes=answer.MAX_BYTES
-    )
-    return decode(answer, body, link.version)
+    return await asking.ask(link, message, answer, DEADLINE_S)

@@ -29,9 +29,10 @@ from shoal.protocol.holds import (
     Work,
     open_hold,
 )
-from shoal.protocol.messages import DEFAULT_NETWORK, Message, decode, encode, open_record, sign
+from shoal.protocol.messages import DEFAULT_NETWORK, Message, open_record, sign
 from shoal.protocol.money import LedgerName, SignedVoucher
 from shoal.protocol.offers import RECLAIM_NOTICE_MAX_MS, Done, Offer
+from shoal.world.asking import ask
 from shoal.world.network import Link, Refused
 
 HOLD_MS = 15_000
@@ -191,11 +192,7 @@ class Quotes:
         return Held(node, name, envelope, hold)
 
     async def _ask(self, node: bytes, message: Question, answer: type[M], deadline_s: float) -> M:
-        link = await self._link(node, self._offers[node])
-        body = await link.request(
-            message.KIND, encode(message, link.version), deadline_s=deadline_s, reply_max_bytes=answer.MAX_BYTES
-        )
-        return decode(answer, body, link.version)
+        return await ask(await self._link(node, self._offers[node]), message, answer, deadline_s)
 
 
 def _place(hold: Hold) -> tuple[object, ...]:
