@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from shoal.ledger.book import Book
 from shoal.ledger.commands import Command, Deposit, SetFee
 from shoal.ledger.escrows import Escrow
 from shoal.ledger.fees import Announced
-from shoal.ledger.journal import BEGINNING, Line, line
+from shoal.ledger.journal import BEGINNING, Line, line, verified
 from shoal.ledger.moves import MoneyRefused, Move, account
 from shoal.market.holds import Terms
 from shoal.node.hours import Hours
@@ -37,6 +37,9 @@ PRICE = Price(360_000)
 
 def an_account(number: int) -> AccountKey:
     return AccountKey(bytes([number] * 32))
+
+
+PAYER = an_account(50)
 
 
 class BookLedger:
@@ -173,3 +176,21 @@ class Street:
             await shop.endpoint.close()
         for endpoint in self.ends:
             await endpoint.close()
+
+
+def run(story: Callable[[Street], Awaitable[None]], deposit: int = 10_000_000) -> None:
+    """What happens on a street where PAYER has some money; at the end the books agree."""
+
+    async def whole() -> None:
+        street = Street()
+        if deposit:
+            street.ledger.give(PAYER.address, deposit)
+        try:
+            async with asyncio.timeout(60):
+                await story(street)
+        finally:
+            await street.close()
+        verified(street.ledger.lines, LEDGER)
+        assert sum(street.ledger.book.balances.values()) == 0
+
+    asyncio.run(whole())

@@ -5,17 +5,15 @@ from __future__ import annotations
 import asyncio
 import errno
 import re
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import msgspec
 import pytest
 from hub_world import a_key
-from money_world import LEDGER, Shop, Street, an_account
+from money_world import LEDGER, PAYER, Shop, Street, an_account, run
 
 from shoal.errors import StorageError
 from shoal.gateway.paying import Paying, PaymentsDamaged
-from shoal.ledger.journal import verified
 from shoal.protocol.prices import Price
 from shoal.purse.bills import FILE, Payments
 from shoal.purse.purse import Funds
@@ -23,24 +21,8 @@ from shoal.world import DirectoryDisk, FaultyDisk, SeededDice
 from shoal.world.disk import Fault
 from shoal.world.quotes import NotSecured
 
-PAYER = an_account(50)
 JOB, RECEIPT = bytes(32), b"r" * 32
 SECOND_US = 1_000_000
-
-
-def run(story: Callable[[Street], Awaitable[None]]) -> None:
-    async def whole() -> None:
-        street = Street()
-        street.ledger.give(PAYER.address, 10_000_000)
-        try:
-            async with asyncio.timeout(60):
-                await story(street)
-        finally:
-            await street.close()
-        verified(street.ledger.lines, LEDGER)
-        assert sum(street.ledger.book.balances.values()) == 0
-
-    asyncio.run(whole())
 
 
 class Gateway:

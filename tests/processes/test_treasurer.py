@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 import pytest
 from hub_world import a_key
-from money_world import LEDGER, BookLedger, Shop, Street, an_account
+from money_world import LEDGER, PAYER, BookLedger, Shop, Street, an_account, run
 from test_run_folder import JOB
 
 from shoal.driver.folder import FolderLocked, RunFolder
@@ -22,7 +22,6 @@ from shoal.house import OutcomeUnknown
 from shoal.identity import Envelope, blake3_hash
 from shoal.identity.accounts import AccountKey, signer_of
 from shoal.ledger.escrows import State
-from shoal.ledger.journal import verified
 from shoal.ledger.moves import FEES, ISSUED
 from shoal.node.earned import read_earned
 from shoal.protocol.holds import Hold, open_hold
@@ -36,26 +35,9 @@ from shoal.sdk.jobs import Closed, OthersMoney, close_escrows, look_at, open_at
 from shoal.world import Refused, SeededDice
 from shoal.world.quotes import NotSecured
 
-PAYER = an_account(50)
 WORK = bytes(32)
 T = TypeVar("T")
 HOUR_MS = 3_600_000
-
-
-def run(story: Callable[[Street], Awaitable[None]], deposit: int = 10_000_000) -> None:
-    async def whole() -> None:
-        street = Street()
-        if deposit:
-            street.ledger.give(PAYER.address, deposit)
-        try:
-            async with asyncio.timeout(60):
-                await story(street)
-        finally:
-            await street.close()
-        verified(street.ledger.lines, LEDGER)
-        assert sum(street.ledger.book.balances.values()) == 0
-
-    asyncio.run(whole())
 
 
 class Job:
