@@ -504,7 +504,7 @@ class HostedJob:
         """The process that drives has a store of its own, in the run folder; on one disk nothing is there twice."""
         mine = self._around.store
         with contextlib.closing(BlobStore(self.run_folder / "blobs", mine.capacity_bytes, self._around.clock)) as store:
-            for name in mine.pins(self._pin):
+            for name in filter(mine.has, mine.pins(self._pin)):  # an update that did not come is pinned all the same
                 if not store.has(name):
                     store.adopt(mine.path(name))
                 store.pin("run", name)
