@@ -258,7 +258,7 @@ def test_money_that_runs_out_stops_the_job_and_a_killed_driver_loses_none(tmp_pa
     async def story(town: Town, ledger: RemoteLedger) -> None:
         home, run = tmp_path / "keys", tmp_path / "runs" / "job"
         (home / "account.ledger").write_text(str(town.ticket))
-        (tmp_path / "job.yaml").write_bytes(job_text(tmp_path, tokens=150_000))
+        (tmp_path / "job.yaml").write_bytes(job_text(tmp_path, tokens=600_000))
 
         async def driver(*arguments: str, by: tuple[str, ...] = ("-m", "shoal")) -> asyncio.subprocess.Process:
             return await asyncio.create_subprocess_exec(
