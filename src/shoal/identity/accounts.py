@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Annotated
 
 import coincurve
-from Crypto.Hash import keccak
 from msgspec import Meta
+from tiny_keccak import keccak256
 
 from shoal.errors import BadInput
 from shoal.identity.secrets import write_secret
@@ -41,7 +41,7 @@ class BadAccount(BadInput):
 
 
 def keccak_256(data: bytes) -> bytes:
-    return keccak.new(digest_bits=256, data=data).digest()
+    return keccak256(data)
 
 
 class AccountKey:
@@ -80,13 +80,7 @@ class AccountKey:
 
 
 def address_of(public: coincurve.PublicKey) -> bytes:
-    return _address_of(public.format(compressed=False))
-
-
-@lru_cache(maxsize=4096)
-def _address_of(public: bytes) -> bytes:
-    """Of the same key many times: of a job's vouchers, one for each step."""
-    return keccak_256(public[1:])[-ADDRESS_BYTES:]
+    return keccak_256(public.format(compressed=False)[1:])[-ADDRESS_BYTES:]
 
 
 def signer_of(digest: bytes, signature: bytes) -> bytes | None:
