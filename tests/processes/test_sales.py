@@ -639,6 +639,25 @@ def test_either_enough_places_or_none(tmp_path: Path) -> None:
     run(story)
 
 
+def test_who_refuses_is_made_up_for_by_as_few_others_as_are_needed(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shops = [await street.shop(number, tmp_path / str(number)) for number in range(1, 7)]
+        for full in (0, 2):
+            shops[full].unheld[0] = 1
+        offered = [(shop.node, shop.offer) for shop in shops]
+        client, other, last = Client(street), Client(street, 61), Client(street, 62)
+        held, troubles = await client.quotes.hold_all(offered[:2], 2, offered[2:])
+        assert {one.name for one in held} == {"shop-2", "shop-4"}
+        assert [trouble[:7] for trouble in troubles] == ["shop-1:", "shop-3:"]
+        held, _ = await other.quotes.hold_all([offered[0], offered[4]], 1, offered[5:])
+        assert [one.name for one in held] == ["shop-5"], "one is enough"
+        with pytest.raises(NotSecured, match="2 nodes are needed, and 1 would keep a place"):
+            await last.quotes.hold_all(offered[4:], 2, offered[:3])
+        assert [shop.sales.held for shop in shops] == [0, 1, 0, 1, 1, 0]
+
+    run(story)
+
+
 def test_what_was_promised_outlives_the_node(tmp_path: Path) -> None:
     async def story(street: Street) -> None:
         first = await street.shop(1, tmp_path / "one")

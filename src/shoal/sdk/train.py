@@ -598,7 +598,7 @@ class Session:
                 if needs.latency_within_ms is not None:
                     gang = await near_gang(gang, needs.latency_within_ms, needs.nodes_min)
                 chosen = self._worth_it(job_file, size, gang, length)
-                held = await self._held(job_file, chosen)
+                held = await self._held(job_file, chosen, [one for one in gang if one not in chosen])
                 return held, self._length(job_file, size, held)
             except NotSecured as error:
                 if self.clock.monotonic() >= until:
@@ -653,10 +653,12 @@ class Session:
             gang = await near_gang(gang, within_ms, 1)
         return await self._held(job_file, gang)
 
-    async def _held(self, job_file: JobFile, gang: list[LinkedNode]) -> list[LinkedNode]:
+    async def _held(
+        self, job_file: JobFile, gang: list[LinkedNode], spares: Sequence[LinkedNode] = ()
+    ) -> list[LinkedNode]:
         if self.treasurer is None:
             return gang
-        return await self.treasurer.hold(gang, min(len(gang), job_file.requirements.nodes_min))
+        return await self.treasurer.hold(gang, min(len(gang), job_file.requirements.nodes_min), spares)
 
     async def set_aside(self, gang: list[LinkedNode], job_file: JobFile) -> None:
         """The money for those that keep a place; those that do not take it are left out of the gang."""
