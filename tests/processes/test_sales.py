@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import re
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from shoal.identity import KeyPair
 from shoal.ledger.commands import Close, Open, Redeem
 from shoal.ledger.escrows import State
 from shoal.ledger.journal import verified
+from shoal.market.holds import Slots
 from shoal.node.earned import read_earned
 from shoal.node.sales import (
     ASKS_BURST,
@@ -26,6 +28,7 @@ from shoal.node.sales import (
     LAST_ROUND_S,
     PAYS_BURST,
     REDEEM_EVERY_S,
+    SLOTS,
     TAKES_BURST,
     TELL_AGAIN_S,
     UNCOUNTED_MAX,
@@ -698,6 +701,51 @@ def test_a_disk_that_fails_promises_nothing_twice() -> None:
             await other.quotes.hold(shop.node, shop.offer)
         await street.clock.advance(HOLD_MS / 1000)
         await other.quotes.hold(shop.node, shop.offer)
+
+    run(story)
+
+
+def test_who_asks_again_after_a_disk_failed_has_a_word_that_outlives_the_node() -> None:
+    async def story(street: Street) -> None:
+        failing, disk = ["sync slots"], MemoryDisk()
+
+        def fault(call: str, name: str) -> None:
+            if f"{call} {name}" in failing or (failing and call == "rename"):
+                raise OSError(errno.EIO, "no such sector")
+
+        shop = await street.shop(1, FaultyDisk(disk, fault))
+        client = Client(street)
+        for _ in range(2):
+            with pytest.raises(Refused, match="keeping what this node has promised"):
+                await client.quotes.hold(shop.node, shop.offer)
+        failing.clear()
+        held = await client.quotes.hold(shop.node, shop.offer)
+        kept = read_kept(disk, SLOTS, Slots, "shop-1")
+        assert kept is not None and [one.hold for one in kept.kept] == [held.hold]
+
+    run(story)
+
+
+def test_places_that_are_asked_for_at_once_share_a_writing() -> None:
+    async def story(street: Street) -> None:
+        going, writings = threading.Event(), list[str]()
+
+        def fault(call: str, name: str) -> None:
+            if (call, name) == ("rename", SLOTS):
+                assert going.wait(30)
+                writings.append(name)
+
+        shop = await street.shop(1, FaultyDisk(MemoryDisk(), fault), slots=8)
+        clients = [Client(street, number) for number in range(60, 68)]
+        asking = asyncio.gather(*(one.quotes.hold(shop.node, shop.offer) for one in clients))
+        try:
+            async with asyncio.timeout(10):
+                while shop.sales.held < 8:
+                    await settle(street)
+            assert not asking.done(), "nobody hears of what is not on the disk"
+        finally:
+            going.set()
+        assert len({one.hold.slot for one in await asking}) == 8 and 1 <= len(writings) <= 2
 
     run(story)
 
