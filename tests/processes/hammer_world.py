@@ -269,13 +269,14 @@ class Client:
         found = await self._look()
         if len(found) < size:
             return False
-        gang = [(one.node, one.offer) for one in self.dice.sample(found, size)]
+        drawn = [(one.node, one.offer) for one in self.dice.sample(found, len(found))]
+        gang, spares = drawn[:size], drawn[size:]
         await asyncio.gather(*(self.link(node, offer) for node, offer in gang))
         (way,) = self.dice.choices(list(WAYS), list(WAYS.values()))
         self.seen.asked += 1
         began = self.clock.monotonic()
         try:
-            held, _ = await self.quotes.hold_all(gang, size)
+            held, _ = await self.quotes.hold_all(gang, size, spares)
         except NotSecured:
             return False  # why, each node's answer says
         whole = self.clock.monotonic()

@@ -20,6 +20,7 @@ from shoal.protocol.messages import decode, encode
 from shoal.protocol.offers import DialMe, OfferFind, OfferKept, OfferPublish, OffersFound
 from shoal.transport import MemoryNetwork, Path
 from shoal.world import Directory, HeldClock, Link, Refused, Request, SeededDice
+from shoal.world.directory import FoundOffer
 
 T = TypeVar("T")
 HERON, STORK, WREN = a_key(1), a_key(2), a_key(3)
@@ -305,6 +306,30 @@ def test_offers_of_several_hubs_are_merged_and_the_newest_counts() -> None:
             assert len(await client.find(OfferFind(limit=1))) == 1
 
     play(scene, hubs=2)
+
+
+def test_an_offer_that_comes_again_is_not_verified_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shoal.hub.client.VERIFIED_MAX", 2)
+
+    async def scene(world: World) -> None:
+        async with (
+            a_client(world.network.endpoint(HERON), world.tickets) as node,
+            a_client(world.network.endpoint(WREN), world.tickets) as client,
+        ):
+
+            async def find() -> FoundOffer:
+                (found,) = await client.find(OfferFind())
+                return found
+
+            await node.publish(an_offer(HERON, 1))
+            first = await find()
+            assert await find() is first
+            for sequence in (2, 3):
+                await node.publish(an_offer(HERON, sequence))
+                assert (await find()).offer.sequence == sequence
+            assert len(client._verified_offers) == 2
+
+    play(scene)
 
 
 def test_one_lost_hub_changes_nothing_and_it_is_found_again_with_the_offer() -> None:

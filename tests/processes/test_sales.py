@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import re
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from shoal.identity import KeyPair
 from shoal.ledger.commands import Close, Open, Redeem
 from shoal.ledger.escrows import State
 from shoal.ledger.journal import verified
+from shoal.market.holds import Slots
 from shoal.node.earned import read_earned
 from shoal.node.sales import (
     ASKS_BURST,
@@ -26,6 +28,7 @@ from shoal.node.sales import (
     LAST_ROUND_S,
     PAYS_BURST,
     REDEEM_EVERY_S,
+    SLOTS,
     TAKES_BURST,
     TELL_AGAIN_S,
     UNCOUNTED_MAX,
@@ -639,6 +642,25 @@ def test_either_enough_places_or_none(tmp_path: Path) -> None:
     run(story)
 
 
+def test_who_refuses_is_made_up_for_by_as_few_others_as_are_needed(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shops = [await street.shop(number, tmp_path / str(number)) for number in range(1, 7)]
+        for full in (0, 2):
+            shops[full].unheld[0] = 1
+        offered = [(shop.node, shop.offer) for shop in shops]
+        client, other, last = Client(street), Client(street, 61), Client(street, 62)
+        held, troubles = await client.quotes.hold_all(offered[:2], 2, offered[2:])
+        assert {one.name for one in held} == {"shop-2", "shop-4"}
+        assert [trouble[:7] for trouble in troubles] == ["shop-1:", "shop-3:"]
+        held, _ = await other.quotes.hold_all([offered[0], offered[4]], 1, offered[5:])
+        assert [one.name for one in held] == ["shop-5"], "one is enough"
+        with pytest.raises(NotSecured, match="2 nodes are needed, and 1 would keep a place"):
+            await last.quotes.hold_all(offered[4:], 2, offered[:3])
+        assert [shop.sales.held for shop in shops] == [0, 1, 0, 1, 1, 0]
+
+    run(story)
+
+
 def test_what_was_promised_outlives_the_node(tmp_path: Path) -> None:
     async def story(street: Street) -> None:
         first = await street.shop(1, tmp_path / "one")
@@ -679,6 +701,51 @@ def test_a_disk_that_fails_promises_nothing_twice() -> None:
             await other.quotes.hold(shop.node, shop.offer)
         await street.clock.advance(HOLD_MS / 1000)
         await other.quotes.hold(shop.node, shop.offer)
+
+    run(story)
+
+
+def test_who_asks_again_after_a_disk_failed_has_a_word_that_outlives_the_node() -> None:
+    async def story(street: Street) -> None:
+        failing, disk = ["sync slots"], MemoryDisk()
+
+        def fault(call: str, name: str) -> None:
+            if f"{call} {name}" in failing or (failing and call == "rename"):
+                raise OSError(errno.EIO, "no such sector")
+
+        shop = await street.shop(1, FaultyDisk(disk, fault))
+        client = Client(street)
+        for _ in range(2):
+            with pytest.raises(Refused, match="keeping what this node has promised"):
+                await client.quotes.hold(shop.node, shop.offer)
+        failing.clear()
+        held = await client.quotes.hold(shop.node, shop.offer)
+        kept = read_kept(disk, SLOTS, Slots, "shop-1")
+        assert kept is not None and [one.hold for one in kept.kept] == [held.hold]
+
+    run(story)
+
+
+def test_places_that_are_asked_for_at_once_share_a_writing() -> None:
+    async def story(street: Street) -> None:
+        going, writings = threading.Event(), list[str]()
+
+        def fault(call: str, name: str) -> None:
+            if (call, name) == ("rename", SLOTS):
+                assert going.wait(30)
+                writings.append(name)
+
+        shop = await street.shop(1, FaultyDisk(MemoryDisk(), fault), slots=8)
+        clients = [Client(street, number) for number in range(60, 68)]
+        asking = asyncio.gather(*(one.quotes.hold(shop.node, shop.offer) for one in clients))
+        try:
+            async with asyncio.timeout(10):
+                while shop.sales.held < 8:
+                    await settle(street)
+            assert not asking.done(), "nobody hears of what is not on the disk"
+        finally:
+            going.set()
+        assert len({one.hold.slot for one in await asking}) == 8 and 1 <= len(writings) <= 2
 
     run(story)
 

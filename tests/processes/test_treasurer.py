@@ -561,6 +561,23 @@ def test_money_that_may_have_been_set_aside_is_asked_back(tmp_path: Path) -> Non
     run(story)
 
 
+def test_where_a_node_refuses_the_cheapest_of_the_others_is_asked(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        full, fits = await street.shop(1, tmp_path / "1"), await street.shop(2, tmp_path / "2")
+        dear = await street.shop(3, tmp_path / "3", price=Price(800_000))
+        cheap = await street.shop(4, tmp_path / "4", price=Price(700_000))
+        full.unheld[0] = 1
+        job = Job(street, tmp_path / "run")
+        gang, spares = await job.gang(full, fits), await job.gang(dear, cheap)
+        assert {one.node for one in await job.treasurer.hold(gang, 2, spares)} == {fits.node, cheap.node}
+        (said,) = job.said
+        assert said.startswith("Without shop-1: All 1 slots of this node are taken")
+        assert await job.treasurer.open(2) == {fits.node, cheap.node}
+        await job.treasurer.close()
+
+    run(story)
+
+
 def test_a_dear_node_that_comes_later_is_left(tmp_path: Path) -> None:
     async def story(street: Street) -> None:
         cheap = await street.shop(1, tmp_path / "1")

@@ -185,6 +185,13 @@ def test_holds_are_their_clients_alone() -> None:
         open_hold(hold, CLIENTS[0].node_id)
 
 
+def test_those_who_gave_back_early_are_shared_among_slots() -> None:
+    desk = Desk(replace(TERMS, slots=4))
+    for moment in range(8):
+        desk.give_back(CLIENTS[0], desk.ask(CLIENTS[0], moment), moment)
+    assert len(opened(desk.ask(CLIENTS[0], 8)).released) == 2, "each Hold names those of its slot"
+
+
 def test_a_clock_that_goes_back() -> None:
     desk = Desk()
     desk.ask(CLIENTS[0], 100_000)

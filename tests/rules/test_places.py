@@ -7,7 +7,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.transport.places import CROWDED, RESERVE, SHARE, HeldLink, handshake_to_end, room_for
+from shoal.transport.places import CROWDED, RESERVE, SHARE, HeldLink, handshake_to_end, plenty, room_for
 
 PLACES = 16
 MOST_OF_ONE = int(CROWDED * PLACES)
@@ -19,7 +19,10 @@ def links(source: str, count: int, idle_since: float | None = 0.0, wanted: bool 
 
 def test_while_there_is_room_one_address_may_have_it_all() -> None:
     for count in range(MOST_OF_ONE):
-        assert room_for("nat", False, links("nat", count, None), PLACES) == (True, None)
+        assert plenty(count, PLACES)
+        for wanted in (False, True):
+            assert room_for("nat", wanted, links("nat", count, None), PLACES) == (True, None)
+    assert not plenty(MOST_OF_ONE, PLACES)
 
 
 def test_when_it_is_crowded_an_address_with_its_share_makes_way_for_itself() -> None:

@@ -97,15 +97,22 @@ class Treasurer(Purse):
 
     # ---- places and money ----
 
-    async def hold(self, gang: Sequence[LinkedNode], nodes_min: int) -> list[LinkedNode]:
-        """Have all of them keep a place; gives those that do, and those that cost nothing. Raises NotSecured where they
-        are fewer than `nodes_min`; none is kept then."""
+    async def hold(
+        self, gang: Sequence[LinkedNode], nodes_min: int, spares: Sequence[LinkedNode] = ()
+    ) -> list[LinkedNode]:
+        """Have all of them keep a place, and of `spares`, the cheapest first, as many as it takes to come to
+        `nodes_min`; gives those that do, and those of the gang that cost nothing. Raises NotSecured where they are
+        fewer; none is kept then."""
         free = [node for node in gang if is_free(node.offer)]
         at_least = max(0, nodes_min - len(free))
         priced = self._worth_it([node for node in gang if not is_free(node.offer)], at_least)
-        held = await self.hold_all([(node.node, node.offer) for node in priced.values()], at_least)
-        self._chosen = [_price_of(priced[one.node]) for one in held]
-        return [*free, *(priced[one.node] for one in held)]
+        others = sorted((node for node in spares if not is_free(node.offer)), key=lambda one: _price_of(one)[0])
+        asked = [*priced.values(), *others]
+        offered = [(node.node, node.offer) for node in asked]
+        keeps = {one.node for one in await self.hold_all(offered[: len(priced)], at_least, offered[len(priced) :])}
+        held = [node for node in asked if node.node in keeps]
+        self._chosen = [_price_of(node) for node in held]
+        return [*free, *held]
 
     def _worth_it(self, priced: Sequence[LinkedNode], at_least: int) -> dict[bytes, LinkedNode]:
         """Without such as are dear beside those that earlier terms paid, as far as the others are enough."""

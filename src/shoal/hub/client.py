@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -52,6 +53,8 @@ PROBE_ROUND_TRIPS = 5
 PROBE_SIZES = (PROBE_BYTES_MAX // 16, PROBE_BYTES_MAX // 4, PROBE_BYTES_MAX, PROBE_BYTES_MAX)
 PROBE_LONG_ENOUGH_S = 1.0
 """A probe that took this long tells enough; larger ones would only hold up a poor link."""
+VERIFIED_MAX = 1024
+"""Offers that are remembered as verified: most come again unchanged, with each search and from each hub."""
 DIALS_AT_ONCE = 8
 """Introductions a node follows at the same time."""
 
@@ -147,6 +150,7 @@ class HubClient:
         self._on_change = on_change
         self._on_refused = on_refused
         self._hubs = {node: _Hub(HubState(ticket)) for node, ticket in merged.items()}
+        self._verified_offers: OrderedDict[bytes, FoundOffer] = OrderedDict()
         self._standing: Envelope | None = None
         self._renewal: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -301,17 +305,27 @@ class HubClient:
 
     def _verified(self, hub: _Hub, data: bytes, wanted: OfferFind) -> FoundOffer | None:
         try:
-            envelope = Envelope.from_bytes(data, Offer.MAX_BYTES)
-            offer = open_record(envelope, Offer, self._network)
+            found = self._opened(data)
         except BadRecord as error:
             hub.state.trouble = str(error)
             _log.warning("hub %s sent an offer that is none: %s", hub.name, error)
             return None
-        fitting, reason = fits(envelope.signer, offer, wanted)
-        if not fitting or envelope.signer <= (wanted.after or b""):
+        fitting, reason = fits(found.node, found.offer, wanted)
+        if not fitting or found.node <= (wanted.after or b""):
             _log.warning("hub %s sent an offer that was not asked for: %s", hub.name, reason)
             return None
-        return FoundOffer(envelope.signer, offer, envelope)
+        return found
+
+    def _opened(self, data: bytes) -> FoundOffer:
+        """What the same bytes proved before, they prove. Raises BadRecord."""
+        known = self._verified_offers.get(data)
+        if known is None:
+            envelope = Envelope.from_bytes(data, Offer.MAX_BYTES)
+            known = FoundOffer(envelope.signer, open_record(envelope, Offer, self._network), envelope)
+            self._verified_offers[data] = known
+            while len(self._verified_offers) > VERIFIED_MAX:
+                self._verified_offers.popitem(last=False)
+        return known
 
     async def introduce(self, node: bytes, addresses: Sequence[Address]) -> None:
         message = Introduce(node=node, addresses=tuple(addresses))

@@ -7,6 +7,7 @@ promised or sold in an auction (`hours`).
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Annotated
 
 import msgspec
@@ -180,7 +181,9 @@ def ask(
             f"All {terms.slots} slots of this node are taken: {len(taken)} held, the next of them for "
             f"{max(0, until - now_ms) / 1000:.0f} s more, and {unheld} in use."
         )
-    slot = free[0]
+    # Those who gave it back early are named in its Hold, and only so many can be: what they had is shared among slots.
+    named = Counter(one.slot for one in slots.pending)
+    slot = min(free, key=lambda one: named[one])
     return Hold(
         slot=slot, number=next_number(slots, now_ms), client=client, work=wanted.work, from_ms=now_ms,
         until_ms=until_ms, price=terms.price, ledger=terms.ledger, payer=wanted.payer, payee=terms.payee,

@@ -43,6 +43,7 @@ from shoal.market.holds import (
 )
 from shoal.protocol.holds import (
     Deputy,
+    Hold,
     HoldAsk,
     HoldGiven,
     HoldReclaim,
@@ -59,7 +60,7 @@ from shoal.protocol.money import Amount, BadVoucher, LedgerName, PartsPerMillion
 from shoal.protocol.offers import Done, UnixMs
 from shoal.protocol.prices import Currency
 from shoal.quantities.money import format_money
-from shoal.storage.whole import write_whole
+from shoal.storage.whole import SharedWriting, write_whole
 from shoal.transport.allowances import RateLimit
 from shoal.world import Clock, Disk, Endpoint, Ledger, Request
 from shoal.world.clock import within
@@ -304,7 +305,9 @@ class Sales:
         self._key, self._name, self._network = key, name, network
         self._disk, self._ledger, self._clock, self._endpoint = disk, ledger, clock, endpoint
         self._unheld, self._changed = unheld, changed
-        self._slots = read_kept(disk, SLOTS, Slots, name) or Slots()
+        self._promises = SharedWriting(
+            read_kept(disk, SLOTS, Slots, name) or Slots(), lambda slots: self._write(SLOTS, slots)
+        )
         self._accounts = {one.escrow: one for one in read_kept(disk, ACCOUNTS, list[Account], name) or ()}
         self._ended = read_kept(disk, ENDED, list[Ended], name) or []
         self._asks = RateLimit(clock, ASKS_PER_S, ASKS_BURST)
@@ -323,7 +326,7 @@ class Sales:
         self.closes_ms: int | None = None
         """When the owner takes the machine back, once its clients are told."""
         self._telling = list[asyncio.Task[None]]()
-        self._deciding = asyncio.Lock()
+        self._accounting = asyncio.Lock()
         self._redeeming: dict[bytes, asyncio.Task[None]] = {}
         """Beside the rounds, at a client's word that nothing more will come."""
         for one in self._accounts.values():
@@ -352,32 +355,30 @@ class Sales:
     @property
     def held(self) -> int:
         """Slots that are promised now."""
-        return len(held(self._slots, self.now_ms()))
+        return len(held(self.slots, self.now_ms()))
 
     @property
     def slots(self) -> Slots:
-        """What is promised, now and later."""
-        return self._slots
+        """What is promised, now and later; also what a disk that failed may have kept."""
+        return self._promises.content
 
     async def decide(self, decision: Callable[[Slots], tuple[Slots, T]]) -> T:
         """Change what is promised; it is on the disk when this returns. Raises what `decision` does."""
-        async with self._deciding:
-            slots, answer = decision(self._slots)
-            if slots != self._slots:
-                await self._store_slots(slots)
+        slots, answer = decision(self.slots)
+        await self._store_slots(slots)
         return answer
 
     @property
     def taken(self) -> int:
         """Of these, slots that money is set aside for."""
-        return len(taken(self._slots, self.now_ms()))
+        return len(taken(self.slots, self.now_ms()))
 
     def client_of(self, driver: bytes) -> bytes:
         """For whom a driver acts: itself, unless it has shown otherwise."""
         return self._clients.get(driver, driver)
 
     def keeps_for(self, client: bytes) -> bool:
-        return hold_of(self._slots, client, self.now_ms()) is not None
+        return hold_of(self.slots, client, self.now_ms()) is not None
 
     def work_for(self, client: bytes) -> Work:
         """For a client that has a slot to train in, and money for it. Raises NotHeld."""
@@ -390,7 +391,7 @@ class Sales:
         return self._unless_over(self._services.setdefault(account.escrow, Service(self, account)), client)
 
     def _account_of(self, client: bytes, kind: Kind) -> Account:
-        kept = hold_of(self._slots, client, self.now_ms())
+        kept = hold_of(self.slots, client, self.now_ms())
         account = self._accounts.get(kept.hold.escrow) if kept and kept.hold.escrow else None
         if kept is None or account is None or kept.hold.work != kind:
             raise NotHeld(
@@ -422,7 +423,7 @@ class Sales:
         escrow = await self._ledger.escrow(escrow_id)
         if escrow is None:
             raise HoldRefused("The ledger has no such escrow.")
-        async with self._deciding:
+        async with self._accounting:
             check_escrow(escrow, self.terms.payee, self.terms, self.now_ms())
             if escrow_id not in self._accounts:
                 await self._store_accounts(self._with(escrow, client, self.terms.payee, 0))
@@ -438,15 +439,14 @@ class Sales:
     async def give_notice(self) -> float | None:
         """The owner wants the machine back: whoever has taken a slot is told until when it is kept, and no more are
         given. Gives the seconds until then; None where no slot is taken, or none with a notice."""
-        async with self._deciding:
-            kept, now_ms = taken(self._slots, self.now_ms()), self.now_ms()
-            notice_ms = max((one.hold.reclaim_notice_ms for one in kept), default=0)
-            if not notice_ms:
-                return None
-            self.closes_ms = now_ms + notice_ms
-            for one in kept:
-                reclaim = Reclaim(client=one.hold.client, from_ms=now_ms, until_ms=self.closes_ms)
-                self._telling.append(asyncio.create_task(self._tell(reclaim)))
+        kept, now_ms = taken(self.slots, self.now_ms()), self.now_ms()
+        notice_ms = max((one.hold.reclaim_notice_ms for one in kept), default=0)
+        if not notice_ms:
+            return None
+        self.closes_ms = now_ms + notice_ms
+        for one in kept:
+            reclaim = Reclaim(client=one.hold.client, from_ms=now_ms, until_ms=self.closes_ms)
+            self._telling.append(asyncio.create_task(self._tell(reclaim)))
         await self._changed()
         return notice_ms / 1000
 
@@ -493,13 +493,17 @@ class Sales:
         self._asks.spend(request.source.encode(), "A question for a slot")
         wanted = decode(HoldAsk, request.body, request.version)
         client = self._client(request, wanted.deputy)
-        async with self._deciding:
-            known = hold_of(self._slots, client, self.now_ms())
-            hold = ask(self._slots, wanted, client, self.terms, self._unheld(), self.now_ms(), self.closes_ms)
+
+        def decide(slots: Slots) -> tuple[Slots, Envelope]:
+            known = hold_of(slots, client, self.now_ms())
+            hold = ask(slots, wanted, client, self.terms, self._unheld(), self.now_ms(), self.closes_ms)
             envelope = sign(self._key, hold, self._network)
-            if known is None or known.hold_id != envelope.record_id:
-                self._count_untaken(request, wanted.lifetime_ms / 1000)
-                await self._store_slots(keep(self._slots, hold, envelope.record_id))
+            if known is not None and known.hold_id == envelope.record_id:
+                return slots, envelope
+            self._count_untaken(request, wanted.lifetime_ms / 1000)
+            return keep(slots, hold, envelope.record_id), envelope
+
+        envelope = await self.decide(decide)
         await self._changed()
         return encode(HoldGiven(hold=envelope.to_bytes()), request.version)
 
@@ -516,22 +520,26 @@ class Sales:
         self._asks.spend(request.source.encode(), "A question for a slot")
         wanted = decode(HoldTake, request.body, request.version)
         client = self._client(request, wanted.deputy)
-        promised(self._slots, client, self.now_ms())  # before the ledger is asked
+        promised(self.slots, client, self.now_ms())  # before the ledger is asked
         self._takes.spend(client, "A question for a slot that is paid for")
         escrow = await self._ledger.escrow(wanted.escrow)
-        async with self._deciding:
-            known = hold_of(self._slots, client, self.now_ms())
-            hold = take(self._slots, client, escrow, self.terms, self.now_ms(), self.closes_ms)
-            assert escrow is not None and known is not None
+
+        def decide(slots: Slots) -> tuple[Slots, tuple[Hold, Envelope]]:
+            known = promised(slots, client, self.now_ms()).hold
+            hold = take(slots, client, escrow, self.terms, self.now_ms(), self.closes_ms)
             envelope = sign(self._key, hold, self._network)
+            return keep(slots, hold, envelope.record_id), (known, envelope)
+
+        hold = take(self.slots, client, escrow, self.terms, self.now_ms(), self.closes_ms)
+        assert escrow is not None
+        async with self._accounting:  # what it is paid out of first: without that, a slot would be bound for nothing
             accounts = self._with(escrow, client, hold.payee, hold.price.micro_per_h)
             for gone in self._accounts.keys() - accounts.keys():
                 await self._remember(self._accounts[gone], 0)
             await self._store_accounts(accounts)
-            await self._store_slots(keep(self._slots, hold, envelope.record_id))
-            if known.hold.escrow is None:
-                lifetime_ms = known.hold.until_ms - known.hold.from_ms
-                self._untaken.give_back(request.source.encode(), lifetime_ms / 1000)
+        known, envelope = await self.decide(decide)
+        if known.escrow is None:
+            self._untaken.give_back(request.source.encode(), (known.until_ms - known.from_ms) / 1000)
         await self._changed()
         return encode(HoldGiven(hold=envelope.to_bytes()), request.version)
 
@@ -563,7 +571,7 @@ class Sales:
 
     def _needed(self, account: Account) -> bool:
         """Money would be lost without it."""
-        kept = hold_of(self._slots, account.client, self.now_ms())
+        kept = hold_of(self.slots, account.client, self.now_ms())
         return account.waits or (kept is not None and kept.hold.escrow == account.escrow)
 
     async def _released(self, request: Request) -> bytes:
@@ -574,11 +582,10 @@ class Sales:
         release = open_record(envelope, Release, self._network)
         if envelope.signer != client or release.node != self._key.node_id:
             raise BadRecord(f"A slot of node {self._name} is given back by who signs for it, at this node alone.")
-        async with self._deciding:
-            known = hold_of(self._slots, client, self.now_ms())
-            await self._store_slots(give_back(self._slots, release, client, packed, self.now_ms()))
-            if known is not None and known.hold.escrow is None and not self.keeps_for(client):
-                self._untaken.give_back(request.source.encode(), (known.hold.until_ms - self.now_ms()) / 1000)
+        known = hold_of(self.slots, client, self.now_ms())
+        await self.decide(lambda slots: (give_back(slots, release, client, packed, self.now_ms()), None))
+        if known is not None and known.hold.escrow is None and not self.keeps_for(client):
+            self._untaken.give_back(request.source.encode(), (known.hold.until_ms - self.now_ms()) / 1000)
         await self._changed()
         return encode(Done(), request.version)
 
@@ -586,7 +593,7 @@ class Sales:
         message = decode(Pay, request.body, request.version)
         client = self._client(request, message.deputy)
         voucher = message.signed.voucher
-        async with self._deciding:
+        async with self._accounting:
             account = self._accounts.get(voucher.escrow)
             if account is None or client != account.client:
                 raise BadVoucher(
@@ -601,7 +608,7 @@ class Sales:
 
     async def paid_by_copy(self, signed: SignedVoucher) -> None:
         """A voucher that stands in the folder of a job that this node drives, or stands by for. Raises BadVoucher."""
-        async with self._deciding:
+        async with self._accounting:
             account = self._accounts.get(signed.voucher.escrow)
             if account is not None:
                 await self._keep_voucher(account, signed)
@@ -698,7 +705,7 @@ class Sales:
     async def _look_at(self, asked: Account, found: Escrow | None, refused: str | None) -> None:
         """How an escrow stands now. One that was not found was there when it was taken, here or at the ledger at which
         this node was paid before: its vouchers are kept until it would have ended."""
-        async with self._deciding:
+        async with self._accounting:
             account = self._accounts.get(asked.escrow)
             if account is None:
                 return
@@ -736,8 +743,7 @@ class Sales:
         await asyncio.to_thread(self._write, ENDED, self._ended)
 
     async def _store_slots(self, slots: Slots) -> None:
-        self._slots = slots  # also where the disk fails: what may stand on it is promised
-        await asyncio.to_thread(self._write, SLOTS, slots)
+        await self._promises.store(slots)
 
     async def _store_account(self, account: Account) -> None:
         await self._store_accounts({**self._accounts, account.escrow: account})

@@ -198,11 +198,13 @@ class Purse:
             "give it a smaller --budget."
         )
 
-    async def hold_all(self, wanted: Sequence[tuple[bytes, Offer]], at_least: int) -> list[Held]:
-        """Have all of them keep a place; gives those that do. Raises NotSecured where they are fewer than `at_least`;
-        none is kept then."""
+    async def hold_all(
+        self, wanted: Sequence[tuple[bytes, Offer]], at_least: int, spares: Sequence[tuple[bytes, Offer]] = ()
+    ) -> list[Held]:
+        """Have all of them keep a place, and of `spares` as many as it takes to come to `at_least`; gives those that
+        do. Raises NotSecured where they are fewer; none is kept then."""
         began_s = self._clock.monotonic()
-        held, troubles = await self._quotes.hold_all(wanted, at_least)
+        held, troubles = await self._quotes.hold_all(wanted, at_least, spares)
         self.holding_s = self._clock.monotonic() - began_s
         for trouble in troubles:
             self._say(f"Without {trouble}")

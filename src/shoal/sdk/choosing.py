@@ -175,7 +175,7 @@ class Choosing:
                 if needs.latency_within_ms is not None:
                     gang = await near_gang(gang, needs.latency_within_ms, needs.nodes_min)
                 chosen = self._worth_it(size, gang, length)
-                held = await self._held(chosen)
+                held = await self._held(chosen, [one for one in gang if one not in chosen])
                 return held, self.length(size, held)
             except NotSecured as error:
                 if self._clock.monotonic() >= until:
@@ -229,10 +229,10 @@ class Choosing:
             gang = await near_gang(gang, within_ms, 1)
         return await self._held(gang)
 
-    async def _held(self, gang: list[LinkedNode]) -> list[LinkedNode]:
+    async def _held(self, gang: list[LinkedNode], spares: Sequence[LinkedNode] = ()) -> list[LinkedNode]:
         if self._treasurer is None:
             return gang
-        return await self._treasurer.hold(gang, min(len(gang), self._file.requirements.nodes_min))
+        return await self._treasurer.hold(gang, min(len(gang), self._file.requirements.nodes_min), spares)
 
     async def set_aside(self, gang: list[LinkedNode]) -> None:
         """The money for those that keep a place; those that do not take it are left out of the gang."""

@@ -38,7 +38,7 @@ from shoal.protocol.messages import OLDEST_VERSION, PROTOCOL_VERSION
 from shoal.transport.connection import Connection, ReplyStream
 from shoal.transport.handshake import ATTEMPT_MAX, Agreed, Self, Versions
 from shoal.transport.limits import Budget, EndpointLimits, WaitingReplies
-from shoal.transport.places import HeldLink, room_for
+from shoal.transport.places import HeldLink, plenty, room_for
 from shoal.transport.streams import ByteStream
 from shoal.world import Address, Body, Clock, Dice, Handler, LinkLost, LinkStats, Refused, Request, Unreachable, within
 
@@ -389,6 +389,8 @@ class BaseEndpoint(ABC):
 
     def _make_room(self, agreed: Agreed, source: str) -> None:
         """One more link is about to come up. Raises EndpointFull."""
+        if plenty(len(self._links), self._limits.links):
+            return
         held = [link.held() for link in self._links.values()]
         admitted, leaving = room_for(source, agreed.dialled, held, self._limits.links)
         if not admitted:

@@ -28,6 +28,11 @@ class HeldLink:
     """When it was last of use; none while a request is under way."""
 
 
+def plenty(links: int, links_max: int) -> bool:
+    """Whether one more link may come up whatever the others are: `room_for` admits it and has none make way."""
+    return links < CROWDED * links_max
+
+
 def room_for(source: str, wanted: bool, held: Sequence[HeldLink], links_max: int) -> tuple[bool, bytes | None]:
     """Whether one more link may come up, and which peer's has to make way for it.
 

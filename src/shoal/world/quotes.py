@@ -1,6 +1,8 @@
 """Getting nodes to keep places: what a client asks of each, and how it is held to what it answers.
 
-A quote is the Holds of several nodes together. Either enough of them keep a place, or all places are given back.
+A quote is the Holds of several nodes together. Either enough of them keep a place, or all places are given back. Hubs
+hear of a slot that was sold a moment later: whoever refuses meanwhile is made up for at once, by others that fit as
+well.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from shoal.protocol.messages import DEFAULT_NETWORK, Message, open_record, sign
 from shoal.protocol.money import LedgerName, SignedVoucher
 from shoal.protocol.offers import RECLAIM_NOTICE_MAX_MS, Done, Offer
 from shoal.world.asking import ask
-from shoal.world.network import Link, Refused
+from shoal.world.network import DeadlineExceeded, Link, Refused
 
 HOLD_MS = 15_000
 ASK_DEADLINE_S = 5.0
@@ -91,18 +93,33 @@ class Quotes:
         self._offers: dict[bytes, Offer] = {}
         """Of the nodes that kept a place: where they can be dialled."""
 
-    async def hold_all(self, wanted: Sequence[tuple[bytes, Offer]], at_least: int) -> tuple[list[Held], list[str]]:
-        """A place at each of these; what kept the others from it, as sentences. Raises NotSecured where they are fewer
-        than `at_least`: none is kept then."""
-        asked = await asyncio.gather(*(self.hold(node, offer) for node, offer in wanted), return_exceptions=True)
-        held, troubles = list[Held](), list[str]()
-        for (_, offer), answer in zip(wanted, asked, strict=True):
-            if isinstance(answer, Held):
-                held.append(answer)
-            elif isinstance(answer, ShoalError):
-                troubles.append(f"{offer.name}: {answer.sentence}")
-            else:
+    async def hold_all(
+        self, wanted: Sequence[tuple[bytes, Offer]], at_least: int, spares: Sequence[tuple[bytes, Offer]] = ()
+    ) -> tuple[list[Held], list[str]]:
+        """A place at each of these; what kept the others from it, as sentences. Where fewer than `at_least` would be
+        left, one of `spares` is asked in the place of each that says no, in turn. Raises NotSecured where they are too
+        few all the same: none is kept then."""
+        troubles, others, left = list[str](), iter(spares), len(wanted)
+
+        async def place(node: bytes, offer: Offer) -> Held | None:
+            nonlocal left
+            asked: tuple[bytes, Offer] | None = (node, offer)
+            while asked is not None:
+                try:
+                    return await self.hold(*asked)
+                except ShoalError as error:
+                    troubles.append(f"{asked[1].name}: {error.sentence}")
+                    late = isinstance(error, DeadlineExceeded)  # what is held would be over before another says no
+                    asked = next(others, None) if left <= at_least and not late else None
+            left -= 1
+            return None
+
+        held = list[Held]()
+        for answer in await asyncio.gather(*(place(*one) for one in wanted), return_exceptions=True):
+            if isinstance(answer, BaseException):
                 raise answer
+            if answer is not None:
+                held.append(answer)
         if len(held) < at_least:
             await self.release_all(held)
             told = " ".join(troubles[:TROUBLES_SHOWN])
