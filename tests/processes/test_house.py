@@ -600,7 +600,7 @@ def test_the_operator_books_deposits_while_its_ledger_runs_or_not(tmp_path: Path
 
     with_house(tmp_path, scene, mint_max_micro=10)
     assert deposit(tmp_path, ME, 7, "payment 9", HeldClock()) == (Move(ISSUED, account(ME), 7),)
-    for amount, reference in ((0, ""), (-1, ""), (AMOUNT_MAX + 1, ""), (1, "x" * 129)):
+    for amount, reference in ((0, ""), (-1, ""), (AMOUNT_MAX + 1, ""), (1, "x" * 129), (1, "\udcff")):
         with pytest.raises(BadDeposit, match="cannot be booked"):
             deposit(tmp_path, ME, amount, reference, HeldClock())
     with pytest.raises(LedgerFolderRefused, match="holds no ledger"):

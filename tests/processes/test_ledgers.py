@@ -552,7 +552,7 @@ def test_no_more_wait_than_there_is_room_for(tmp_path: Path) -> None:
     asyncio.run(scene())
 
 
-@pytest.mark.parametrize("url", ["nonsense", "postgresql+psycopg://u:secret@:x/d", "oracle://u:secret@h/d", "://"])
+@pytest.mark.parametrize("url", ["nonsense", "postgresql+psycopg://u:secret@:x/d", "oracle://u:secret@h/d", "sqlite:///secret", "://"])
 def test_a_url_that_cannot_be_used_is_told_without_its_password(url: str) -> None:
     with pytest.raises(LedgerFailed) as told:
         SqlLedger.open(url, LEDGER, Wall(1000))
