@@ -238,6 +238,7 @@ MISTAKES = [
     pytest.param([*BUY, "--class", KIND, "--price", "1", "--auction", LEDGER], "SH-112", "auction's", id="no ticket"),
     pytest.param([*BUY, "--class", KIND, "--price", "1", *TO], "SH-301", "127.0.0.1:9", id="nobody there"),
     pytest.param([*BUY, "--class", "H100", "--price", "1", *TO], "SH-103", "DEVICE N GiB", id="no class"),
+    pytest.param([*BUY, "--class", "\udcff 80 GiB", "--price", "1", *TO], "SH-103", "DEVICE N GiB", id="no text"),
     pytest.param([*BUY, "--class", "0 x H100 80 GiB", "--price", "1", *TO], "SH-103", ">= 1", id="no devices"),
     pytest.param([*BUY, "--class", KIND, "--price", "0", *TO], "SH-103", "nothing", id="for nothing"),
     pytest.param([*BUY, "--class", KIND, "--price", "1000001", *TO], "SH-103", "at most 1000000", id="too dear"),

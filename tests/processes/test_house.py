@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ from shoal.house.server import (
 from shoal.house.service import AT_ONCE_PER_SOURCE, MINTS_BURST, PAGES_BURST
 from shoal.identity import KeyPair
 from shoal.ledger.book import WithdrawalOutOfTurn
-from shoal.ledger.commands import Deposit, Pass, Redeem, Unbond
+from shoal.ledger.commands import Deposit, Open, Pass, Redeem, Unbond
 from shoal.ledger.escrows import OldVoucher, State
 from shoal.ledger.fees import OtherFee
 from shoal.ledger.journal import Line, line, verified
@@ -229,6 +230,43 @@ def test_one_address_leaves_room_for_others(tmp_path: Path, monkeypatch: pytest.
             await asyncio.sleep(0)
         gate.set()
         assert await asyncio.gather(asking, *flood) == [7] * (AT_ONCE_PER_SOURCE + 1)
+
+    with_house(tmp_path, scene)
+
+
+@pytest.mark.parametrize("asked", ["pages", "large commands"])
+def test_of_what_takes_a_ledger_long_one_address_has_little_under_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    gate, waiting = asyncio.Event(), 0
+
+    async def held(*_: Any) -> Any:
+        nonlocal waiting
+        waiting += 1
+        await gate.wait()
+        raise LedgerFailed("There was nothing behind the gate.")
+
+    async def scene(house: House) -> None:
+        crowd = tuple(Payee(number.to_bytes(20), 10) for number in range(1024))
+        large = Open(msgspec.structs.replace(an_escrow()[0].terms, payees=crowd), bytes(65))
+        kind, body, most = {
+            "pages": (AskLines.KIND, encode(AskLines()), 4),
+            "large commands": (ApplyCommand.KIND, encode(ApplyCommand(command=large)), 11),
+        }[asked]
+        ends = [house.network.endpoint(KeyPair.generate(), machine="one") for _ in range(5)]
+        links = [await one.dial(house.ticket.operator, house.ticket.addresses) for one in ends]
+        for method in ("ask", "apply"):
+            monkeypatch.setattr(f"shoal.house.server.GroupCommit.{method}", held)
+        flood = [asyncio.create_task(link.request(kind, body)) for link in links for _ in range(4)]
+        while sum(one.done() for one in flood) < len(flood) - most:
+            await asyncio.sleep(0)
+        gate.set()
+        told = Counter[str]()
+        for one in flood:
+            with pytest.raises(Refused) as refusal:
+                await one
+            told[refusal.value.remote_code] += 1
+        assert waiting == most and told == {"SH-445": most, "SH-446": len(flood) - most}
 
     with_house(tmp_path, scene)
 
@@ -600,7 +638,7 @@ def test_the_operator_books_deposits_while_its_ledger_runs_or_not(tmp_path: Path
 
     with_house(tmp_path, scene, mint_max_micro=10)
     assert deposit(tmp_path, ME, 7, "payment 9", HeldClock()) == (Move(ISSUED, account(ME), 7),)
-    for amount, reference in ((0, ""), (-1, ""), (AMOUNT_MAX + 1, ""), (1, "x" * 129)):
+    for amount, reference in ((0, ""), (-1, ""), (AMOUNT_MAX + 1, ""), (1, "x" * 129), (1, "\udcff")):
         with pytest.raises(BadDeposit, match="cannot be booked"):
             deposit(tmp_path, ME, amount, reference, HeldClock())
     with pytest.raises(LedgerFolderRefused, match="holds no ledger"):

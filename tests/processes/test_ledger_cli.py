@@ -386,10 +386,22 @@ def test_a_file_that_was_tampered_with_is_found_out(shoal: Shoal, ledger: tuple[
         ("other", "SH-137", "first line does not name a ledger", lines),
         ("noise", "SH-137", "Line 2 of noise is none of a journal", [head, "{}", *lines]),
         ("long", "SH-137", "Line 2 of long is longer", [head, "x" * (5 << 20)]),
+        ("huge", "SH-137", f"Line {count + 1} of huge is none of a journal", [
+            head, *lines[:-1], re.sub(r'("target":"0x\w+","amount_micro":)\d+', r"\g<1>1" + "0" * 30, lines[-1])]),
+        ("forged", "SH-282", "The checkpoint in the first line of forged is not one", [
+            re.sub(r"(.*)..=", r"\1AA=", head), *lines]),
     ):  # fmt: skip
         (tmp_path / name).write_text("\n".join(text))
         ended, _, err = shoal("account", "verify", name)
         assert ended == (2 if code == "SH-137" else 1) and code in err and words in err, (name, err)
+    code, _, err = shoal("account", "verify", "good", "--ledger", NOBODY)
+    assert code == 2 and "is the journal of the ledger of" in err and "not of the one that --ledger names" in err
+    (kept,) = (tmp_path / "home" / "checkpoints").iterdir()
+    right = kept.read_bytes()
+    for damaged in (b"", right[:-1], right[:-1] + b"\0"):
+        kept.write_bytes(damaged)
+        code, _, err = shoal("account", "verify", "good")
+        assert code == 1 and f"{kept} does not hold the checkpoint of this ledger" in err
 
 
 def test_a_withdrawal_whose_answer_was_lost_is_run_again_with_its_number(shoal: Shoal, tmp_path: Path) -> None:

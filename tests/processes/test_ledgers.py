@@ -36,6 +36,7 @@ from ledger_requests import (
 from postgres import PROGRAMS, empty, postgres
 
 from shoal.errors import ShoalError
+from shoal.identity.accounts import AccountKey
 from shoal.ledger.bonds import BondOver
 from shoal.ledger.book import Book, SameDeposit, SameEscrow
 from shoal.ledger.commands import (
@@ -272,6 +273,23 @@ def test_a_voucher_writes_what_its_payee_has_and_no_more(place: Path | str) -> N
         rows = connection.execute(sa.text("SELECT payee, content FROM ledger_paid")).all()
         paid = {row.payee: row.content for row in rows}
     assert paid.pop(NODES[1].address) == b"mark" and b"mark" not in paid.values() and len(paid) == 1
+    ledger.close()
+
+
+def test_of_large_escrows_few_are_kept_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand payees each, for next to nothing of money, would else take all memory that there is."""
+    monkeypatch.setattr("shoal.storage.ledgers.PAYEES_KNOWN_MAX", 7)
+    ledger = SqlLedger.open(tmp_path / "ledger", LEDGER, HeldClock())
+    ledger.apply(Deposit(CLIENT.address, 50_000, "mint"))
+    opened = [an_escrow(nonce=nonce) for nonce in range(8)]
+    steps = [command for command, _ in opened]
+    steps += [an_admission(escrow, AccountKey(bytes([of] * 32)), 7) for _, escrow in opened for of in (11, 12)]
+    for step in steps:
+        ledger.apply(step)
+        assert ledger._known is not None
+        kept = sum(len(one.payees) for one in ledger._known.book.escrows.values())
+        assert kept == ledger._known.payees <= 7
+    assert ledger.balances() == verified(ledger.lines(), LEDGER).balances
     ledger.close()
 
 
@@ -552,7 +570,9 @@ def test_no_more_wait_than_there_is_room_for(tmp_path: Path) -> None:
     asyncio.run(scene())
 
 
-@pytest.mark.parametrize("url", ["nonsense", "postgresql+psycopg://u:secret@:x/d", "oracle://u:secret@h/d", "://"])
+@pytest.mark.parametrize(
+    "url", ["nonsense", "postgresql+psycopg://u:secret@:x/d", "oracle://u:secret@h/d", "sqlite:///secret", "://"]
+)
 def test_a_url_that_cannot_be_used_is_told_without_its_password(url: str) -> None:
     with pytest.raises(LedgerFailed) as told:
         SqlLedger.open(url, LEDGER, Wall(1000))

@@ -17,7 +17,7 @@ from shoal.cli import places
 from shoal.cli.app import MONEY, Commands, Group, app
 from shoal.cli.output import BadFlag, JsonFlag, LedgerFlag, err, out, print_json, run, say_fee, shown, when
 from shoal.errors import BadInput, BadRecord
-from shoal.identity import ENVELOPE_OVERHEAD_BYTES, Envelope, KeyPair, load_key, node_id_from_hex, short_id
+from shoal.identity import ENVELOPE_OVERHEAD_BYTES, BadEnvelope, Envelope, KeyPair, load_key, node_id_from_hex, short_id
 from shoal.identity.accounts import address_text, create_account
 from shoal.ledger.bonds import Bond, BondOver, BondState, NoContradiction
 from shoal.ledger.book import UnknownBond
@@ -60,7 +60,8 @@ from shoal.quantities import format_duration_s, parse_duration_s
 from shoal.quantities.money import format_money
 from shoal.sdk.local import shoal_home
 from shoal.sdk.places import account_file, account_key, ledger_ticket, remember_ledger
-from shoal.world import SystemClock
+from shoal.storage.whole import write_whole
+from shoal.world import DirectoryDisk, SystemClock
 
 if TYPE_CHECKING:
     from shoal.house import RemoteLedger
@@ -505,6 +506,11 @@ def verify(
             _fetch(ledger_ticket(ledger), source)
             source.seek(0)
         head, lines = read_journal(source, "The journal" if file is None else str(file))
+        if file is not None and ledger is not None and head.ledger != ledger_ticket(ledger).ledger:
+            raise BadFlag(
+                f"{file} is the journal of the ledger of {short_id(head.ledger.operator)} in {head.ledger.currency}, and "
+                "not of the one that --ledger names; leave that out to check it all the same."
+            )
         kept = KeptCheckpoint(head.ledger)
         newest, seen = head.signed, kept.read()
         found = kept.or_say_where(newest, lambda: checked(lines, head.ledger, newest, seen, of_now=file is None))
@@ -542,23 +548,30 @@ class KeptCheckpoint:
     """The newest checkpoint of a ledger that this user has seen, in a file."""
 
     def __init__(self, ledger: HouseLedger) -> None:
+        self._ledger = ledger
         self._path = shoal_home() / "checkpoints" / f"{ledger.operator.hex()}-{ledger.currency}"
 
     def read(self) -> Envelope | None:
-        """Raises BadEnvelope."""
+        """Raises BadEnvelope where the file is damaged."""
         if not self._path.exists():
             return None
         with self._path.open("rb") as file:
-            return Envelope.from_bytes(file.read(Checkpoint.MAX_BYTES * 8), Checkpoint.MAX_BYTES)
+            packed = file.read(Checkpoint.MAX_BYTES * 8)
+        try:
+            envelope = Envelope.from_bytes(packed, Checkpoint.MAX_BYTES)
+            open_checkpoint(envelope, self._ledger)
+        except BadRecord as error:
+            raise BadEnvelope(
+                f"{self._path} does not hold the checkpoint of this ledger that was kept there: {error} Restore it from "
+                "a copy, or move it away: what was seen before is then not compared."
+            ) from error
+        return envelope
 
     def write(self, checkpoint: Envelope | None, path: Path | None = None) -> None:
         if checkpoint is None:
             return
         path = path or self._path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_name(f"{path.name}.new")
-        scratch.write_bytes(checkpoint.to_bytes())
-        scratch.replace(path)
+        write_whole(DirectoryDisk(path.parent), path.name, checkpoint.to_bytes(), "keeping what was seen of a ledger")
 
     def or_say_where(self, newest: Envelope | None, check: Callable[[], T]) -> T:
         """Where a check finds that history was changed, both checkpoints are kept: together they prove it."""

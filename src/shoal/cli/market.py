@@ -723,13 +723,13 @@ def _published(path: Path) -> Published:
 
 
 _CLASS = re.compile(
-    r"(?:(\d{1,2}) x )?(.{1,96}?) (\d{1,7}) GiB(?:, ([A-Z]{2}|anywhere))?(?:, (open|sandboxed|attested))?"
+    r"(?:([0-9]{1,2}) x )?(.{1,96}?) ([0-9]{1,7}) GiB(?:, ([A-Z]{2}|anywhere))?(?:, (open|sandboxed|attested))?"
 )
 
 
 def _class_of(text: str) -> NodeClass:
     match = _CLASS.fullmatch(text.strip())
-    if match is None:
+    if match is None or not text.isprintable():
         raise BadFlag(
             f"--class {text!r} cannot be used: write DEVICE N GiB, with 'M x ' before and ', COUNTRY' or ', TIER' behind "
             "it where wanted, such as '8 x H100 80 GiB, DE, sandboxed'."

@@ -44,7 +44,7 @@ DIAL_DEADLINE_S = 10.0
 REQUEST_DEADLINE_S = 20.0
 PAGE_WAITS_MAX = 60
 """How often a page of the journal is asked for again, each a second after the one before, where the ledger says that
-this comes too often."""
+this comes too often, or that it is busy."""
 A = TypeVar("A", bound=Message)
 Question = AskLedger | AskAccount | AskEscrow | AskBond | AskLines | AskCheckpoint | ApplyCommand | Mint
 
@@ -152,7 +152,7 @@ class RemoteLedger:
         for _ in range(PAGE_WAITS_MAX):
             try:
                 return await self._ask(wanted, LinesFound)
-            except TooManyRequests:
+            except (TooManyRequests, LedgerBusy):
                 await self._clock.sleep(1)
         return await self._ask(wanted, LinesFound)
 

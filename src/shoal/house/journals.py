@@ -15,7 +15,7 @@ import msgspec
 from shoal.errors import BadInput, BadRecord
 from shoal.identity import Envelope
 from shoal.ledger.book import Book
-from shoal.ledger.journal import Line, contradiction, verified
+from shoal.ledger.journal import BadJournal, Line, contradiction, verified
 from shoal.protocol.messages import DEFAULT_NETWORK
 from shoal.protocol.money import Checkpoint, HouseLedger, open_checkpoint
 
@@ -69,12 +69,20 @@ async def write_journal(
 
 
 def read_journal(file: IO[bytes], name: str) -> tuple[JournalOf, Iterator[Line]]:
-    """`name` is what the file is called in sentences. Raises NoJournal, at once and for every line."""
+    """`name` is what the file is called in sentences. Raises NoJournal, at once and for every line; BadJournal for a
+    checkpoint that its operator has not signed."""
     try:
         head = msgspec.json.decode(_text(file, name, 1), type=JournalOf)
     except msgspec.DecodeError as error:
         raise NoJournal(
             f"{name} is no journal: its first line does not name a ledger ({error}). `shoal account export` writes one."
+        ) from error
+    try:
+        if head.signed is not None:
+            open_checkpoint(head.signed, head.ledger)
+    except BadRecord as error:
+        raise BadJournal(
+            f"The checkpoint in the first line of {name} is not one that its operator has signed: {error}"
         ) from error
     return head, _read_lines(file, name)
 

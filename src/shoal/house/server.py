@@ -178,8 +178,11 @@ def deposit(data: Path, account: bytes, amount_micro: int, reference: str, clock
         command = msgspec.convert(
             {"do": "deposit", "account": account, "amount_micro": amount_micro, "reference": reference}, Deposit
         )
+        command.reference.encode()
     except msgspec.ValidationError as error:
         raise BadDeposit(f"This deposit cannot be booked: {error}.") from error
+    except UnicodeEncodeError as error:
+        raise BadDeposit("This deposit cannot be booked: its reference is not UTF-8 text.") from error
     if not amount_micro:
         raise BadDeposit("This deposit cannot be booked: it is one of nothing.")
     name = HouseLedger(load_key(data / "operator.key").node_id, kept.currency)

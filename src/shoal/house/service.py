@@ -48,6 +48,9 @@ MINTS_PER_S, MINTS_BURST = 0.5, 10
 """What one peer may ask for."""
 AT_ONCE_PER_SOURCE = 128
 """Requests under way from one address, whatever keys ask."""
+PAGE_PLACES, COMMAND_PLACE_BYTES = 32, 4096
+"""So many of these a page of the journal takes, and one each begun 4 KiB of a command: others wait while the ledger
+reads forty milliseconds for a page, or takes fourteen for an escrow of a thousand payees."""
 
 
 class LedgerService:
@@ -100,7 +103,7 @@ class LedgerService:
             raise NotOverLinks("A deposit is booked by the operator of a ledger, on its machine, and not over a link.")
         if isinstance(command, Pass):
             raise NotOverLinks("What the time brings for an escrow, a ledger sees to by itself.")
-        with self._at_once.place(request.source, "requests"):
+        with self._at_once.place(request.source, "requests", 1 + len(request.body) // COMMAND_PLACE_BYTES):
             return encode(Applied(moves=await self._ledger.apply(command)), request.version)
 
     async def _mint(self, request: Request) -> bytes:
@@ -149,7 +152,7 @@ class LedgerService:
         self._pages.spend(request.peer, "A question for the journal")
         wanted = decode(AskLines, request.body, request.version)
         naming = None if wanted.account is None else account_name(wanted.account)
-        with self._at_once.place(request.source, "requests"):
+        with self._at_once.place(request.source, "requests", PAGE_PLACES):
             page = await self._ledger.ask(lambda ledger: ledger.page(wanted.after, PAGE_BYTES, naming))
         return encode(LinesFound(lines=page.lines, seen=page.seen), request.version)
 

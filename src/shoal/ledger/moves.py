@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
 from shoal.errors import BadInput
 from shoal.identity.accounts import address_text
@@ -34,11 +36,11 @@ class DoneAlready(MoneyRefused):
 
 
 class Move(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`amount_micro` > 0 from one account to another."""
+    """From one account to another."""
 
     source: str
     target: str
-    amount_micro: int
+    amount_micro: Annotated[int, Meta(ge=1, le=AMOUNT_MAX)]
 
 
 def account(address: bytes) -> str:

@@ -174,7 +174,13 @@ class EscrowTerms(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     def escrow_id(self, ledger: LedgerName) -> bytes:
         """What is signed names the escrow."""
-        return domain_of(ledger).digest(self.struct_hash())
+        return _escrow_id(self, ledger)
+
+
+@lru_cache(maxsize=16)
+def _escrow_id(terms: EscrowTerms, ledger: LedgerName) -> bytes:
+    """Asked for several times in a row; with 1,024 payees it takes 14 ms."""
+    return domain_of(ledger).digest(terms.struct_hash())
 
 
 @lru_cache(maxsize=256)

@@ -76,6 +76,8 @@ BONDS_MAX = 64
 """Bonds that are listed, those with most at stake first."""
 KNOWN_MAX = 10_000
 """Accounts, escrows and the like that are kept in memory between transactions."""
+PAYEES_KNOWN_MAX = 100_000
+"""Of all those escrows together."""
 NEVER_MS = TIME_MAX_MS + 1
 _BUT_PAID = {"paid": None}
 
@@ -146,6 +148,8 @@ class _Known:
         """Of that line, its hash."""
         self.due_ms = 0
         """Before this the time brings nothing."""
+        self.payees = 0
+        """Of the escrows in the book."""
         self.balances = _Balances()
         self.book = book
         book.balances = self.balances
@@ -381,7 +385,7 @@ class SqlLedger:
         escrows, bonds = dict[bytes, Escrow | None](), set[bytes]()
         for command in (*due, *commands):
             escrow, bond = escrow_of(command, self.ledger), bond_named_by(command, self.ledger)
-            self._read(reading, book, command, escrow, bond)
+            self._read(reading, known, command, escrow, bond)
             before = None if escrow is None else book.escrows.get(escrow)
             try:
                 moves = book.apply(command)
@@ -391,6 +395,7 @@ class SqlLedger:
             outcomes.append(moves)
             if escrow is not None:
                 escrows.setdefault(escrow, before)
+                known.payees += _payees(book.escrows[escrow]) - _payees(before)
             if bond is not None:
                 bonds.add(bond)
             number += 1
@@ -414,9 +419,10 @@ class SqlLedger:
         return found
 
     def _read(
-        self, reading: _LazyTransaction, book: Book, command: Command, escrow: bytes | None, bond: bytes | None
+        self, reading: _LazyTransaction, known: _Known, command: Command, escrow: bytes | None, bond: bytes | None
     ) -> None:
         """What a command speaks of, into the book, where it is not there yet. Accounts are read as they are needed."""
+        book = known.book
 
         def row(query: sa.Select[Any], one: bytes) -> Any:
             return reading.connection.execute(query, {"one": one}).scalar()
@@ -425,6 +431,7 @@ class SqlLedger:
             one = _read_escrow(reading.connection, escrow)
             if one is not None:
                 book.escrows[escrow] = one
+                known.payees += _payees(one)
         if bond is not None and bond not in book.bonds and (found := row(_BOND, bond)) is not None:
             book.bonds[bond] = decode_bond(found)
         if isinstance(command, Withdraw) and command.order.account not in book.withdrawals:
@@ -449,7 +456,7 @@ class SqlLedger:
         known = step.known
         if step.lines:
             known.number, known.last = step.lines[-1].number, step.lines[-1].hash
-        forget = len(known) > KNOWN_MAX
+        forget = len(known) > KNOWN_MAX or known.payees > PAYEES_KNOWN_MAX
         self._known = self._known_to(known.number, known.last, known.book.fees) if forget else known
 
     def _create_or_check(self, connection: sa.Connection) -> None:
@@ -489,6 +496,10 @@ class SqlLedger:
 
     def _reading(self) -> _Transaction:
         return _Transaction(self._engine.connect, self._place)
+
+
+def _payees(one: Escrow | None) -> int:
+    return 0 if one is None else len(one.terms.payees) + len(one.admitted)
 
 
 def _read_fees(connection: sa.Connection) -> tuple[Announced, ...]:

@@ -20,7 +20,9 @@ class NotDurable(LedgerFailed):
 
 
 def postgres_engine(url: str) -> sa.Engine:
-    """Of a `postgresql+psycopg://` URL. Connecting raises NotDurable."""
+    """Of a `postgresql+psycopg://` URL. Raises ValueError for another one; connecting raises NotDurable."""
+    if sa.make_url(url).drivername != "postgresql+psycopg":
+        raise ValueError("not a postgresql+psycopg:// URL")
     engine = sa.create_engine(url, pool_pre_ping=True, connect_args={"connect_timeout": CONNECT_S})
     sa.event.listen(engine, "connect", _prepare)
     return engine

@@ -68,14 +68,15 @@ class AtOnce:
         self._under_way: Counter[str] = Counter()
 
     @contextmanager
-    def place(self, source: str, what: str) -> Iterator[None]:
-        """Hold a place while a request is answered. Raises `busy`."""
-        if self._under_way[source] >= self._most:
-            raise self._busy(f"{self._most} {what} from your address are under way here; try again in a moment.")
-        self._under_way[source] += 1
+    def place(self, source: str, what: str, places: int = 1) -> Iterator[None]:
+        """Hold a place while a request is answered; several, where it costs as much as several. Raises `busy`."""
+        under_way = self._under_way[source]
+        if under_way and under_way + places > self._most:
+            raise self._busy(f"{under_way} {what} from your address are under way here; try again in a moment.")
+        self._under_way[source] += places
         try:
             yield
         finally:
-            self._under_way[source] -= 1
+            self._under_way[source] -= places
             if not self._under_way[source]:
                 del self._under_way[source]
