@@ -157,9 +157,9 @@ class Treasurer(Purse):
 
     async def owes(self, commit: bytes, work: Iterable[tuple[bytes, int, bytes]]) -> None:
         """(node, accepted tokens, id of the Contribution) of a Commit that is about to be written."""
-        earned = dict[bytes, tuple[int, bytes]]()
+        earned, last = dict[bytes, tuple[int, bytes]](), None
         for node, tokens, contribution in work:
-            known = self.paid(node)
+            known, last = self.paid(node), contribution
             if known is None or not tokens:
                 continue
             parts, done = self._done.get(node, (0, 0))
@@ -167,9 +167,9 @@ class Treasurer(Purse):
             earnings = self._earnings[node] = self._earnings.get(node, Earnings()).accepted(tokens)
             most = known.paid_micro + self.left_micro
             earned[node] = earnings.earned_micro(known.micro_per_h, self.ready_ms(node), most), contribution
+        if last is not None:  # hosts are paid for a job whose nodes work for nothing, too
+            earned |= {driver: (micro, last) for driver, micro in self._for_driving()}
         if earned:
-            work_id = next(iter(earned.values()))[1]
-            earned |= {driver: (micro, work_id) for driver, micro in self._for_driving()}
             await self.owe(commit, earned)
 
     def committed(self) -> None:
