@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Collection, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,7 +26,7 @@ from shoal.ledger.escrows import State
 from shoal.ledger.moves import FEES, ISSUED
 from shoal.node.earned import read_earned
 from shoal.protocol.holds import Hold, Pay, open_hold
-from shoal.protocol.messages import sign
+from shoal.protocol.messages import encode, sign
 from shoal.protocol.money import HouseLedger
 from shoal.protocol.prices import Price
 from shoal.protocol.training import Commit
@@ -341,7 +342,8 @@ def test_nodes_of_one_account_that_show_each_others_vouchers_are_paid_once(tmp_p
             escrow = job.written.terms[0].escrow
             while (account := shops[1].sales.account(escrow)) is None or account.newest is None:
                 await asyncio.sleep(0.01)
-            await shops[0].sales.paid_by_copy(account.newest)
+            shown = Pay(signed=account.newest)
+            await shops[0].sales._paid(dataclasses.replace(request, body=encode(shown, request.version)))
             return await shops[0].sales._paid(request)
 
         shops[0].endpoint.handle(Pay.KIND, late)

@@ -21,7 +21,7 @@ from msgspec import Meta
 
 from shoal.errors import BadRecord, JobError, LinkError, ShoalError, StorageError
 from shoal.identity import Envelope, Hash, KeyPair, NodeId, short_id
-from shoal.identity.accounts import Address, address_text, signer_of
+from shoal.identity.accounts import AccountKey, Address, address_text, signer_of
 from shoal.ledger.commands import Redeem
 from shoal.ledger.escrows import Escrow, EscrowOver, OldVoucher, State
 from shoal.ledger.escrows import Paid as PaidOut
@@ -41,6 +41,7 @@ from shoal.market.holds import (
     take,
     taken,
 )
+from shoal.protocol.driving import Allowance
 from shoal.protocol.holds import (
     Deputy,
     HoldAsk,
@@ -416,15 +417,24 @@ class Sales:
             return f"it has earned what was set aside for it, {format_money(account.most_micro)}"
         return None
 
-    async def paid_for_driving(self, escrow_id: bytes, client: bytes) -> None:
-        """Money is set aside for driving a job: its vouchers are taken from whoever acts for `client`. Raises
-        HoldRefused, and what the ledger does."""
-        escrow = await self._ledger.escrow(escrow_id)
+    async def paid_for_driving(self, allowance: Allowance, newest: SignedVoucher | None = None) -> None:
+        """Money is set aside for driving a job, or standing by: takes the newest voucher for that, where there is one,
+        and says whether there is more to come. Raises HoldRefused where there is not, BadVoucher, and what the ledger
+        does."""
+        client, signer = KeyPair.from_seed(allowance.client).node_id, AccountKey(allowance.signer).address
+        async with self._deciding:
+            known = self._accounts.get(allowance.escrow)
+            if known is not None and newest is not None:
+                await self._keep_voucher(known, newest)
+        escrow = await self._ledger.escrow(allowance.escrow)
         if escrow is None:
             raise HoldRefused("The ledger has no such escrow.")
         async with self._deciding:
-            check_escrow(escrow, self.terms.payee, self.terms, self.now_ms())
-            if escrow_id not in self._accounts:
+            known = self._accounts.get(allowance.escrow)
+            check_escrow(escrow, known.payee if known else self.terms.payee, self.terms, self.now_ms())
+            if escrow.terms.signer != signer:
+                raise HoldRefused(f"Node {self._name} was given a key that signs nothing out of {escrow.name}.")
+            if known is None:  # also where it was forgotten: others may have come in between
                 await self._store_accounts(self._with(escrow, client, self.terms.payee, 0))
 
     def account(self, escrow: bytes) -> Account | None:
@@ -598,13 +608,6 @@ class Sales:
             self._redeeming[account.escrow] = asyncio.create_task(self._redeem_beside(account.escrow))
         newer = account.newest if account.voucher_micro > voucher.amount_micro else None
         return encode(Paid(amount_micro=account.paid_micro, newest=newer), request.version)
-
-    async def paid_by_copy(self, signed: SignedVoucher) -> None:
-        """A voucher that stands in the folder of a job that this node drives, or stands by for. Raises BadVoucher."""
-        async with self._deciding:
-            account = self._accounts.get(signed.voucher.escrow)
-            if account is not None:
-                await self._keep_voucher(account, signed)
 
     async def _keep_voucher(self, account: Account, signed: SignedVoucher) -> Account:
         """On the disk, where it says more than the one before. Raises BadVoucher."""

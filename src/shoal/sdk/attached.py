@@ -17,6 +17,7 @@ from shoal.driver.lines import AuditLine, Event, Line, RoundMetrics
 from shoal.driver.mirror import BadCopy, Copy
 from shoal.driver.report import Figures, NodeStatus, Report
 from shoal.driver.training import PIN, Progress
+from shoal.driver.write_report import write_missing_page
 from shoal.errors import BadInput, JobError, ShoalError
 from shoal.hub import HubClient
 from shoal.identity import load_key
@@ -134,7 +135,7 @@ class _Looking:
         path = self._folder.path
         if self._known.ended is None:
             with saying_room(path):
-                copy = await asyncio.to_thread(Copy, path, SIZE_MAX)
+                copy = await asyncio.to_thread(Copy, path, SIZE_MAX, begun=True)
                 said = await self._copy(copy, once)
                 if said is None:
                     return None
@@ -142,15 +143,16 @@ class _Looking:
             self._known = msgspec.structs.replace(self._known, ended=said)
             self._folder.write(HANDED, msgspec.json.encode(self._known))
             self._options.say(said)
-        return self._folder.read("report.json", Report)
+        report = self._folder.read("report.json", Report)
+        if report is not None:
+            write_missing_page(self._folder, report)
+        return report
 
     async def _copy(self, copy: Copy, once: bool) -> str | None:
         """Until the job is over and nothing is missing; gives how it ended. `once`: until nothing is missing."""
         bad = 0
         while True:
-            host, standing = await self._who()
-            if host is None:
-                raise HostsSilent(f"All hosts have given the job up: {standing.sentence}")
+            host, lost = await self._who()
             while True:
                 try:
                     message = FolderAsk(job=self._known.job, files=copy.there, wait_ms=0 if once else WAIT_MS)
@@ -165,26 +167,27 @@ class _Looking:
                 except ShoalError:
                     break  # somebody else may drive by now
                 self._tell(given)
-                if given.phase == "over" and not given.pieces and not given.more:
-                    return given.sentence
-                if once and given.phase != "over" and not given.more:
+                over = given.phase == "over" or (lost and given.phase == "given up")
+                if over and not given.pieces and not given.more:
+                    return f"All hosts have given the job up: {given.sentence}" if lost else given.sentence
+                if once and not over and not given.more:
                     return None
-                if given.phase not in ("driving", "over"):
+                if not over and given.phase != "driving":
                     await self.clock.sleep(AGAIN_S)
                     break
 
-    async def _who(self) -> tuple[Host | None, FolderGiven]:
-        """The host that drives in the newest term, or that is nearest to it; None where all have given up. Raises
+    async def _who(self) -> tuple[Host, bool]:
+        """The host that drives in the newest term, or that is nearest to it; and whether all have given up. Raises
         HostsSilent."""
         until_s = self.clock.monotonic() + self._options.silent_s
         while True:
             answers = await asyncio.gather(*(self._standing(one) for one in self._known.hosts))
             there = [(one, given) for one, given in zip(self._known.hosts, answers, strict=True) if given is not None]
             able = [(one, given) for one, given in there if given.phase != "given up"]
-            if able:
-                return max(able, key=lambda one: (one[1].phase in ("driving", "over"), one[1].term))
-            if len(there) == len(self._known.hosts):
-                return None, there[0][1]
+            lost = not able and len(there) == len(self._known.hosts)
+            if able or lost:
+                best, _ = max(able or there, key=lambda one: (one[1].phase in ("driving", "over"), one[1].term))
+                return best, lost
             if self.clock.monotonic() > until_s:
                 names = ", ".join(one.name for one in self._known.hosts)
                 raise HostsSilent(
@@ -206,7 +209,7 @@ class _Looking:
             return
         first, _ = await self._who()
         others = (one for one in self._known.hosts if one != first)
-        for host in (*([first] if first else []), *others):
+        for host in (first, *others):
             with suppress(ShoalError):
                 await ask(await link_to_host(host, self), DriveStop(job=self._known.job), Done)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import msgspec
 
 from shoal.driver.audit import FINISH_S, Auditor
-from shoal.driver.folder import FolderWriteFailed, RunFolder, saying_room
+from shoal.driver.folder import FolderTaken, FolderWriteFailed, RunFolder, saying_room
 from shoal.driver.gang import LOOK_EVERY_S, LinkedNode, fastest_float32, find_gang, link_to, link_to_former, why_not
 from shoal.driver.lines import AuditLine, AuditVerdict, Evaluation, Event
 from shoal.driver.nearness import near_gang
@@ -213,7 +213,7 @@ class Plan:
 
 async def train(job_file: JobFile, yaml: bytes, options: TrainOptions, folder: RunFolder | None = None) -> Report:
     """Run a job in a new folder, or in one that was just created. Raises ShoalError when it cannot start."""
-    with folder or RunFolder.create(options.folder, replace=options.replace) as folder, saying_room(folder.path):
+    with folder or new_folder(options) as folder, saying_room(folder.path):
         if options.bought is not None:
             write_secret(folder.path / DRIVER_KEY, options.bought.key.to_pem())
         async with Session(folder, options, load_or_create_key(folder.path / DRIVER_KEY)) as session:
@@ -228,6 +228,17 @@ async def train(job_file: JobFile, yaml: bytes, options: TrainOptions, folder: R
             await session.set_aside(gang, job_file)
             standing = standing_at_start(session.job, job.record_id)
             return await session.drive(records, standing, prepared.state, gang, {}, job_file)
+
+
+def new_folder(options: TrainOptions) -> RunFolder:
+    """For a job that begins. Raises FolderTaken, also where nodes drive the run that would be thrown away: nobody could
+    stop them any more, nor get what they do. Raises what `RunFolder.create` does."""
+    if (options.folder / "job.record").exists() and is_driven_by_nodes(options.folder):
+        raise FolderTaken(
+            f"Nodes drive the job in {options.folder}: look at it with `shoal attach`, stop it with `shoal jobs "
+            "cancel`, or choose another name."
+        )
+    return RunFolder.create(options.folder, replace=options.replace)
 
 
 async def plan(job_file: JobFile, options: TrainOptions, scratch: Path, deadline_s: float | None = None) -> Plan:

@@ -1,0 +1,130 @@
+"""Looking at a job whose hosts are gone, or are not to be believed: what of the owner's folder is theirs to write."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import pytest
+from blake3 import blake3
+from test_run_folder import JOB
+
+from shoal.driver.folder import FolderTaken, RunFolder
+from shoal.driver.mirror import missing
+from shoal.identity import KeyPair, load_or_create_key
+from shoal.protocol.driving import FileThere, FolderAsk, FolderGiven, Host, Phase, Piece
+from shoal.protocol.messages import decode, encode
+from shoal.sdk.attached import AttachOptions, HostsSilent, attach
+from shoal.sdk.handed import FILE, Handed, handed, is_driven_by_nodes
+from shoal.sdk.train import DRIVER_KEY, TrainOptions, new_folder
+from shoal.transport import TlsEndpoint
+from shoal.world import Request, SystemClock, SystemDice
+
+
+@dataclass
+class Hosts:
+    """Two hosts that say so, and give what they are told to."""
+
+    ends: list[TlsEndpoint] = field(default_factory=list)
+    phases: list[Phase] = field(default_factory=lambda: list[Phase](["driving", "standing by"]))
+    give: Callable[[tuple[FileThere, ...]], list[Piece]] = lambda _: []
+
+    async def start(self) -> tuple[Host, ...]:
+        hosts = list[Host]()
+        for place in range(2):
+            end = TlsEndpoint(KeyPair.generate(), clock=SystemClock(), dice=SystemDice())
+            await end.listen("tcp://127.0.0.1:0")
+            end.handle(FolderAsk.KIND, self._answer(place))
+            self.ends.append(end)
+            hosts.append(
+                Host(node=end.node_id, driver=bytes([place] * 32), name=f"host-{place}", addresses=tuple(end.addresses))
+            )
+        return tuple(hosts)
+
+    def _answer(self, place: int) -> Callable[[Request], Awaitable[bytes]]:
+        async def answer(request: Request) -> bytes:
+            asked = decode(FolderAsk, request.body, request.version)
+            pieces = () if asked.standing_only else tuple(self.give(asked.files))
+            given = FolderGiven(phase=self.phases[place], term=2 - place, pieces=pieces, sentence=f"So says {place}.")
+            return encode(given, request.version)
+
+        return answer
+
+
+def looked_at(tmp_path: Path, story: Callable[[Hosts, Path], Awaitable[None]]) -> None:
+    async def whole() -> None:
+        hosts, at = Hosts(), tmp_path / "run"
+        with RunFolder.create(at) as folder:
+            load_or_create_key(at / DRIVER_KEY)
+            kept = Handed(job=JOB.record_id, hosts=await hosts.start(), hubs=())
+            folder.write(FILE, msgspec.json.encode(kept))
+            folder.write("owner.json", b"{}")
+            folder.begin(JOB, b"name: job")
+        try:
+            async with asyncio.timeout(60):
+                await story(hosts, at)
+        finally:
+            for end in hosts.ends:
+                await end.close()
+
+    asyncio.run(whole())
+
+
+@pytest.mark.parametrize("name", ["owner.json", "job.yaml", "job.record"])
+def test_a_host_replaces_nothing_that_the_owner_made(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shoal.sdk.attached.AGAIN_S", 0.01)
+    evil = b'{"script": "model/evil.py"}'
+
+    async def story(hosts: Hosts, at: Path) -> None:
+        before = (at / name).read_bytes()
+        hosts.give = lambda _: [Piece(name, 0, evil, len(evil), blake3(evil).digest())]
+        with pytest.raises(HostsSilent, match=f"host-0 sends what does not fit together: .* another {name} than"):
+            await attach(AttachOptions(at))
+        assert (at / name).read_bytes() == before and is_driven_by_nodes(at)
+
+    looked_at(tmp_path, story)
+
+
+def test_what_hosts_have_that_gave_up_comes_and_the_job_is_gone_on_with_here(tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "events.jsonl").write_bytes(b'{"time_s":1.0,"sentence":"It began."}\n')
+
+    async def story(hosts: Hosts, at: Path) -> None:
+        hosts.phases = ["given up", "given up"]
+        hosts.give = lambda there: missing(theirs, there)[0]
+        assert await attach(AttachOptions(at)) is None
+        assert (at / "events.jsonl").read_bytes() == (theirs / "events.jsonl").read_bytes()
+        known = handed(at)
+        assert known is not None and known.ended == "All hosts have given the job up: So says 0."
+        assert not is_driven_by_nodes(at)
+
+    looked_at(tmp_path, story)
+
+
+def test_a_run_that_nodes_drive_is_not_thrown_away(tmp_path: Path) -> None:
+    async def story(hosts: Hosts, at: Path) -> None:
+        options = TrainOptions(folder=at, hubs=(), key=KeyPair.generate(), replace=True)
+        with pytest.raises(FolderTaken, match=r"Nodes drive the job in .*, stop it with `shoal jobs cancel`"):
+            new_folder(options)
+        hosts.phases = ["over", "over"]
+        assert await attach(AttachOptions(at)) is None
+        with new_folder(options) as folder:
+            folder.begin(JOB, b"")
+        assert not (at / FILE).exists()
+
+    looked_at(tmp_path, story)
+
+
+def test_a_run_that_was_never_handed_over_is_begun_anew(tmp_path: Path) -> None:
+    at = tmp_path / "run"
+    at.mkdir()
+    (at / FILE).write_bytes(msgspec.json.encode(Handed(job=JOB.record_id, hosts=(), hubs=())))
+    with new_folder(TrainOptions(folder=at, hubs=(), key=KeyPair.generate())) as folder:
+        folder.begin(JOB, b"")
+    assert not (at / FILE).exists()
