@@ -15,9 +15,10 @@ from test_run_folder import JOB
 from shoal.driver.folder import FolderTaken, RunFolder
 from shoal.driver.mirror import missing
 from shoal.identity import KeyPair, load_or_create_key
+from shoal.node.hosting import NotHosted
 from shoal.protocol.driving import FileThere, FolderAsk, FolderGiven, Host, Phase, Piece
 from shoal.protocol.messages import decode, encode
-from shoal.sdk.attached import AttachOptions, HostsSilent, attach
+from shoal.sdk.attached import AttachOptions, HostsSilent, attach, stop_detached
 from shoal.sdk.handed import FILE, Handed, handed, is_driven_by_nodes
 from shoal.sdk.train import DRIVER_KEY, TrainOptions, new_folder
 from shoal.transport import TlsEndpoint
@@ -29,7 +30,8 @@ class Hosts:
     """Two hosts that say so, and give what they are told to."""
 
     ends: list[TlsEndpoint] = field(default_factory=list)
-    phases: list[Phase] = field(default_factory=lambda: list[Phase](["driving", "standing by"]))
+    phases: list[Phase | None] = field(default_factory=lambda: list[Phase | None](["driving", "standing by"]))
+    """None: it does not have the job."""
     give: Callable[[tuple[FileThere, ...]], list[Piece]] = lambda _: []
 
     async def start(self) -> tuple[Host, ...]:
@@ -48,7 +50,10 @@ class Hosts:
         async def answer(request: Request) -> bytes:
             asked = decode(FolderAsk, request.body, request.version)
             pieces = () if asked.standing_only else tuple(self.give(asked.files))
-            given = FolderGiven(phase=self.phases[place], term=2 - place, pieces=pieces, sentence=f"So says {place}.")
+            phase = self.phases[place]
+            if phase is None:
+                raise NotHosted("What job?")
+            given = FolderGiven(phase=phase, term=2 - place, pieces=pieces, sentence=f"So says {place}.")
             return encode(given, request.version)
 
         return answer
@@ -103,6 +108,16 @@ def test_what_hosts_have_that_gave_up_comes_and_the_job_is_gone_on_with_here(tmp
         known = handed(at)
         assert known is not None and known.ended == "All hosts have given the job up: So says 0."
         assert not is_driven_by_nodes(at)
+
+    looked_at(tmp_path, story)
+
+
+def test_a_job_that_no_host_has_is_over(tmp_path: Path) -> None:
+    async def story(hosts: Hosts, at: Path) -> None:
+        hosts.phases = [None, None]
+        await stop_detached(AttachOptions(at))
+        known = handed(at)
+        assert known is not None and known.ended == "All hosts have given the job up: host-0 does not have it."
 
     looked_at(tmp_path, story)
 

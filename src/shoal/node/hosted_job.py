@@ -432,6 +432,8 @@ class HostedJob:
         """Ask for what is missing, and take it in. Raises LinkError, OSError."""
         message = FolderAsk(job=self._begin.job, files=copy.there, wait_ms=wait_ms, sound_bytes=self._sound)
         given = await ask(link, message, FolderGiven, ASK_DEADLINE_S + wait_ms / 1000)
+        if given.more and not given.pieces:
+            await self._around.clock.sleep(AGAIN_S)  # nobody says so who means well
         try:
             await asyncio.to_thread(copy.take, given.pieces)
         except BadCopy as error:  # it was written anew meanwhile, or the sender is not to be believed

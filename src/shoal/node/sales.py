@@ -56,7 +56,7 @@ from shoal.protocol.holds import (
 )
 from shoal.protocol.holds import Work as Kind
 from shoal.protocol.messages import DEFAULT_NETWORK, decode, encode, open_record, sign
-from shoal.protocol.money import Amount, BadVoucher, LedgerName, PartsPerMillion, SignedVoucher
+from shoal.protocol.money import DAY_MS, Amount, BadVoucher, LedgerName, PartsPerMillion, SignedVoucher
 from shoal.protocol.offers import Done, UnixMs
 from shoal.protocol.prices import Currency
 from shoal.quantities.money import format_money
@@ -66,6 +66,8 @@ from shoal.world import Clock, Disk, Endpoint, Ledger, Request
 from shoal.world.clock import within
 
 REDEEM_EVERY_S = 10.0
+SOON_S = 3 * REDEEM_EVERY_S
+"""Of an escrow that ends so soon a voucher is redeemed as it comes: the next round may be too late."""
 REDEEMED_AT_ONCE = 16
 """One after the other, vouchers of many escrows would outlast the notice of some."""
 ASKS_PER_S, ASKS_BURST = 10.0, 100
@@ -86,6 +88,9 @@ UNCOUNTED_MAX = 6
 without anybody's fault, and two are under way at a time."""
 DEPUTIES_MAX = 1024
 """Drivers of which it is known for whom they act; whoever has not been heard for longest goes, and says it again."""
+CLOCK_WRONG_MS = DAY_MS
+"""So long after its end by this node's clock an escrow that no ledger was asked about is forgotten: a clock may be
+wrong."""
 ENDS_EARLY_MS = 10_000
 """Before an escrow ends, the work for it does: its last vouchers have to come and be redeemed."""
 ACCOUNTS_MAX = 256
@@ -604,7 +609,8 @@ class Sales:
                 )
             self._pays.spend(client, "A voucher")
             account = await self._keep_voucher(account, message.signed)
-        if message.last and account.waits and account.escrow not in self._redeeming:
+        soon = message.last or account.ends_ms - self.now_ms() < 1000 * SOON_S
+        if soon and account.waits and account.escrow not in self._redeeming:
             self._redeeming[account.escrow] = asyncio.create_task(self._redeem_beside(account.escrow))
         newer = account.newest if account.voucher_micro > voucher.amount_micro else None
         return encode(Paid(amount_micro=account.paid_micro, newest=newer), request.version)
@@ -713,7 +719,7 @@ class Sales:
                 now = msgspec.structs.replace(now, refused=refused is not None or (now.refused and now.waits))
                 if now != account:
                     await self._store_account(now)
-            elif found is not None or now.ends_ms <= self.now_ms():
+            elif found is not None or now.ends_ms + CLOCK_WRONG_MS <= self.now_ms():
                 if now.waits:
                     escrow = now.escrow.hex()[:12]
                     _log.error("%s: escrow %s ended before its last voucher was redeemed", self._name, escrow)

@@ -21,6 +21,7 @@ from shoal.driver.write_report import write_missing_page
 from shoal.errors import BadInput, JobError, ShoalError
 from shoal.hub import HubClient
 from shoal.identity import load_key
+from shoal.node.hosting import NotHosted
 from shoal.protocol.blobs import BlobHolder
 from shoal.protocol.driving import DriveStop, FolderAsk, FolderGiven, Host
 from shoal.protocol.hubs import HubTicket
@@ -32,7 +33,7 @@ from shoal.sdk.handed import Handed, handed
 from shoal.sdk.train import DRIVER_KEY, STORE_BYTES
 from shoal.storage import BlobStore, Fetcher
 from shoal.transport import TlsEndpoint
-from shoal.world import Clock, Dice, SystemClock, SystemDice
+from shoal.world import Clock, Dice, Refused, SystemClock, SystemDice
 
 L = TypeVar("L", bound=Line)
 WAIT_MS = 2_000
@@ -156,7 +157,7 @@ class _Looking:
             while True:
                 try:
                     message = FolderAsk(job=self._known.job, files=copy.there, wait_ms=0 if once else WAIT_MS)
-                    given = await ask(await link_to_host(host, self), message, FolderGiven)
+                    given = await self._given(host, message)
                     await asyncio.to_thread(copy.take, given.pieces)
                 except BadCopy as error:
                     bad += 1
@@ -198,10 +199,18 @@ class _Looking:
 
     async def _standing(self, host: Host) -> FolderGiven | None:
         with suppress(ShoalError):
-            return await ask(
-                await link_to_host(host, self), FolderAsk(job=self._known.job, standing_only=True), FolderGiven
-            )
+            return await self._given(host, FolderAsk(job=self._known.job, standing_only=True))
         return None
+
+    async def _given(self, host: Host, message: FolderAsk) -> FolderGiven:
+        """A host that does not have the job, as its owner was killed before that, drives it no more than one that has
+        given it up. Raises ShoalError."""
+        try:
+            return await ask(await link_to_host(host, self), message, FolderGiven)
+        except Refused as refused:
+            if refused.remote_code != NotHosted.code:
+                raise
+            return FolderGiven(phase="given up", sentence=f"{host.name} does not have it.")
 
     async def stop(self) -> None:
         """All hosts, first the one that drives. Raises HostsSilent."""
