@@ -10,9 +10,10 @@ from pathlib import Path
 import msgspec
 import pytest
 from blake3 import blake3
+from job_world import job_text, parsed
 from test_run_folder import JOB
 
-from shoal.driver.folder import FolderTaken, RunFolder
+from shoal.driver.folder import FolderDamaged, FolderTaken, RunFolder
 from shoal.driver.mirror import missing
 from shoal.identity import KeyPair, load_or_create_key
 from shoal.node.hosting import NotHosted
@@ -20,7 +21,7 @@ from shoal.protocol.driving import FileThere, FolderAsk, FolderGiven, Host, Phas
 from shoal.protocol.messages import decode, encode
 from shoal.sdk.attached import AttachOptions, HostsSilent, attach, stop_detached
 from shoal.sdk.handed import FILE, Handed, handed, is_driven_by_nodes
-from shoal.sdk.train import DRIVER_KEY, TrainOptions, new_folder
+from shoal.sdk.train import DRIVER_KEY, TrainOptions, new_folder, resume
 from shoal.transport import TlsEndpoint
 from shoal.world import Request, SystemClock, SystemDice
 
@@ -132,6 +133,16 @@ def test_a_run_that_nodes_drive_is_not_thrown_away(tmp_path: Path) -> None:
         with new_folder(options) as folder:
             folder.begin(JOB, b"")
         assert not (at / FILE).exists()
+
+    looked_at(tmp_path, story)
+
+
+def test_a_note_that_cannot_be_read_is_no_run_of_ones_own(tmp_path: Path) -> None:
+    async def story(hosts: Hosts, at: Path) -> None:
+        (at / FILE).write_bytes(b"\xff")
+        options = TrainOptions(folder=at, hubs=(), key=KeyPair.generate())
+        with pytest.raises(FolderDamaged, match="detached.json, which says that nodes drive the job"):
+            await resume(parsed(job_text(tmp_path), tmp_path), options)
 
     looked_at(tmp_path, story)
 

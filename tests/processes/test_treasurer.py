@@ -52,13 +52,14 @@ class Job:
         budget: int = 1_000_000,
         number: int = 60,
         signer: AccountKey = PAYER,
+        account: AccountKey | None = PAYER,
         present: Collection[bytes] = (),
     ) -> None:
         self.street, self.said, self.key, self.commits = street, list[str](), a_key(number), 0
         self.endpoint = street.client(number)
         self.folder = RunFolder.create(folder) if isinstance(folder, Path) else folder
         self.treasurer = Treasurer(
-            Funds(street.ledger, PAYER.address, signer, budget, PAYER, notice_ms=60_000, audit_ms=1000),
+            Funds(street.ledger, PAYER.address, signer, budget, account, notice_ms=60_000, audit_ms=1000),
             self.folder,
             key=a_key(number),
             link=street.linker(self.endpoint),
@@ -623,6 +624,23 @@ def test_a_dear_node_that_comes_later_is_left(tmp_path: Path) -> None:
         needed = Job(street, job.folder)
         assert len(await needed.treasurer.hold(await needed.gang(cheap, dear), 2)) == 2, "better dear than not at all"
         await needed.treasurer.close()
+
+    run(story)
+
+
+def test_who_goes_on_with_an_escrow_leaves_a_dear_node(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        cheap = await street.shop(1, tmp_path / "1")
+        dear = await street.shop(2, tmp_path / "2", price=Price(36_000_000))
+        hand = an_account(51)
+        job = Job(street, tmp_path / "run", signer=hand)
+        await job.begin(cheap)
+        await job.treasurer.leave()
+        await job.endpoint.close()
+        heir = Job(street, job.folder, signer=hand, account=None)
+        gang = await heir.gang(cheap, dear)
+        assert [one.node for one in await heir.treasurer.hold(gang, 1)] == [cheap.node]
+        await heir.treasurer.close()
 
     run(story)
 

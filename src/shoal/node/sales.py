@@ -188,7 +188,7 @@ def read_kept(disk: Disk, name: str, kind: type[T], whose: str) -> T | None:
     except (msgspec.DecodeError, OSError) as error:
         raise SalesDamaged(
             f"{disk.place}/{name}, in which node {whose} keeps what it has promised and was paid with, cannot be read: "
-            f"{error}. Restore it from a copy; without one, move it away once what was promised is over: ten minutes "
+            f"{error}. Restore it from a copy, or move it away, once what was promised since is over: ten minutes "
             "after the node stopped, and with the last hour that it has sold in an auction."
         ) from error
 

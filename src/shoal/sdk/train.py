@@ -327,9 +327,9 @@ async def resume(job_file: JobFile, options: TrainOptions) -> Report:
             # Killed after its last Commit, it may still have to measure the model and write the report.
             if taken.standing.tokens_total < session.job.token_budget:
                 gang = await session.gang(job_file, without=taken.retired.keys(), former=taken.records.former)
-                if taken.records.former:
+                if any(one.node in taken.records.former for one in gang):
                     gang = await session.resumed(job_file, gang)
-                else:  # its owner has handed it over before it began
+                else:  # as at the beginning: nobody is left of those beside whom others would be dear
                     steps = RoundLength(session.job.rounds.inner_steps, private.round_reason)
                     gang, _ = await session.secure(job_file, Size.of_job(session.job), gang, steps)
                 await session.set_aside(gang, job_file)
