@@ -11,6 +11,7 @@ import msgspec
 import pytest
 from blake3 import blake3
 from job_world import job_text, parsed
+from money_world import LEDGER, an_account
 from test_run_folder import JOB
 
 from shoal.driver.folder import FolderDamaged, FolderTaken, RunFolder
@@ -19,7 +20,10 @@ from shoal.identity import KeyPair, load_or_create_key
 from shoal.node.hosting import NotHosted
 from shoal.protocol.driving import FileThere, FolderAsk, FolderGiven, Host, Phase, Piece
 from shoal.protocol.messages import decode, encode
-from shoal.sdk.attached import AttachOptions, HostsSilent, attach, stop_detached
+from shoal.protocol.money import EscrowTerms, Payee
+from shoal.purse.bills import FILE as PAYMENTS
+from shoal.purse.bills import Payments, TermPayments
+from shoal.sdk.attached import AttachOptions, HostsSilent, OtherMoney, attach, stop_detached
 from shoal.sdk.handed import FILE, Handed, handed, is_driven_by_nodes
 from shoal.sdk.train import DRIVER_KEY, TrainOptions, new_folder, resume
 from shoal.transport import TlsEndpoint
@@ -92,6 +96,30 @@ def test_a_host_replaces_nothing_that_the_owner_made(
         with pytest.raises(HostsSilent, match=f"host-0 sends what does not fit together: .* another {name} than"):
             await attach(AttachOptions(at))
         assert (at / name).read_bytes() == before and is_driven_by_nodes(at)
+
+    looked_at(tmp_path, story)
+
+
+@pytest.mark.parametrize("forged", ["another", "none", "nonsense"])
+def test_a_host_says_nothing_of_what_its_owner_set_aside(tmp_path: Path, forged: str) -> None:
+    def set_aside(nonce: bytes) -> bytes:
+        me = an_account(50)
+        terms = EscrowTerms(
+            payer=me.address, signer=me.address, cap_micro=0, auditor=me.address, amount_micro=1, fee_ppm=0,
+            holdback_ppm=0, notice_ms=0, audit_ms=0, expires_ms=1, payees=(Payee(me.address, 1),), quote=bytes(32),
+            nonce=nonce,
+        )  # fmt: skip
+        term = TermPayments(terms=terms, ledger=LEDGER, signature=me.sign(terms.escrow_id(LEDGER)))
+        return msgspec.json.encode(Payments(budget_micro=1, terms=(term,)))
+
+    theirs = {"another": set_aside(b"x" * 32), "none": b'{"budget_micro":1}', "nonsense": b"{"}[forged]
+
+    async def story(hosts: Hosts, at: Path) -> None:
+        (at / PAYMENTS).write_bytes(set_aside(bytes(32)))
+        hosts.give = lambda _: [Piece(PAYMENTS, 0, theirs, len(theirs), blake3(theirs).digest())]
+        with pytest.raises(OtherMoney, match="says that other money was set aside"):
+            await attach(AttachOptions(at))
+        assert (at / PAYMENTS).read_bytes() == set_aside(bytes(32))
 
     looked_at(tmp_path, story)
 

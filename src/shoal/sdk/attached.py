@@ -12,7 +12,7 @@ from typing import TypeVar
 import msgspec
 
 from shoal.driver.chain import read_record
-from shoal.driver.folder import RunFolder, saying_room
+from shoal.driver.folder import FolderDamaged, RunFolder, saying_room
 from shoal.driver.lines import AuditLine, Event, Line, RoundMetrics
 from shoal.driver.mirror import BadCopy, Copy
 from shoal.driver.report import Figures, NodeStatus, Report
@@ -23,10 +23,12 @@ from shoal.hub import HubClient
 from shoal.identity import load_key
 from shoal.node.hosting import NotHosted
 from shoal.protocol.blobs import BlobHolder
-from shoal.protocol.driving import DriveStop, FolderAsk, FolderGiven, Host
+from shoal.protocol.driving import DriveStop, FolderAsk, FolderGiven, Host, Piece
 from shoal.protocol.hubs import HubTicket
 from shoal.protocol.offers import Done
 from shoal.protocol.training import TrainJob
+from shoal.purse.bills import FILE as PAYMENTS
+from shoal.purse.bills import Payments
 from shoal.sdk.detached import ask, link_to_host
 from shoal.sdk.handed import FILE as HANDED
 from shoal.sdk.handed import Handed, handed
@@ -48,6 +50,12 @@ class NotHandedOver(BadInput):
     """A run is driven where it was begun, not by nodes."""
 
     code = "SH-154"
+
+
+class OtherMoney(JobError):
+    """A host says that other escrows pay for a job than its owner has opened."""
+
+    code = "SH-638"
 
 
 class HostsSilent(JobError):
@@ -158,13 +166,15 @@ class _Looking:
                 try:
                     message = FolderAsk(job=self._known.job, files=copy.there, wait_ms=0 if once else WAIT_MS)
                     given = await self._given(host, message)
-                    await asyncio.to_thread(copy.take, given.pieces)
+                    await asyncio.to_thread(self._take, copy, given.pieces)
                 except BadCopy as error:
                     bad += 1
                     if bad > BAD_COPIES_MAX:
                         raise HostsSilent(f"{host.name} sends what does not fit together: {error.sentence}") from error
                     await self.clock.sleep(AGAIN_S)
                     continue
+                except OtherMoney:
+                    raise
                 except ShoalError:
                     break  # somebody else may drive by now
                 self._tell(given)
@@ -176,6 +186,24 @@ class _Looking:
                 if not over and given.phase != "driving":
                     await self.clock.sleep(AGAIN_S)
                     break
+
+    def _take(self, copy: Copy, pieces: Sequence[Piece]) -> None:
+        """What was set aside, by whom and where, is the owner's to say: who asks back what is left signs for what
+        stands there. Raises BadCopy, OtherMoney, OSError."""
+        before = self._folder.read(PAYMENTS, Payments) if any(one.name == PAYMENTS for one in pieces) else None
+        copy.take(pieces)
+        if before is None:
+            return
+        try:
+            now = self._folder.read(PAYMENTS, Payments)
+        except FolderDamaged:
+            now = None
+        if _opened(now) != _opened(before):
+            self._folder.write(PAYMENTS, msgspec.json.encode(before))
+            raise OtherMoney(
+                f"A host of {self._folder.path} says that other money was set aside for it than was; what it sent is not "
+                "kept. Stop the job with `shoal jobs cancel`."
+            )
 
     async def _who(self) -> tuple[Host, bool]:
         """The host that drives in the newest term, or that is nearest to it; and whether all have given up. Raises
@@ -266,6 +294,11 @@ class _Looking:
             )
         finally:
             store.close()
+
+
+def _opened(payments: Payments | None) -> list[tuple[bytes, bytes]]:
+    """The escrows, each with its payer's signature."""
+    return [(one.escrow, one.signature) for one in payments.terms] if payments is not None else []
 
 
 def _progress(job: TrainJob, newest: RoundMetrics, figures: Figures | None) -> Progress:
