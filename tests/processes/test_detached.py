@@ -111,6 +111,7 @@ def test_one_escrow_pays_whoever_drives_and_works(tmp_path: Path) -> None:
         bill = check_bill(report, tmp_path / "run")
         assert bill.quoted == 5_000_000
         paid = {line.name: line.paid for line in bill.nodes}
+        assert "cedar" not in paid, "it is as dear for who follows, also where nobody is left who was paid before"
         assert paid[f"{second.name} (driving)"] > paid[f"{first.name} (driving)"] > 0
         payments = msgspec.json.decode((tmp_path / "run" / FILE).read_bytes(), type=Payments)
         (term,) = payments.terms

@@ -328,6 +328,25 @@ def test_work_ends_with_its_escrow(tmp_path: Path) -> None:
     run(story)
 
 
+def test_the_last_vouchers_of_an_escrow_wait_for_no_round(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shop = await street.shop(1, tmp_path / "one")
+        client = Client(street)
+        held = await client.quotes.hold(shop.node, shop.offer)
+        escrow = await client.escrow(shop)
+        await client.quotes.take(held, escrow)
+        wish = Closing(escrow)
+        await street.ledger.apply(Close(wish, PAYER.sign(wish.digest(LEDGER))))
+        await settle(street, REDEEM_EVERY_S)
+        book = street.ledger.book.escrows
+        await settle(street, (book[escrow].ends_ms - street.clock.now_ms()) / 1000 - 12)
+        await client.quotes.pay(shop.node, voucher(escrow, shop, 70), last=False, deadline_s=5)
+        await settle(street)
+        assert book[escrow].redeemed_micro == 70
+
+    run(story)
+
+
 def test_what_is_not_paid_is_not_forgotten_when_its_client_invites_anew(tmp_path: Path) -> None:
     async def story(street: Street) -> None:
         shop = await street.shop(1, tmp_path / "one")
@@ -855,7 +874,12 @@ def test_a_node_that_is_paid_elsewhere_now(tmp_path: Path) -> None:
         street.ledger.name = HouseLedger(b"x" * 32, "USD")
         await settle(street, REDEEM_EVERY_S)
         assert len(again.sales.accounts) == 1
-        street.clock.jump(3_600_000)
+        street.clock.jump(3_600_000)  # a clock that is wrong, and is put right
+        await settle(street, REDEEM_EVERY_S)
+        street.clock.jump(-3_600_000)
+        await settle(street, REDEEM_EVERY_S)
+        assert len(again.sales.accounts) == 1
+        street.clock.jump(25 * 3_600_000)
         await until(street, lambda: again.sales.accounts == [])  # it would have ended
 
     run(story)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+import dataclasses
+from collections.abc import Collection, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,15 +25,15 @@ from shoal.identity.accounts import AccountKey, signer_of
 from shoal.ledger.escrows import State
 from shoal.ledger.moves import FEES, ISSUED
 from shoal.node.earned import read_earned
-from shoal.protocol.holds import Hold, open_hold
-from shoal.protocol.messages import sign
+from shoal.protocol.holds import Hold, Pay, open_hold
+from shoal.protocol.messages import encode, sign
 from shoal.protocol.money import HouseLedger
 from shoal.protocol.prices import Price
 from shoal.protocol.training import Commit
-from shoal.purse.bills import Payments, bill
+from shoal.purse.bills import PaidNode, Payments, bill
 from shoal.purse.purse import ASKED_AGAIN_S, RENEW_EVERY_S, Funds, NoMoney
 from shoal.sdk.jobs import Closed, OthersMoney, close_escrows, look_at, open_at
-from shoal.world import Refused, SeededDice
+from shoal.world import Refused, Request, SeededDice
 from shoal.world.quotes import NotSecured
 
 WORK = bytes(32)
@@ -51,18 +52,21 @@ class Job:
         budget: int = 1_000_000,
         number: int = 60,
         signer: AccountKey = PAYER,
+        account: AccountKey | None = PAYER,
+        present: Collection[bytes] = (),
     ) -> None:
         self.street, self.said, self.key, self.commits = street, list[str](), a_key(number), 0
         self.endpoint = street.client(number)
         self.folder = RunFolder.create(folder) if isinstance(folder, Path) else folder
         self.treasurer = Treasurer(
-            Funds(street.ledger, PAYER.address, signer, budget, PAYER, notice_ms=60_000, audit_ms=1000),
+            Funds(street.ledger, PAYER.address, signer, budget, account, notice_ms=60_000, audit_ms=1000),
             self.folder,
             key=a_key(number),
             link=street.linker(self.endpoint),
             clock=street.clock,
             dice=SeededDice(number),
             say=self.said.append,
+            present=lambda: present,
         )
 
     async def gang(self, *shops: Shop) -> list[LinkedNode]:
@@ -324,6 +328,46 @@ def test_nodes_of_one_owner_are_paid_at_one_account(tmp_path: Path) -> None:
         assert await street.ledger.balance(an_account(9).address) == 2000
         made = bill(job.written)
         assert made is not None and [line.paid for line in made.nodes] == [1000, 1000]
+
+    run(story)
+
+
+def test_nodes_of_one_account_that_show_each_others_vouchers_are_paid_once(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shops = [await street.shop(number, tmp_path / str(number), payee=9) for number in (1, 2)]
+        job = Job(street, tmp_path / "run")
+        await job.begin(*shops)
+
+        async def late(request: Request) -> bytes:
+            """It waits for the voucher of the other one, which says more than its own of the same Commit."""
+            escrow = job.written.terms[0].escrow
+            while (account := shops[1].sales.account(escrow)) is None or account.newest is None:
+                await asyncio.sleep(0.01)
+            shown = Pay(signed=account.newest)
+            await shops[0].sales._paid(dataclasses.replace(request, body=encode(shown, request.version)))
+            return await shops[0].sales._paid(request)
+
+        shops[0].endpoint.handle(Pay.KIND, late)
+        await street.clock.advance(20.0)
+        await job.commit((shops[0], 10_000), (shops[1], 4_000))
+        await job.treasurer.close()
+        made = bill(job.written)
+        assert made is not None and [line.paid for line in made.nodes] == [1000, 400]
+        assert street.ledger.book.escrows[job.written.terms[0].escrow].redeemed_micro == made.charged == 1400
+
+    run(story)
+
+
+def test_who_drives_is_paid_for_a_job_whose_nodes_work_for_nothing(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        host, free = a_key(80).node_id, await street.shop(1, tmp_path / "1")
+        job = Job(street, tmp_path / "run", present=[host])
+        drives = PaidNode(name="host", payee=an_account(8).address, micro_per_h=18_000)
+        await job.treasurer.open_for({host.hex(): drives}, WORK)
+        await street.clock.advance(600.0)
+        await job.commit((free, 10_000))
+        assert job.written.terms[0].nodes[host.hex()].paid_micro == 3000
+        await job.treasurer.close()
 
     run(story)
 
@@ -597,6 +641,23 @@ def test_a_dear_node_that_comes_later_is_left(tmp_path: Path) -> None:
         needed = Job(street, job.folder)
         assert len(await needed.treasurer.hold(await needed.gang(cheap, dear), 2)) == 2, "better dear than not at all"
         await needed.treasurer.close()
+
+    run(story)
+
+
+def test_who_goes_on_with_an_escrow_leaves_a_dear_node(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        cheap = await street.shop(1, tmp_path / "1")
+        dear = await street.shop(2, tmp_path / "2", price=Price(36_000_000))
+        hand = an_account(51)
+        job = Job(street, tmp_path / "run", signer=hand)
+        await job.begin(cheap)
+        await job.treasurer.leave()
+        await job.endpoint.close()
+        heir = Job(street, job.folder, signer=hand, account=None)
+        gang = await heir.gang(cheap, dear)
+        assert [one.node for one in await heir.treasurer.hold(gang, 1)] == [cheap.node]
+        await heir.treasurer.close()
 
     run(story)
 

@@ -106,6 +106,7 @@ _OWN_NAMES = frozenset(
         "data",
         "owner.json",
         "driver.key",
+        "detached.json",
     }
     | {line.FILE for line in LINES}
 )

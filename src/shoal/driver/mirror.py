@@ -2,7 +2,8 @@
 
 Files of a run folder either only grow (the records, the lines about them) or are replaced as a whole. `missing` says
 what somebody lacks who has so much of each; `Copy` takes that in. Nothing here has to be believed: records carry
-signatures, and whoever opens a folder verifies them; a sender can only waste the room that it was given.
+signatures, and whoever opens a folder verifies them; what its owner made is replaced by nobody, and nothing comes that
+a machine would run. What is left to a sender is to waste the room that it was given, or to send less than there is.
 """
 
 from __future__ import annotations
@@ -26,9 +27,14 @@ ANSWER_BYTES = 3 * PIECE_BYTES
 _GROWING = (CHAIN, *(line.FILE for line in LINES))
 _FIRST = ("job.yaml", "job.record", "owner.json")
 _AFTER = ("payments.json", "figures.json")
-_LAST = ("report.html", "report.json")
-"""Where this is, the run is over: it comes last."""
-_BESIDE = re.compile(r"(data/heldout-[0-9]{5}\.tokens|(data/tokenizer|model)/[A-Za-z0-9][A-Za-z0-9._-]{0,63})\Z")
+_LAST = ("report.json",)
+"""Where this is, the run is over: it comes last. The page is made of it where it is looked at."""
+_DATA = "data/"
+_BESIDE = re.compile(
+    r"(data/heldout-[0-9]{5}\.tokens"
+    r"|(data/tokenizer|model)/[A-Za-z0-9][A-Za-z0-9._-]{0,55}\.(json|safetensors|txt|model|jinja))\Z"
+)
+"""What libraries read as data: no code, and no pickle, wherever a model or a tokenizer is said to have some."""
 _SCRATCH = "local/copy"
 
 
@@ -82,7 +88,8 @@ def _pieces(disk: DirectoryDisk, name: str, there: FileThere | None, end: int | 
     size, digest = _whole(disk, name)
     if there is not None and (there.size, there.hash) == (size, digest):
         return
-    at = there.size if there is not None and there.hash == b"" else 0  # so much of it has come
+    coming = there is not None and there.hash == b"" and there.size < size  # else it has become shorter meanwhile
+    at = there.size if there is not None and coming else 0
     while at < size or (at == 0 and size == 0):
         data = disk.read(name, at, PIECE_BYTES)
         yield Piece(name, at, data, size, digest)
@@ -132,21 +139,24 @@ def _hashed(disk: DirectoryDisk, name: str) -> tuple[int, bytes]:
 class Copy:
     """A folder that follows another one. One process at a time may write to it."""
 
-    def __init__(self, folder: Path, size_max: int) -> None:
-        """Raises OSError."""
+    def __init__(self, folder: Path, size_max: int, *, begun: bool) -> None:
+        """`begun`: what the job's owner made is here, and stays as it is, whoever sends. Raises OSError."""
         self.folder = folder
         self._disk = DirectoryDisk(folder)
-        self._size_max = size_max
+        self._size_max, self._begun = size_max, begun
         self._coming: dict[str, tuple[int, int, bytes]] = {}
         """Files of which not all is there: how much is, of how much, with which hash."""
         self._anew: dict[str, int] = {}
         """Files that grow and are copied once more from their beginning, and how far that has to come."""
         self._have: dict[str, FileThere] = {}
+        self._names = set[str]()
+        """Of files that are here, or of which something has come."""
         for info in self._disk.files(_SCRATCH):
             self._disk.delete(info.name)
         if self._disk.info(CHAIN) is not None:
             cut_torn(folder)  # who was killed may have left half a record
         for name in _names(self._disk):
+            self._names.add(name)
             self._note(name)
 
     @property
@@ -171,12 +181,17 @@ class Copy:
                 self._note(name)
 
     def _take(self, piece: Piece) -> None:
+        if self._begun and (piece.name in _FIRST or piece.name.startswith(_DATA)):
+            raise BadCopy(f"A copy of a run folder was sent another {piece.name} than the job's owner made.")
+        if piece.name not in self._names and len(self._names) >= FILES_MAX:
+            raise BadCopy(f"A copy of a run folder was sent more than the {FILES_MAX} files that it may have.")
         if piece.name in _GROWING:
             self._grow(piece)
         elif piece.name in (*_FIRST, *_AFTER, *_LAST) or _BESIDE.match(piece.name):
             self._fill(piece)
         else:
             raise BadCopy(f"A copy of a run folder was sent {piece.name!r}, which is no file of one.")
+        self._names.add(piece.name)
 
     def _grow(self, piece: Piece) -> None:
         if piece.offset == 0 and _size(self._disk, piece.name):  # which stays until what is there is here as well

@@ -115,8 +115,8 @@ class Treasurer(Purse):
         return [*free, *held]
 
     def _worth_it(self, priced: Sequence[LinkedNode], at_least: int) -> dict[bytes, LinkedNode]:
-        """Without such as are dear beside those that earlier terms paid, as far as the others are enough."""
-        paid = {node for term in self._former for node in term.nodes}
+        """Without such as are dear beside those that this job has paid before, as far as the others are enough."""
+        paid = {node for term in self.payments.terms for node in term.nodes}
         known = [_price_of(node) for node in priced if node.node.hex() in paid]
         left = dict[bytes, LinkedNode]((node.node, node) for node in priced)
         for node in sorted(priced, key=lambda one: _price_of(one)[0], reverse=True):
@@ -164,9 +164,9 @@ class Treasurer(Purse):
 
     async def owes(self, commit: bytes, work: Iterable[tuple[bytes, int, bytes]]) -> None:
         """(node, accepted tokens, id of the Contribution) of a Commit that is about to be written."""
-        earned = dict[bytes, tuple[int, bytes]]()
+        earned, last = dict[bytes, tuple[int, bytes]](), None
         for node, tokens, contribution in work:
-            known = self.paid(node)
+            known, last = self.paid(node), contribution
             if known is None or not tokens:
                 continue
             parts, done = self._done.get(node, (0, 0))
@@ -174,9 +174,9 @@ class Treasurer(Purse):
             earnings = self._earnings[node] = self._earnings.get(node, Earnings()).accepted(tokens)
             most = known.paid_micro + self.left_micro
             earned[node] = earnings.earned_micro(known.micro_per_h, self.ready_ms(node), most), contribution
+        if last is not None:  # hosts are paid for a job whose nodes work for nothing, too
+            earned |= {driver: (micro, last) for driver, micro in self._for_driving()}
         if earned:
-            work_id = next(iter(earned.values()))[1]
-            earned |= {driver: (micro, work_id) for driver, micro in self._for_driving()}
             await self.owe(commit, earned)
 
     def committed(self) -> None:

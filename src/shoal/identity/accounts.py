@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Annotated
 
 import coincurve
+import sha3
 from msgspec import Meta
-from tiny_keccak import keccak256
 
 from shoal.errors import BadInput
 from shoal.identity.secrets import write_secret
@@ -41,7 +41,8 @@ class BadAccount(BadInput):
 
 
 def keccak_256(data: bytes) -> bytes:
-    return keccak256(data)
+    digest: bytes = sha3.keccak_256(data).digest()
+    return digest
 
 
 class AccountKey:

@@ -18,7 +18,6 @@ from shoal.devices import measure_in_child
 from shoal.errors import BadInput, JobError, LinkError, StorageError
 from shoal.hub import HubClient, NoHub
 from shoal.identity import Envelope, KeyPair
-from shoal.identity.accounts import AccountKey
 from shoal.market.holds import Terms
 from shoal.node.engine import EngineHost
 from shoal.node.hosted_job import Around, HostSettings
@@ -355,26 +354,18 @@ class NodeAgent:
         return sale is not None and not sale.serves_free
 
     def _start_hosting(self, settings: HostSettings) -> Hosting:
-        async def paid(begin: DriveBegin) -> None:
+        async def paid(begin: DriveBegin, newest: SignedVoucher | None) -> None:
             if self._sales is None or begin.allowance is None:
                 raise CannotHost(f"Node {self.settings.name} drives no job for nothing; set money aside for it.")
-            client = KeyPair.from_seed(begin.allowance.client).node_id
-            await self._sales.paid_for_driving(begin.allowance.escrow, client)
-            account = self._sales.account(begin.allowance.escrow)
-            if account is None or account.signer != AccountKey(begin.allowance.signer).address:
-                raise CannotHost(f"Node {self.settings.name} was given a key that signs nothing out of that escrow.")
-
-        async def took(voucher: SignedVoucher) -> None:
-            if self._sales is not None:
-                await self._sales.paid_by_copy(voucher)
+            await self._sales.paid_for_driving(begin.allowance, newest)
 
         around = Around(
             self._key.node_id, self._endpoint, self._hubs, self._store, self._fetcher, self._clock, settings,
-            _beside(self.settings.listen), self.settings.network, self._changed, took,
+            _beside(self.settings.listen), self.settings.network, self._changed, paid,
         )  # fmt: skip
         payee = self.settings.sale.payee if self.settings.sale else None
         folder = self.settings.folder / "hosted"
-        hosting = Hosting(around, folder=folder, name=self.settings.name, payee=payee, paid=paid)
+        hosting = Hosting(around, folder=folder, name=self.settings.name, payee=payee)
         hosting.start()
         return hosting
 

@@ -18,13 +18,15 @@ import shutil
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
-from shoal.driver.folder import CHAIN, RunFolder, records_after
+from shoal.driver.folder import CHAIN, FILE_MAX_BYTES, RunFolder, records_after
 from shoal.driver.mirror import BadCopy, Copy, missing
 from shoal.errors import BadRecord, LinkError, ShoalError
 from shoal.identity import NodeId
+from shoal.market.holds import HoldRefused
 from shoal.node.driver_process import Began, Committed, DriverOrders, DriverProcess, Ended, Failed
 from shoal.protocol.blobs import BlobHolder, BlobRef
 from shoal.protocol.driving import DriveBegin, FolderAsk, FolderGiven, Host, Phase
@@ -35,7 +37,7 @@ from shoal.protocol.training import Commit, Grant, Term
 from shoal.purse.bills import FILE as PAYMENTS
 from shoal.purse.bills import Payments
 from shoal.storage import BlobStore, Fetcher, patience_s
-from shoal.world import Clock, Endpoint, Link
+from shoal.world import Clock, DirectoryDisk, Endpoint, Link
 from shoal.world.asking import ask
 from shoal.world.clock import within
 from shoal.world.directory import Directory
@@ -49,12 +51,17 @@ AGAIN_S = 2.0
 RIVALS_EVERY_S = 5.0
 PAID_EVERY_S = 30.0
 """So often the copy is looked at for the newest voucher."""
+UNPAID_S = 3600.0
+"""A host goes on for so long when nothing is set aside for it any more: who drives asks the rest back before the model
+is measured and the report written."""
 WAIT_MS = 10_000
 ASK_DEADLINE_S = 30.0
 LOOK_DEADLINE_S = 5.0
 REACH_DEADLINE_S = 5.0
 FETCHED_WITHIN_S = 300.0
 """A job whose owner has not handed it over by then, and by `patience_s` longer for its bytes, is dropped."""
+STORAGE_SHARE = 0.5
+"""Of the node's storage, for what one job brings along, and as much again for its folder."""
 ROOM, ROOM_LEAST_BYTES = 4, 1 << 30
 """A job's folder may grow to ROOM times what it brought along, and ROOM_LEAST_BYTES more: records come."""
 UPDATES_WITHIN_S = 60.0
@@ -102,8 +109,9 @@ class Around:
     network: str
     changed: Callable[[], Awaitable[None]]
     """Told when a job is over."""
-    paid: Callable[[SignedVoucher], Awaitable[None]]
-    """Given the vouchers for what this node drives."""
+    paid: Callable[[DriveBegin, SignedVoucher | None], Awaitable[None]]
+    """Given the newest voucher for a job that this node drives, if any. Raises HoldRefused where nothing more is set
+    aside for that."""
 
 
 class HostingRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -115,6 +123,13 @@ class HostingRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes that the job brought along."""
     ended: Phase | None = None
     why: str = ""
+    got: bool = False
+    """Its owner has all of the folder, as it was when the job ended."""
+
+
+def storage_for_one(store: BlobStore) -> int:
+    """Bytes that one job may bring along."""
+    return round(STORAGE_SHARE * store.capacity_bytes)
 
 
 class HostedJob:
@@ -143,12 +158,22 @@ class HostedJob:
         """So far the records go of which all updates are here."""
         self._failures = self._waits = 0
         self._paid_s = -PAID_EVERY_S
+        self._unpaid: tuple[float, HoldRefused] | None = None
+        """Since when nothing is set aside for this host any more, and why."""
         self._waits_s: float | None = None
         """Since when it is told to wait."""
 
     @property
     def ended(self) -> bool:
         return self.record.ended is not None
+
+    def is_missed(self) -> bool:
+        """Something was driven, and its owner does not have it yet. Blocks."""
+        if self.record.got or not (self.run_folder / CHAIN).exists():
+            return False
+        with contextlib.suppress(BadRecord):
+            return any(envelope.kind == Commit.KIND for _, envelope in records_after(self.run_folder, 0))
+        return False
 
     def may_look(self, peer: bytes) -> bool:
         return peer == self.record.owner or any(one.node == peer for one in self._others)
@@ -205,6 +230,9 @@ class HostedJob:
             with contextlib.suppress(TimeoutError):
                 await within(self._around.clock, message.wait_ms / 1000, news.wait())
             pieces, more = await asyncio.to_thread(missing, self.run_folder, message.files)
+        over = self._phase in ("over", "given up")
+        if over and peer == self.record.owner and not pieces and not self.record.got:
+            await self._note_down(got=True)
         return msgspec.structs.replace(self._given(), pieces=tuple(pieces), more=more)
 
     def _given(self) -> FolderGiven:
@@ -243,14 +271,24 @@ class HostedJob:
             await self._end("given up", "This host cannot go on; its log says why.")
 
     async def _end(self, phase: Phase, why: str) -> None:
-        self.record = msgspec.structs.replace(self.record, ended=phase, why=why[:400])
-        await asyncio.to_thread(self.write)
+        await self._note_down(ended=phase, why=why[:400])
         self._paid_s = -PAID_EVERY_S
         await self._look_for_pay()
         self._say(phase, why)
         await self._around.changed()
 
+    async def _note_down(self, **changed: Any) -> None:
+        """Where the disk refuses, it holds all the same; the node's next start finds what was written before."""
+        self.record = msgspec.structs.replace(self.record, **changed)
+        try:
+            await asyncio.to_thread(self.write)
+        except OSError as error:
+            _log.error("job %s: how it stands could not be written down: %s", self._begin.job.hex()[:12], error)
+
     async def _step(self) -> None:
+        await self._look_for_pay()
+        if (unpaid := self._why_unpaid()) is not None:
+            raise unpaid
         if not (self._folder / "complete").exists():
             await self._fetch()
             return
@@ -266,7 +304,7 @@ class HostedJob:
 
     @property
     def _room(self) -> int:
-        return ROOM * self.record.size + ROOM_LEAST_BYTES
+        return min(ROOM * self.record.size + ROOM_LEAST_BYTES, storage_for_one(self._around.store))
 
     @property
     def _pin(self) -> str:
@@ -277,7 +315,7 @@ class HostedJob:
     async def _fetch(self) -> None:
         """What the owner has made, over the link that it keeps open meanwhile."""
         self._say("fetching")
-        copy = await asyncio.to_thread(Copy, self.run_folder, self._room)
+        copy = await asyncio.to_thread(Copy, self.run_folder, self._room, begun=False)
         until_s = self._around.clock.monotonic() + patience_s(self.record.size, FETCHED_WITHIN_S)
         while self._around.clock.monotonic() < until_s:
             link = self._around.endpoint.links().get(self.record.owner)
@@ -307,8 +345,25 @@ class HostedJob:
             granted = [grant for envelope, grant in folder.opened(Grant) if envelope.signer == folder.job.signer]
             if not any(self._begin.hosts[self._rank].driver in grant.drivers for grant in granted):
                 raise BadHandover("Its owner has not granted this node to drive it.")
-            job = folder.train_job()
-        return [job.model.start, *(shard.blob for shard in job.data.shards)]
+            job, payments = folder.train_job(), folder.payments()
+        refs = [job.model.start, *(shard.blob for shard in job.data.shards)]
+        if sum(ref.size for ref in refs) > self.record.size:
+            raise BadHandover("Its owner has announced a smaller job than this one.")
+        self._check_pay(payments)
+        return refs
+
+    def _check_pay(self, payments: Payments | None) -> None:
+        """That whoever drives pays this host, out of the escrow that was named for it. Raises BadHandover."""
+        mine, allowance = self._begin.hosts[self._rank], self._begin.allowance
+        if mine.payee is None:
+            return
+        term = payments.terms[-1] if payments is not None and payments.terms else None
+        known = term.nodes.get(mine.driver.hex()) if term is not None else None
+        if (
+            term is None or known is None or allowance is None or term.escrow != allowance.escrow
+            or (known.payee, known.micro_per_h) != (mine.payee, mine.micro_per_h)
+        ):  # fmt: skip
+            raise BadHandover("What its owner has set aside does not pay this node for driving it.")
 
     async def _have(self, refs: Sequence[BlobRef], holders: Sequence[BlobHolder]) -> None:
         """Raises LinkError, StorageError."""
@@ -350,7 +405,7 @@ class HostedJob:
     async def _follow(self, host: Host) -> None:
         """Keep a copy of what a host writes, until it is gone or drives no longer."""
         self._say("standing by", f"{host.name} drives.")
-        copy = await asyncio.to_thread(Copy, self.run_folder, self._room)
+        copy = await asyncio.to_thread(Copy, self.run_folder, self._room, begun=True)
         while True:
             try:
                 given = await self._take_from(await self._link(host), copy, WAIT_MS)
@@ -366,7 +421,7 @@ class HostedJob:
             with contextlib.suppress(TimeoutError):
                 await within(self._around.clock, UPDATES_WITHIN_S, self._fetch_updates())
             await self._look_for_pay()
-            if given.phase not in ("driving", "over"):
+            if given.phase not in ("driving", "over") or self._why_unpaid() is not None:
                 return
             if given.phase == "over" and not given.pieces and not given.more:
                 await self._end("over", given.sentence)
@@ -377,6 +432,8 @@ class HostedJob:
         """Ask for what is missing, and take it in. Raises LinkError, OSError."""
         message = FolderAsk(job=self._begin.job, files=copy.there, wait_ms=wait_ms, sound_bytes=self._sound)
         given = await ask(link, message, FolderGiven, ASK_DEADLINE_S + wait_ms / 1000)
+        if given.more and not given.pieces:
+            await self._around.clock.sleep(AGAIN_S)  # nobody says so who means well
         try:
             await asyncio.to_thread(copy.take, given.pieces)
         except BadCopy as error:  # it was written anew meanwhile, or the sender is not to be believed
@@ -428,17 +485,29 @@ class HostedJob:
         if self._begin.hosts[self._rank].payee is None or now_s - self._paid_s < PAID_EVERY_S:
             return
         self._paid_s = now_s
-        driver = self._begin.hosts[self._rank].driver.hex()
         try:
-            payments = msgspec.json.decode(
-                await asyncio.to_thread((self.run_folder / PAYMENTS).read_bytes), type=Payments
-            )
-            for term in payments.terms:
-                mine = term.nodes.get(driver)
-                if mine is not None and mine.voucher is not None:
-                    await self._around.paid(mine.voucher)
+            await self._around.paid(self._begin, await asyncio.to_thread(self._newest_voucher))
+            self._unpaid = None
+        except HoldRefused as error:
+            since_s = now_s if self._unpaid is None else self._unpaid[0]
+            self._unpaid = since_s, error
         except (OSError, msgspec.DecodeError, ShoalError) as error:
             _log.warning("job %s: no pay for driving it: %s", self._begin.job.hex()[:12], error)
+
+    def _newest_voucher(self) -> SignedVoucher | None:
+        """That the copy has for this host. Raises OSError, DecodeError."""
+        driver, disk = self._begin.hosts[self._rank].driver.hex(), DirectoryDisk(self.run_folder)
+        if disk.info(PAYMENTS) is None:
+            return None
+        payments = msgspec.json.decode(disk.read(PAYMENTS, 0, FILE_MAX_BYTES), type=Payments)
+        mine = payments.terms[-1].nodes.get(driver) if payments.terms else None
+        return mine.voucher if mine is not None else None
+
+    def _why_unpaid(self) -> HoldRefused | None:
+        """Why nothing is set aside for this host any more, where that is so for long."""
+        if self._unpaid is None or self._around.clock.monotonic() - self._unpaid[0] < UNPAID_S:
+            return None
+        return self._unpaid[1]
 
     # ---- driving ----
 
@@ -481,7 +550,10 @@ class HostedJob:
             rivals.cancel()
             self._process = None
             await process.kill()
-            await asyncio.to_thread(self._keep_blobs)
+            try:
+                await asyncio.to_thread(self._keep_blobs)
+            except (ShoalError, OSError) as error:  # which undoes nothing that was driven
+                _log.warning("job %s: its updates are not all kept: %s", self._begin.job.hex()[:12], error)
         if ended is not None:
             await self._end("over", ended.sentence)
         else:
@@ -519,9 +591,14 @@ class HostedJob:
                 mine.pin(self._pin, name)
 
     async def _look_for_rivals(self, process: DriverProcess) -> None:
-        """Where another host drives in a newer term, this one has been silent for too long: its members are gone."""
+        """Where another host drives in a newer term, this one has been silent for too long: its members are gone. And
+        who is not paid any more drives no longer."""
         while True:
             await self._around.clock.sleep(RIVALS_EVERY_S)
+            await self._look_for_pay()
+            if self._why_unpaid() is not None:
+                await process.kill()
+                return
             leader = await self._leader()
             if leader is not None:
                 _log.warning("job %s: %s drives now", self._begin.job.hex()[:12], leader.name)

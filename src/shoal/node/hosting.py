@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import msgspec
 
 from shoal.errors import BadRecord, JobError
 from shoal.identity import load_or_create_key, short_id
-from shoal.node.hosted_job import Around, HostedJob, HostingRecord
+from shoal.node.hosted_job import Around, HostedJob, HostingRecord, storage_for_one
 from shoal.protocol.driving import DriveAsk, DriveBegin, DriveGiven, DriveStop, FolderAsk
 from shoal.protocol.messages import decode, encode
 from shoal.protocol.offers import Done
@@ -27,11 +26,9 @@ from shoal.world import Request
 JOBS_MAX = 4
 """Jobs that a node drives, or stands by for, at a time."""
 ENDED_MAX = 16
-"""Jobs that are over and whose folders are kept for their owners; the oldest go."""
+"""Jobs that are over and whose folders are kept for their owners; those that were got go first, then the oldest."""
 ASKED_MAX, ASKED_OF_ONE, ASKED_S = 64, 4, 600.0
 """Owners that were given a key and have not begun, those from one address, and how long that is good."""
-STORAGE_SHARE = 0.5
-"""Of the node's storage, for what one job brings along."""
 
 _log = logging.getLogger("shoal.hosting")
 
@@ -60,17 +57,9 @@ class _Asked:
 
 
 class Hosting:
-    def __init__(
-        self,
-        around: Around,
-        *,
-        folder: Path,
-        name: str,
-        payee: bytes | None,
-        paid: Callable[[DriveBegin], Awaitable[None]],
-    ) -> None:
-        """`paid` raises where nothing is set aside for this node's driving a job. Raises OSError."""
-        self._around, self._folder, self._name, self._payee, self._paid = around, folder, name, payee, paid
+    def __init__(self, around: Around, *, folder: Path, name: str, payee: bytes | None) -> None:
+        """Raises OSError."""
+        self._around, self._folder, self._name, self._payee = around, folder, name, payee
         self._jobs: dict[bytes, HostedJob] = {}
         """The oldest first."""
         self._asked: dict[bytes, _Asked] = {}
@@ -113,7 +102,7 @@ class Hosting:
         self._check_place()
         if message.micro_per_h < price:
             raise CannotHost(f"Node {self._name} asks for more than that for driving a job: see its newest offer.")
-        most = round(STORAGE_SHARE * self._around.store.capacity_bytes)
+        most = storage_for_one(self._around.store)
         if message.size_bytes > most:
             raise CannotHost(
                 f"Job {message.name!r} brings {format_bytes(message.size_bytes)} along, and node {self._name} takes "
@@ -158,20 +147,31 @@ class Hosting:
         if asked is None or late or message.job in self._jobs:
             raise CannotHost(f"Node {self._name} was not asked to drive this job, or too long ago: ask it again.")
         mine = [one for one in message.hosts if one.node == self._around.node]
-        if len(mine) != 1 or mine[0].driver != message.driver or mine[0].micro_per_h < price:
+        payee = self._payee if price else None
+        as_asked = [one.driver == message.driver and one.micro_per_h >= price and one.payee == payee for one in mine]
+        if as_asked != [True]:
             raise CannotHost(f"Node {self._name} would drive this job once, with the key that it gave, for its price.")
         self._check_place()
         if price:
-            await self._paid(message)
+            await self._around.paid(message, None)
         record = HostingRecord(owner=owner, begin=message, size=asked.size)
         job = HostedJob(self._around, self._place_of(message.driver), record)
         await asyncio.to_thread(job.write)
         del self._asked[message.driver]
         self._jobs[message.job] = job
-        ended = [name for name, one in self._jobs.items() if one.ended]
-        for name in ended[: max(0, len(ended) - ENDED_MAX)]:
-            self._jobs.pop(name).remove()
         job.start()
+        await self._forget_some()
+
+    async def _forget_some(self) -> None:
+        """Of the jobs that are over, those first of which nobody misses anything here: else whoever has jobs taken and
+        stopped, one after the other, would have a node forget what others wait for."""
+        ended = [(name, job) for name, job in self._jobs.items() if job.ended]
+        if len(ended) <= ENDED_MAX:
+            return
+        missed = await asyncio.to_thread(lambda: [job.is_missed() for _, job in ended])
+        order = sorted(range(len(ended)), key=lambda at: missed[at])
+        for at in order[: len(ended) - ENDED_MAX]:
+            self._jobs.pop(ended[at][0]).remove()
 
     async def _stop(self, request: Request) -> bytes:
         message = decode(DriveStop, request.body, request.version)

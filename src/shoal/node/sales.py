@@ -21,7 +21,7 @@ from msgspec import Meta
 
 from shoal.errors import BadRecord, JobError, LinkError, ShoalError, StorageError
 from shoal.identity import Envelope, Hash, KeyPair, NodeId, short_id
-from shoal.identity.accounts import Address, address_text, signer_of
+from shoal.identity.accounts import AccountKey, Address, address_text, signer_of
 from shoal.ledger.commands import Redeem
 from shoal.ledger.escrows import Escrow, EscrowOver, OldVoucher, State
 from shoal.ledger.escrows import Paid as PaidOut
@@ -41,6 +41,7 @@ from shoal.market.holds import (
     take,
     taken,
 )
+from shoal.protocol.driving import Allowance
 from shoal.protocol.holds import (
     Deputy,
     Hold,
@@ -56,7 +57,7 @@ from shoal.protocol.holds import (
 )
 from shoal.protocol.holds import Work as Kind
 from shoal.protocol.messages import DEFAULT_NETWORK, decode, encode, open_record, sign
-from shoal.protocol.money import Amount, BadVoucher, LedgerName, PartsPerMillion, SignedVoucher
+from shoal.protocol.money import DAY_MS, Amount, BadVoucher, LedgerName, PartsPerMillion, SignedVoucher
 from shoal.protocol.offers import Done, UnixMs
 from shoal.protocol.prices import Currency
 from shoal.quantities.money import format_money
@@ -66,6 +67,8 @@ from shoal.world import Clock, Disk, Endpoint, Ledger, Request
 from shoal.world.clock import within
 
 REDEEM_EVERY_S = 10.0
+SOON_S = 3 * REDEEM_EVERY_S
+"""Of an escrow that ends so soon a voucher is redeemed as it comes: the next round may be too late."""
 REDEEMED_AT_ONCE = 16
 """One after the other, vouchers of many escrows would outlast the notice of some."""
 ASKS_PER_S, ASKS_BURST = 10.0, 100
@@ -86,6 +89,9 @@ UNCOUNTED_MAX = 6
 without anybody's fault, and two are under way at a time."""
 DEPUTIES_MAX = 1024
 """Drivers of which it is known for whom they act; whoever has not been heard for longest goes, and says it again."""
+CLOCK_WRONG_MS = DAY_MS
+"""So long after its end by this node's clock an escrow that no ledger was asked about is forgotten: a clock may be
+wrong."""
 ENDS_EARLY_MS = 10_000
 """Before an escrow ends, the work for it does: its last vouchers have to come and be redeemed."""
 ACCOUNTS_MAX = 256
@@ -183,7 +189,7 @@ def read_kept(disk: Disk, name: str, kind: type[T], whose: str) -> T | None:
     except (msgspec.DecodeError, OSError) as error:
         raise SalesDamaged(
             f"{disk.place}/{name}, in which node {whose} keeps what it has promised and was paid with, cannot be read: "
-            f"{error}. Restore it from a copy; without one, move it away once what was promised is over: ten minutes "
+            f"{error}. Restore it from a copy, or move it away, once what was promised since is over: ten minutes "
             "after the node stopped, and with the last hour that it has sold in an auction."
         ) from error
 
@@ -417,15 +423,24 @@ class Sales:
             return f"it has earned what was set aside for it, {format_money(account.most_micro)}"
         return None
 
-    async def paid_for_driving(self, escrow_id: bytes, client: bytes) -> None:
-        """Money is set aside for driving a job: its vouchers are taken from whoever acts for `client`. Raises
-        HoldRefused, and what the ledger does."""
-        escrow = await self._ledger.escrow(escrow_id)
+    async def paid_for_driving(self, allowance: Allowance, newest: SignedVoucher | None = None) -> None:
+        """Money is set aside for driving a job, or standing by: takes the newest voucher for that, where there is one,
+        and says whether there is more to come. Raises HoldRefused where there is not, BadVoucher, and what the ledger
+        does."""
+        client, signer = KeyPair.from_seed(allowance.client).node_id, AccountKey(allowance.signer).address
+        async with self._accounting:
+            known = self._accounts.get(allowance.escrow)
+            if known is not None and newest is not None:
+                await self._keep_voucher(known, newest)
+        escrow = await self._ledger.escrow(allowance.escrow)
         if escrow is None:
             raise HoldRefused("The ledger has no such escrow.")
         async with self._accounting:
-            check_escrow(escrow, self.terms.payee, self.terms, self.now_ms())
-            if escrow_id not in self._accounts:
+            known = self._accounts.get(allowance.escrow)
+            check_escrow(escrow, known.payee if known else self.terms.payee, self.terms, self.now_ms())
+            if escrow.terms.signer != signer:
+                raise HoldRefused(f"Node {self._name} was given a key that signs nothing out of {escrow.name}.")
+            if known is None:  # also where it was forgotten: others may have come in between
                 await self._store_accounts(self._with(escrow, client, self.terms.payee, 0))
 
     def account(self, escrow: bytes) -> Account | None:
@@ -601,17 +616,11 @@ class Sales:
                 )
             self._pays.spend(client, "A voucher")
             account = await self._keep_voucher(account, message.signed)
-        if message.last and account.waits and account.escrow not in self._redeeming:
+        soon = message.last or account.ends_ms - self.now_ms() < 1000 * SOON_S
+        if soon and account.waits and account.escrow not in self._redeeming:
             self._redeeming[account.escrow] = asyncio.create_task(self._redeem_beside(account.escrow))
         newer = account.newest if account.voucher_micro > voucher.amount_micro else None
         return encode(Paid(amount_micro=account.paid_micro, newest=newer), request.version)
-
-    async def paid_by_copy(self, signed: SignedVoucher) -> None:
-        """A voucher that stands in the folder of a job that this node drives, or stands by for. Raises BadVoucher."""
-        async with self._accounting:
-            account = self._accounts.get(signed.voucher.escrow)
-            if account is not None:
-                await self._keep_voucher(account, signed)
 
     async def _keep_voucher(self, account: Account, signed: SignedVoucher) -> Account:
         """On the disk, where it says more than the one before. Raises BadVoucher."""
@@ -717,7 +726,7 @@ class Sales:
                 now = msgspec.structs.replace(now, refused=refused is not None or (now.refused and now.waits))
                 if now != account:
                     await self._store_account(now)
-            elif found is not None or now.ends_ms <= self.now_ms():
+            elif found is not None or now.ends_ms + CLOCK_WRONG_MS <= self.now_ms():
                 if now.waits:
                     escrow = now.escrow.hex()[:12]
                     _log.error("%s: escrow %s ended before its last voucher was redeemed", self._name, escrow)

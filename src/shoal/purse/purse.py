@@ -462,7 +462,8 @@ class Purse:
         assert known is not None and known.voucher is not None
         signer = signer_of(voucher.digest(term.ledger), newer.signature)
         mine = voucher.escrow == term.escrow and voucher.payee == known.payee and signer == self.funds.signer.address
-        more = voucher.amount_micro - known.voucher.voucher.amount_micro
+        told = sum(one.paid_micro for one in term.nodes.values() if one.payee == known.payee)
+        more = voucher.amount_micro - told  # a node may show what another one with its account was paid with
         if mine and more > 0:
             self._put(node, msgspec.structs.replace(known, paid_micro=known.paid_micro + more, voucher=newer))
 

@@ -12,26 +12,30 @@ from typing import TypeVar
 import msgspec
 
 from shoal.driver.chain import read_record
-from shoal.driver.folder import RunFolder, saying_room
+from shoal.driver.folder import FolderDamaged, RunFolder, saying_room
 from shoal.driver.lines import AuditLine, Event, Line, RoundMetrics
 from shoal.driver.mirror import BadCopy, Copy
 from shoal.driver.report import Figures, NodeStatus, Report
 from shoal.driver.training import PIN, Progress
+from shoal.driver.write_report import write_missing_page
 from shoal.errors import BadInput, JobError, ShoalError
 from shoal.hub import HubClient
 from shoal.identity import load_key
+from shoal.node.hosting import NotHosted
 from shoal.protocol.blobs import BlobHolder
-from shoal.protocol.driving import DriveStop, FolderAsk, FolderGiven, Host
+from shoal.protocol.driving import DriveStop, FolderAsk, FolderGiven, Host, Piece
 from shoal.protocol.hubs import HubTicket
 from shoal.protocol.offers import Done
 from shoal.protocol.training import TrainJob
+from shoal.purse.bills import FILE as PAYMENTS
+from shoal.purse.bills import Payments
 from shoal.sdk.detached import ask, link_to_host
 from shoal.sdk.handed import FILE as HANDED
 from shoal.sdk.handed import Handed, handed
 from shoal.sdk.train import DRIVER_KEY, STORE_BYTES
 from shoal.storage import BlobStore, Fetcher
 from shoal.transport import TlsEndpoint
-from shoal.world import Clock, Dice, SystemClock, SystemDice
+from shoal.world import Clock, Dice, Refused, SystemClock, SystemDice
 
 L = TypeVar("L", bound=Line)
 WAIT_MS = 2_000
@@ -46,6 +50,12 @@ class NotHandedOver(BadInput):
     """A run is driven where it was begun, not by nodes."""
 
     code = "SH-154"
+
+
+class OtherMoney(JobError):
+    """A host says that other escrows pay for a job than its owner has opened."""
+
+    code = "SH-638"
 
 
 class HostsSilent(JobError):
@@ -134,7 +144,7 @@ class _Looking:
         path = self._folder.path
         if self._known.ended is None:
             with saying_room(path):
-                copy = await asyncio.to_thread(Copy, path, SIZE_MAX)
+                copy = await asyncio.to_thread(Copy, path, SIZE_MAX, begun=True)
                 said = await self._copy(copy, once)
                 if said is None:
                     return None
@@ -142,49 +152,71 @@ class _Looking:
             self._known = msgspec.structs.replace(self._known, ended=said)
             self._folder.write(HANDED, msgspec.json.encode(self._known))
             self._options.say(said)
-        return self._folder.read("report.json", Report)
+        report = self._folder.read("report.json", Report)
+        if report is not None:
+            write_missing_page(self._folder, report)
+        return report
 
     async def _copy(self, copy: Copy, once: bool) -> str | None:
         """Until the job is over and nothing is missing; gives how it ended. `once`: until nothing is missing."""
         bad = 0
         while True:
-            host, standing = await self._who()
-            if host is None:
-                raise HostsSilent(f"All hosts have given the job up: {standing.sentence}")
+            host, lost = await self._who()
             while True:
                 try:
                     message = FolderAsk(job=self._known.job, files=copy.there, wait_ms=0 if once else WAIT_MS)
-                    given = await ask(await link_to_host(host, self), message, FolderGiven)
-                    await asyncio.to_thread(copy.take, given.pieces)
+                    given = await self._given(host, message)
+                    await asyncio.to_thread(self._take, copy, given.pieces)
                 except BadCopy as error:
                     bad += 1
                     if bad > BAD_COPIES_MAX:
                         raise HostsSilent(f"{host.name} sends what does not fit together: {error.sentence}") from error
                     await self.clock.sleep(AGAIN_S)
                     continue
+                except OtherMoney:
+                    raise
                 except ShoalError:
                     break  # somebody else may drive by now
                 self._tell(given)
-                if given.phase == "over" and not given.pieces and not given.more:
-                    return given.sentence
-                if once and given.phase != "over" and not given.more:
+                over = given.phase == "over" or (lost and given.phase == "given up")
+                if over and not given.pieces and not given.more:
+                    return f"All hosts have given the job up: {given.sentence}" if lost else given.sentence
+                if once and not over and not given.more:
                     return None
-                if given.phase not in ("driving", "over"):
+                if not over and given.phase != "driving":
                     await self.clock.sleep(AGAIN_S)
                     break
 
-    async def _who(self) -> tuple[Host | None, FolderGiven]:
-        """The host that drives in the newest term, or that is nearest to it; None where all have given up. Raises
+    def _take(self, copy: Copy, pieces: Sequence[Piece]) -> None:
+        """What was set aside, by whom and where, is the owner's to say: who asks back what is left signs for what
+        stands there. Raises BadCopy, OtherMoney, OSError."""
+        before = self._folder.read(PAYMENTS, Payments) if any(one.name == PAYMENTS for one in pieces) else None
+        copy.take(pieces)
+        if before is None:
+            return
+        try:
+            now = self._folder.read(PAYMENTS, Payments)
+        except FolderDamaged:
+            now = None
+        if _opened(now) != _opened(before):
+            self._folder.write(PAYMENTS, msgspec.json.encode(before))
+            raise OtherMoney(
+                f"A host of {self._folder.path} says that other money was set aside for it than was; what it sent is "
+                "not kept. Stop the job with `shoal jobs cancel`."
+            )
+
+    async def _who(self) -> tuple[Host, bool]:
+        """The host that drives in the newest term, or that is nearest to it; and whether all have given up. Raises
         HostsSilent."""
         until_s = self.clock.monotonic() + self._options.silent_s
         while True:
             answers = await asyncio.gather(*(self._standing(one) for one in self._known.hosts))
             there = [(one, given) for one, given in zip(self._known.hosts, answers, strict=True) if given is not None]
             able = [(one, given) for one, given in there if given.phase != "given up"]
-            if able:
-                return max(able, key=lambda one: (one[1].phase in ("driving", "over"), one[1].term))
-            if len(there) == len(self._known.hosts):
-                return None, there[0][1]
+            lost = not able and len(there) == len(self._known.hosts)
+            if able or lost:
+                best, _ = max(able or there, key=lambda one: (one[1].phase in ("driving", "over"), one[1].term))
+                return best, lost
             if self.clock.monotonic() > until_s:
                 names = ", ".join(one.name for one in self._known.hosts)
                 raise HostsSilent(
@@ -195,10 +227,18 @@ class _Looking:
 
     async def _standing(self, host: Host) -> FolderGiven | None:
         with suppress(ShoalError):
-            return await ask(
-                await link_to_host(host, self), FolderAsk(job=self._known.job, standing_only=True), FolderGiven
-            )
+            return await self._given(host, FolderAsk(job=self._known.job, standing_only=True))
         return None
+
+    async def _given(self, host: Host, message: FolderAsk) -> FolderGiven:
+        """A host that does not have the job, as its owner was killed before that, drives it no more than one that has
+        given it up. Raises ShoalError."""
+        try:
+            return await ask(await link_to_host(host, self), message, FolderGiven)
+        except Refused as refused:
+            if refused.remote_code != NotHosted.code:
+                raise
+            return FolderGiven(phase="given up", sentence=f"{host.name} does not have it.")
 
     async def stop(self) -> None:
         """All hosts, first the one that drives. Raises HostsSilent."""
@@ -206,7 +246,7 @@ class _Looking:
             return
         first, _ = await self._who()
         others = (one for one in self._known.hosts if one != first)
-        for host in (*([first] if first else []), *others):
+        for host in (first, *others):
             with suppress(ShoalError):
                 await ask(await link_to_host(host, self), DriveStop(job=self._known.job), Done)
 
@@ -254,6 +294,11 @@ class _Looking:
             )
         finally:
             store.close()
+
+
+def _opened(payments: Payments | None) -> list[tuple[bytes, bytes]]:
+    """The escrows, each with its payer's signature."""
+    return [(one.escrow, one.signature) for one in payments.terms] if payments is not None else []
 
 
 def _progress(job: TrainJob, newest: RoundMetrics, figures: Figures | None) -> Progress:

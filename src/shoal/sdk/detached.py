@@ -16,7 +16,7 @@ from typing import Protocol, TypeVar
 
 import msgspec
 
-from shoal.driver.folder import RunFolder, saying_room
+from shoal.driver.folder import saying_room
 from shoal.driver.gang import LinkedNode, link_to
 from shoal.driver.mirror import missing, size_of
 from shoal.errors import JobError, ShoalError
@@ -44,7 +44,7 @@ from shoal.sdk.handed import Handed
 from shoal.sdk.jobfile import JobFile
 from shoal.sdk.notes import TOKENIZER
 from shoal.sdk.spending import Spending
-from shoal.sdk.train import DRIVER_KEY, GRANT_MS, Session, TrainOptions, refuse_script
+from shoal.sdk.train import DRIVER_KEY, GRANT_MS, Session, TrainOptions, new_folder, refuse_script
 from shoal.world import Clock, Endpoint, Link, Request, asking
 from shoal.world.directory import Directory, FoundOffer
 from shoal.world.reach import reach_again
@@ -94,7 +94,7 @@ async def detach(
     """Prepare a job, and have nodes drive it: returns when one of them does, and the others have all that they need to
     take over. Raises ShoalError where it cannot begin; nothing is set aside then, and nobody drives."""
     refuse_script(job_file)
-    with RunFolder.create(options.folder, replace=options.replace) as folder, saying_room(folder.path):
+    with new_folder(options) as folder, saying_room(folder.path):
         async with Session(folder, options, load_or_create_key(folder.path / DRIVER_KEY), job_file) as session:
             if session.treasurer is not None:
                 await session.treasurer.check()
@@ -147,6 +147,9 @@ async def _find_hosts(session: Session, name: str, size: int) -> tuple[Host, ...
             given = await ask(one.link, DriveAsk(name=name, size_bytes=size, micro_per_h=price), DriveGiven)
         except ShoalError as error:
             troubles.append(f"{one.name}: {error.sentence}")
+            continue
+        if given.driver in (session.key.node_id, session.options.key.node_id, *(host.driver for host in hosts)):
+            troubles.append(f"{one.name}: the key with which it would drive is another's.")
             continue
         hosts.append(
             Host(

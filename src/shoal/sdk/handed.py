@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 
+from shoal.driver.folder import FolderDamaged
 from shoal.protocol.driving import Host
 
 FILE = "detached.json"
@@ -24,10 +24,16 @@ class Handed(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def handed(folder: Path) -> Handed | None:
-    """How the run in a folder was handed over; None for one that was not."""
-    with suppress(OSError, msgspec.DecodeError):
+    """How the run in a folder was handed over; None for one that was not. Raises FolderDamaged."""
+    try:
         return msgspec.json.decode((folder / FILE).read_bytes(), type=Handed)
-    return None
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise FolderDamaged(
+            f"{folder / FILE}, which says that nodes drive the job and which, cannot be read: {error}. Restore it from "
+            "a copy: who goes on without it drives beside them."
+        ) from error
 
 
 def is_driven_by_nodes(folder: Path) -> bool:

@@ -38,7 +38,7 @@ from shoal.protocol.ledgers import LedgerTicket
 from shoal.purse.bills import FILE, Payments
 from shoal.sdk.jobfile import JobFile, parse_job, read_job_bytes
 from shoal.sdk.spending import Lent
-from shoal.sdk.train import DRIVER_KEY, Hosted, TrainOptions, refuse_script, resume
+from shoal.sdk.train import DRIVER_KEY, Hosted, NothingToResume, TrainOptions, refuse_script, resume
 from shoal.world.processes import die_with_parent
 
 MIRRORED_S = 5.0
@@ -150,6 +150,8 @@ async def _main(folder: Path) -> int:
     async def work() -> None:
         try:
             say(Ended(await drive(folder, load_key(folder.parent / DRIVER_KEY), node)))
+        except NothingToResume as error:  # whoever drove before was killed between the report and its last word
+            say(Ended(error.sentence))
         except ShoalError as error:
             say(Failed(error.code, error.sentence))
 

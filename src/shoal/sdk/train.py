@@ -18,7 +18,7 @@ from pathlib import Path
 import msgspec
 
 from shoal.driver.audit import FINISH_S, Auditor
-from shoal.driver.folder import RunFolder, saying_room
+from shoal.driver.folder import FolderTaken, RunFolder, saying_room
 from shoal.driver.gang import LinkedNode, fastest_float32, link_to, link_to_former
 from shoal.driver.lines import AuditLine, AuditVerdict, Event
 from shoal.driver.replay import CHAIN_ELSEWHERE_MAX
@@ -174,7 +174,7 @@ class Plan:
 
 async def train(job_file: JobFile, yaml: bytes, options: TrainOptions, folder: RunFolder | None = None) -> Report:
     """Run a job in a new folder, or in one that was just created. Raises ShoalError when it cannot start."""
-    with folder or RunFolder.create(options.folder, replace=options.replace) as folder, saying_room(folder.path):
+    with folder or new_folder(options) as folder, saying_room(folder.path):
         if options.bought is not None:
             write_secret(folder.path / DRIVER_KEY, options.bought.key.to_pem())
         async with Session(folder, options, load_or_create_key(folder.path / DRIVER_KEY), job_file) as session:
@@ -189,6 +189,17 @@ async def train(job_file: JobFile, yaml: bytes, options: TrainOptions, folder: R
             await session.choosing.set_aside(gang)
             standing = standing_at_start(session.job, job.record_id)
             return await session.drive(records, standing, prepared.state, gang, {})
+
+
+def new_folder(options: TrainOptions) -> RunFolder:
+    """For a job that begins. Raises FolderTaken, also where nodes drive the run that would be thrown away: nobody could
+    stop them any more, nor get what they do. Raises what `RunFolder.create` does."""
+    if (options.folder / "job.record").exists() and is_driven_by_nodes(options.folder):
+        raise FolderTaken(
+            f"Nodes drive the job in {options.folder}: look at it with `shoal attach`, stop it with `shoal jobs "
+            "cancel`, or choose another name."
+        )
+    return RunFolder.create(options.folder, replace=options.replace)
 
 
 async def plan(job_file: JobFile, options: TrainOptions, scratch: Path, deadline_s: float | None = None) -> Plan:
@@ -270,9 +281,9 @@ async def resume(job_file: JobFile, options: TrainOptions) -> Report:
             # Killed after its last Commit, it may still have to measure the model and write the report.
             if taken.standing.tokens_total < session.job.token_budget:
                 gang = await choosing.gang(without=taken.retired.keys(), former=taken.records.former)
-                if taken.records.former:
+                if any(one.node in taken.records.former for one in gang):
                     gang = await choosing.resumed(gang)
-                else:  # its owner has handed it over before it began
+                else:  # as at the beginning: nobody is left of those beside whom others would be dear
                     steps = RoundLength(session.job.rounds.inner_steps, session.notes.round_reason)
                     gang, _ = await choosing.secure(Size.of_job(session.job), gang, steps)
                 await choosing.set_aside(gang)
