@@ -457,8 +457,8 @@ class NodesServer(ServedModel):
 
         ledger = RemoteLedger(endpoint, spending.ledger, self.clock)
         paying = Paying(
-            spending.funds(ledger, DAY_MS), DirectoryDisk(self.options.data), key=key, link=link, clock=self.clock,
-            dice=self.dice, say=self.options.say, job=job,
+            spending.funds(ledger, DAY_MS), DirectoryDisk(self.options.data), key=key, endpoint=endpoint, link=link,
+            clock=self.clock, dice=self.dice, say=self.options.say, job=job,
         )  # fmt: skip
         await paying.begin()
         self._stack.push_async_callback(paying.close)
