@@ -1,5 +1,5 @@
-"""Pays the nodes that hold layers for money: places at those that a plan chose, and a voucher every few seconds for
-what each has served.
+"""Pays nodes that serve for money: places at those that a plan chose for layers, or at one with an engine, and a
+voucher every few seconds for what each has served.
 
 What a node has earned follows from what came back through its stages and from its signed receipts (`receipts`), by the
 rule of `market.earnings`. When the money comes to its end new requests are refused, those under way go on for as long
@@ -36,6 +36,8 @@ under way."""
 LEAVE_EARLY_S, LEAVE_EARLY_SHARE = 5.0, 0.25
 """So long before its owner has a node back, or this share of the notice if that is less, it is let go: its receipts and
 its last voucher come before."""
+BUY_WAIT_S = 10.0
+"""So long nodes that are just being met are waited for at most before what is cheapest is chosen."""
 TAKEN_BACK = "its owner took it back"
 
 
@@ -77,7 +79,9 @@ class Paying:
             work="serve",
         )
         self.taken: set[bytes] = set()
-        """Nodes that keep a place, with money for it."""
+        """Nodes that keep a place for layers, with money for it."""
+        self.engines: set[bytes] = set()
+        """The same for engines beside them."""
         self.former: set[bytes] = set()
         """Nodes that a gateway that was killed has left with a place for it."""
         self.leaves_s: dict[bytes, float] = {}
@@ -122,15 +126,22 @@ class Paying:
         await self.purse.join_all(wanted)
         self.taken |= {node for node, _ in wanted}
 
+    async def take_engine(self, node: bytes, offer: Offer) -> None:
+        """A place at a node for the engine beside it. Raises ShoalError."""
+        await self.purse.join(node, offer)
+        self.engines.add(node)
+
     def let_go(self, node: bytes, reason: str) -> None:
         """What it has earned stays, and what it has earned in a ring that is not closed yet is paid, too."""
         self.taken.discard(node)
+        self.engines.discard(node)
         self.leaves_s.pop(node, None)
         self.purse.left(node, reason)
 
     async def part_from(self, node: bytes, reason: str) -> None:
         """Let it go with a voucher for all that it has earned: it may be gone when its place is given back."""
         self.taken.discard(node)
+        self.engines.discard(node)
         await self.pay()
         self.let_go(node, reason)
 
@@ -152,9 +163,9 @@ class Paying:
     # ---- what is served ----
 
     def ready(self, node: bytes) -> None:
-        """A stage of it has loaded its layers."""
+        """A stage of it has loaded its layers, or its engine is there."""
         known = self.purse.paid(node)
-        if node in self.taken and known is not None and not self.purse.works(node):
+        if node in self.taken | self.engines and known is not None and not self.purse.works(node):
             self.purse.begin(node)
             self._serving[node] = Serving().ready(known.paid_micro)
 
@@ -233,6 +244,7 @@ class Paying:
         """Nodes get their last vouchers, and the rest goes back."""
         await self.pay()
         self.taken.clear()
+        self.engines.clear()
         with contextlib.suppress(StorageError):  # it was said; the next start asks for the rest
             await self.purse.close()
 
