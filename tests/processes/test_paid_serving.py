@@ -232,3 +232,72 @@ def test_money_that_is_used_up_ends_what_costs_something(checkpoint: Path, tmp_p
         assert lines == {"amber": budget}
 
     in_town(tmp_path, story)
+
+
+@pytest.mark.timeout(400)
+def test_a_node_that_is_taken_back_is_replaced_while_it_serves_on(checkpoint: Path, tmp_path: Path) -> None:
+    long = expected(checkpoint, PROMPT * 3, 400)
+
+    async def story(town: Town) -> None:
+        said: list[str] = []
+        data = tmp_path / "gateway"
+        await asyncio.gather(town.node("amber", CHEAP, "--notice", "60 s"), town.node("birch", DEAR))
+        async with a_gateway(town.shoal, checkpoint, said, data=data, spending=town.spending(5_000_000)) as (
+            server,
+            web,
+        ):
+            service = server.service
+            assert service is not None and service.paying is not None
+            await until(lambda: [ring.name for ring in service.rings] == ["amber"])
+            amber = town.shoal.nodes["amber"].process
+            got, _ = await a_long_stream(web, amber.terminate)
+            assert got == long
+            while [ring.name for ring in service.rings] != ["birch"]:
+                assert (await a_long_stream(web, lambda: None))[0] == long
+            assert (service.counts.resumed, service.counts.failed, service.counts.refused) == (0, 0, 0)
+            assert await amber.wait() == 0
+            paid = next(one for one in written(data).terms[0].nodes.values() if one.name == "amber").paid_micro
+            assert 0 < paid == (await town.redeemed())["amber"], "before it was gone"
+        (notice,) = (one for one in said if "takes it back" in one)
+        assert notice.startswith("amber: its owner takes it back in 60 s. It serves until then where it has to")
+        assert not any("is lost" in one for one in said), said
+        await check_settled(town, service.paying.bill)
+        reasons = {line.name: line.reason for line in service.paying.bill.nodes}  # type: ignore[union-attr]
+        assert reasons == {"amber": "its owner took it back", "birch": "worked"}
+
+    in_town(tmp_path, story)
+
+
+@pytest.mark.timeout(400)
+def test_a_node_that_is_taken_back_serves_until_then_where_there_is_no_other(checkpoint: Path, tmp_path: Path) -> None:
+    async def story(town: Town) -> None:
+        said: list[str] = []
+        data = tmp_path / "gateway"
+        await town.node("amber", CHEAP, "--notice", "8 s")
+        async with a_gateway(town.shoal, checkpoint, said, data=data, spending=town.spending(5_000_000)) as (
+            server,
+            web,
+        ):
+            service = server.service
+            assert service is not None and service.paying is not None and server.placer is not None
+            await until(lambda: service.rings)
+            amber = town.shoal.nodes["amber"]
+            amber.process.terminate()
+            await until(lambda: any("takes it back" in one for one in said))
+            began = SystemClock().monotonic()
+            while service.rings:
+                assert (await web.post("/v1/completions", json=BODY)).status_code in (200, 503)
+            assert SystemClock().monotonic() - began > 5, "the notice less a quarter of it"
+            assert service.counts.receipts > 1 and "amber is let go: the notice of its owner is over." in said
+            assert await amber.process.wait() == 0
+            paid = next(iter(written(data).terms[0].nodes.values())).paid_micro
+            assert 0 < paid == (await town.redeemed())["amber"]
+            assert server.placer.scout._presence_of(bytes.fromhex(amber.ready["node"])).losses == 0
+            await town.node("birch", DEAR)
+            await until(lambda: [ring.name for ring in service.rings] == ["birch"])
+            assert (await web.post("/v1/completions", json=BODY)).status_code == 200
+        await check_settled(town, service.paying.bill)
+        reasons = {line.name: line.reason for line in service.paying.bill.nodes}  # type: ignore[union-attr]
+        assert reasons == {"amber": "its owner took it back", "birch": "worked"}
+
+    in_town(tmp_path, story)

@@ -39,6 +39,7 @@ class Gateway:
             Funds.own(street.ledger, PAYER, budget, audit_ms=1000),
             self.disk,
             key=a_key(60),
+            endpoint=self.endpoint,
             link=street.linker(self.endpoint),
             clock=street.clock,
             dice=SeededDice(60),

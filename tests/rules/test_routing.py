@@ -7,7 +7,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.gateway.routing import LIKELY_TOKENS, POSITION_SHARE, Candidate, choose
+from shoal.gateway.routing import LIKELY_TOKENS, POSITION_SHARE, Candidate, cheapest, choose
 
 NEAR = Candidate("near", token_ms=10.0, start_ms=1.0)
 FAR = Candidate("far", token_ms=10.0, start_ms=160.0)
@@ -35,6 +35,15 @@ def test_a_queue_a_link_and_a_prefix_each_decide() -> None:
     assert best(NEAR, replace(FAR, held=800), prompt=8000, tokens=10) == "far"
     assert best(NEAR, replace(FAR, held=64), prompt=8000, tokens=10) == "near"
     assert best(replace(NEAR, name="b"), replace(NEAR, name="a")) == "a", "the same for every gateway"
+
+
+def test_what_is_cheapest_is_taken_unless_it_is_slow_beside_others() -> None:
+    cheap, quick = (36, 39.0), (72, 10.0)
+    assert cheapest([quick, cheap]) == 1
+    assert cheapest([quick, (36, 41.0)]) == 0, "more than four times as slow"
+    assert cheapest([(72, 0.5), (36, 3.0)]) == 1, "what no measurement tells apart"
+    assert cheapest([(36, 9.0), (36, 8.0), (36, 8.0)]) == 1, "of one price the quicker"
+    assert cheapest([(36, 1e6)]) == 0
 
 
 @given(

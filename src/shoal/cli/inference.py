@@ -102,7 +102,7 @@ def serve(
         str | None,
         typer.Option(
             metavar="MONEY",
-            help="What nodes that hold it may cost from this start to the next, at most, such as 2.50, in the ledger's "
+            help="What nodes that serve it may cost from this start to the next, at most, such as 2.50, in the ledger's "
             "currency. Without one it takes only nodes that serve for nothing.",
             show_default="none",
         ),
@@ -130,7 +130,8 @@ def serve(
     servers are not exact: a stream that one of them broke goes on from what was said, and its answer tells so.
 
     With `--budget` it takes nodes that cost something where those that cost nothing are not enough: those of the
-    cheapest plan. They are paid for what they serve; when it ends the bill is shown, and the rest comes back.
+    cheapest plan, or one with a server of its own that costs less. They are paid for what they serve; when it ends the
+    bill is shown, and the rest comes back.
 
     Families that are served: llama, mistral, qwen2, qwen3, gemma, gemma2, phi3, gpt2, gpt_neox. Tokens are those of
     plain transformers, and do not depend on what else is served at the time.
@@ -143,8 +144,8 @@ def serve(
         raise BadFlag(f"--sessions {sessions} cannot be used: from 1 to {SESSIONS_MAX}.")
     if engines_only and here:
         raise BadFlag("--engines-only and --here contradict each other: such servers are found at hubs.")
-    if budget is not None and (engines_only or here):
-        raise BadFlag("--budget pays nodes that hold layers; leave it out with --here and --engines-only.")
+    if budget is not None and here:
+        raise BadFlag("--budget pays nodes; leave it out with --here.")
     spending = places.spending(parse_money(budget) if budget is not None else None, ledger)
     tickets = () if here else tuple(places.find_hubs(hub)) if engines_only else _hubs(hub)
     if spending is not None and not tickets:

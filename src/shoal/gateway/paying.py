@@ -1,5 +1,5 @@
-"""Pays the nodes that hold layers for money: places at those that a plan chose, and a voucher every few seconds for
-what each has served.
+"""Pays nodes that serve for money: places at those that a plan chose for layers, or at one with an engine, and a
+voucher every few seconds for what each has served.
 
 What a node has earned follows from what came back through its stages and from its signed receipts (`receipts`), by the
 rule of `market.earnings`. When the money comes to its end new requests are refused, those under way go on for as long
@@ -17,13 +17,15 @@ import msgspec
 from shoal.errors import ShoalError, StorageError
 from shoal.identity import KeyPair
 from shoal.market.earnings import Serving, lasts_s
-from shoal.protocol.offers import Offer
+from shoal.protocol.holds import HoldReclaim
+from shoal.protocol.messages import decode, encode
+from shoal.protocol.offers import Done, Offer
 from shoal.purse.bills import FILE, Bill, Payments, bill
 from shoal.purse.purse import Funds, Purse
 from shoal.quantities import format_duration_s
 from shoal.quantities.money import format_money, owed
 from shoal.storage.whole import write_whole
-from shoal.world import Clock, Dice, Disk, Link
+from shoal.world import Clock, Dice, Disk, Endpoint, Link, Request
 
 PAY_EVERY_S = 2.0
 WARNED_AT = 0.8
@@ -31,6 +33,12 @@ WARNED_AT = 0.8
 LAST_MS, LAST_SHARE = 30_000, 0.1
 """What the nodes at work cost in so long, or this share of the budget if that is less, is kept for requests that are
 under way."""
+LEAVE_EARLY_S, LEAVE_EARLY_SHARE = 5.0, 0.25
+"""So long before its owner has a node back, or this share of the notice if that is less, it is let go: its receipts and
+its last voucher come before."""
+BUY_WAIT_S = 10.0
+"""So long nodes that are just being met are waited for at most before what is cheapest is chosen."""
+TAKEN_BACK = "its owner took it back"
 
 
 class PaymentsDamaged(StorageError):
@@ -48,13 +56,15 @@ class Paying:
         disk: Disk,
         *,
         key: KeyPair,
+        endpoint: Endpoint,
         link: Callable[[bytes, Offer], Awaitable[Link]],
         clock: Clock,
         dice: Dice,
         say: Callable[[str], None],
         job: bytes,
     ) -> None:
-        """`disk` is the gateway's folder; `job` what vouchers name until there is a receipt. Raises PaymentsDamaged."""
+        """`disk` is the gateway's folder; `job` what vouchers name until there is a receipt; at `endpoint` nodes say
+        that their owners take them back. Raises PaymentsDamaged."""
         self._clock, self._say, self._job = clock, say, job
         self.purse = Purse(
             funds,
@@ -69,9 +79,13 @@ class Paying:
             work="serve",
         )
         self.taken: set[bytes] = set()
-        """Nodes that keep a place, with money for it."""
+        """Nodes that keep a place for layers, with money for it."""
+        self.engines: set[bytes] = set()
+        """The same for engines beside them."""
         self.former: set[bytes] = set()
         """Nodes that a gateway that was killed has left with a place for it."""
+        self.leaves_s: dict[bytes, float] = {}
+        """Of these, those whose owners take them back: when they are let go, by the clock that only grows."""
         self.closing = ""
         """Why nodes take no more requests for money, once they do not."""
         self._serving: dict[bytes, Serving] = {}
@@ -82,6 +96,8 @@ class Paying:
         """Node -> what was earned, and by which record, that could not be written down."""
         self._warned = False
         self._trouble = ""
+        self._changed: Callable[[], None] = lambda: None
+        endpoint.handle(HoldReclaim.KIND, self._reclaimed)
 
     # ---- before ----
 
@@ -110,17 +126,46 @@ class Paying:
         await self.purse.join_all(wanted)
         self.taken |= {node for node, _ in wanted}
 
+    async def take_engine(self, node: bytes, offer: Offer) -> None:
+        """A place at a node for the engine beside it. Raises ShoalError."""
+        await self.purse.join(node, offer)
+        self.engines.add(node)
+
     def let_go(self, node: bytes, reason: str) -> None:
         """What it has earned stays, and what it has earned in a ring that is not closed yet is paid, too."""
         self.taken.discard(node)
+        self.engines.discard(node)
+        self.leaves_s.pop(node, None)
         self.purse.left(node, reason)
+
+    async def part_from(self, node: bytes, reason: str) -> None:
+        """Let it go with a voucher for all that it has earned: it may be gone when its place is given back."""
+        self.taken.discard(node)
+        self.engines.discard(node)
+        await self.pay()
+        self.let_go(node, reason)
+
+    async def _reclaimed(self, request: Request) -> bytes:
+        """A node's owner wants it back."""
+        word = decode(HoldReclaim, request.body, request.version)
+        notice_s = self.purse.reclaimed(request.peer, word)
+        known = self.purse.paid(request.peer)
+        if request.peer not in self.leaves_s and known is not None:
+            early_s = min(LEAVE_EARLY_S, LEAVE_EARLY_SHARE * notice_s)
+            self.leaves_s[request.peer] = self._clock.monotonic() + notice_s - early_s
+            self._say(
+                f"{known.name}: its owner takes it back in {notice_s:.0f} s. It serves until then where it has to, and "
+                "other nodes are looked for."
+            )
+            self._changed()
+        return encode(Done(), request.version)
 
     # ---- what is served ----
 
     def ready(self, node: bytes) -> None:
-        """A stage of it has loaded its layers."""
+        """A stage of it has loaded its layers, or its engine is there."""
         known = self.purse.paid(node)
-        if node in self.taken and known is not None and not self.purse.works(node):
+        if node in self.taken | self.engines and known is not None and not self.purse.works(node):
             self.purse.begin(node)
             self._serving[node] = Serving().ready(known.paid_micro)
 
@@ -135,6 +180,7 @@ class Paying:
     async def run(self, changed: Callable[[], None]) -> None:
         """Pay, now and then, until this is cancelled; `changed` is told when there is less to be had for money than
         before."""
+        self._changed = changed
         while True:
             await self._clock.sleep(PAY_EVERY_S)
             await self.pay()
@@ -198,6 +244,7 @@ class Paying:
         """Nodes get their last vouchers, and the rest goes back."""
         await self.pay()
         self.taken.clear()
+        self.engines.clear()
         with contextlib.suppress(StorageError):  # it was said; the next start asks for the rest
             await self.purse.close()
 

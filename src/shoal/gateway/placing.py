@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from shoal.errors import LinkError, ShoalError
-from shoal.gateway.paying import Paying
+from shoal.gateway.engines import EngineFinder
+from shoal.gateway.paying import BUY_WAIT_S, TAKEN_BACK, Paying
 from shoal.gateway.receipts import Metering
 from shoal.gateway.remote import FULL, Latency, Loss, NodeRing, Rings
 from shoal.gateway.rings import Replica as ServingReplica
@@ -31,8 +33,6 @@ INVITE_DEADLINE_S = 20.0
 LOAD_PATIENCE_S = 600.0
 """For a stage to load its layers, and for every so many seconds in which it does not, it fetches at least what comes at
 `BYTES_PER_S_LEAST`."""
-BUY_WAIT_S = 10.0
-"""So long nodes that are just being met are waited for at most before the cheapest plan is chosen."""
 RETIRE_S = 300.0
 """How long a ring that is not wanted any more waits for the last of its streams to move."""
 RETIRE_LOOK_S = 0.05
@@ -69,6 +69,8 @@ class Placer:
     metering: Metering = field(default_factory=Metering)
     paying: Paying | None = None
     """None: only nodes that serve for nothing take part."""
+    engines: EngineFinder | None = None
+    """Engines that can serve the model in place of layers."""
     _buying: asyncio.Task[None] | None = None
     """Places at nodes that cost something are asked for."""
     _wanted_s: float | None = None
@@ -95,13 +97,14 @@ class Placer:
                 self._wake.clear()
                 self.arrange()
                 with contextlib.suppress(TimeoutError):
-                    await within(self.clock, ARRANGE_EVERY_S, self._wake.wait())
+                    await within(self.clock, min(ARRANGE_EVERY_S, self._next_leaves_s()), self._wake.wait())
         finally:
             scouting.cancel()
             await asyncio.gather(scouting, return_exceptions=True)
 
     def wake(self) -> None:
         """Something has changed that is planned with."""
+        self._settled_with = None
         self._wake.set()
 
     async def close(self) -> None:
@@ -115,9 +118,12 @@ class Placer:
     def arrange(self) -> None:
         """Plan with what is there now, and begin to carry it out."""
         needs = self.model.needs
-        if self.paying is not None and self.paying.closing:
-            self._let_end(self.paying)
-        there, links = self.scout.nodes(), self.scout.links()
+        if self.paying is not None:
+            self._let_leave(self.paying)
+            if self.paying.closing:
+                self._let_end(self.paying)
+        engines = self.paying.engines if self.paying is not None else frozenset[bytes]()
+        there, links = [one for one in self.scout.nodes() if one.node not in engines], self.scout.links()
         lost = any(ring.lost.done() for ring in self._placed.values())
         if (there, links) == self._settled_with and not lost:
             return  # planning holds up all streams: 0.04 s for 8 nodes that hold stages, 0.2 s for 40
@@ -128,13 +134,15 @@ class Placer:
             wanted = replan(self._plan, needs, nodes, links, reserve=self._reserve)
         else:
             wanted = plan(needs, nodes, links)
+        staying: tuple[Replica, ...] = ()
         if not wanted.replicas:
-            wanted = self._buy(wanted, there, links)
+            staying = self._staying()
+            wanted = replace(self._buy(wanted, there, links), replicas=staying)
         waits = self._wanted_s is not None
         self._settled_with = (there, links) if wanted == self._plan and not waits else None
         moved = [one.stages for one in wanted.replicas] != [one.stages for one in self._plan.replicas]
         self._plan, self._reserve = wanted, standbys(wanted, needs, nodes, links)
-        if wanted.reason != self._said and (moved or not wanted.replicas):
+        if wanted.reason != self._said and (moved or staying == wanted.replicas):
             self._said = wanted.reason
             self.say(wanted.reason)
         primary = {self._places(replica): replica for replica in wanted.replicas}
@@ -161,11 +169,18 @@ class Placer:
             dear = self.scout.too_dear
             costs = f" {dear} more cost something; give it a --budget to have them." if dear and not self.paying else ""
             return Plan((), nothing.left_out, nothing.reason + costs)
+        if self.engines is not None and self.engines.serves:
+            self._wanted_s = None
+            return Plan((), (), self._said)
         self._wanted_s = self.clock.monotonic() if self._wanted_s is None else self._wanted_s
-        if not self.scout.looked and self.clock.monotonic() - self._wanted_s < BUY_WAIT_S:
+        looked = self.scout.looked and (self.engines is None or self.engines.looked)
+        if not looked and self.clock.monotonic() - self._wanted_s < BUY_WAIT_S:
             return Plan((), (), self._said)
         self._wanted_s = None
         choice = cheapest(self.model.needs, there, links)
+        rival = (choice.price, choice.replicas[0].token_ms) if choice.replicas else None
+        if self.engines is not None and self.engines.buy(rival):
+            return Plan((), (), self._said)
         if not choice.replicas:
             return choice
         places = {stage.node for one in choice.replicas for stage in one.stages}
@@ -192,18 +207,49 @@ class Placer:
         else:
             for node, _ in wanted:
                 self.scout.taken(node)
-        self._plan_anew()
-
-    def _plan_anew(self) -> None:
-        self._settled_with = None
-        self._wake.set()
+        self.wake()
 
     def _let_go_unused(self, paying: Paying, there: set[bytes]) -> None:
         rings = [*self._placed.values(), *self._retiring]
-        used = {place.node for ring in rings if not ring.lost.done() for place in ring.places}
+        used = {place.node for ring in rings for place in ring.places}
         for node in paying.taken - used:
-            paying.let_go(node, "not needed any more" if node in there else "went away")
+            why = "not needed any more" if node in there else "went away"
+            self._begin(paying.part_from(node, TAKEN_BACK if node in paying.leaves_s else why))
             self.scout.refused(node)
+
+    # --- owners who take their nodes back --------------------------------------------------------------------------
+
+    def _leaves_s(self, ring: NodeRing) -> float:
+        """When it ends because a node of it is let go; never, if none is taken back."""
+        leaves_s = self.paying.leaves_s if self.paying is not None else {}
+        return min((leaves_s.get(place.node, math.inf) for place in ring.places), default=math.inf)
+
+    def _next_leaves_s(self) -> float:
+        """In how many seconds the next ring does."""
+        rings = [ring for ring in (*self._placed.values(), *self._retiring) if not ring.lost.done()]
+        return max(0.0, min(map(self._leaves_s, rings), default=math.inf) - self.clock.monotonic())
+
+    def _let_leave(self, paying: Paying) -> None:
+        """Nothing more is placed on a node that is taken back. Its streams go on elsewhere where they can, and else
+        there until the notice is over."""
+        for node in paying.leaves_s:
+            self.scout.leaving(node)
+        for ring in (*self._placed.values(), *self._retiring):
+            leaves_s = self._leaves_s(ring)
+            ring.leaving = ring.leaving or leaves_s < math.inf
+            if leaves_s <= self.clock.monotonic() and not ring.lost.done():
+                self.say(f"{ring.name} is let go: the notice of its owner is over.")
+                ring.lose(Loss("the notice of its owner is over"))
+
+    def _staying(self) -> tuple[Replica, ...]:
+        """Replicas that serve on nodes that are taken back: they stay where there is nothing else yet."""
+        if any(not one.leaving and not one.standby for one in self.serving):
+            return ()
+        return tuple(one for one in self._plan.replicas if self._stays(self._placed.get(self._places(one))))
+
+    def _stays(self, ring: NodeRing | None) -> bool:
+        """It serves, until the notice of an owner is over."""
+        return ring in self.serving and ring is not None and not ring.lost.done() and self._leaves_s(ring) < math.inf
 
     def _let_end(self, paying: Paying) -> None:
         """There is hardly any money left: streams go on elsewhere where they can, and else where they are, until there
@@ -288,6 +334,8 @@ class Placer:
 
     def _leaving(self, ring: NodeRing, asked: tuple[bytes, str]) -> None:
         node, reason = asked
+        if self.paying is not None:
+            self.paying.leaves_s.pop(node, None)  # it does not wait for its notice
         self.say(f"{self.scout.name(node)} wants to go: {reason}")
         self.scout.leaving(node)
         self._wake.set()
@@ -375,15 +423,17 @@ class Placer:
         if invited:
             await asyncio.wait(invited)
         until = self.clock.monotonic() + RETIRE_S
-        while not ring.lost.done() and self.clock.monotonic() < until:
+        while not ring.lost.done():
             others = any(not one.leaving and not one.standby for one in self.serving)
-            if not ring.streams and (others or not self._placed):
+            if not ring.streams and (others or not (self._placed or self._stays(ring))):
+                break
+            if self.clock.monotonic() >= until and not self._stays(ring):
                 break
             await self.clock.sleep(RETIRE_LOOK_S)
         self._stop_serving(ring)
         await ring.close("The plan has changed.")
         self._retiring.remove(ring)
-        self._plan_anew()
+        self.wake()
 
 
 async def slow_stages(ring: NodeRing, sizes: Sequence[int], clock: Clock) -> dict[int, str]:

@@ -1,9 +1,11 @@
-"""To which replica a stream goes: the one from which its answer is expected soonest. Pure."""
+"""To which replica a stream goes, and which one is worth its price. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from shoal.sharding.planning import OFF_MS, SLOW_RATIO
 
 LIKELY_TOKENS = 128
 """What an answer is taken to have, where its limit is higher: limits are seldom reached."""
@@ -41,3 +43,11 @@ def choose(candidates: Sequence[Candidate], prompt: int, tokens: int) -> tuple[i
     )
     others = [(times[at], candidates[at].name) for at in range(len(candidates)) if at != best]
     return best, f"{said}; next {min(others)[1]} in {min(others)[0]:.0f} ms." if others else f"{said}."
+
+
+def cheapest(options: Sequence[tuple[int, float]]) -> int:
+    """Which of several replicas is taken for money, each given by its price and what a token of one stream takes in
+    milliseconds: the cheapest of those that are not slow beside the fastest, as the planner has it."""
+    fastest = min(token_ms for _, token_ms in options)
+    most = max(SLOW_RATIO * fastest, fastest + OFF_MS)
+    return min((price, token_ms, at) for at, (price, token_ms) in enumerate(options) if token_ms <= most)[2]

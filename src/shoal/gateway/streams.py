@@ -29,7 +29,7 @@ PIECES_AT_ONCE = 12
 REPLICAS_MAX = 16
 """Replicas that one stream may lose before it is given up."""
 MOVES_MAX = 64
-"""Times that a stream tries to leave a replica that wants to go: it may find no other place, or one without room."""
+"""Times that a stream tries to leave a replica that wants to go: the other may have no room."""
 LOOK_S = 0.05
 """How often a stream that has nowhere to go looks for a place."""
 NO_SOURCE = "SH-275"
@@ -107,7 +107,8 @@ class Stream:
                 if moving is not None and moving.done():
                     seat, moving = self._moved(seat, moving, done), None
                 if moving is None and seat.ring.leaving and tried < MOVES_MAX:
-                    moving, tried = self._move(done), tried + 1
+                    moving = self._move(done)
+                    tried += moving is not None
                 ring = seat.ring
                 if isinstance(ring, Continuing):
                     try:

@@ -32,7 +32,7 @@ from shoal.node.member import (
     NotAMember,
 )
 from shoal.node.openai_server import ServerSettings
-from shoal.node.sales import Sales
+from shoal.node.sales import Sales, Service
 from shoal.node.stages import StageHost
 from shoal.node.surveying import Prober, Surveyor
 from shoal.protocol.driving import DriveBegin
@@ -265,6 +265,7 @@ class NodeAgent:
                 endpoint=self._endpoint,
                 clock=self._clock,
                 changed=self._changed,
+                service_for=self._service_for if self._serves_for_money else None,
                 network=self.settings.network,
             )
             await self._engine.start()
@@ -309,7 +310,7 @@ class NodeAgent:
                 memory_bytes=self.capability.devices[0].memory_bytes,
                 network=self.settings.network,
                 admit=lambda known, held: self._refuse_when_stopping() if known else self._admit(held=held),
-                service_for=self._sales.service_for if self._sales and self._serves_for_money else None,
+                service_for=self._service_for if self._serves_for_money else None,
                 changed=self._changed,
             )
         self._hubs.answer_introductions()
@@ -347,6 +348,11 @@ class NodeAgent:
             network=self.settings.network,
         )  # fmt: skip
         return sales
+
+    def _service_for(self, gateway: bytes) -> Service:
+        """Raises NotHeld."""
+        assert self._sales is not None, "links are accepted once it sells"
+        return self._sales.service_for(gateway)
 
     @property
     def _serves_for_money(self) -> bool:

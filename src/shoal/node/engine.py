@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from shoal.errors import BadRecord
 from shoal.identity import Envelope, KeyPair
 from shoal.inference.metering import Served
+from shoal.market.earnings import served_parts, token_us
 from shoal.node.openai_server import OpenAiServer, ServerBroke, ServerSettings, ServerUnusable
+from shoal.node.sales import NotHeld, Service
 from shoal.protocol.engines import EngineAsk, EngineEnd, EnginePiece, EngineSession, pack
 from shoal.protocol.messages import DEFAULT_NETWORK, decode, encode, sign
 from shoal.protocol.offers import EngineOffer
@@ -47,19 +49,38 @@ class EngineFull(BadRecord):
 class _Passed:
     """What went to a gateway of one session."""
 
-    session: EngineSession
+    session: EngineSession | None
     positions: int
     prompt_tokens: int
+    service: Service | None = None
+    """None: for nothing."""
+    token_us: int = 0
     tokens: int = 0
-    text_bytes: int = 0
+    ended: bool = False
 
-    def add(self, piece: EnginePiece) -> None:
-        self.tokens += len(piece.tokens)
-        self.text_bytes += len(piece.text.encode())
+    def add(self, tokens: int) -> None:
+        if self.ended:  # the gateway left it, and has its receipt
+            return
+        before = self._parts(self.tokens)
+        self.tokens += tokens
+        self._earn(self._parts(self.tokens) - before)
+
+    def end(self, arrived: int) -> None:
+        """What did not arrive is not earned."""
+        self._earn(self._parts(arrived) - self._parts(self.tokens))
+        self.ended = True
 
     def served(self, arrived: int) -> Served:
-        """No more than arrived there. Tokens of a text are counted where it is read, and are a byte at least."""
-        return Served.continued(self.positions, min(arrived, self.tokens or self.text_bytes), self.prompt_tokens)
+        """No more than arrived there."""
+        return Served.continued(self.positions, min(arrived, self.tokens), self.prompt_tokens)
+
+    def _parts(self, arrived: int) -> int:
+        served = self.served(arrived)
+        return served_parts(served.generated, served.computed)
+
+    def _earn(self, parts: int) -> None:
+        if self.service is not None:
+            self.service.served(parts, self.token_us)
 
 
 class EngineHost:
@@ -74,10 +95,15 @@ class EngineHost:
         endpoint: Endpoint,
         clock: Clock,
         changed: Callable[[], Awaitable[None]],
+        service_for: Callable[[bytes], Service] | None = None,
         network: str = DEFAULT_NETWORK,
     ) -> None:
-        """`changed` is called when the server came or went. Raises ServerUnusable."""
+        """`changed` is called when the server came or went. `service_for` raises NotHeld for gateways that do not pay;
+        none: it serves for nothing. Raises ServerUnusable."""
         self._key, self._network = key, network
+        self._service_for = service_for
+        self._services: dict[bytes, Service] = {}
+        """Of gateways that have paid for a place."""
         self._server = OpenAiServer(settings, clock)
         self._name, self._endpoint, self._clock, self._changed = name, endpoint, clock, changed
         self._under_way: dict[bytes, int] = {}
@@ -104,6 +130,8 @@ class EngineHost:
     async def _watch(self) -> None:
         while True:
             await self._clock.sleep(LOOK_EVERY_S)
+            for gateway in [gateway for gateway, one in self._services.items() if one.over() is not None]:
+                self._services.pop(gateway).ended()
             await self._look()
 
     async def _look(self) -> None:
@@ -138,14 +166,28 @@ class EngineHost:
             raise NoEngine(
                 f"The engine of node {self._name} takes a prompt as {_form(offer)}, and something else came."
             )
-        return self._stream(ask, request)
+        return self._stream(ask, request, offer, self._service(request.peer))
 
-    async def _stream(self, ask: EngineAsk, request: Request) -> AsyncGenerator[bytes]:
+    def _service(self, gateway: bytes) -> Service | None:
+        """What is earned for a gateway, from its first continuation until its place ends. Raises NotHeld."""
+        if self._service_for is None:
+            return None
+        service, known = self._service_for(gateway), self._services.get(gateway)
+        if service is not known:
+            if known is not None:
+                known.ended()
+            service.ready()
+            self._services[gateway] = service
+        return service
+
+    async def _stream(
+        self, ask: EngineAsk, request: Request, offer: EngineOffer, service: Service | None
+    ) -> AsyncGenerator[bytes]:
         own, total = self._under_way.get(request.peer, 0), sum(self._under_way.values())
         if own >= STREAMS_OF_ONE or total >= STREAMS_MAX:
             raise EngineFull(f"Node {self._name} has {total} continuations under way; ask again in a moment.")
         self._under_way[request.peer] = own + 1
-        passed = self._metered(ask, request.peer)
+        passed = self._metered(ask, request.peer, service, token_us(1, offer.token_ms, 0.0))
         pieces = self._server.generate(ask)
         coming: asyncio.Future[EnginePiece] | None = None
         try:
@@ -155,8 +197,10 @@ class EngineHost:
                 piece = EnginePiece()
                 if done:
                     piece, coming = coming.result(), None
-                if passed is not None:
-                    passed.add(piece)
+                over = service.over() if service is not None else None
+                if over is not None:
+                    raise NotHeld(f"Node {self._name} serves for this gateway no longer: {over}.")
+                passed.add(min(piece.counts(offer.gives_tokens), ask.tokens_max - passed.tokens))
                 yield pack(piece, request.version)
                 if piece.finish:
                     return
@@ -174,27 +218,28 @@ class EngineHost:
 
     # --- receipts --------------------------------------------------------------------------------------------------
 
-    def _metered(self, ask: EngineAsk, gateway: bytes) -> _Passed | None:
-        session = ask.session
-        if session is None:
-            return None
-        positions = len(ask.tokens) or min(session.positions, len(ask.text.encode()))
-        passed = _Passed(session, positions, ask.choosing.prompt_tokens)
-        self._passed[gateway, session.ring, session.session] = passed
-        if len(self._passed) > METERED_MAX:
-            self._passed.popitem(last=False)
+    def _metered(self, ask: EngineAsk, gateway: bytes, service: Service | None, each_us: int) -> _Passed:
+        session, most = ask.session, len(ask.text.encode())
+        positions = len(ask.tokens) or (most if session is None else min(session.positions, most))
+        passed = _Passed(session, positions, ask.choosing.prompt_tokens, service, each_us)
+        if session is not None:
+            self._passed[gateway, session.ring, session.session] = passed
+            if len(self._passed) > METERED_MAX:
+                self._passed.popitem(last=False)
         return passed
 
     async def _ended(self, request: Request) -> bytes:
         """A session is over; gives the receipt of what was done for it, once."""
         end = decode(EngineEnd, request.body, request.version)
         passed = self._passed.pop((request.peer, end.ring, end.session), None)
+        if passed is not None:
+            passed.end(end.generated)
         receipt = None if passed is None else self._receipt(passed, end.generated)
         return encode(StageForgotten(receipt=receipt.to_bytes() if receipt else b""), request.version)
 
     def _receipt(self, passed: _Passed, arrived: int) -> Envelope | None:
         served, session = passed.served(arrived), passed.session
-        if not served.computed:
+        if session is None or not served.computed:
             return None
         receipt = RequestReceipt(
             job=session.job, ring=session.ring, session=session.session, first=0, stop=session.layers,

@@ -185,16 +185,16 @@ class OpenAiServer:
             tokens_max=TRIED_TOKENS,
             choosing=Choosing(temperature=0),
         )
-        gives, pieces = False, 0
+        gives, tokens, at_first = False, 0, 0
         began = first = self._clock.monotonic()
         async with contextlib.aclosing(self._events(ask)) as events:
             async for choice in events:
                 gives = gives or choice.token_ids is not None
-                pieces += bool(choice.text or choice.token_ids)
-                if pieces == 1:
-                    first = self._clock.monotonic()
+                tokens += len(choice.token_ids or ()) or bool(choice.text)
+                if tokens and not at_first:
+                    first, at_first = self._clock.monotonic(), tokens
         now = self._clock.monotonic()
-        token_s = (now - first) / (pieces - 1) if pieces > 1 else (now - began) / TRIED_TOKENS
+        token_s = (now - first) / (tokens - at_first) if tokens > at_first else (now - began) / TRIED_TOKENS
         return gives, token_s * 1000
 
     # --- what it says ----------------------------------------------------------------------------------------------

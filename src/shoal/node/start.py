@@ -93,11 +93,6 @@ async def start_node(
 ) -> RunningNode:
     """Start a node on `folder`. Raises ShoalError for what cannot work: a bad key file, a folder in use, an address
     that is taken. That no hub is up is no error: the node is offered as soon as one is."""
-    priced = price is not None and price.micro_per_h > 0
-    if priced and server is not None and not serve_free:
-        raise CannotSell(
-            "What an engine serves is not paid for yet: add --serve-free to give it away, or leave --price."
-        )
     folder.mkdir(parents=True, exist_ok=True)
     key = load_or_create_key(folder / "node.key")
     store = BlobStore(folder / "blobs", storage_bytes, clock)

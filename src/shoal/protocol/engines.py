@@ -63,7 +63,7 @@ class EngineEnd(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, 
     ring: RingId
     session: Session
     generated: Count
-    """Tokens that arrived."""
+    """Tokens that arrived, as `EnginePiece.counts` has them."""
 
 
 class EnginePiece(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -76,6 +76,10 @@ class EnginePiece(Message, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Of an engine that says them."""
     finish: Literal["", "stop", "length"] = ""
     """Why it ended, in the last piece."""
+
+    def counts(self, gives_tokens: bool) -> int:
+        """How many tokens it is to node and gateway alike: of an engine that says no ids, each piece of text is one."""
+        return len(self.tokens) if gives_tokens else int(bool(self.text))
 
 
 def pack(piece: EnginePiece, version: int) -> bytes:

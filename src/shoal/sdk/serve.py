@@ -376,13 +376,22 @@ class NodesServer(ServedModel):
         service.admission.positions = options.sessions * padded(service.context)
         served_as = options.engine_model or options.name
         job = blake3_hash(ENGINE_JOB + served_as.encode())
+        on_nodes = None if options.engines_only else await self._on_nodes(model, service, key, endpoint)
+        if options.spending is not None:
+            of = on_nodes.envelope.record_id if on_nodes is not None else job
+            service.paying = await self._pay(options.spending, of, key, endpoint, hubs)
         self.finder = EngineFinder(
             served_as, service.tokenizer, endpoint, hubs, self.clock, service.rings, self.dice,
-            Metering(job, books, self.clock, service.counts), model.layers, options.say,
+            Metering(job, books, self.clock, service.counts), model.layers, options.say, service.paying,
+            alone=options.engines_only, changed=self._changed,
         )  # fmt: skip
         self._looking.append(asyncio.create_task(self.finder.run()))
-        if not options.engines_only:
-            self.placer = await self._placer(model, service, key, books, endpoint, hubs)
+        if on_nodes is not None:
+            metering = Metering(on_nodes.envelope.record_id, books, self.clock, service.counts)
+            self.placer = Placer(
+                on_nodes, endpoint, hubs, self.clock, self.dice, Rings(endpoint), service.rings, options.say, metering,
+                service.paying, self.finder if service.generates else None,
+            )  # fmt: skip
             self._stack.push_async_callback(self.placer.close)
             self._looking.append(asyncio.create_task(self.placer.run()))
 
@@ -397,16 +406,10 @@ class NodesServer(ServedModel):
             self._silent.remove(hub.ticket.node)
             self.options.say(f"Hub {hub.ticket} answers now.")
 
-    async def _placer(
-        self,
-        model: _Model,
-        service: ModelService,
-        key: KeyPair,
-        books: Books | None,
-        endpoint: TlsEndpoint,
-        hubs: HubClient,
-    ) -> Placer:
-        """What keeps layers of the model on nodes, which fetch its files from here."""
+    async def _on_nodes(
+        self, model: _Model, service: ModelService, key: KeyPair, endpoint: TlsEndpoint
+    ) -> ModelOnNodes:
+        """What nodes need to hold layers of the model; they fetch its files from here."""
         options, shape = self.options, model.shape
         found = model.layout
         folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="shoal-serve-"))
@@ -430,17 +433,8 @@ class NodesServer(ServedModel):
             first_bytes=found.first_bytes,
             last_bytes=found.last_bytes,
         )
-        envelope = sign(key, job)
-        if options.spending is not None:
-            service.paying = await self._pay(options.spending, envelope.record_id, key, endpoint, hubs)
-        metering = Metering(envelope.record_id, books, self.clock, service.counts)
-        return Placer(
-            ModelOnNodes(
-                job, envelope, needs, found.parts_of, BlobHolder(key.node_id, tuple(endpoint.addresses))
-            ),
-            endpoint, hubs, self.clock, self.dice, Rings(endpoint), service.rings, options.say, metering,
-            service.paying,
-        )  # fmt: skip
+        holder = BlobHolder(key.node_id, tuple(endpoint.addresses))
+        return ModelOnNodes(job, sign(key, job), needs, found.parts_of, holder)
 
     async def _pay(
         self, spending: Spending, job: bytes, key: KeyPair, endpoint: TlsEndpoint, hubs: HubClient
@@ -457,8 +451,8 @@ class NodesServer(ServedModel):
 
         ledger = RemoteLedger(endpoint, spending.ledger, self.clock)
         paying = Paying(
-            spending.funds(ledger, DAY_MS), DirectoryDisk(self.options.data), key=key, link=link, clock=self.clock,
-            dice=self.dice, say=self.options.say, job=job,
+            spending.funds(ledger, DAY_MS), DirectoryDisk(self.options.data), key=key, endpoint=endpoint, link=link,
+            clock=self.clock, dice=self.dice, say=self.options.say, job=job,
         )  # fmt: skip
         await paying.begin()
         self._stack.push_async_callback(paying.close)
