@@ -586,6 +586,10 @@ class Sales:
         message = decode(Pay, request.body, request.version)
         client = self._client(request, message.deputy)
         voucher = message.signed.voucher
+        known = self._accounts.get(voucher.escrow)
+        if known is not None and known.client == client and voucher.amount_micro > known.most_micro:
+            self._takes.spend(client, "A voucher for more than was set aside")
+            await self._ask_for_more(known)
         async with self._deciding:
             account = self._accounts.get(voucher.escrow)
             if account is None or client != account.client:
@@ -600,11 +604,20 @@ class Sales:
         return encode(Paid(amount_micro=account.paid_micro, newest=newer), request.version)
 
     async def paid_by_copy(self, signed: SignedVoucher) -> None:
-        """A voucher that stands in the folder of a job that this node drives, or stands by for. Raises BadVoucher."""
+        """A voucher that stands in the folder of a job that this node drives, or stands by for. Raises BadVoucher, and
+        what the ledger does."""
+        known = self._accounts.get(signed.voucher.escrow)
+        if known is not None and signed.voucher.amount_micro > known.most_micro:
+            await self._ask_for_more(known)
         async with self._deciding:
             account = self._accounts.get(signed.voucher.escrow)
             if account is not None:
                 await self._keep_voucher(account, signed)
+
+    async def _ask_for_more(self, account: Account) -> None:
+        """A voucher is for more than there was: the ledger alone says whether its payer has put more into the escrow.
+        Raises what it does."""
+        await self._look_at(account, await self._ledger.escrow(account.escrow), None)
 
     async def _keep_voucher(self, account: Account, signed: SignedVoucher) -> Account:
         """On the disk, where it says more than the one before. Raises BadVoucher."""
