@@ -90,7 +90,7 @@ def show(run: RunArgument, json: JsonFlag = False) -> None:
     from shoal.sdk.jobs import look_at
 
     if is_driven_by_nodes(places.find_run(run)):
-        _refresh(run)
+        get_news(run)
     found = look_at(run)
     if json:
         print_json(_plain(found))
@@ -143,7 +143,7 @@ def fund(
     micro = places.amount_of(amount)
     ticket, key = places.ledger_ticket(ledger), places.account_key()
     if is_driven_by_nodes(run):
-        _refresh(run)
+        get_news(run)
 
     async def work(one: RemoteLedger) -> Funded:
         return await add(run, micro, key, one, SystemClock())
@@ -199,7 +199,7 @@ def cancel(run: RunArgument, ledger: LedgerFlag = None, json: JsonFlag = False) 
         out.print(f"{format_money(closed.micro)} {ticket.currency} comes back{at}.", markup=False)
 
 
-def _refresh(run: Path) -> None:
+def get_news(run: Path) -> None:
     """What the nodes that drive it have by now; where none answers, what is here has to do."""
     from shoal.sdk.attached import AttachOptions, HostsSilent, refresh
 

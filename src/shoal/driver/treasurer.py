@@ -73,6 +73,8 @@ class Treasurer(Purse):
         """What the dearest of this term's Commits cost."""
         self._warned_micro = 0
         """The budget of which it was said that it comes to its end."""
+        self.spent = False
+        """The job stops as the next Commit could not be paid."""
 
     async def used_up(self) -> str | None:
         """Why the job has to stop here, if it has to: the next Commit could not be paid. Says beforehand when that
@@ -83,6 +85,7 @@ class Treasurer(Purse):
         if self.ends_soon:
             return "The escrow that its nodes are paid out of ends now. Nothing is lost: --resume opens another one."
         if self._is_spent:
+            self.spent = True
             return (
                 f"The budget of {format_money(self._budget_micro)} {currency} is used up: {format_money(left)} is "
                 f"left, and a round costs up to {format_money(self._dearest_micro)}. Nothing is lost: --resume goes on "

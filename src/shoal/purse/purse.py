@@ -240,7 +240,7 @@ class Purse:
                 raise NotSecured(f"Only {len(self._held)} of {len(held)} nodes took what was set aside for them.")
             self.opening_s, self.taking_s = opened_s - began_s, self._clock.monotonic() - opened_s
         except BaseException:
-            await self.close()
+            await (self.close() if self.funds.account is not None else self.let_go())  # the next may have more luck
             raise
         return set(self._held)
 
@@ -592,16 +592,20 @@ class Purse:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def close(self) -> None:
-        """Nodes get their last vouchers, and the rest goes back."""
+    async def let_go(self) -> None:
+        """Nodes get their last vouchers, and their places are given back; what is left stays where it is."""
         await self.leave()
         held = list(self._held.values())
-        if self._term is None or self._term.closed:
-            await self._quotes.release_all(held)
-            return
-        await asyncio.gather(*(self._send(one.node, last=True, deadline_s=LAST_PAY_DEADLINE_S) for one in held))
-        await asyncio.gather(*(self._quotes.release(one) for one in held))
+        if self._term is not None and not self._term.closed:
+            await asyncio.gather(*(self._send(one.node, last=True, deadline_s=LAST_PAY_DEADLINE_S) for one in held))
+        await self._quotes.release_all(held)
         self._held.clear()
+
+    async def close(self) -> None:
+        """Nodes get their last vouchers, and the rest goes back."""
+        await self.let_go()
+        if self._term is None or self._term.closed:
+            return
         try:
             before, self._term = self._term, await close_escrow(self._term, self.funds.ledger, self._hand)
             self._budget_micro += self._term.added_micro - before.added_micro
