@@ -16,6 +16,7 @@ from job_world import PATIENCE_S, Watch, check_account, job_text, options_for, o
 from test_paid_jobs import DEPOSIT, Town, check_bill, in_town
 
 from shoal.driver.folder import RunFolder
+from shoal.driver.lines import Event
 from shoal.house import RemoteLedger
 from shoal.identity import KeyPair
 from shoal.node.hosting import CannotHost, NotHosted
@@ -36,6 +37,8 @@ from shoal.sdk.detached import Standing, ask, detach
 from shoal.sdk.local import LocalProcess, LocalShoal
 from shoal.transport import TlsEndpoint
 from shoal.world import Refused, SystemClock, SystemDice
+
+WAITS = "The money is used up: the job waits for more, for 1 h 0 min at most, and then it is over."
 
 
 async def three_nodes(shoal: LocalShoal, **options: list[str]) -> None:
@@ -172,6 +175,63 @@ def test_a_job_that_nodes_drive_is_shown_and_cancelled(tmp_path: Path) -> None:
         escrow = await ledger.escrow(payments.terms[0].escrow)
         assert escrow is not None and escrow.closing and escrow.redeemed_micro == after["spent_micro"]
         assert (await said("attach", "runs/job")) is None
+
+    in_town(tmp_path, story)
+
+
+@pytest.mark.timeout(600)
+def test_a_job_whose_money_is_used_up_waits_for_more_and_goes_on(tmp_path: Path) -> None:
+    async def story(town: Town, ledger: RemoteLedger) -> None:
+        home, run = tmp_path / "keys", tmp_path / "runs" / "job"
+        (home / "account.ledger").write_text(str(town.ticket))
+        (tmp_path / "job.yaml").write_bytes(job_text(tmp_path, tokens=10_000_000))
+
+        async def said(*words: str, code: int = 0) -> Any:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "shoal", *words, "--json", env={**os.environ, "SHOAL_HOME": str(home)},
+                cwd=tmp_path, stdout=asyncio.subprocess.PIPE,
+            )  # fmt: skip
+            async with asyncio.timeout(2 * PATIENCE_S):
+                out, _ = await process.communicate()
+            assert process.returncode == code, out
+            return json.loads(out)
+
+        async def until_it_waits(times: int) -> Any:
+            async with asyncio.timeout(2 * PATIENCE_S):
+                while True:
+                    shown = await said("jobs", "show", "runs/job")
+                    assert shown["state"] == "detached"
+                    with RunFolder.open(run, read_only=True) as folder:
+                        waits = [one for one in folder.notes(Event) if one.sentence.startswith(WAITS)]
+                    if len(waits) == times:
+                        return shown
+
+        hub = town.shoal.hub_tickets[0]
+        await said("train", "job.yaml", "--hub", hub, "--budget", "0.04", "--detach")
+        first = await until_it_waits(1)
+        assert 0 < first["spent_micro"] <= 40_000
+        (before,) = msgspec.json.decode((run / FILE).read_bytes(), type=Payments).terms
+        escrow = await ledger.escrow(before.escrow)
+        assert escrow is not None and not escrow.closing and not before.closed
+
+        made = await said("jobs", "fund", "runs/job", "0.05")
+        assert made["budget_micro"] == 90_000
+        second = await until_it_waits(2)
+        assert second["tokens"] > first["tokens"] and 40_000 < second["spent_micro"] <= 90_000
+        assert second["budget_micro"] == 90_000 and second["round"] > first["round"]
+
+        refused = await said("train", "runs/job", "--hub", hub, "--resume", "--budget", "1", code=2)
+        assert "add to its budget with `shoal jobs fund`" in refused["error"]["sentence"]
+        await said("jobs", "cancel", "runs/job")
+        async with asyncio.timeout(PATIENCE_S):
+            while not (escrow := await ledger.escrow(before.escrow)) or not escrow.closing:
+                await asyncio.sleep(0.1)
+        (term,) = msgspec.json.decode((run / FILE).read_bytes(), type=Payments).terms
+        assert term.escrow == before.escrow and term.added_micro == 50_000 and term.closed
+        after = await said("jobs", "show", "runs/job")
+        assert escrow.amount_micro == 90_000 and escrow.redeemed_micro == after["spent_micro"] == second["spent_micro"]
+        late = await said("jobs", "fund", "runs/job", "1", code=2)
+        assert late["error"]["code"] == "SH-166"
 
     in_town(tmp_path, story)
 

@@ -299,6 +299,48 @@ def test_money_that_runs_out_stops_the_job_and_a_killed_driver_loses_none(tmp_pa
 
 
 @pytest.mark.timeout(400)
+def test_money_is_added_to_a_job_while_it_goes_on(tmp_path: Path) -> None:
+    async def story(town: Town, ledger: RemoteLedger) -> None:
+        home, run = tmp_path / "keys", tmp_path / "runs" / "job"
+        (home / "account.ledger").write_text(str(town.ticket))
+        (tmp_path / "job.yaml").write_bytes(job_text(tmp_path, tokens=10_000_000))
+
+        async def shoal(*words: str) -> asyncio.subprocess.Process:
+            return await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "shoal", *words, "--json", env={**os.environ, "SHOAL_HOME": str(home)},
+                cwd=tmp_path, stdout=asyncio.subprocess.PIPE,
+            )  # fmt: skip
+
+        async def said(process: asyncio.subprocess.Process) -> Any:
+            async with asyncio.timeout(PATIENCE_S):
+                out, _ = await process.communicate()
+            return json.loads(out)
+
+        driver = await shoal("train", "job.yaml", "--hub", town.shoal.hub_tickets[0], "--budget", "0.3")
+        async with asyncio.timeout(PATIENCE_S):
+            while not (run / FILE).exists():
+                assert driver.returncode is None
+                await asyncio.sleep(0.02)
+        added = await said(await shoal("jobs", "fund", "runs/job", "10"))
+        assert added["added_micro"] == 10_000_000 and added["budget_micro"] == 10_300_000
+        async with asyncio.timeout(2 * PATIENCE_S):
+            while (shown := await said(await shoal("jobs", "show", "runs/job")))["spent_micro"] <= 300_000:
+                assert shown["state"] == "running" and driver.returncode is None
+        refused = await said(await shoal("jobs", "fund", "runs/job", "60"))
+        assert refused["error"]["code"] == "SH-163", "more than there is"
+        assert shown["budget_micro"] == 10_300_000
+        await said(await shoal("jobs", "cancel", "runs/job"))
+        assert (await said(driver))["error"]["code"] == "SH-601"
+        made = bill(msgspec.json.decode((run / FILE).read_bytes(), type=Payments))
+        assert made is not None and made.quoted == 10_300_000 and made.charged > 300_000
+        await check_settled(town, ledger, made, run)
+        late = await said(await shoal("jobs", "fund", "runs/job", "1"))
+        assert late["error"]["code"] == "SH-166" and "Nobody drives the run in runs/job" in late["error"]["sentence"]
+
+    in_town(tmp_path, story)
+
+
+@pytest.mark.timeout(400)
 def test_a_node_that_is_taken_back_works_until_then_is_replaced_and_not_blamed(tmp_path: Path) -> None:
     async def story(town: Town, ledger: RemoteLedger) -> None:
         hasty = job_text(tmp_path, tokens=1_500_000, nodes_min=1).replace(b"wait: 60 s", b"wait: 3 s\n  nodes_max: 1")

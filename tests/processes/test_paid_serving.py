@@ -26,6 +26,7 @@ from shoal.ledger.journal import verified
 from shoal.protocol.ledgers import LedgerTicket
 from shoal.purse.bills import FILE, Bill, Payments
 from shoal.purse.purse import NoMoney
+from shoal.sdk.jobs import fund
 from shoal.sdk.local import LocalShoal
 from shoal.sdk.spending import Spending
 from shoal.transport import TlsEndpoint
@@ -226,10 +227,14 @@ def test_money_that_is_used_up_ends_what_costs_something(checkpoint: Path, tmp_p
             assert 402 in answers and set(answers) <= {200, 402}
             last = await web.post("/v1/completions", json=BODY)
             assert last.status_code == 402 and last.json()["error"]["code"] == "insufficient_quota"
-            assert "The budget of 0.02 USD is used up; start `shoal serve` again" in last.json()["error"]["message"]
+            assert "The budget of 0.02 USD is used up; add to it with `shoal jobs" in last.json()["error"]["message"]
             await until(lambda: not service.rings)
+            made = await fund(tmp_path / "gw", 5_000_000, town.account, town.ledger, SystemClock())
+            assert (made.budget_micro, made.left_micro) == (budget + 5_000_000, 5_000_000)
+            await until(lambda: service.rings)
+            assert (await web.post("/v1/completions", json=BODY)).status_code == 200
         lines = await check_settled(town, paying.bill)
-        assert lines == {"amber": budget}
+        assert lines["amber"] > budget and paying.bill is not None and paying.bill.quoted == budget + 5_000_000
 
     in_town(tmp_path, story)
 

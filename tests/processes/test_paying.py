@@ -16,7 +16,7 @@ from shoal.errors import StorageError
 from shoal.gateway.paying import Paying, PaymentsDamaged
 from shoal.protocol.prices import Price
 from shoal.purse.bills import FILE, Payments
-from shoal.purse.purse import Funds
+from shoal.purse.purse import Funds, top_up
 from shoal.world import DirectoryDisk, FaultyDisk, SeededDice
 from shoal.world.disk import Fault
 from shoal.world.quotes import NotSecured
@@ -132,13 +132,58 @@ def test_money_is_warned_of_kept_for_what_is_under_way_and_then_used_up(tmp_path
             if paying.purse.left_micro > 1000:
                 assert not paying.closing
         assert paying.spent and told[0] - began >= 90 and told[-1] - began >= 100
-        assert paying.closing.startswith("The budget of 0.01 USD is used up; start `shoal serve` again with another")
+        assert paying.closing.startswith("The budget of 0.01 USD is used up; add to it with `shoal jobs fund`")
         warned, closed = gateway.said
         assert re.match(r"0.001\d* USD of the budget is left, enough for 1\d.\d s of work at least; then nodes", warned)
         assert closed.endswith("New requests are refused, and those under way go on for as long as it lasts.")
         running.cancel()
         await paying.close()
         assert paying.bill is not None and (paying.bill.charged, paying.bill.refunded) == (10_000, 0)
+
+    run(story)
+
+
+def test_money_that_is_added_has_nodes_taken_again(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shop = await street.shop(1, tmp_path / "1")
+        gateway = Gateway(street, tmp_path / "gateway", budget=10_000)
+        paying, changes = gateway.paying, list[str]()
+        await gateway.begin(shop)
+        running = asyncio.create_task(paying.run(lambda: changes.append(paying.closing.partition(";")[0])))
+
+        async def serve(seconds: int, *, idle: bool = False) -> None:
+            for _ in range(seconds):
+                paying.served(shop.node, 0 if idle else 16, SECOND_US, None)
+                await street.clock.advance(1.0)
+                await asyncio.sleep(0.005)
+
+        async def add(micro: int) -> None:
+            await top_up(gateway.written.terms[0], street.ledger, PAYER, micro, street.clock)
+
+        await serve(86)
+        await add(2_000)
+        await serve(10)
+        assert not paying.closing and paying.purse.budget_micro == 12_000, "before it would have closed it asked"
+        while not paying.spent:
+            await serve(1)
+        used_up = "The budget of 0.012 USD is used up"
+        assert changes[0] == used_up
+        paying.let_go(shop.node, "worked until the budget was used up")
+        await serve(4, idle=True)
+        assert set(changes) == {used_up}
+        await add(5_000)
+        while paying.closing:
+            await serve(1, idle=True)
+        assert changes[-1] == "" and gateway.said[-1] == "Nodes that cost something are taken again."
+        await paying.take([(shop.node, shop.offer)])
+        paying.ready(shop.node)
+        await serve(10)
+        running.cancel()
+        await paying.close()
+        assert paying.bill is not None
+        assert paying.bill.quoted == 17_000 and 12_900 <= paying.bill.charged <= 13_200
+        await street.clock.advance(62.0)
+        assert await street.ledger.balance(PAYER.address) == 10_000_000 - paying.bill.charged
 
     run(story)
 

@@ -17,7 +17,7 @@ from money_world import LEDGER, PRICE, Shop, Street, an_account
 
 from shoal.errors import BadRecord, StorageError
 from shoal.identity import KeyPair
-from shoal.ledger.commands import Close, Open, Redeem
+from shoal.ledger.commands import Close, Open, Redeem, TopUp
 from shoal.ledger.escrows import State
 from shoal.ledger.journal import verified
 from shoal.market.holds import Slots
@@ -50,12 +50,13 @@ from shoal.protocol.money import (
     HouseLedger,
     Payee,
     SignedVoucher,
+    ToppingUp,
     Voucher,
     sign_voucher,
 )
 from shoal.protocol.offers import Done, Offer
 from shoal.protocol.prices import Price
-from shoal.quantities.money import share
+from shoal.quantities.money import AMOUNT_MAX, share
 from shoal.world import FaultyDisk, MemoryDisk, Refused, Request
 from shoal.world.quotes import HOLD_MS, NotSecured, Quotes
 
@@ -407,6 +408,52 @@ def test_money_that_is_promised_to_many_is_not_worked_for(tmp_path: Path) -> Non
         last = await client.quotes.hold(third.node, third.offer)
         with pytest.raises(Refused, match="has nothing for"):
             await client.quotes.take(last, escrow)
+
+    run(story)
+
+
+def test_a_voucher_for_what_was_added_counts_when_the_ledger_says_so(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shop = await street.shop(1, tmp_path / "1")
+        client = Client(street)
+        held = await client.quotes.hold(shop.node, shop.offer)
+        escrow = await client.escrow(shop, payees=(Payee(an_account(1).address, AMOUNT_MAX),))
+        await client.quotes.take(held, escrow)
+
+        async def pay(micro: int) -> None:
+            await client.quotes.pay(shop.node, voucher(escrow, shop, micro), last=False, deadline_s=5)
+
+        with pytest.raises(Refused, match="may get 1.00 at most"):
+            await pay(1_200_000)
+        found = street.ledger.book.escrows[escrow]
+        order = ToppingUp(escrow=escrow, amount_micro=500_000, cap_micro=0, expires_ms=found.ends_ms + 1, number=1)
+        await street.ledger.apply(TopUp(order, PAYER.sign(order.digest(LEDGER))))
+        street.ledger.fails = StorageError("away")
+        with pytest.raises(Refused, match="away"):
+            await pay(1_200_000)
+        street.ledger.fails = None
+        await pay(1_200_000)
+        account = shop.sales.account(escrow)
+        assert account is not None
+        assert (account.paid_micro, account.most_micro, account.ends_ms) == (1_200_000, 1_500_000, found.ends_ms + 1)
+        with pytest.raises(Refused, match="may get 1.50 at most"):
+            await pay(1_500_001)
+
+    run(story)
+
+
+def test_who_promises_too_much_may_not_have_the_ledger_asked_for_ever(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shop = await street.shop(1, tmp_path / "1")
+        client = Client(street)
+        held = await client.quotes.hold(shop.node, shop.offer)
+        escrow = await client.escrow(shop)
+        await client.quotes.take(held, escrow)
+        before = street.ledger.asked
+        for _ in range(2 * TAKES_BURST):
+            with pytest.raises(Refused):
+                await client.quotes.pay(shop.node, voucher(escrow, shop, 1_000_001), last=False, deadline_s=5)
+        assert street.ledger.asked - before < TAKES_BURST
 
     run(story)
 

@@ -22,7 +22,7 @@ from shoal.errors import StorageError
 from shoal.house import OutcomeUnknown
 from shoal.identity import Envelope, blake3_hash
 from shoal.identity.accounts import AccountKey, signer_of
-from shoal.ledger.escrows import State
+from shoal.ledger.escrows import Escrow, State
 from shoal.ledger.moves import FEES, ISSUED
 from shoal.node.earned import read_earned
 from shoal.protocol.holds import Hold, Pay, open_hold
@@ -31,8 +31,8 @@ from shoal.protocol.money import HouseLedger
 from shoal.protocol.prices import Price
 from shoal.protocol.training import Commit
 from shoal.purse.bills import PaidNode, Payments, bill
-from shoal.purse.purse import ASKED_AGAIN_S, RENEW_EVERY_S, Funds, NoMoney
-from shoal.sdk.jobs import Closed, OthersMoney, close_escrows, look_at, open_at
+from shoal.purse.purse import ASKED_AGAIN_S, LOOK_EVERY_S, RENEW_EVERY_S, Funds, NoMoney, top_up
+from shoal.sdk.jobs import Closed, Funded, NothingSetAside, OthersMoney, close_escrows, fund, look_at, open_at
 from shoal.world import Refused, Request, SeededDice
 from shoal.world.quotes import NotSecured
 
@@ -246,7 +246,7 @@ def test_a_budget_that_is_used_up_stops_the_job_after_a_warning(tmp_path: Path) 
         for _ in range(100):
             await street.clock.advance(10.0)
             await job.commit((shop, 10_000))
-            stopped = job.treasurer.used_up()
+            stopped = await job.treasurer.used_up()
             if stopped is not None:
                 break
         assert stopped is not None
@@ -255,10 +255,172 @@ def test_a_budget_that_is_used_up_stops_the_job_after_a_warning(tmp_path: Path) 
         assert [event.sentence for event in job.folder.notes(Event)] == [times]
         assert job.said == [
             times,
-            "0.004 USD of the budget is left, enough for about 40.0 s; then the job stops, to be resumed with a larger "
-            "--budget.",
+            "0.004 USD of the budget is left, enough for about 40.0 s; then the job stops, unless `shoal jobs fund` "
+            "adds to it before.",
         ]
         assert job.treasurer.payments.spent_micro == 9000
+
+    run(story)
+
+
+@pytest.mark.parametrize("hand", [PAYER, an_account(51)], ids=["the payer's hand", "another hand"])
+def test_money_that_is_added_is_worked_for_and_the_bill_adds_up(tmp_path: Path, hand: AccountKey) -> None:
+    async def story(street: Street) -> None:
+        shop = await street.shop(1, tmp_path / "1")
+        job = Job(street, tmp_path / "run", budget=10_000, signer=hand)
+        job.folder.begin(JOB)
+        await job.begin(shop)
+        work = shop.sales.work_for(a_key(60).node_id)
+        work.ready(10.0, 100)
+
+        async def rounds(most: int) -> tuple[int, str | None]:
+            """Until the money is used up, each for 0.001."""
+            for count in range(most):
+                stopped = await job.treasurer.used_up()
+                if stopped is not None:
+                    return count, stopped
+                await street.clock.advance(10.0)
+                await job.commit((shop, 10_000))
+                assert work.accepted(10_000) is None
+            return most, None
+
+        assert await rounds(8) == (8, None)
+        ends_ms = street.ledger.book.escrows[job.written.terms[0].escrow].ends_ms
+        made = await fund(tmp_path / "run", 5_000, PAYER, street.ledger, street.clock)
+        assert (made.added_micro, made.budget_micro, made.left_micro) == (5_000, 15_000, 7_000)
+        assert made.ends_ms - ends_ms == (ends_ms - 1_700_000_000_000) // 2, "half as long again for half as much more"
+        count, stopped = await rounds(20)
+        assert count == 6 and stopped is not None and "The budget of 0.015 USD is used up: 0.001 is left" in stopped
+        assert job.said[2] == "0.005 USD was added to the budget, which is 0.015 now: 0.007 is left."
+        assert [said.split()[0] for said in job.said[1:] if "unless" in said] == ["0.004", "0.004"]
+        account = shop.sales.account(job.written.terms[0].escrow)
+        assert account is not None and account.paid_micro == 14_000 and look_at(tmp_path / "run").budget_micro == 15_000
+        await job.treasurer.close()
+        bought = bill(job.written)
+        assert bought is not None and (bought.quoted, bought.charged, bought.refunded) == (15_000, 14_000, 1_000)
+        await settle(street, 62)
+        assert await street.ledger.balance(an_account(1).address) == 14_000
+        assert await street.ledger.balance(PAYER.address) == 10_000_000 - 14_000
+
+    run(story)
+
+
+def test_money_that_is_added_is_heard_of_without_a_commit_and_by_the_nodes(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shop = await street.shop(1, tmp_path / "1")
+        job = Job(street, tmp_path / "run", budget=10_000)
+        await job.begin(shop)
+        await top_up(job.written.terms[0], street.ledger, PAYER, 3_000, street.clock)
+        street.ledger.fails = StorageError("away")
+        await settle(street, LOOK_EVERY_S)
+        assert job.treasurer.left_micro == 10_000
+        street.ledger.fails = None
+        await settle(street, LOOK_EVERY_S)
+        assert (job.treasurer.left_micro, job.written.budget_micro) == (13_000, 13_000)
+        await job.treasurer.close()
+
+    run(story)
+
+
+class Halting(BookLedger):
+    """A ledger at which commands of several come between each other."""
+
+    def __init__(self, of: BookLedger) -> None:
+        self.__dict__ = of.__dict__
+
+    async def _asked(self) -> None:
+        await asyncio.sleep(0)
+        await super()._asked()
+
+
+def test_what_is_added_is_added_once_whatever_is_lost_and_whoever_else_adds(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shop = await street.shop(1, tmp_path / "1")
+        job, ledger = Job(street, tmp_path / "run", budget=10_000), Halting(street.ledger)
+        await job.begin(shop)
+        (term,) = job.written.terms
+
+        async def add(micro: int) -> Escrow:
+            adding = asyncio.create_task(top_up(term, ledger, PAYER, micro, street.clock))
+            while not adding.done():
+                await settle(street, 0.1)
+            return adding.result()
+
+        found = await asyncio.gather(add(1_000), add(200))
+        assert {one.amount_micro for one in found} >= {11_200} and found[0].top_ups + found[1].top_ups >= 3
+        for lost in (1, 2, len(ASKED_AGAIN_S) + 1):
+            before = (await ledger.escrow(term.escrow) or found[0]).amount_micro
+            street.ledger.loses = lost
+            assert (await add(1_000)).amount_micro == before + 1_000
+        street.ledger.fails = OutcomeUnknown("no answer")
+        with pytest.raises(OutcomeUnknown):
+            await add(1_000)
+        street.ledger.fails = None
+        assert street.ledger.book.escrows[term.escrow].amount_micro == 14_200
+        await job.treasurer.close()
+        made = bill(job.written)
+        assert made is not None and (made.quoted, made.refunded) == (14_200, 14_200), "also what was not heard of yet"
+        await settle(street, 62)
+        assert await street.ledger.balance(PAYER.address) == 10_000_000
+
+    run(story)
+
+
+def test_what_cannot_be_added_is_said_and_moves_nothing(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shop, path = await street.shop(1, tmp_path / "1"), tmp_path / "run"
+        job = Job(street, path, budget=400)
+        job.folder.begin(JOB)
+
+        async def add(micro: int = 50, account: AccountKey = PAYER) -> Funded:
+            return await fund(path, micro, account, street.ledger, street.clock)
+
+        with pytest.raises(NothingSetAside, match="Nothing is set aside in .*: go on with `shoal train .* --resume`"):
+            await add()
+        await job.begin(shop)
+        with pytest.raises(OthersMoney, match=r"money of 0x\w+ aside, and your account is 0x\w+: whose it is can add"):
+            await add(account=an_account(51))
+        with pytest.raises(NoMoney, match=r"This adds 0\.0002 USD, and your account 0x\w+ has 0\.0001: deposit more"):
+            await add(200)
+        await add(40)
+        (term,) = job.written.terms
+        await job.treasurer.close()
+        with pytest.raises(NothingSetAside, match="Nothing is set aside in"):
+            await add()
+        (path / "payments.json").write_bytes(msgspec.json.encode(Payments(budget_micro=400, terms=(term,))))
+        with pytest.raises(NothingSetAside, match=r"Nothing was added: The payer of Escrow \w+ has asked for the rest"):
+            await add()
+        await settle(street, 62)
+        with pytest.raises(NothingSetAside, match=r"Nothing was added: Escrow \w+ has ended; .* Go on with"):
+            await add()
+        job.folder.close()
+        with pytest.raises(NothingSetAside, match="Nobody drives the run in .*, so nothing of it costs money: go on"):
+            await add()
+        with pytest.raises(NothingSetAside, match="No endpoint runs with the folder .*: start `shoal serve` with"):
+            await fund(tmp_path / "1", 50, PAYER, street.ledger, street.clock)
+        assert await street.ledger.balance(PAYER.address) == 500
+
+    run(story, deposit=500)
+
+
+def test_what_was_added_and_never_heard_of_comes_back(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shop = await street.shop(1, tmp_path / "1")
+        job = Job(street, tmp_path / "run", budget=10_000)
+        await job.begin(shop)
+        await street.clock.advance(10.0)
+        await job.commit((shop, 10_000))
+        await top_up(job.written.terms[0], street.ledger, PAYER, 5_000, street.clock)
+        await job.kill()
+        again = Job(street, job.folder, budget=10_000)
+        await again.treasurer.close_former()
+        said = "0.005 USD was added to the budget, and whoever was to spend it never heard of that: it comes back, and"
+        assert [one for one in again.said if one.startswith(said)]
+        await settle(street, 62)
+        assert await street.ledger.balance(PAYER.address) == 10_000_000 - 1_000
+        await again.begin(shop)
+        assert again.treasurer.left_micro == 9_000
+        await again.treasurer.close()
 
     run(story)
 

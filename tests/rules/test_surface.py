@@ -24,6 +24,7 @@ SURFACE = {
     "shoal jobs": "",
     "shoal jobs list": "--runs --json",
     "shoal jobs show": "RUN --json",
+    "shoal jobs fund": "RUN AMOUNT --ledger --json",
     "shoal jobs cancel": "RUN --ledger --json",
     "shoal report": "RUN --json",
     "shoal replay": "RUN --round -r --node -n --threads --device --script --hub --listen --json",

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from shoal.cli import places
 from shoal.cli.app import MONEY, Commands, Group, app
-from shoal.cli.output import BadFlag, JsonFlag, LedgerFlag, err, out, print_json, run, say_fee, shown, when
+from shoal.cli.output import NEGATIVE, BadFlag, JsonFlag, LedgerFlag, err, out, print_json, run, say_fee, shown, when
 from shoal.errors import BadInput, BadRecord
 from shoal.identity import ENVELOPE_OVERHEAD_BYTES, BadEnvelope, Envelope, KeyPair, load_key, node_id_from_hex, short_id
 from shoal.identity.accounts import address_text, create_account
@@ -84,8 +84,6 @@ class NoHold(BadInput):
 
 account_app = Commands(cls=Group, help="Your money at a ledger: `shoal account create`.")
 app.add_typer(account_app, name="account", rich_help_panel=MONEY)
-NEGATIVE = {"ignore_unknown_options": True}
-"""So that -5 is an amount, which is refused as one, and not an option."""
 
 
 def ask(ticket: LedgerTicket, question: Callable[[RemoteLedger], Awaitable[T]]) -> T:

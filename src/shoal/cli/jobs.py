@@ -1,4 +1,4 @@
-"""`shoal jobs`: the runs of this machine, what each costs, and how one is stopped."""
+"""`shoal jobs`: the runs of this machine, what each costs, how more money comes to one, and how one is stopped."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from rich.table import Table
 
 from shoal.cli import places
 from shoal.cli.app import JOBS, Commands, Group, app
-from shoal.cli.output import JsonFlag, LedgerFlag, err, out, print_json, shown, when
+from shoal.cli.output import NEGATIVE, JsonFlag, LedgerFlag, err, out, print_json, shown, when
 from shoal.cli.output import run as run_to_end
 from shoal.quantities import format_count, format_duration_s
 from shoal.quantities.money import format_money, format_price
 
 if TYPE_CHECKING:
     from shoal.house import RemoteLedger
-    from shoal.sdk.jobs import Closed, DamagedRun, JobStanding
+    from shoal.sdk.jobs import Closed, DamagedRun, Funded, JobStanding
 
 LOOK_S = 15.0
 """So long the nodes that drive a job are waited for."""
@@ -90,7 +90,7 @@ def show(run: RunArgument, json: JsonFlag = False) -> None:
     from shoal.sdk.jobs import look_at
 
     if is_driven_by_nodes(places.find_run(run)):
-        _refresh(run)
+        get_news(run)
     found = look_at(run)
     if json:
         print_json(_plain(found))
@@ -117,6 +117,46 @@ def show(run: RunArgument, json: JsonFlag = False) -> None:
     for line in (_say_money(found), _say_forecast(found)):
         if line:
             out.print(line, markup=False, soft_wrap=True)
+
+
+@jobs_app.command("fund", context_settings=NEGATIVE)
+def fund(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A run's folder, or that of an endpoint: ~/.shoal/serve/NAME.")
+    ],
+    amount: Annotated[str, typer.Argument(metavar="AMOUNT", help="How much more, such as 2.50.")],
+    ledger: LedgerFlag = None,
+    json: JsonFlag = False,
+) -> None:
+    """Add to the budget of a run, or of an endpoint, while it goes on: what it has set aside becomes more.
+
+    Your account signs for it, here; whoever drives or serves, and every node, learns of it from the ledger, within some
+    seconds. What is not used comes back like the rest.
+    """  # fmt: skip
+    from shoal.cli.accounts import ask
+    from shoal.sdk.handed import is_driven_by_nodes
+    from shoal.sdk.jobs import fund as add
+    from shoal.world import SystemClock
+
+    if places.holds_run(run) or not (run / "payments.json").is_file():
+        places.find_run(run)
+    micro = places.amount_of(amount)
+    ticket, key = places.ledger_ticket(ledger), places.account_key()
+    if is_driven_by_nodes(run):
+        get_news(run)
+
+    async def work(one: RemoteLedger) -> Funded:
+        return await add(run, micro, key, one, SystemClock())
+
+    made = ask(ticket, work)
+    if json:
+        print_json(asdict(made))
+        return
+    out.print(
+        f"Added {format_money(micro)} {ticket.currency}: the budget is {format_money(made.budget_micro)}, of which "
+        f"{format_money(made.left_micro)} is left.",
+        markup=False,
+    )
 
 
 @jobs_app.command("cancel")
@@ -159,7 +199,7 @@ def cancel(run: RunArgument, ledger: LedgerFlag = None, json: JsonFlag = False) 
         out.print(f"{format_money(closed.micro)} {ticket.currency} comes back{at}.", markup=False)
 
 
-def _refresh(run: Path) -> None:
+def get_news(run: Path) -> None:
     """What the nodes that drive it have by now; where none answers, what is here has to do."""
     from shoal.sdk.attached import AttachOptions, HostsSilent, refresh
 
@@ -209,7 +249,7 @@ def _say_forecast(one: JobStanding) -> str:
         said += f", for up to {format_money(one.forecast.micro)} {one.currency}, {format_money(whole)} in all"
     if one.forecast.money_lasts_s is not None:
         said += (
-            f". The budget ends first, in {format_duration_s(one.forecast.money_lasts_s)}; then the job stops, to be "
-            "resumed with a larger --budget"
+            f". The budget ends first, in {format_duration_s(one.forecast.money_lasts_s)}; then the job stops, unless "
+            "`shoal jobs fund` adds to it"
         )
     return f"{said}."

@@ -57,6 +57,8 @@ LedgerFlag = Annotated[
         show_default=False,
     ),
 ]
+NEGATIVE = {"ignore_unknown_options": True}
+"""So that -5 is an amount, which is refused as one, and not an option."""
 WithParent = Annotated[int, typer.Option("--with-parent", hidden=True, help="Stop when this process is gone.")]
 
 

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from shoal.cli import places
 from shoal.cli.app import JOBS, app
+from shoal.cli.jobs import get_news
 from shoal.cli.output import (
     BadFlag,
     HubFlag,
@@ -42,6 +43,7 @@ from shoal.quantities import format_bytes, format_count, format_duration_s, form
 from shoal.quantities.money import format_money, parse_money
 from shoal.sdk.costs import Costs, Way
 from shoal.sdk.documents import describe, show_default
+from shoal.sdk.handed import is_driven_by_nodes
 from shoal.sdk.hours import Bought, KeptBid, KeptBids, bought_at, bought_hours, free_for
 from shoal.sdk.jobfile import JobFile, explain, parse_job, read_job_bytes, schema
 from shoal.sdk.local import shoal_home
@@ -158,8 +160,8 @@ def train_command(
     text = read_job_bytes(job)
     job_file = parse_job(text, job, begun=resume_run)
     folder = folder or runs / job_file.name
-    if resume_run:
-        places.find_run(folder)
+    if resume_run and is_driven_by_nodes(places.find_run(folder)):
+        get_news(folder)  # where it is over, it is not driven by them any more
     places.refuse_wildcard(listen, "use an address of this machine, or --listen '' where every node can be dialled")
     tickets = places.find_hubs(hub)
     view = RunView(job_file.name)

@@ -457,17 +457,17 @@ class TrainingDriver:
                 fetching.cancel()  # what came too slowly for its round takes no place from the next one's
         self._watchers.committed(commit, given, self.state)
         if self._treasurer is not None:
-            self._pay_for(commit, self._treasurer)
+            await self._pay_for(commit, self._treasurer)
         return envelope, attached
 
-    def _pay_for(self, commit: Commit, treasurer: Treasurer) -> None:
+    async def _pay_for(self, commit: Commit, treasurer: Treasurer) -> None:
         """A Commit that accepted a Contribution owes for it, and ends the job where the next could not be paid."""
         treasurer.committed()
         for node, sentence in treasurer.idle().items():
             line = self._lines.of_node(node)
             if line is not None:
                 self._beside(self._leave(line, f"it is not worth its money: {sentence}."))
-        reason = treasurer.used_up()
+        reason = await treasurer.used_up()
         if reason is not None and commit.tokens_total < self.job.token_budget:
             self.stop(reason)
 

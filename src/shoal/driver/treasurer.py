@@ -71,29 +71,46 @@ class Treasurer(Purse):
         """Nodes that were left for what they cost, and why."""
         self._dearest_micro = 0
         """What the dearest of this term's Commits cost."""
-        self._warned = False
+        self._warned_micro = 0
+        """The budget of which it was said that it comes to its end."""
+        self.spent = False
+        """The job stops as the next Commit could not be paid."""
 
-    def used_up(self) -> str | None:
+    async def used_up(self) -> str | None:
         """Why the job has to stop here, if it has to: the next Commit could not be paid. Says beforehand when that
-        comes near."""
+        comes near. The ledger is asked first whether there is more."""
+        if self.ends_soon or self._is_spent or self._runs_low:
+            await self.look_soon()
         left, currency = self.left_micro, self.funds.ledger.name.currency
         if self.ends_soon:
             return "The escrow that its nodes are paid out of ends now. Nothing is lost: --resume opens another one."
-        if self._dearest_micro and left < 2 * self._dearest_micro:
+        if self._is_spent:
+            self.spent = True
             return (
                 f"The budget of {format_money(self._budget_micro)} {currency} is used up: {format_money(left)} is "
                 f"left, and a round costs up to {format_money(self._dearest_micro)}. Nothing is lost: --resume goes on "
                 "from here with a larger --budget."
             )
-        if not self._warned and left <= max((1 - WARNED_AT) * self._budget_micro, 4 * self._dearest_micro):
-            self._warned = True
+        if self._runs_low:
+            self._warned_micro = self._budget_micro
             lasts = lasts_s(left, self.micro_per_h)
             said = "" if math.isinf(lasts) else f", enough for about {format_duration_s(lasts)}"
             self._say(
-                f"{format_money(left)} {currency} of the budget is left{said}; then the job stops, to be resumed with "
-                "a larger --budget."
+                f"{format_money(left)} {currency} of the budget is left{said}; then the job stops, unless `shoal jobs "
+                "fund` adds to it before."
             )
         return None
+
+    @property
+    def _is_spent(self) -> bool:
+        """Two rounds more could not be paid."""
+        return self.left_micro < 2 * self._dearest_micro
+
+    @property
+    def _runs_low(self) -> bool:
+        """And it was not said yet."""
+        least = max((1 - WARNED_AT) * self._budget_micro, 4 * self._dearest_micro)
+        return self._warned_micro != self._budget_micro and self.left_micro <= least
 
     # ---- places and money ----
 

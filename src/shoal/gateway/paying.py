@@ -3,7 +3,7 @@ voucher every few seconds for what each has served.
 
 What a node has earned follows from what came back through its stages and from its signed receipts (`receipts`), by the
 rule of `market.earnings`. When the money comes to its end new requests are refused, those under way go on for as long
-as it lasts, and then the nodes are let go.
+as it lasts, and then the nodes are let go; where more is added, nodes are taken again.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Paying:
         self._clock, self._say, self._job = clock, say, job
         self.purse = Purse(
             funds,
-            _read(disk),
+            read_payments(disk),
             lambda content: write_whole(disk, FILE, content, "keeping what nodes were paid"),
             key=key,
             link=link,
@@ -94,7 +94,10 @@ class Paying:
         """The newest of each."""
         self._unpaid: dict[bytes, tuple[int, bytes]] = {}
         """Node -> what was earned, and by which record, that could not be written down."""
-        self._warned = False
+        self._warned_micro = 0
+        """The budget of which it was said that it comes to its end."""
+        self._seen_micro = 0
+        """The budget with which `closing` was decided."""
         self._trouble = ""
         self._changed: Callable[[], None] = lambda: None
         endpoint.handle(HoldReclaim.KIND, self._reclaimed)
@@ -110,7 +113,7 @@ class Paying:
         if still_open:
             self.former = {bytes.fromhex(node) for one in still_open for node in one.nodes}
             charged = sum(one.charged_micro for one in still_open)
-            rest = sum(one.terms.amount_micro for one in still_open) - charged
+            rest = sum(one.amount_micro for one in still_open) - charged
             self._say(
                 f"The gateway that served from this folder before was not stopped in order: it has paid "
                 f"{format_money(charged)} {self.currency}, and {format_money(rest)} was asked back."
@@ -179,12 +182,12 @@ class Paying:
 
     async def run(self, changed: Callable[[], None]) -> None:
         """Pay, now and then, until this is cancelled; `changed` is told when there is less to be had for money than
-        before."""
+        before, or more again."""
         self._changed = changed
         while True:
             await self._clock.sleep(PAY_EVERY_S)
             await self.pay()
-            if self._look():
+            if await self._look():
                 changed()
 
     async def pay(self) -> None:
@@ -209,29 +212,43 @@ class Paying:
                 self._trouble = error.sentence
                 self._say(f"Nodes are not paid at the moment: {error.sentence}")
 
-    def _look(self) -> bool:
-        """What is left, and what follows; whether something does."""
-        purse = self.purse
-        left, budget = purse.left_micro, purse.funds.budget_micro
-        if not self.closing:
-            if purse.ends_soon:
-                self.closing = "The money that nodes are paid out of goes back now; start `shoal serve` again."
-            elif left <= min(owed(purse.micro_per_h, LAST_MS), round(LAST_SHARE * budget)):
-                self.closing = (
-                    f"The budget of {format_money(budget)} {self.currency} is used up; start `shoal serve` again with "
-                    "another --budget."
-                )
-            if self.closing:
-                self._say(f"{self.closing} New requests are refused, and those under way go on for as long as it "
-                          "lasts.")  # fmt: skip
-                return True
-        if not self.closing and not self._warned and left <= (1 - WARNED_AT) * budget:
-            self._warned = True
-            lasts = lasts_s(left, purse.micro_per_h)
+    async def _look(self) -> bool:
+        """What is left, and what follows; whether something does. The ledger is asked first whether there is more."""
+        purse, before = self.purse, self.closing
+        if not before and (self._ends() or self._runs_low):
+            await purse.look_soon()
+        if not before or purse.budget_micro != self._seen_micro:  # what was let go is taken again for new money alone
+            self.closing, self._seen_micro = self._ends(), purse.budget_micro
+        if self.closing and not before:
+            self._say(f"{self.closing} New requests are refused, and those under way go on for as long as it lasts.")
+        if before and not self.closing:
+            self._say("Nodes that cost something are taken again.")
+        if not self.closing and self._runs_low:
+            self._warned_micro = purse.budget_micro
+            lasts = lasts_s(purse.left_micro, purse.micro_per_h)
             said = "" if math.isinf(lasts) else f", enough for {format_duration_s(lasts)} of work at least"
-            self._say(f"{format_money(left)} {self.currency} of the budget is left{said}; then nodes that cost "
-                      "something are let go.")  # fmt: skip
-        return bool(self.closing) and self.spent
+            self._say(f"{format_money(purse.left_micro)} {self.currency} of the budget is left{said}; then nodes that "
+                      "cost something are let go, unless `shoal jobs fund` adds to it before.")  # fmt: skip
+        return bool(self.closing) != bool(before) or (bool(self.closing) and self.spent)
+
+    def _ends(self) -> str:
+        """Why nodes take no more requests for money, if they do not."""
+        purse = self.purse
+        if purse.ends_soon:
+            return "The money that nodes are paid out of goes back now; start `shoal serve` again."
+        least = min(owed(purse.micro_per_h, LAST_MS), round(LAST_SHARE * purse.budget_micro))
+        if purse.left_micro > least:
+            return ""
+        return (
+            f"The budget of {format_money(purse.budget_micro)} {self.currency} is used up; add to it with `shoal jobs "
+            "fund`, or start `shoal serve` again with another --budget."
+        )
+
+    @property
+    def _runs_low(self) -> bool:
+        """And it was not said yet."""
+        budget = self.purse.budget_micro
+        return self._warned_micro != budget and self.purse.left_micro <= (1 - WARNED_AT) * budget
 
     @property
     def spent(self) -> bool:
@@ -258,7 +275,8 @@ class Paying:
         return self.purse.funds.ledger.name.currency
 
 
-def _read(disk: Disk) -> Payments | None:
+def read_payments(disk: Disk) -> Payments | None:
+    """Of a gateway; None where nothing was ever set aside. Raises PaymentsDamaged."""
     if disk.info(FILE) is None:
         return None
     try:

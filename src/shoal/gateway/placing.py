@@ -75,6 +75,8 @@ class Placer:
     """Places at nodes that cost something are asked for."""
     _wanted_s: float | None = None
     """Since when they are to be."""
+    _ending: bool = False
+    """Such nodes are let go, as their money comes to its end."""
     _plan: Plan = field(default_factory=lambda: Plan((), (), ""))
     _reserve: tuple[Replica, ...] = ()
     _settled_with: tuple[list[ServingNode], Links] | None = None
@@ -119,9 +121,11 @@ class Placer:
         """Plan with what is there now, and begin to carry it out."""
         needs = self.model.needs
         if self.paying is not None:
-            self._let_leave(self.paying)
             if self.paying.closing:
                 self._let_end(self.paying)
+            elif self._ending:
+                self._let_go_on()
+            self._let_leave(self.paying)
         engines = self.paying.engines if self.paying is not None else frozenset[bytes]()
         there, links = [one for one in self.scout.nodes() if one.node not in engines], self.scout.links()
         lost = any(ring.lost.done() for ring in self._placed.values())
@@ -254,6 +258,7 @@ class Placer:
     def _let_end(self, paying: Paying) -> None:
         """There is hardly any money left: streams go on elsewhere where they can, and else where they are, until there
         is none."""
+        self._ending = True
         for ring in self._placed.values():
             if any(self._is_paid(place.node) for place in ring.places):
                 ring.leaving = True
@@ -262,6 +267,12 @@ class Placer:
         if paying.spent:
             for node in list(paying.taken):
                 paying.let_go(node, "worked until the budget was used up")
+
+    def _let_go_on(self) -> None:
+        """There is more money: those that are still there stay, and others are looked for anew."""
+        self._ending, self._settled_with = False, None
+        for ring in self._placed.values():
+            ring.leaving = ring.asked_to_leave.done()
 
     def _earned(self, ring: NodeRing, at: int, parts: int, receipt: bytes | None) -> None:
         """By what a token takes in that stage."""

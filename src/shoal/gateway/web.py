@@ -489,7 +489,7 @@ class _Figures(Collector):
         if self._service.paying is not None:
             purse = self._service.paying.purse
             yield GaugeMetricFamily("shoal_paid_micro", "Promised to nodes, millionths.", purse.payments.spent_micro)
-            yield GaugeMetricFamily("shoal_budget_micro", "What that may come to.", purse.funds.budget_micro)
+            yield GaugeMetricFamily("shoal_budget_micro", "What that may come to.", purse.budget_micro)
             yield GaugeMetricFamily("shoal_price_micro_per_h", "Of nodes at work.", purse.micro_per_h)
         token = GaugeMetricFamily("shoal_replica_token_ms", "What a token of one stream takes.", labels=["replica"])
         computing = GaugeMetricFamily("shoal_replica_computing_ms", "What of that is computing.", labels=["replica"])

@@ -428,6 +428,9 @@ class Sales:
         and says whether there is more to come. Raises HoldRefused where there is not, BadVoucher, and what the ledger
         does."""
         client, signer = KeyPair.from_seed(allowance.client).node_id, AccountKey(allowance.signer).address
+        known = self._accounts.get(allowance.escrow)
+        if known is not None and newest is not None and newest.voucher.amount_micro > known.most_micro:
+            await self._ask_for_more(known)
         async with self._accounting:
             known = self._accounts.get(allowance.escrow)
             if known is not None and newest is not None:
@@ -608,6 +611,10 @@ class Sales:
         message = decode(Pay, request.body, request.version)
         client = self._client(request, message.deputy)
         voucher = message.signed.voucher
+        known = self._accounts.get(voucher.escrow)
+        if known is not None and known.client == client and voucher.amount_micro > known.most_micro:
+            self._takes.spend(client, "A voucher for more than was set aside")
+            await self._ask_for_more(known)
         async with self._accounting:
             account = self._accounts.get(voucher.escrow)
             if account is None or client != account.client:
@@ -621,6 +628,11 @@ class Sales:
             self._redeeming[account.escrow] = asyncio.create_task(self._redeem_beside(account.escrow))
         newer = account.newest if account.voucher_micro > voucher.amount_micro else None
         return encode(Paid(amount_micro=account.paid_micro, newest=newer), request.version)
+
+    async def _ask_for_more(self, account: Account) -> None:
+        """A voucher is for more than there was: the ledger alone says whether its payer has put more into the escrow.
+        Raises what it does."""
+        await self._look_at(account, await self._ledger.escrow(account.escrow), None)
 
     async def _keep_voucher(self, account: Account, signed: SignedVoucher) -> Account:
         """On the disk, where it says more than the one before. Raises BadVoucher."""

@@ -13,7 +13,7 @@ from msgspec import Meta
 from shoal.identity import Hash
 from shoal.identity.accounts import AccountSignature, Address
 from shoal.ledger.commands import HoldBytes
-from shoal.ledger.escrows import Paid
+from shoal.ledger.escrows import Escrow, Paid
 from shoal.protocol.money import Amount, EscrowTerms, LedgerName, SignedVoucher
 from shoal.quantities.money import share
 
@@ -86,6 +86,24 @@ class TermPayments(msgspec.Struct, frozen=True, kw_only=True):
     owed: Owed | None = None
     closed: bool = False
     """The payer has asked for the rest."""
+    added_micro: Amount = 0
+    """What the payer has put into the escrow since it was opened, as the ledger said when it was last asked."""
+    moved_ms: Annotated[int, Meta(ge=0)] = 0
+    """When the escrow ends, as the ledger said; 0: as its terms say."""
+
+    @property
+    def amount_micro(self) -> int:
+        """What is in the escrow, in all."""
+        return self.terms.amount_micro + self.added_micro
+
+    @property
+    def ends_ms(self) -> int:
+        return self.moved_ms or self.terms.expires_ms
+
+    def as_at(self, escrow: Escrow) -> TermPayments:
+        """With what the ledger says of its escrow."""
+        moved_ms = 0 if escrow.ends_ms == self.terms.expires_ms else escrow.ends_ms
+        return msgspec.structs.replace(self, added_micro=escrow.added_micro, moved_ms=moved_ms)
 
     def settled(self, written: Container[bytes]) -> TermPayments:
         """With what is owed, if its record is among those that are written."""
@@ -122,6 +140,7 @@ class Payments(msgspec.Struct, frozen=True, kw_only=True):
     """`payments.json`, in the folder of a run or of a gateway."""
 
     budget_micro: Amount
+    """What it may cost in all: with what was added to it on the way."""
     terms: tuple[TermPayments, ...] = ()
 
     @property

@@ -23,8 +23,8 @@ from shoal.errors import BadInput, LinkError, ShoalError
 from shoal.identity import KeyPair, short_id
 from shoal.identity.accounts import AccountKey, address_text, signer_of
 from shoal.ledger.book import SameEscrow, UnknownEscrow
-from shoal.ledger.commands import Admit, Close, Open, Redeem, Withhold
-from shoal.ledger.escrows import EscrowOver, OldVoucher
+from shoal.ledger.commands import Admit, Close, Open, Redeem, TopUp, Withhold
+from shoal.ledger.escrows import Escrow, EscrowOver, OldVoucher, TopUpOutOfTurn
 from shoal.ledger.fees import fee_at
 from shoal.ledger.moves import DoneAlready, TooLittleMoney
 from shoal.market.earnings import lasts_s
@@ -32,11 +32,13 @@ from shoal.protocol.holds import LEASE_STEP_MS, BadHold, HoldReclaim, Work, quot
 from shoal.protocol.messages import DEFAULT_NETWORK
 from shoal.protocol.money import (
     DAY_MS,
+    EXTENSION_MAX_MS,
     Admission,
     Closing,
     EscrowTerms,
     Payee,
     SignedVoucher,
+    ToppingUp,
     Voucher,
     Withholding,
     sign_voucher,
@@ -44,8 +46,9 @@ from shoal.protocol.money import (
 from shoal.protocol.offers import Offer
 from shoal.purse.bills import Owed, OwedTo, PaidNode, Payments, TermPayments, newest_vouchers
 from shoal.quantities import format_duration_s
-from shoal.quantities.money import format_money, format_share, share
+from shoal.quantities.money import AMOUNT_MAX, format_money, format_share, share
 from shoal.world import Clock, Dice, Ledger, Link
+from shoal.world.clock import within
 from shoal.world.quotes import Held, NotSecured, Quotes
 
 PAY_DEADLINE_S = 5.0
@@ -53,6 +56,9 @@ LAST_PAY_DEADLINE_S = 15.0
 ASKED_AGAIN_S = (0.5, 1.0, 2.0, 4.0)
 """After so long each, when an answer of the ledger was lost; places are held for longer."""
 RENEW_EVERY_S = LEASE_STEP_MS / 1000 / 3
+LOOK_EVERY_S, LOOK_DEADLINE_S = 10.0, 5.0
+"""So often the ledger is asked whether there is more in the escrow; whoever would stop for want of money asks it first,
+and waits so long for the answer."""
 NOTICE_MS, AUDIT_MS = 60_000, 3_600_000
 HOLDBACK_PPM = 100_000
 ENDS_LEAST_MS, ENDS_MOST_MS = 3_600_000, 30 * DAY_MS
@@ -61,6 +67,8 @@ lasts while all nodes work."""
 ENDS_AFTER = 4
 ENDS_SOON_MS = 120_000
 """Before an escrow ends, the work for it does: nodes need some time for their last vouchers."""
+TOP_UPS_TRIED = 4
+"""Where another one of the same payer comes first."""
 REASON_MAX = 160
 
 T = TypeVar("T")
@@ -150,10 +158,15 @@ class Purse:
         return Payments(budget_micro=self._budget_micro, terms=(*self._former, *([self._term] if self._term else ())))
 
     @property
+    def budget_micro(self) -> int:
+        """With what was added to it since."""
+        return self._budget_micro
+
+    @property
     def left_micro(self) -> int:
         """What can still be signed for. What is withheld goes back to the account, not into the escrow."""
         if self._term is not None:
-            return self._term.terms.amount_micro - sum(one.paid_micro for one in self._term.nodes.values())
+            return self._term.amount_micro - sum(one.paid_micro for one in self._term.nodes.values())
         return max(0, self._budget_micro - self.payments.spent_micro)
 
     @property
@@ -165,7 +178,7 @@ class Purse:
     @property
     def ends_soon(self) -> bool:
         """There is an escrow, and hardly time left for last vouchers."""
-        return self._term is not None and self._term.terms.expires_ms - self._clock.now_ms() < ENDS_SOON_MS
+        return self._term is not None and self._term.ends_ms - self._clock.now_ms() < ENDS_SOON_MS
 
     def paid(self, node: bytes) -> PaidNode | None:
         """What a node has got in this term; None for one that is not paid."""
@@ -229,7 +242,7 @@ class Purse:
                 raise NotSecured(f"Only {len(self._held)} of {len(held)} nodes took what was set aside for them.")
             self.opening_s, self.taking_s = opened_s - began_s, self._clock.monotonic() - opened_s
         except BaseException:
-            await self.close()
+            await (self.close() if self.funds.account is not None else self.let_go())  # the next may have more luck
             raise
         return set(self._held)
 
@@ -299,7 +312,7 @@ class Purse:
             notice_ms=funds.notice_ms,
             audit_ms=funds.audit_ms,
             expires_ms=now_ms + round(min(ENDS_MOST_MS, max(funds.ends_least_ms, lasts_ms))),
-            payees=tuple(Payee(payee, amount) for payee in sorted({one.payee for one in nodes.values()})),
+            payees=tuple(Payee(payee, AMOUNT_MAX) for payee in sorted({one.payee for one in nodes.values()})),
             quote=quote,
             nonce=self._dice.bytes(32),
         )
@@ -362,7 +375,7 @@ class Purse:
             return
         named = {one.payee for one in term.nodes.values()}
         if payee not in named:
-            admission = Admission(term.escrow, payee, term.terms.amount_micro)
+            admission = Admission(term.escrow, payee, AMOUNT_MAX)  # all that is in it, also what is added later
             signature = self.funds.signer.sign(admission.digest(term.ledger))
             await self._have_done(Admit(admission, signature))
         self._put(held.node, self._paid_node(held))
@@ -376,16 +389,58 @@ class Purse:
             self._put(held.node, msgspec.structs.replace(known, hold=taken.envelope.to_bytes()))
 
     async def _renew(self) -> None:
-        """Places are kept for some minutes; while their client lives it asks for more."""
+        """Places are kept for some minutes; while their client lives it asks for more. Its payer may put more money
+        into the escrow at any time."""
+        due_s = self._clock.monotonic() + RENEW_EVERY_S
         while True:
-            await self._clock.sleep(RENEW_EVERY_S)
-            for held in list(self._held.values()):
-                try:
-                    await self._take(held)
-                except ShoalError as error:
-                    _log.warning("%s keeps its place no longer: %s", held.name, error)
-            with contextlib.suppress(ShoalError):  # of a disk that is full the next voucher tells
-                await self._write()
+            await self._clock.sleep(LOOK_EVERY_S)
+            with contextlib.suppress(ShoalError):  # it is asked again
+                await self.look()
+            if self._clock.monotonic() >= due_s:
+                due_s = self._clock.monotonic() + RENEW_EVERY_S
+                await self._take_again()
+                with contextlib.suppress(ShoalError):  # of a disk that is full the next voucher tells
+                    await self._write()
+
+    async def _take_again(self) -> None:
+        """Each node asks the ledger for itself how the escrow stands."""
+
+        async def again(held: Held) -> None:
+            try:
+                await self._take(held)
+            except ShoalError as error:
+                _log.warning("%s keeps its place no longer: %s", held.name, error)
+
+        await asyncio.gather(*map(again, list(self._held.values())))
+
+    # ---- money that is added ----
+
+    async def look(self) -> None:
+        """Whether the payer has put more into the escrow, or asked for the rest of it: only the ledger knows. Nodes
+        that keep a place ask it, too, then. Raises ShoalError."""
+        if self._term is None or self._term.closed:
+            return
+        found = await self.funds.ledger.escrow(self._term.escrow)
+        term = self._term
+        if found is None or term is None or term.escrow != found.escrow_id:
+            return
+        now = term.as_at(found)
+        more = now.added_micro - term.added_micro
+        if now == term:
+            return
+        self._term, self._budget_micro = now, self._budget_micro + more
+        await self._write()
+        if more:
+            self._say(
+                f"{format_money(more)} {self.funds.ledger.name.currency} was added to the budget, which is "
+                f"{format_money(self._budget_micro)} now: {format_money(self.left_micro)} is left."
+            )
+            await self._take_again()
+
+    async def look_soon(self) -> None:
+        """The same, by whoever waits for it: where the ledger says nothing, all is as it was."""
+        with contextlib.suppress(ShoalError, TimeoutError):
+            await within(self._clock, LOOK_DEADLINE_S, self.look())
 
     # ---- work ----
 
@@ -521,7 +576,14 @@ class Purse:
         this budget. Raises ShoalError."""
         closed = list[TermPayments]()
         for term in self._former:
-            closed.append(term if term.closed else await close_escrow(term, self.funds.ledger, self._hand))
+            after = term if term.closed else await close_escrow(term, self.funds.ledger, self._hand)
+            closed.append(after)
+            unheard = after.added_micro - term.added_micro
+            if unheard:
+                self._say(
+                    f"{format_money(unheard)} {term.ledger.currency} was added to the budget, and whoever was to spend "
+                    f"it never heard of that: it comes back, and the budget is {format_money(self._budget_micro)}."
+                )
         self._former = () if forget else tuple(closed)
         if closed:
             await self._write()
@@ -533,20 +595,25 @@ class Purse:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def close(self) -> None:
-        """Nodes get their last vouchers, and the rest goes back."""
+    async def let_go(self) -> None:
+        """Nodes get their last vouchers, and their places are given back; what is left stays where it is."""
         await self.leave()
         held = list(self._held.values())
-        if self._term is None or self._term.closed:
-            await self._quotes.release_all(held)
-            return
-        await asyncio.gather(*(self._send(one.node, last=True, deadline_s=LAST_PAY_DEADLINE_S) for one in held))
-        await asyncio.gather(*(self._quotes.release(one) for one in held))
+        if self._term is not None and not self._term.closed:
+            await asyncio.gather(*(self._send(one.node, last=True, deadline_s=LAST_PAY_DEADLINE_S) for one in held))
+        await self._quotes.release_all(held)
         self._held.clear()
+
+    async def close(self) -> None:
+        """Nodes get their last vouchers, and the rest goes back."""
+        await self.let_go()
+        if self._term is None or self._term.closed:
+            return
         try:
-            self._term = await close_escrow(self._term, self.funds.ledger, self._hand)
+            before, self._term = self._term, await close_escrow(self._term, self.funds.ledger, self._hand)
+            self._budget_micro += self._term.added_micro - before.added_micro
         except ShoalError as error:
-            ends_s = (self._term.terms.expires_ms - self._clock.now_ms()) / 1000
+            ends_s = (self._term.ends_ms - self._clock.now_ms()) / 1000
             self._say(
                 f"What was not used could not be asked back: {error.sentence} It comes back by itself in "
                 f"{format_duration_s(ends_s)}; {self._again} asks again."
@@ -587,7 +654,70 @@ async def close_escrow(term: TermPayments, ledger: Ledger, account: AccountKey) 
         await ledger.apply(Close(wish, account.sign(wish.digest(term.ledger))))
     except (UnknownEscrow, EscrowOver, DoneAlready):
         pass  # it never came to be, is over by itself, or was asked for and the answer was lost
+    found = await ledger.escrow(term.escrow)  # nothing is added any more
+    if found is not None:
+        term = term.as_at(found)
     return msgspec.structs.replace(term, owed=None, closed=True)
+
+
+async def top_up(term: TermPayments, ledger: Ledger, account: AccountKey, micro: int, clock: Clock) -> Escrow:
+    """Its payer puts more into an escrow, which lasts so much longer, and its signer may promise as much more. Gives
+    how it stands then. Raises UnknownEscrow, EscrowOver, NoMoney, OutcomeUnknown, and what the ledger does."""
+    for _ in range(TOP_UPS_TRIED):
+        found = await _found(term, ledger)
+        order = ToppingUp(
+            escrow=term.escrow,
+            amount_micro=micro,
+            cap_micro=0 if term.terms.signer == term.terms.payer else micro,
+            expires_ms=_ends_with(found, micro, clock.now_ms()),
+            number=found.top_ups + 1,
+        )
+        try:
+            return await _topped_up(TopUp(order, account.sign(order.digest(term.ledger))), found, term, ledger, clock)
+        except TopUpOutOfTurn:
+            continue  # nothing has moved
+        except TooLittleMoney as error:
+            has, currency = await ledger.balance(account.address), term.ledger.currency
+            raise NoMoney(
+                f"This adds {format_money(micro)} {currency}, and your account {address_text(account.address)} has "
+                f"{format_money(has)}: deposit more (`shoal account deposit`), or add less."
+            ) from error
+    raise TopUpOutOfTurn(f"{TOP_UPS_TRIED} times another top-up of {found.name} came first; nothing was added by this.")
+
+
+async def _topped_up(command: TopUp, before: Escrow, term: TermPayments, ledger: Ledger, clock: Clock) -> Escrow:
+    """What is signed is done once: where an answer is lost, the same is handed in again."""
+    lost: LinkError | None = None
+    for wait_s in (*ASKED_AGAIN_S, 0.0):
+        try:
+            await ledger.apply(command)
+            break
+        except LinkError as error:
+            lost = error
+            await clock.sleep(wait_s)
+        except TopUpOutOfTurn:
+            if lost is None:
+                raise
+            break
+    after = await _found(term, ledger)
+    if lost is not None and after.added_micro - before.added_micro < command.order.amount_micro:
+        raise lost
+    return after
+
+
+async def _found(term: TermPayments, ledger: Ledger) -> Escrow:
+    found = await ledger.escrow(term.escrow)
+    if found is None:
+        raise UnknownEscrow(f"The ledger has no escrow {term.escrow.hex()[:12]}: it never came to be.")
+    return found
+
+
+def _ends_with(escrow: Escrow, more_micro: int, now_ms: int) -> int:
+    """Later by as much as there is more in it, as far as ledger and nodes go along."""
+    lasts_ms = escrow.terms.expires_ms - escrow.opened_ms
+    ends_ms = escrow.ends_ms + lasts_ms * more_micro // escrow.terms.amount_micro
+    latest_ms = min(escrow.terms.expires_ms + EXTENSION_MAX_MS, now_ms + ENDS_MOST_MS)
+    return max(escrow.ends_ms, min(ends_ms, latest_ms))
 
 
 async def _redeem(one: PaidNode, ledger: Ledger) -> None:

@@ -1,7 +1,8 @@
 """The process in which a node drives a job for an owner who is away: `python -m shoal.sdk.hosted RUN_FOLDER PARENT`.
 
 It goes on with the job of a run folder as `resume` does, with a key of the node's, in a term of its own, and tells the
-node how it gets on (`node.driver_process`). Where it ends otherwise than in order, the next host goes on.
+node how it gets on (`node.driver_process`). Where it ends otherwise than in order, the next host goes on. Where the
+money is used up it waits for more, for a while, with no place taken.
 """
 
 from __future__ import annotations
@@ -11,12 +12,16 @@ import logging
 import signal
 import sys
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 
-from shoal.driver.folder import CHAIN
+from shoal.driver.folder import CHAIN, RunFolder
+from shoal.driver.lines import Event
+from shoal.driver.report import Goal
 from shoal.errors import ShoalError
+from shoal.house import RemoteLedger
 from shoal.identity import KeyPair, load_key
 from shoal.identity.accounts import AccountKey
 from shoal.node.driver_process import (
@@ -35,14 +40,22 @@ from shoal.protocol.blobs import BlobHolder
 from shoal.protocol.driving import Allowance
 from shoal.protocol.hubs import HubTicket
 from shoal.protocol.ledgers import LedgerTicket
-from shoal.purse.bills import FILE, Payments
+from shoal.purse.bills import FILE, Payments, TermPayments
+from shoal.purse.purse import ENDS_SOON_MS, LOOK_EVERY_S
+from shoal.quantities import format_duration_s
 from shoal.sdk.jobfile import JobFile, parse_job, read_job_bytes
+from shoal.sdk.jobs import close_escrows
 from shoal.sdk.spending import Lent
 from shoal.sdk.train import DRIVER_KEY, Hosted, NothingToResume, TrainOptions, refuse_script, resume
+from shoal.transport import TlsEndpoint
+from shoal.world import Clock, Ledger, SystemClock, SystemDice
 from shoal.world.processes import die_with_parent
 
 MIRRORED_S = 5.0
 """So long a Commit waits for the hosts that stand by to have it."""
+MONEY_WITHIN_S = 3600.0
+"""So long a job whose money is used up waits for more. Nobody is paid for that: it takes a sleeping process and one of
+the jobs that a node drives at a time."""
 
 
 class _Node:
@@ -98,6 +111,14 @@ def say(word: Said) -> None:
 
 async def drive(folder: Path, key: KeyPair, node: _Node) -> str:
     """Gives how the job ended. Raises ShoalError."""
+    while True:
+        goal, allowance = await _drive(folder, key, node), node.orders.begin.allowance
+        if allowance is None or goal.reached or not await _more_money(folder, allowance, node):
+            return goal.sentence
+
+
+async def _drive(folder: Path, key: KeyPair, node: _Node) -> Goal:
+    """Until the job is over, or its money is."""
     orders, begin = node.orders, node.orders.begin
     job_file = _job_file(folder)
     options = TrainOptions(
@@ -120,7 +141,56 @@ async def drive(folder: Path, key: KeyPair, node: _Node) -> str:
         say=lambda text: print(text, file=sys.stderr, flush=True),
     )
     report = await resume(job_file, options)
-    return report.goal.sentence if report.goal is not None else "It has ended."
+    assert report.goal is not None, "a driver that comes to the end says how"
+    return report.goal
+
+
+async def _more_money(folder: Path, allowance: Allowance, node: _Node) -> bool:
+    """Of a job whose money is used up: whether more came. If not, what is left was asked back."""
+    term = _payments(folder).terms[-1]
+    if term.closed:
+        return False
+    with RunFolder.open(folder) as run:
+        sentence = (
+            f"The money is used up: the job waits for more, for {format_duration_s(MONEY_WITHIN_S)} at most, and then "
+            "it is over. Its owner adds some with `shoal jobs fund`."
+        )
+        run.note(Event(time_s=run.elapsed_s(), sentence=sentence))
+    clock = SystemClock()
+    endpoint = TlsEndpoint(KeyPair.generate(), clock=clock, dice=SystemDice())
+    ledger = RemoteLedger(endpoint, LedgerTicket.parse(allowance.ledger), clock)
+    try:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(MONEY_WITHIN_S):
+                if await _is_added(term, ledger, clock):
+                    return True
+        await _ask_back(folder, allowance, ledger)
+        return False
+    except asyncio.CancelledError:
+        if node.stopped:
+            await _ask_back(folder, allowance, ledger)
+        raise
+    finally:
+        await endpoint.close()
+
+
+async def _is_added(term: TermPayments, ledger: Ledger, clock: Clock) -> bool:
+    """Once it is; not, where nothing can be added any more."""
+    while True:
+        with suppress(ShoalError):  # it is asked again
+            found = await ledger.escrow(term.escrow)
+            if found is None or found.closing or found.ends_ms - clock.now_ms() < ENDS_SOON_MS:
+                return False
+            if found.added_micro > term.added_micro:
+                return True
+        await clock.sleep(LOOK_EVERY_S)
+
+
+async def _ask_back(folder: Path, allowance: Allowance, ledger: Ledger) -> None:
+    try:
+        await close_escrows(folder, AccountKey(allowance.signer), ledger)
+    except ShoalError as error:
+        print(f"What is left comes back when its escrow ends: {error.sentence}", file=sys.stderr, flush=True)
 
 
 def _job_file(folder: Path) -> JobFile:
@@ -129,8 +199,12 @@ def _job_file(folder: Path) -> JobFile:
     return job
 
 
+def _payments(folder: Path) -> Payments:
+    return msgspec.json.decode((folder / FILE).read_bytes(), type=Payments)
+
+
 def _lent(folder: Path, allowance: Allowance) -> Lent:
-    payments = msgspec.json.decode((folder / FILE).read_bytes(), type=Payments)
+    payments = _payments(folder)
     terms = payments.terms[-1].terms
     return Lent(
         payer=terms.payer,

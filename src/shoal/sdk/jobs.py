@@ -1,8 +1,9 @@
-"""The runs of this machine: how each stands and what it costs, read beside its driver; how one is stopped, and what it
-has set aside comes back."""
+"""The runs of this machine: how each stands and what it costs, read beside its driver; how more money comes to one, how
+one is stopped, and what it has set aside comes back."""
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import time
 from collections import deque
@@ -17,15 +18,16 @@ from shoal.driver.folder import RunFolder, is_unsettled, pid_in_lock
 from shoal.driver.lines import RoundMetrics
 from shoal.driver.report import Figures, NodeStatus, Report
 from shoal.errors import BadInput, JobError, ShoalError
+from shoal.gateway.paying import read_payments
 from shoal.identity.accounts import AccountKey, address_text
-from shoal.ledger.escrows import State
+from shoal.ledger.escrows import EscrowOver, State
 from shoal.market.earnings import forecast_micro, lasts_s
 from shoal.protocol.money import LedgerName, ledger_text
 from shoal.purse.bills import FILE as PAYMENTS
 from shoal.purse.bills import Payments, TermPayments, bill
-from shoal.purse.purse import close_escrow
+from shoal.purse.purse import close_escrow, top_up
 from shoal.sdk.handed import is_driven_by_nodes
-from shoal.world import Ledger
+from shoal.world import Clock, DirectoryDisk, Ledger
 from shoal.world.processes import process_holding
 
 STOP_S = 60.0
@@ -44,6 +46,12 @@ class OthersMoney(BadInput):
     """What a run has set aside is of another account than the user's, or at another ledger than was named."""
 
     code = "SH-165"
+
+
+class NothingSetAside(BadInput):
+    """Money is to be added to what nobody pays nodes out of now."""
+
+    code = "SH-166"
 
 
 class JobState(StrEnum):
@@ -243,28 +251,22 @@ class Closed:
 
 
 async def close_escrows(folder: Path, account: AccountKey, ledger: Ledger) -> Closed:
-    """Of a run whose driver is gone: its nodes get what they have vouchers for, and the rest is asked back. Raises
-    FolderLocked, FolderDamaged, OthersMoney, and what the ledger does."""
+    """Of a run whose driver is gone: its nodes get what they have vouchers for, and the rest is asked back. `account`
+    is the payer, or the signer that the escrow names. Raises FolderLocked, FolderDamaged, OthersMoney, and what the
+    ledger does."""
     with RunFolder.open(folder) as run:
         payments = run.payments() or Payments(budget_micro=0)
         for one in _open_terms(payments):
-            if one.terms.payer != account.address:
-                raise OthersMoney(
-                    f"{folder} has set money of {address_text(one.terms.payer)} aside, and your account is "
-                    f"{address_text(account.address)}: whose it is asks for it, or it comes back by itself."
-                )
-            if one.ledger != ledger.name:
-                raise OthersMoney(
-                    f"{folder} has set money aside at the ledger {ledger_text(one.ledger)}; name its ticket with "
-                    "--ledger."
-                )
+            if account.address != one.terms.signer:
+                _check_owner(folder, one, account, ledger, "whose it is asks for it, or it comes back by itself.")
         escrows, micro, at_ms = list[bytes](), 0, None
         terms = list(payments.terms)
         for place, one in enumerate(terms):
             if one.closed:
                 continue
             terms[place] = await close_escrow(one, ledger, account)
-            payments = msgspec.structs.replace(payments, terms=tuple(terms))
+            budget = payments.budget_micro + terms[place].added_micro - one.added_micro
+            payments = msgspec.structs.replace(payments, budget_micro=budget, terms=tuple(terms))
             run.write(PAYMENTS, msgspec.json.encode(payments))
             escrows.append(one.escrow)
             found = await ledger.escrow(one.escrow)
@@ -274,12 +276,75 @@ async def close_escrows(folder: Path, account: AccountKey, ledger: Ledger) -> Cl
     return Closed(tuple(escrows), micro, at_ms)
 
 
+@dataclass(frozen=True)
+class Funded:
+    """What was added, and how it stands then. Money in millionths."""
+
+    escrow: bytes
+    added_micro: int
+    budget_micro: int
+    """In all."""
+    left_micro: int
+    """Of that, as far as is known here what was spent."""
+    currency: str
+    ends_ms: int
+    """What is not used comes back by itself then."""
+
+
+async def fund(folder: Path, micro: int, account: AccountKey, ledger: Ledger, clock: Clock) -> Funded:
+    """Add to the budget of what is under way, in the folder of a run or of a gateway. Whoever drives or serves asks the
+    ledger, and so do its nodes. Raises NothingSetAside, OthersMoney, NoMoney, FolderDamaged, PaymentsDamaged, and what
+    the ledger does."""
+    payments, again = _under_way(folder)
+    term = next(reversed(_open_terms(payments)), None) if payments is not None else None
+    if payments is None or term is None:
+        raise NothingSetAside(f"Nothing is set aside in {folder} to which more could be added: {again}.")
+    _check_owner(folder, term, account, ledger, "whose it is can add to it.")
+    try:
+        found = await top_up(term, ledger, account, micro, clock)
+    except EscrowOver as error:
+        raise NothingSetAside(f"Nothing was added: {error.sentence} {again[0].upper()}{again[1:]}.") from error
+    now = term.as_at(found)
+    return Funded(
+        term.escrow, micro, payments.budget_micro + now.added_micro - term.added_micro, _unspent(now),
+        term.ledger.currency, found.ends_ms,
+    )  # fmt: skip
+
+
+def _under_way(folder: Path) -> tuple[Payments | None, str]:
+    """What pays nodes now, and what to do once it does not any more. Raises NothingSetAside where nobody pays."""
+    if not (folder / "job.record").exists():
+        disk, again = DirectoryDisk(folder), "start `shoal serve` with another --budget"
+        with contextlib.suppress(BlockingIOError):
+            disk.lock("lock").release()
+            raise NothingSetAside(f"No endpoint runs with the folder {folder}: {again}.")
+        return read_payments(disk), again
+    again = f"go on with `shoal train {folder} --resume` and a larger --budget"
+    if not is_driven_by_nodes(folder) and driver_of(folder) is None:
+        raise NothingSetAside(f"Nobody drives the run in {folder}, so nothing of it costs money: {again}.")
+    with RunFolder.open(folder, read_only=True) as run:
+        return run.payments(), again
+
+
+def _check_owner(folder: Path, term: TermPayments, account: AccountKey, ledger: Ledger, advice: str) -> None:
+    """Raises OthersMoney."""
+    if term.terms.payer != account.address:
+        raise OthersMoney(
+            f"{folder} has set money of {address_text(term.terms.payer)} aside, and your account is "
+            f"{address_text(account.address)}: {advice}"
+        )
+    if term.ledger != ledger.name:
+        raise OthersMoney(
+            f"{folder} has set money aside at the ledger {ledger_text(term.ledger)}; name its ticket with --ledger."
+        )
+
+
 def _open_terms(payments: Payments) -> list[TermPayments]:
     return [one for one in payments.terms if not one.closed]
 
 
 def _unspent(term: TermPayments) -> int:
-    return term.terms.amount_micro - sum(one.paid_micro for one in term.nodes.values())
+    return term.amount_micro - sum(one.paid_micro for one in term.nodes.values())
 
 
 def _nodes(figures: Figures, payments: Payments) -> tuple[NodeStanding, ...]:

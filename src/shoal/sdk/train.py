@@ -235,8 +235,8 @@ async def resume(job_file: JobFile, options: TrainOptions) -> Report:
     """Go on with the job in a folder, in a new term, from its newest Commit."""
     if options.hosted is None and is_driven_by_nodes(options.folder):
         raise NothingToResume(
-            f"Nodes drive the job in {options.folder}: look at it with `shoal attach`, stop it with `shoal jobs "
-            "cancel`. When it is over, what is left of it can be gone on with here."
+            f"Nodes drive the job in {options.folder}: look at it with `shoal attach`, add to its budget with `shoal "
+            "jobs fund`, stop it with `shoal jobs cancel`. When it is over, it can be gone on with here."
         )
     with RunFolder.open(options.folder) as folder, saying_room(folder.path):
         written = folder.read("report.json", Report)
@@ -403,12 +403,15 @@ class Session:
         )  # fmt: skip
 
     async def _settle(self) -> None:
-        """Whoever drives for an owner who is away and does not come to the job's end leaves its money to the next."""
+        """Whoever drives for an owner who is away and does not come to the job's end leaves its money to the next; what
+        is hardly anything any more may become more."""
         if self.treasurer is None:
             return
         hosted = self.options.hosted
-        if hosted is None or self._driven or hosted.stopped():
+        if hosted is None or hosted.stopped() or (self._driven and not self.treasurer.spent):
             await self.treasurer.close()
+        elif self._driven:
+            await self.treasurer.let_go()
         else:
             await self.treasurer.leave()
 
