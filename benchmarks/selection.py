@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 from results_form import figure
-from threadpoolctl import threadpool_limits
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "rules"))
 from exact_gangs import exact_cost
@@ -65,9 +64,7 @@ def timed(times: int, work: Callable[[int], object]) -> tuple[float, float, list
     return float(np.median(took)), float(np.percentile(took, 99)), found
 
 
-@threadpool_limits.wrap(limits=1)
 def selection(quick: bool) -> list[dict[str, object]]:
-    """On one core: products of matrices would take all."""
     count, times = (5_000, 20) if quick else (OFFERS, 300)
     board, drawn = Board(), listings(count, 1)
     began = time.perf_counter()

@@ -23,8 +23,11 @@ NEIGHBOURS = 160
 """Cheapest neighbours of a member that are searched."""
 BALL_AMONG = 1_280
 """Who is near to a member, of whom so many make a ball or none do."""
-LOOK_FIRST, LOOK_MAX = 256, 2_048
-"""Candidates among which those near to the members are looked for at a time: first, and at most."""
+BLOCK = 128
+"""Candidates of one product of matrices: so few that no library uses several threads for it, which costs more than they
+save."""
+LOOK_FIRST, LOOK_MAX = 2, 16
+"""Blocks in which those near to the members are looked for at a time: first, and at most."""
 ROUNDING = 2e-6
 """What single precision is off at most, in parts of the squares that are added up: 8 roundings of 2**-24, of sums that
 are up to twice as large, make half of it."""
@@ -139,7 +142,7 @@ class _Search:
         near_pairs, ball_pairs = [], []
         maybe_near = self._maybe_near(seeds)
         begin, lacking = 0, np.arange(seeds)
-        while begin < len(self.costs) and len(lacking):
+        while begin * BLOCK < len(self.costs) and len(lacking):
             end = min(max(LOOK_FIRST, 2 * begin), begin + LOOK_MAX)
             mine, theirs = pairs = maybe_near(lacking, slice(begin, end))
             apart = self._positions[mine] - self._positions[theirs]
@@ -155,20 +158,24 @@ class _Search:
         return _Around.of(near_pairs, nears), _Around.of(ball_pairs, balls)
 
     def _maybe_near(self, seeds: int) -> Callable[[NDArray[np.int64], slice], NDArray[np.int64]]:
-        """(some seeds, a part of the candidates) -> pairs [2, ...] of who is near, with a few who are nearly so. A
-        distance is at most what the heights leave of the limit, and so are the squares: a sum of products, which one
-        product of matrices, in single precision, has for all pairs."""
+        """(some seeds, some blocks) -> pairs [2, ...] of who is near, with a few who are nearly so. A distance is at
+        most what the heights leave of the limit, and so are the squares: a sum of products, which a product of matrices
+        has for all pairs, in single precision."""
         room, squares = self._limit - self._heights, np.square(self._positions).sum(axis=1)
         ones, less, more = np.ones(len(room)), 1 - ROUNDING, 1 + ROUNDING
         mine = [less * squares - more * room**2, ones, *-2 * self._positions.T, 2 * room]
         theirs = [ones, less * squares - more * self._heights**2, *self._positions.T, self._heights]
-        left, right = np.array(mine, dtype=np.float32).T[:seeds], np.array(theirs, dtype=np.float32)
+        missing = -len(room) % BLOCK
+        left = np.array(mine, dtype=np.float32).T[:seeds]
+        right = np.pad(np.array(theirs, dtype=np.float32), ((0, 0), (0, missing)))
+        right = right.reshape(len(theirs), -1, BLOCK).transpose(1, 0, 2)
+        heights = np.pad(self._heights, (0, missing), constant_values=np.inf).reshape(-1, 1, BLOCK)
 
-        def among(some: NDArray[np.int64], part: slice) -> NDArray[np.int64]:
-            beyond = left[some] @ right[:, part]
-            found = np.flatnonzero((beyond <= 0) & (self._heights[part] <= room[some][:, None]))
-            at, other = np.divmod(found, beyond.shape[1])
-            return np.stack([some[at], other + part.start])
+        def among(some: NDArray[np.int64], blocks: slice) -> NDArray[np.int64]:
+            beyond = left[some] @ right[blocks]
+            found = np.flatnonzero((beyond <= 0) & (heights[blocks] <= room[some][:, None]))
+            block, seed, at = np.unravel_index(found, beyond.shape)
+            return np.stack([some[seed], (blocks.start + block) * BLOCK + at])
 
         return among
 
