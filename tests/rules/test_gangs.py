@@ -23,9 +23,14 @@ def drawn(seed: int, count: int, spread: float = 50.0) -> tuple[Costs, Places, P
 
 
 @settings(max_examples=150)
-@given(st.integers(0, 1 << 30), st.integers(2, 9), st.integers(2, 4), st.floats(5, 120))
-def test_of_few_candidates_it_is_the_cheapest_gang_there_is(seed: int, count: int, size: int, limit: float) -> None:
+@given(
+    st.integers(0, 1 << 30), st.integers(2, 9), st.integers(2, 4), st.floats(5, 120), st.sampled_from([0.0, 300.0, 9e4])
+)  # fmt: skip
+def test_of_few_candidates_it_is_the_cheapest_gang_there_is(
+    seed: int, count: int, size: int, limit: float, away: float
+) -> None:
     costs, positions, heights = drawn(seed, count)
+    positions += away  # wherever they are
     near = apart_ms(positions, heights) <= limit
     gangs = [gang for gang in itertools.combinations(range(count), size)
              if all(near[a, b] for a, b in itertools.combinations(gang, 2))]  # fmt: skip

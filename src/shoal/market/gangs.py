@@ -9,8 +9,7 @@ bound). It ends after a fixed number of steps, and the answer says how much chea
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,16 +21,21 @@ SEEDS_MAX = 320
 """Members that are taken for the cheapest of a gang."""
 NEIGHBOURS = 160
 """Cheapest neighbours of a member that are searched."""
-CHUNK = 512
-"""Candidates whose distance is found at a time."""
-AT_ONCE = 64
-"""Members that they are found for at a time."""
+BALL_AMONG = 1_280
+"""Who is near to a member, of whom so many make a ball or none do."""
+BLOCK = 128
+"""Candidates of one product of matrices: so few that no library uses several threads for it, which costs more than they
+save."""
+LOOK_FIRST, LOOK_MAX = 2, 16
+"""Blocks in which those near to the members are looked for at a time: first, and at most."""
+ROUNDING = 2e-6
+"""What single precision is off at most, in parts of the squares that are added up: 8 roundings of 2**-24, of sums that
+are up to twice as large, make half of it."""
 TRIED = 12
 """Most promising gangs that are improved."""
 STEPS_MAX, STEPS_OF_SEED, STEPS_FEW = 3_000, 600, 300
 """Of the search in all, of that for the gangs that one member is the cheapest of, and in all where there are more
 candidates than SEEDS_MAX: then it seldom proves anything, and exchanging members has found what it would find."""
-KEY_PRIMES = (73_856_093, 19_349_663, 83_492_791)
 NEVER = 1 << 62
 
 
@@ -106,7 +110,6 @@ class _Search:
     ) -> None:
         self.costs, self._positions, self._heights = costs, positions, heights
         self._size, self._limit = size, limit_ms
-        self._blocks = _Blocks(positions, heights, limit_ms)
         self._steps = STEPS_MAX if len(costs) <= SEEDS_MAX else STEPS_FEW
         self.members: tuple[int, ...] = ()
         self.cost = NEVER
@@ -114,13 +117,16 @@ class _Search:
         """Of gangs that were not looked at."""
 
     def run(self) -> None:
-        seeds = np.arange(min(SEEDS_MAX, len(self.costs)))
-        if len(seeds) < len(self.costs):
-            self.at_least = int(self.costs[len(seeds)]) * self._size
-        at_least, ball_costs = self._bounds(seeds)
+        seeds = min(SEEDS_MAX, len(self.costs))
+        if seeds < len(self.costs):
+            self.at_least = int(self.costs[seeds]) * self._size
+        self._near, self._balls = self._surroundings(seeds)
+        ball_costs = self._balls.cost_of_first(self._size, self.costs)
         for seed in np.argsort(ball_costs, kind="stable")[:TRIED].tolist():
             if ball_costs[seed] < NEVER:
                 self._improve(seed)
+        at_least = self._near.cost_of_first(self._size - 1, self.costs)
+        at_least = np.minimum(at_least + self.costs[:seeds], NEVER)
         for seed in np.argsort(at_least, kind="stable").tolist():
             if at_least[seed] >= self.cost:
                 break
@@ -129,73 +135,65 @@ class _Search:
 
     # --- members and those around them -------------------------------------------------------------------------------
 
-    def _bounds(self, seeds: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Of each: what a gang costs at least that it is the cheapest of, and what the cheapest gang of the ball around
-        it costs; NEVER where there is none."""
-        at_least, ball_costs = np.full(len(seeds), NEVER), np.full(len(seeds), NEVER)
-        for block, group in self._blocks.groups(seeds):
-            for begin in range(0, len(group), AT_ONCE):
-                some = group[begin : begin + AT_ONCE]
-                near, inside = self._from(some, block, slice(CHUNK))
-                at_least[some] = self.costs[some] + _first(self.costs[block.members[:CHUNK]], near, self._size - 1)
-                ball_costs[some] = _first(self.costs[block.members[:CHUNK]], inside, self._size)
-                if len(block.members) <= CHUNK:
-                    continue
-                for seed in some[(at_least[some] >= NEVER) | (ball_costs[some] >= NEVER)].tolist():
-                    near_one, ball = self._around(seed)
-                    if len(near_one) >= self._size - 1:
-                        at_least[seed] = self.costs[seed] + self.costs[near_one[: self._size - 1]].sum()
-                    if len(ball) == self._size:
-                        ball_costs[seed] = self.costs[ball].sum()
-        return np.minimum(at_least, NEVER), ball_costs
+    def _surroundings(self, seeds: int) -> tuple[_Around, _Around]:
+        """Of each seed: who comes after it and is near to it, more than NEIGHBOURS, and a gang of who is so near that
+        any two are near to one another; all there are where they are fewer."""
+        nears, balls = np.zeros(seeds, dtype=np.int64), np.zeros(seeds, dtype=np.int64)
+        near_pairs, ball_pairs = [], []
+        maybe_near = self._maybe_near(seeds)
+        begin, lacking = 0, np.arange(seeds)
+        while begin * BLOCK < len(self.costs) and len(lacking):
+            end = min(max(LOOK_FIRST, 2 * begin), begin + LOOK_MAX)
+            mine, theirs = pairs = maybe_near(lacking, slice(begin, end))
+            apart = self._positions[mine] - self._positions[theirs]
+            reach = np.sqrt(np.einsum("ij,ij->i", apart, apart)) + self._heights[theirs]
+            near = reach + self._heights[mine] <= self._limit
+            near_pairs.append(pairs[:, near & (theirs > mine)])
+            ball_pairs.append(pairs[:, near & (2 * reach <= self._limit)])
+            nears += np.bincount(near_pairs[-1][0], minlength=seeds)
+            balls += np.bincount(ball_pairs[-1][0], minlength=seeds)
+            few = max(NEIGHBOURS, self._size)
+            lacking = np.flatnonzero((nears <= few) | ((balls < self._size) & (nears <= BALL_AMONG)))
+            begin = end
+        return _Around.of(near_pairs, nears), _Around.of(ball_pairs, balls)
 
-    def _from(
-        self, seeds: NDArray[np.int64], block: _Block, part: slice
-    ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        """[seeds, part of a block]: who comes after a seed and is near to it, and who is in the ball around it."""
-        members, heights = block.members[part], block.heights[part]
-        apart = np.zeros((len(seeds), len(members)))
-        for axis, mine in zip(block.axes, self._positions[seeds].T, strict=True):
-            away = axis[part] - mine[:, None]
-            away *= away
-            apart += away
-        np.sqrt(apart, out=apart)
-        apart += heights
-        near = apart <= self._limit - self._heights[seeds][:, None]
-        near &= members > seeds[:, None]
-        return near, 2 * apart <= self._limit
+    def _maybe_near(self, seeds: int) -> Callable[[NDArray[np.int64], slice], NDArray[np.int64]]:
+        """(some seeds, some blocks) -> pairs [2, ...] of who is near, with a few who are nearly so. A distance is at
+        most what the heights leave of the limit, and so are the squares: a sum of products, which a product of matrices
+        has for all pairs, in single precision."""
+        room, squares = self._limit - self._heights, np.square(self._positions).sum(axis=1)
+        ones, less, more = np.ones(len(room)), 1 - ROUNDING, 1 + ROUNDING
+        mine = [less * squares - more * room**2, ones, *-2 * self._positions.T, 2 * room]
+        theirs = [ones, less * squares - more * self._heights**2, *self._positions.T, self._heights]
+        missing = -len(room) % BLOCK
+        left = np.array(mine, dtype=np.float32).T[:seeds]
+        right = np.pad(np.array(theirs, dtype=np.float32), ((0, 0), (0, missing)))
+        right = right.reshape(len(theirs), -1, BLOCK).transpose(1, 0, 2)
+        heights = np.pad(self._heights, (0, missing), constant_values=np.inf).reshape(-1, 1, BLOCK)
 
-    def _around(self, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The cheapest that come after a seed and are near to it, NEIGHBOURS and one more, and the cheapest gang in the
-        ball around it."""
-        block = self._blocks.around(seed)
-        near, ball = [], []
-        nears = balls = 0
-        for begin in range(0, len(block.members), CHUNK):
-            part = slice(begin, begin + CHUNK)
-            is_near, inside = self._from(np.array([seed]), block, part)
-            near.append(block.members[part][is_near[0]])
-            ball.append(block.members[part][inside[0]])
-            nears, balls = nears + len(near[-1]), balls + len(ball[-1])
-            if nears > NEIGHBOURS and balls >= self._size:
-                break
-        return np.concatenate(near)[: NEIGHBOURS + 1], np.concatenate(ball)[: self._size]
+        def among(some: NDArray[np.int64], blocks: slice) -> NDArray[np.int64]:
+            beyond = left[some] @ right[blocks]
+            found = np.flatnonzero((beyond <= 0) & (heights[blocks] <= room[some][:, None]))
+            block, seed, at = np.unravel_index(found, beyond.shape)
+            return np.stack([some[seed], (blocks.start + block) * BLOCK + at])
+
+        return among
 
     def _pairs(self, some: NDArray[np.int64]) -> NDArray[np.bool_]:
         """[some, some]: whether they are near enough."""
-        positions, heights = self._positions[some], self._heights[some]
-        apart = positions[:, None, :] - positions[None, :, :]
-        room = self._limit - heights[:, None] - heights[None, :]
-        return np.asarray((room >= 0) & (np.einsum("ijk,ijk->ij", apart, apart) <= room * room))
+        room = self._limit - np.add.outer(self._heights[some], self._heights[some])
+        apart = sum(np.square(np.subtract.outer(axis, axis)) for axis in self._positions[some].T)
+        return np.asarray((room >= 0) & (apart <= room * room))
 
     # --- a gang at once ----------------------------------------------------------------------------------------------
 
     def _improve(self, seed: int) -> None:
         """The gang around a member; its members are exchanged one by one as long as that makes it cheaper."""
-        neighbours, ball = self._around(seed)
-        some = np.union1d(ball, neighbours)
+        ball = self._balls[seed][: self._size]
+        some = np.union1d(ball, self._near[seed][:NEIGHBOURS])
         near, costs = self._pairs(some), self.costs[some]
-        inside = np.isin(some, ball)
+        inside = np.zeros(len(some), dtype=bool)
+        inside[np.searchsorted(some, ball)] = True
         while True:
             # For whom somebody outside could come: who is near to all others of the gang.
             away = self._size - near[inside].sum(axis=0)
@@ -215,13 +213,12 @@ class _Search:
 
     def _all_of(self, seed: int) -> bool:
         """Look for a cheaper one among all; gives whether all were looked at."""
-        neighbours, _ = self._around(seed)
+        neighbours, further = np.split(self._near[seed], [NEIGHBOURS])
         own = int(self.costs[seed])
-        if len(neighbours) > NEIGHBOURS:
+        if len(further):
             # What a gang costs with somebody who is not looked at.
-            beyond = own + int(self.costs[neighbours[: self._size - 2]].sum()) + int(self.costs[neighbours[-1]])
+            beyond = own + int(self.costs[neighbours[: self._size - 2]].sum()) + int(self.costs[further[0]])
             self.at_least = min(self.at_least, beyond)
-            neighbours = neighbours[:NEIGHBOURS]
         near = _bits(self._pairs(neighbours))
         costs = self.costs[neighbours].tolist()
         until = max(0, self._steps - STEPS_OF_SEED)
@@ -247,59 +244,30 @@ class _Search:
 
 
 @dataclass(frozen=True)
-class _Block:
-    """Candidates of a few cubes, in their order."""
+class _Around:
+    """Candidates around each of the seeds, in their order."""
 
     members: NDArray[np.int64]
-    axes: tuple[NDArray[np.float64], ...]
-    """Their positions, one axis after another."""
-    heights: NDArray[np.float64]
+    """Seed after seed."""
+    ends: NDArray[np.int64]
 
+    @classmethod
+    def of(cls, pairs: list[NDArray[np.int64]], counts: NDArray[np.int64]) -> _Around:
+        """Of pairs [2, ...] of seeds and candidates, so many of each seed."""
+        seeds, members = np.concatenate(pairs, axis=1)
+        return cls(members[np.argsort(seeds, kind="stable")], np.cumsum(counts))
 
-class _Blocks:
-    """Candidates by cubes whose sides are as long as two may be apart: who is near is in a cube or beside it."""
+    def __getitem__(self, seed: int) -> NDArray[np.int64]:
+        return self.members[self.ends[seed - 1] if seed else 0 : self.ends[seed]]
 
-    def __init__(self, positions: NDArray[np.float64], heights: NDArray[np.float64], side: float) -> None:
-        self._positions, self._heights = positions, heights
-        self._cube = np.floor(positions / side).astype(np.int64)
-        keys = self._keys(self._cube)
-        order = np.argsort(keys, kind="stable")
-        starts = np.flatnonzero(np.diff(keys[order], prepend=keys[order[0]] - 1))
-        members = np.split(order, starts[1:])
-        self._in = dict(zip(keys[order[starts]].tolist(), members, strict=True))
-        self._steps = np.array(list(itertools.product((-1, 0, 1), repeat=positions.shape[1])))
-        self._around: dict[bytes, _Block] = {}
-
-    @staticmethod
-    def _keys(cubes: NDArray[np.int64]) -> NDArray[np.int64]:
-        """A number for each. Two cubes may have the same: who is there is then looked at in vain."""
-        return np.asarray(cubes @ np.array(KEY_PRIMES[: cubes.shape[1]]))
-
-    def groups(self, members: NDArray[np.int64]) -> Iterator[tuple[_Block, NDArray[np.int64]]]:
-        """The members by cubes, each with what is around it."""
-        by_cube: dict[bytes, list[int]] = {}
-        for member in members.tolist():
-            by_cube.setdefault(self._cube[member].tobytes(), []).append(member)
-        for group in by_cube.values():
-            yield self.around(group[0]), np.array(group)
-
-    def around(self, member: int) -> _Block:
-        """Of its cube and those beside it."""
-        cube = self._cube[member]
-        name = cube.tobytes()
-        if name not in self._around:
-            keys = dict.fromkeys(self._keys(cube + self._steps).tolist())
-            members = np.sort(np.concatenate([self._in[key] for key in keys if key in self._in]))
-            axes = tuple(np.ascontiguousarray(axis) for axis in self._positions[members].T)
-            self._around[name] = _Block(members, axes, self._heights[members])
-        return self._around[name]
-
-
-def _first(costs: NDArray[np.int64], which: NDArray[np.bool_], count: int) -> NDArray[np.int64]:
-    """[rows]: what the first so many of each row of `which` [rows, costs] cost; NEVER where they are fewer."""
-    places = np.cumsum(which, axis=1, dtype=np.int32)
-    sums = np.where(which & (places <= count), costs, 0).sum(axis=1)
-    return np.where(places[:, -1] >= count, sums, NEVER)
+    def cost_of_first(self, count: int, costs: NDArray[np.int64]) -> NDArray[np.int64]:
+        """What the first so many of each seed cost; NEVER where they are fewer."""
+        begins = np.concatenate(([0], self.ends[:-1]))
+        enough = self.ends - begins >= count
+        total = np.concatenate(([0], np.cumsum(costs[self.members])))
+        found = np.full(len(begins), NEVER)
+        found[enough] = total[begins[enough] + count] - total[begins[enough]]
+        return found
 
 
 def _exchange(
@@ -307,13 +275,14 @@ def _exchange(
 ) -> tuple[int, int] | None:
     """Who leaves and who comes, so that it becomes cheapest; none where nothing makes it cheaper."""
     members = np.flatnonzero(inside)
-    best, saved = None, 0
-    dearest = int(members[-1])
-    for at in np.flatnonzero(~inside & (away <= 1) & (costs < costs[dearest])):
-        leaves = dearest if away[at] == 0 else int(members[~near[at, members]][0])
-        if costs[leaves] - costs[at] > saved:
-            best, saved = (leaves, int(at)), int(costs[leaves] - costs[at])
-    return best
+    outside = np.flatnonzero(~inside & (away <= 1) & (costs < costs[members[-1]]))
+    if not len(outside):
+        return None
+    # In the place of the only one that somebody is not near to, or of the dearest.
+    leaves = members[np.where(away[outside] == 0, -1, np.argmin(near[outside][:, members], axis=1))]
+    saved = costs[leaves] - costs[outside]
+    best = int(np.argmax(saved))
+    return (int(leaves[best]), int(outside[best])) if saved[best] > 0 else None
 
 
 def _bits(near: NDArray[np.bool_]) -> list[int]:
