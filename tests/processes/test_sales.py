@@ -656,6 +656,8 @@ def test_who_refuses_is_made_up_for_by_as_few_others_as_are_needed(tmp_path: Pat
         assert [one.name for one in held] == ["shop-5"], "one is enough"
         with pytest.raises(NotSecured, match="2 nodes are needed, and 1 would keep a place"):
             await last.quotes.hold_all(offered[4:], 2, offered[:3])
+        with pytest.raises(NotSecured, match="1 nodes are needed, and 0 would"):  # shop-6 is free, and asked by nobody
+            await last.quotes.hold_all(offered[:1], 1, [offered[2], offered[1], offered[5]])
         assert [shop.sales.held for shop in shops] == [0, 1, 0, 1, 1, 0]
 
     run(story)
