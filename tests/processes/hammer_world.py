@@ -270,7 +270,8 @@ class Client:
         if len(found) < size:
             return False
         drawn = [(one.node, one.offer) for one in self.dice.sample(found, len(found))]
-        gang, spares = drawn[:size], drawn[size:]
+        gang, linked = drawn[:size], self.endpoint.links()
+        spares = sorted((one for one in drawn[size:] if one[0] in linked), key=lambda one: -one[1].slots)
         await asyncio.gather(*(self.link(node, offer) for node, offer in gang))
         (way,) = self.dice.choices(list(WAYS), list(WAYS.values()))
         self.seen.asked += 1

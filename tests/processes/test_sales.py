@@ -40,7 +40,7 @@ from shoal.node.sales import (
     Work,
     read_kept,
 )
-from shoal.protocol.holds import BadHold, Deputy, Hold, HoldAsk, HoldGiven, HoldReclaim, HoldTake, Reclaim
+from shoal.protocol.holds import BadHold, Deputy, Hold, HoldAsk, HoldGiven, HoldReclaim, HoldTake, Reclaim, sold_twice
 from shoal.protocol.holds import Work as Kind
 from shoal.protocol.messages import decode, encode, open_record, sign
 from shoal.protocol.money import (
@@ -722,6 +722,8 @@ def test_who_refuses_is_made_up_for_by_as_few_others_as_are_needed(tmp_path: Pat
         assert [one.name for one in held] == ["shop-5"], "one is enough"
         with pytest.raises(NotSecured, match="2 nodes are needed, and 1 would keep a place"):
             await last.quotes.hold_all(offered[4:], 2, offered[:3])
+        with pytest.raises(NotSecured, match="1 nodes are needed, and 0 would"):  # shop-6 is free, and asked by nobody
+            await last.quotes.hold_all(offered[:1], 1, [offered[2], offered[1], offered[5]])
         assert [shop.sales.held for shop in shops] == [0, 1, 0, 1, 1, 0]
 
     run(story)
@@ -788,6 +790,33 @@ def test_who_asks_again_after_a_disk_failed_has_a_word_that_outlives_the_node() 
         held = await client.quotes.hold(shop.node, shop.offer)
         kept = read_kept(disk, SLOTS, Slots, "shop-1")
         assert kept is not None and [one.hold for one in kept.kept] == [held.hold]
+
+    run(story)
+
+
+def test_a_place_that_was_not_taken_is_given_back_without_a_writing_and_sold_with_one() -> None:
+    async def story(street: Street) -> None:
+        writings, disk = list[str](), MemoryDisk()
+
+        def fault(call: str, name: str) -> None:
+            if call == "rename":
+                writings.append(name)
+
+        def on_disk() -> tuple[list[bytes], int]:
+            kept = read_kept(disk, SLOTS, Slots, "shop-1")
+            assert kept is not None
+            return [one.hold.client for one in kept.kept], len(kept.pending)
+
+        shop = await street.shop(1, FaultyDisk(disk, fault))
+        client, other = Client(street), Client(street, 61)
+        held = await client.quotes.hold(shop.node, shop.offer)
+        await client.quotes.release(held)
+        assert shop.sales.held == 0 and writings == [SLOTS] and on_disk() == ([client.key.node_id], 0)
+        sold = await other.quotes.hold(shop.node, shop.offer)
+        assert writings == [SLOTS, SLOTS] and on_disk() == ([other.key.node_id], 1)
+        assert sold_twice(held.envelope, sold.envelope) is None
+        await other.quotes.release(await other.quotes.take(sold, await client.escrow(shop)))
+        assert on_disk() == ([], 2), "who has paid is not kept waiting by a node that was killed"
 
     run(story)
 

@@ -117,13 +117,16 @@ class Treasurer(Purse):
     async def hold(
         self, gang: Sequence[LinkedNode], nodes_min: int, spares: Sequence[LinkedNode] = ()
     ) -> list[LinkedNode]:
-        """Have all of them keep a place, and of `spares`, the cheapest first, as many as it takes to come to
-        `nodes_min`; gives those that do, and those of the gang that cost nothing. Raises NotSecured where they are
-        fewer; none is kept then."""
+        """Have all of them keep a place, and of `spares`, the cheapest first and of these those with most slots, as
+        many as it takes to come to `nodes_min`; gives those that do, and those of the gang that cost nothing. Raises
+        NotSecured where they are fewer; none is kept then."""
         free = [node for node in gang if is_free(node.offer)]
         at_least = max(0, nodes_min - len(free))
         priced = self._worth_it([node for node in gang if not is_free(node.offer)], at_least)
-        others = sorted((node for node in spares if not is_free(node.offer)), key=lambda one: _price_of(one)[0])
+        others = sorted(
+            (node for node in spares if not is_free(node.offer)),
+            key=lambda one: (_price_of(one)[0], -one.offer.slots),
+        )
         asked = [*priced.values(), *others]
         offered = [(node.node, node.offer) for node in asked]
         keeps = {one.node for one in await self.hold_all(offered[: len(priced)], at_least, offered[len(priced) :])}

@@ -8,6 +8,7 @@ is acknowledged only after it.
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -46,6 +47,8 @@ FINDS_MAX = 32
 """Of these, searches: what they found is held until all of the transaction is done, up to FOUND_BYTES_MAX each."""
 PAGE_ROWS = 256
 """Rows read at a time while looking for offers that fit."""
+OPENED_MAX = 1024
+"""Offers that are remembered as they were read: each search looks at the same ones."""
 _INT_MAX = (1 << 63) - 1
 
 _tables = sa.MetaData()
@@ -200,22 +203,14 @@ class SqlOfferIndex:
         return kept
 
     def _fitting(self, connection: sa.Connection, wanted: OfferFind) -> Iterator[KeptOffer]:
-        columns = _offers.c
-        likely = [
-            columns.expires_ms > self._time.now_ms(),
-            columns.memory_bytes >= min(_INT_MAX, wanted.memory_bytes_min),
-            columns.flops >= wanted.flops_min,
-        ]
-        if wanted.idle_only:
-            likely.append(columns.busy == sa.false())
-        if wanted.name is not None:
-            likely.append(columns.name == wanted.name)
-        if wanted.node is not None:
-            likely.append(columns.node == wanted.node)
+        page = _page(wanted.idle_only, by_name=wanted.name is not None, by_node=wanted.node is not None)
+        likely = {
+            "now_ms": self._time.now_ms(), "memory_bytes": min(_INT_MAX, wanted.memory_bytes_min),
+            "flops": wanted.flops_min, "name": wanted.name, "node": wanted.node,
+        }  # fmt: skip
         after = wanted.after or b""
         while True:
-            page = sa.select(_offers).where(columns.node > after, *likely).order_by(columns.node).limit(PAGE_ROWS)
-            rows = connection.execute(page).all()
+            rows = connection.execute(page, {**likely, "after": after}).all()
             for row in rows:
                 kept = _kept(row)
                 if fits(kept.node, kept.offer, wanted)[0]:
@@ -245,11 +240,34 @@ class SqlOfferIndex:
         return None if row is None else _kept(row)
 
 
+@functools.cache
+def _page(idle_only: bool, by_name: bool, by_node: bool) -> sa.Select[Any]:
+    """Built once for each kind of search: that takes as long as reading a page."""
+    columns = _offers.c
+    likely = [
+        columns.node > sa.bindparam("after"),
+        columns.expires_ms > sa.bindparam("now_ms"),
+        columns.memory_bytes >= sa.bindparam("memory_bytes"),
+        columns.flops >= sa.bindparam("flops"),
+    ]
+    if idle_only:
+        likely.append(columns.busy == sa.false())
+    if by_name:
+        likely.append(columns.name == sa.bindparam("name"))
+    if by_node:
+        likely.append(columns.node == sa.bindparam("node"))
+    return sa.select(_offers).where(*likely).order_by(columns.node).limit(PAGE_ROWS)
+
+
 def _kept(row: sa.Row[Any]) -> KeptOffer:
+    return KeptOffer(row.node, _opened(row.envelope), row.envelope, row.record_id, row.arrived_ms, row.expires_ms)
+
+
+@functools.lru_cache(OPENED_MAX)
+def _opened(packed: bytes) -> Offer:
     # Verified when it came in, so the signature is not checked again for every search; clients check it.
-    envelope = Envelope.from_bytes(row.envelope, Offer.MAX_BYTES)
-    offer = decode(Offer, envelope.body, envelope.version)
-    return KeptOffer(row.node, offer, row.envelope, row.record_id, row.arrived_ms, row.expires_ms)
+    envelope = Envelope.from_bytes(packed, Offer.MAX_BYTES)
+    return decode(Offer, envelope.body, envelope.version)
 
 
 def _create_or_check(connection: sa.Connection) -> None:

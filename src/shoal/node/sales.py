@@ -601,9 +601,13 @@ class Sales:
         if envelope.signer != client or release.node != self._key.node_id:
             raise BadRecord(f"A slot of node {self._name} is given back by who signs for it, at this node alone.")
         known = hold_of(self.slots, client, self.now_ms())
-        await self.decide(lambda slots: (give_back(slots, release, client, packed, self.now_ms()), None))
-        if known is not None and known.hold.escrow is None and not self.keeps_for(client):
-            self._untaken.give_back(request.source.encode(), (known.hold.until_ms - self.now_ms()) / 1000)
+        slots = give_back(self.slots, release, client, packed, self.now_ms())
+        if known is None or known.hold.escrow is not None:
+            await self._store_slots(slots)
+        else:  # the next Hold brings it to the disk; a node killed before keeps the slot for some seconds for nobody
+            self._promises.content = slots
+            if not self.keeps_for(client):
+                self._untaken.give_back(request.source.encode(), (known.hold.until_ms - self.now_ms()) / 1000)
         await self._changed()
         return encode(Done(), request.version)
 

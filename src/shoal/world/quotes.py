@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from typing import TypeAlias, TypeVar
 
 from shoal.errors import JobError, ShoalError
@@ -40,6 +41,8 @@ from shoal.world.network import DeadlineExceeded, Link, Refused
 HOLD_MS = 15_000
 ASK_DEADLINE_S = 5.0
 TAKE_DEADLINE_S = 10.0
+SPARES_EACH = 2
+"""That are asked in the place of one that says no: what the others keep is kept from everybody else meanwhile."""
 TROUBLES_SHOWN = 8
 """Nodes whose troubles a sentence names."""
 Question: TypeAlias = HoldAsk | HoldTake | HoldRelease | Pay
@@ -97,20 +100,19 @@ class Quotes:
         self, wanted: Sequence[tuple[bytes, Offer]], at_least: int, spares: Sequence[tuple[bytes, Offer]] = ()
     ) -> tuple[list[Held], list[str]]:
         """A place at each of these; what kept the others from it, as sentences. Where fewer than `at_least` would be
-        left, one of `spares` is asked in the place of each that says no, in turn. Raises NotSecured where they are too
-        few all the same: none is kept then."""
+        left, up to SPARES_EACH of `spares` are asked in the place of each that says no, in turn. Raises NotSecured
+        where they are too few all the same: none is kept then."""
         troubles, others, left = list[str](), iter(spares), len(wanted)
 
         async def place(node: bytes, offer: Offer) -> Held | None:
             nonlocal left
-            asked: tuple[bytes, Offer] | None = (node, offer)
-            while asked is not None:
+            for asked in chain([(node, offer)], islice(others, SPARES_EACH)):
                 try:
                     return await self.hold(*asked)
                 except ShoalError as error:
                     troubles.append(f"{asked[1].name}: {error.sentence}")
-                    late = isinstance(error, DeadlineExceeded)  # what is held would be over before another says no
-                    asked = next(others, None) if left <= at_least and not late else None
+                    if left > at_least or isinstance(error, DeadlineExceeded):  # the others' word would be over
+                        break
             left -= 1
             return None
 
