@@ -15,11 +15,12 @@ class Broken(Enum):
 
 class Wire:
     """From a port of this machine to another one. Where one connection breaks, others get through; where the wire is
-    `down`, none does."""
+    `down`, none does; where it is `silent`, what the server says does not arrive, and nobody hears of that."""
 
     def __init__(self, port: int) -> None:
         self.breaks: Broken | None = None
         self.down = False
+        self.silent = False
         self._server_port = port
         self._listening = socket.create_server(("127.0.0.1", 0))
         self.port = int(self._listening.getsockname()[1])
@@ -56,6 +57,8 @@ class Wire:
 
     def _answer(self, client: socket.socket, server: socket.socket) -> None:
         while answer := _received(server):
+            if self.silent:
+                continue
             try:
                 client.sendall(answer)
             except OSError:

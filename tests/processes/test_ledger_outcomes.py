@@ -151,6 +151,24 @@ def test_those_who_share_a_transaction_wait_until_it_is_known(wire: Wire, server
     asyncio.run(scene())
 
 
+def test_a_server_that_says_nothing_is_not_waited_for_for_ever(
+    wire: Wire, server: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("SILENT_S", "CONNECT_S"):
+        monkeypatch.setattr(f"shoal.storage.postgres.{name}", 1)
+    scene = Scene(wire, server)
+    wire.silent = True
+    with pytest.raises(LedgerFailed, match="has said nothing for 1 s|timeout"):
+        scene.ledger.balance(account(CLIENT.address))
+    commands = [scene.voucher(20)]
+    with pytest.raises(OutcomeUnknown, match="went away while it was writing"):
+        scene.ledger.apply_all(commands)
+    wire.silent = False
+    (moves,) = scene.ledger.apply_all(commands)
+    assert isinstance(moves, tuple) and scene.has_paid(20)
+    scene.ledger.close()
+
+
 def test_a_server_that_stopped_and_started_is_gone_on_with(server: Postgres) -> None:
     ledger = SqlLedger.open(server.url, LEDGER, HeldClock())
     for number in range(3):

@@ -413,12 +413,12 @@ class HubClient:
     def _no_hub(self) -> NoHub:
         if not self._hubs:
             return NoHub("No hub was named: start one with `shoal hub` and name it with --hub or SHOAL_HUB.")
-        none = f"None of the {len(self._hubs)} hubs" if len(self._hubs) > 1 else "The one hub"
+        several = f"None of the {len(self._hubs)} hubs named can be used."
+        none = several if len(self._hubs) > 1 else "The hub named cannot be used."
         each = " ".join(f"{short_id(state.ticket.node)} at {', '.join(state.ticket.addresses)}: "
                         f"{state.trouble or 'no answer'}" for state in self.states())  # fmt: skip
         return NoHub(
-            f"{none} named can be used. {each} Check that it runs, and that --hub or "
-            "SHOAL_HUB names it as it printed itself at its start."
+            f"{none} {each} Check that it runs, and that --hub or SHOAL_HUB names it as it printed itself at its start."
         )
 
     def _tell(self, hub: _Hub) -> None:

@@ -332,6 +332,7 @@ def show_default(field: Field) -> str:
 
 _INTEGER = re.compile(r"[+-]?[0-9][0-9_]*\Z")
 _FLOAT = re.compile(r"[+-]?([0-9][0-9_]*(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?\Z")
+_BETWEEN_DIGITS = re.compile(r"(?<=[0-9])_(?=[0-9])")
 _NULLS = ("", "~", "null", "Null", "NULL")
 
 
@@ -493,8 +494,10 @@ def _read_scalar(text: str, plain: bool, kind: Any, quantity: str | None) -> Any
         return next((option for option in kind if option.value == text), None)
     if kind is str:
         return text
-    if quantity is not None and not text.lstrip().startswith("-"):
-        number = _QUANTITIES[quantity][0](text.replace("_", "") if plain else text)
+    if quantity is not None:
+        if text.lstrip().startswith("-"):
+            return None
+        number = _QUANTITIES[quantity][0](_BETWEEN_DIGITS.sub("", text) if plain else text)
         return round(number) if kind is int else number
     if kind is bool:
         return {"true": True, "false": False}.get(text.lower()) if plain else None
