@@ -201,8 +201,8 @@ class _Looking:
         if _opened(now) != _opened(before):
             self._folder.write(PAYMENTS, msgspec.json.encode(before))
             raise OtherMoney(
-                f"A host of {self._folder.path} says that other money was set aside for it than was; what it sent is not "
-                "kept. Stop the job with `shoal jobs cancel`."
+                f"A host of {self._folder.path} says that other money was set aside for it than was; what it sent is "
+                "not kept. Stop the job with `shoal jobs cancel`."
             )
 
     async def _who(self) -> tuple[Host, bool]:
