@@ -45,7 +45,8 @@ from shoal.protocol.training import (
     TrainJob,
 )
 from shoal.purse.bills import FILE, PaidNode, Payments, TermPayments
-from shoal.sdk.detached import _find_hosts
+from shoal.sdk.detached import NoHost, _begun, _find_hosts
+from shoal.sdk.handed import Handed
 from shoal.sdk.train import TrainOptions
 from shoal.storage import BlobStore, Fetcher, serve
 from shoal.transport import MemoryEndpoint
@@ -237,7 +238,8 @@ def test_a_host_that_is_not_paid_any_more_stands_by_for_an_hour(
         wish = Closing(owner.escrow)
         await street.ledger.apply(Close(wish, PAYER.sign(wish.digest(LEDGER))))
         await until(street, lambda: job._unpaid is not None, 10.0)
-        began_s = street.clock.monotonic()
+        assert job._unpaid is not None
+        began_s, _ = job._unpaid
         await until(street, lambda: job._phase == "given up", 10.0, 1000)
         assert UNPAID_S <= street.clock.monotonic() - began_s <= UNPAID_S + 600
         given = await owner.standing()
@@ -341,5 +343,25 @@ def test_a_key_that_is_anothers_makes_no_host(tmp_path: Path) -> None:
         )  # fmt: skip
         hosts = await _find_hosts(cast(Any, session), "job", 1)
         assert [one.driver for one in hosts] == [a_key(90).node_id, a_key(94).node_id]
+
+    run(whole)
+
+
+def test_a_host_that_copies_for_ever_is_waited_for_no_longer_than_it_takes() -> None:
+    async def whole(street: Street) -> None:
+        owner, node = street.client(60), street.client(1)
+
+        async def fetching(request: Request) -> bytes:
+            return encode(FolderGiven(phase="fetching"), request.version)
+
+        node.handle(FolderAsk.KIND, fetching)
+        await node.listen("tcp://node:0")
+        host = Host(node=node.node_id, driver=bytes(32), name="slow", addresses=tuple(node.addresses))
+        session = SimpleNamespace(endpoint=owner, hubs=OneStreet(), clock=street.clock)
+        kept = Handed(job=bytes(32), hosts=(host,), hubs=())
+        waiting = asyncio.create_task(_begun(cast(Any, session), kept, 1 << 20, lambda _: None))
+        await until(street, waiting.done, 5.0)
+        with pytest.raises(NoHost, match="was not taken over: slow copied it for 6"):
+            await waiting
 
     run(whole)
