@@ -22,6 +22,7 @@ from shoal.driver.mirror import missing, size_of
 from shoal.errors import JobError, ShoalError
 from shoal.identity import KeyPair, blake3_hash, load_or_create_key, short_id
 from shoal.identity.accounts import AccountKey
+from shoal.node.hosted_job import FETCHED_WITHIN_S
 from shoal.protocol.driving import (
     HOSTS_MAX,
     Allowance,
@@ -45,6 +46,7 @@ from shoal.sdk.jobfile import JobFile
 from shoal.sdk.notes import TOKENIZER
 from shoal.sdk.spending import Spending
 from shoal.sdk.train import DRIVER_KEY, GRANT_MS, Session, TrainOptions, new_folder, refuse_script
+from shoal.storage import patience_s
 from shoal.world import Clock, Endpoint, Link, Request, asking
 from shoal.world.directory import Directory, FoundOffer
 from shoal.world.reach import reach_again
@@ -112,7 +114,7 @@ async def detach(
             kept = Handed(job=job.record_id, hosts=hosts, hubs=tuple(str(one) for one in options.hubs))
             folder.write(HANDED, msgspec.json.encode(kept))
             folder.begin(job, yaml)
-            await _hand_over(session, kept, watch)
+            await _hand_over(session, kept, size, watch)
             return kept
 
 
@@ -182,7 +184,7 @@ async def _linked(session: Session, one: FoundOffer) -> LinkedNode | None:
     return None
 
 
-async def _hand_over(session: Session, kept: Handed, watch: Callable[[Sequence[Standing]], None]) -> None:
+async def _hand_over(session: Session, kept: Handed, size: int, watch: Callable[[Sequence[Standing]], None]) -> None:
     folder, hosts = session.folder, kept.hosts
 
     async def asked(request: Request) -> bytes:
@@ -203,7 +205,7 @@ async def _hand_over(session: Session, kept: Handed, watch: Callable[[Sequence[S
                 prompt=session.options.prompt,
             )  # fmt: skip
             await ask(await link_to_host(host, session), begin, Done)
-        await _begun(session, kept, watch)
+        await _begun(session, kept, size, watch)
     except BaseException:
         for host in hosts:
             with suppress(ShoalError):
@@ -249,9 +251,10 @@ async def _set_aside(session: Session, spending: Spending, kept: Handed) -> tupl
     return purse, Allowance(ledger=str(spending.ledger), escrow=escrow, signer=signer.secret, client=seed)
 
 
-async def _begun(session: Session, kept: Handed, watch: Callable[[Sequence[Standing]], None]) -> None:
-    """Returns when one drives and the others have all that they need. Raises NoHost."""
-    since_s = session.clock.monotonic()
+async def _begun(session: Session, kept: Handed, size: int, watch: Callable[[Sequence[Standing]], None]) -> None:
+    """Returns when one drives and the others have all that they need; `size` is that in bytes. Raises NoHost."""
+    began_s = since_s = session.clock.monotonic()
+    copied_within_s = FETCHED_WITHIN_S + patience_s(size, FETCHED_WITHIN_S)
     while True:
         found = await asyncio.gather(*(_standing(host, kept.job, session) for host in kept.hosts))
         watch([Standing(host.name, one.phase, one.sentence) for host, one in zip(kept.hosts, found, strict=True)])
@@ -264,6 +267,9 @@ async def _begun(session: Session, kept: Handed, watch: Callable[[Sequence[Stand
             return
         if not ready:
             since_s = session.clock.monotonic()
+            if since_s - began_s > copied_within_s:
+                slow = [host.name for host, one in zip(kept.hosts, found, strict=True) if one.phase == "fetching"]
+                raise NoHost(f"The job was not taken over: {', '.join(slow)} copied it for {copied_within_s:.0f} s.")
         if session.clock.monotonic() - since_s > BEGINS_WITHIN_S:
             said = " ".join(one.sentence for one in found if one.sentence)
             raise NoHost(f"The hosts have the job, and none drives it after {BEGINS_WITHIN_S:.0f} s. {said}")
