@@ -45,7 +45,8 @@ from shoal.purse.purse import ENDS_SOON_MS, LOOK_EVERY_S
 from shoal.quantities import format_duration_s
 from shoal.sdk.jobfile import JobFile, parse_job, read_job_bytes
 from shoal.sdk.jobs import close_escrows
-from shoal.sdk.train import DRIVER_KEY, Hosted, Lent, TrainOptions, refuse_script, resume
+from shoal.sdk.spending import Lent
+from shoal.sdk.train import DRIVER_KEY, Hosted, TrainOptions, refuse_script, resume
 from shoal.transport import TlsEndpoint
 from shoal.world import Clock, Ledger, SystemClock, SystemDice
 from shoal.world.processes import die_with_parent
