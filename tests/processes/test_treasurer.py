@@ -51,12 +51,13 @@ class Job:
         budget: int = 1_000_000,
         number: int = 60,
         signer: AccountKey = PAYER,
+        account: AccountKey | None = PAYER,
     ) -> None:
         self.street, self.said, self.key, self.commits = street, list[str](), a_key(number), 0
         self.endpoint = street.client(number)
         self.folder = RunFolder.create(folder) if isinstance(folder, Path) else folder
         self.treasurer = Treasurer(
-            Funds(street.ledger, PAYER.address, signer, budget, PAYER, notice_ms=60_000, audit_ms=1000),
+            Funds(street.ledger, PAYER.address, signer, budget, account, notice_ms=60_000, audit_ms=1000),
             self.folder,
             key=a_key(number),
             link=street.linker(self.endpoint),
@@ -719,6 +720,30 @@ def test_money_that_may_have_been_set_aside_is_asked_back(tmp_path: Path) -> Non
         await settle(street, 62)
         assert await street.ledger.balance(PAYER.address) == 10_000_000
         await Job(street, tmp_path / "other", number=61).begin(shop)
+
+    run(story)
+
+
+def test_who_goes_on_with_the_money_of_another_takes_no_dear_node_and_gives_none_of_it_back(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        cheap = await street.shop(1, tmp_path / "1")
+        dear = await street.shop(2, tmp_path / "2", price=Price(36_000_000))
+        job = Job(street, tmp_path / "run", signer=an_account(51))
+        await job.begin(cheap)
+        await job.kill()
+        after = Job(street, job.folder, signer=an_account(51), account=None)
+        assert [one.node for one in await after.treasurer.hold(await after.gang(cheap, dear), 1)] == [cheap.node]
+        assert after.said[0].startswith("Without shop-2: it costs 36.00 an hour, and at 2 times what others take")
+        street.ledger.fails = StorageError("away")
+        with pytest.raises(NotSecured, match="Only 0 of 1 nodes took what was set aside"):
+            await after.treasurer.open(1)
+        street.ledger.fails = None
+        (term,) = after.written.terms
+        assert not term.closed and not street.ledger.book.escrows[term.escrow].closing, "the next may have more luck"
+        await after.treasurer.hold(await after.gang(cheap), 1)
+        assert await after.treasurer.open(1) == {cheap.node}
+        await after.treasurer.close()
+        assert street.ledger.book.escrows[term.escrow].closing
 
     run(story)
 

@@ -125,8 +125,8 @@ class Treasurer(Purse):
         return [*free, *(priced[one.node] for one in held)]
 
     def _worth_it(self, priced: Sequence[LinkedNode], at_least: int) -> dict[bytes, LinkedNode]:
-        """Without such as are dear beside those that earlier terms paid, as far as the others are enough."""
-        paid = {node for term in self._former for node in term.nodes}
+        """Without such as are dear beside those that this job has paid before, as far as the others are enough."""
+        paid = {node for term in self.payments.terms for node in term.nodes}
         known = [_price_of(node) for node in priced if node.node.hex() in paid]
         left = dict[bytes, LinkedNode]((node.node, node) for node in priced)
         for node in sorted(priced, key=lambda one: _price_of(one)[0], reverse=True):
