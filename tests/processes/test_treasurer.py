@@ -33,7 +33,7 @@ from shoal.protocol.training import Commit
 from shoal.purse.bills import PaidNode, Payments, bill
 from shoal.purse.purse import ASKED_AGAIN_S, LOOK_EVERY_S, RENEW_EVERY_S, Funds, NoMoney, top_up
 from shoal.sdk.jobs import Closed, Funded, NothingSetAside, OthersMoney, close_escrows, fund, look_at, open_at
-from shoal.world import Refused, Request, SeededDice
+from shoal.world import Refused, Request, SeededDice, Unreachable
 from shoal.world.quotes import NotSecured
 
 WORK = bytes(32)
@@ -352,10 +352,11 @@ def test_what_is_added_is_added_once_whatever_is_lost_and_whoever_else_adds(tmp_
             before = (await ledger.escrow(term.escrow) or found[0]).amount_micro
             street.ledger.loses = lost
             assert (await add(1_000)).amount_micro == before + 1_000
-        street.ledger.fails = OutcomeUnknown("no answer")
-        with pytest.raises(OutcomeUnknown):
-            await add(1_000)
-        street.ledger.fails = None
+        for nothing in (OutcomeUnknown("no answer"), Unreachable("nobody is there")):
+            street.ledger.fails = nothing
+            with pytest.raises(type(nothing)):
+                await add(1_000)
+            street.ledger.fails = None
         assert street.ledger.book.escrows[term.escrow].amount_micro == 14_200
         await job.treasurer.close()
         made = bill(job.written)
@@ -780,6 +781,30 @@ def test_where_a_node_refuses_the_cheapest_of_the_others_is_asked(tmp_path: Path
         assert said.startswith("Without shop-1: All 1 slots of this node are taken")
         assert await job.treasurer.open(2) == {fits.node, cheap.node}
         await job.treasurer.close()
+
+    run(story)
+
+
+def test_who_goes_on_with_the_money_of_another_takes_no_dear_node_and_gives_none_of_it_back(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        cheap = await street.shop(1, tmp_path / "1")
+        dear = await street.shop(2, tmp_path / "2", price=Price(36_000_000))
+        job = Job(street, tmp_path / "run", signer=an_account(51))
+        await job.begin(cheap)
+        await job.kill()
+        after = Job(street, job.folder, signer=an_account(51), account=None)
+        assert [one.node for one in await after.treasurer.hold(await after.gang(cheap, dear), 1)] == [cheap.node]
+        assert after.said[0].startswith("Without shop-2: it costs 36.00 an hour, and at 2 times what others take")
+        street.ledger.fails = StorageError("away")
+        with pytest.raises(NotSecured, match="Only 0 of 1 nodes took what was set aside"):
+            await after.treasurer.open(1)
+        street.ledger.fails = None
+        (term,) = after.written.terms
+        assert not term.closed and not street.ledger.book.escrows[term.escrow].closing, "the next may have more luck"
+        await after.treasurer.hold(await after.gang(cheap), 1)
+        assert await after.treasurer.open(1) == {cheap.node}
+        await after.treasurer.close()
+        assert street.ledger.book.escrows[term.escrow].closing
 
     run(story)
 

@@ -467,9 +467,10 @@ class TrainingDriver:
             line = self._lines.of_node(node)
             if line is not None:
                 self._beside(self._leave(line, f"it is not worth its money: {sentence}."))
-        reason = await treasurer.used_up()
-        if reason is not None and commit.tokens_total < self.job.token_budget:
-            self.stop(reason)
+        if commit.tokens_total < self.job.token_budget:
+            reason = await treasurer.used_up()
+            if reason is not None:
+                self.stop(reason)
 
     def _take_in(self, effect: driving.FetchUpdate) -> _Given:
         """Keep a Contribution that has its place: on disk, with the update that came along."""

@@ -24,7 +24,7 @@ from shoal.identity import KeyPair, short_id
 from shoal.identity.accounts import AccountKey, address_text, signer_of
 from shoal.ledger.book import SameEscrow, UnknownEscrow
 from shoal.ledger.commands import Admit, Close, Open, Redeem, TopUp, Withhold
-from shoal.ledger.escrows import Escrow, EscrowOver, OldVoucher, TopUpOutOfTurn
+from shoal.ledger.escrows import Escrow, EscrowOver, OldVoucher, TopUpOutOfTurn, topped_up
 from shoal.ledger.fees import fee_at
 from shoal.ledger.moves import DoneAlready, TooLittleMoney
 from shoal.market.earnings import lasts_s
@@ -47,7 +47,7 @@ from shoal.protocol.offers import Offer
 from shoal.purse.bills import Owed, OwedTo, PaidNode, Payments, TermPayments, newest_vouchers
 from shoal.quantities import format_duration_s
 from shoal.quantities.money import AMOUNT_MAX, format_money, format_share, share
-from shoal.world import Clock, Dice, Ledger, Link
+from shoal.world import Clock, Dice, Ledger, Link, OutcomeUnknown
 from shoal.world.clock import within
 from shoal.world.quotes import Held, NotSecured, Quotes
 
@@ -686,23 +686,32 @@ async def top_up(term: TermPayments, ledger: Ledger, account: AccountKey, micro:
 
 
 async def _topped_up(command: TopUp, before: Escrow, term: TermPayments, ledger: Ledger, clock: Clock) -> Escrow:
-    """What is signed is done once: where an answer is lost, the same is handed in again."""
-    lost: LinkError | None = None
+    """What is signed is done once: where an answer is lost, the same is handed in again. Raises TopUpOutOfTurn where
+    another one came first, and this one never will be done."""
+    trouble: ShoalError | None = None
+    lost = False
     for wait_s in (*ASKED_AGAIN_S, 0.0):
         try:
             await ledger.apply(command)
+            return topped_up(before, command.order, before.opened_ms)[0]
+        except TopUpOutOfTurn as error:
+            trouble = error
             break
         except LinkError as error:
-            lost = error
+            trouble, lost = error, lost or isinstance(error, OutcomeUnknown)
             await clock.sleep(wait_s)
-        except TopUpOutOfTurn:
-            if lost is None:
-                raise
-            break
-    after = await _found(term, ledger)
-    if lost is not None and after.added_micro - before.added_micro < command.order.amount_micro:
-        raise lost
-    return after
+    assert trouble is not None
+    if lost:
+        try:
+            after = await _found(term, ledger)
+        except LinkError as error:
+            raise OutcomeUnknown(
+                f"{format_money(command.order.amount_micro)} was to be added, and it is not known whether it was: look "
+                "at `shoal account statement` before you add it again."
+            ) from error
+        if after.added_micro - before.added_micro >= command.order.amount_micro:
+            return after
+    raise trouble
 
 
 async def _found(term: TermPayments, ledger: Ledger) -> Escrow:

@@ -7,6 +7,7 @@ import contextlib
 import signal
 import time
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -257,8 +258,8 @@ async def close_escrows(folder: Path, account: AccountKey, ledger: Ledger) -> Cl
     with RunFolder.open(folder) as run:
         payments = run.payments() or Payments(budget_micro=0)
         for one in _open_terms(payments):
-            if account.address != one.terms.signer:
-                _check_owner(folder, one, account, ledger, "whose it is asks for it, or it comes back by itself.")
+            may = (one.terms.payer, one.terms.signer)
+            _check_whose(folder, one, may, account, ledger, "whose it is asks for it, or it comes back by itself.")
         escrows, micro, at_ms = list[bytes](), 0, None
         terms = list(payments.terms)
         for place, one in enumerate(terms):
@@ -299,7 +300,7 @@ async def fund(folder: Path, micro: int, account: AccountKey, ledger: Ledger, cl
     term = next(reversed(_open_terms(payments)), None) if payments is not None else None
     if payments is None or term is None:
         raise NothingSetAside(f"Nothing is set aside in {folder} to which more could be added: {again}.")
-    _check_owner(folder, term, account, ledger, "whose it is can add to it.")
+    _check_whose(folder, term, (term.terms.payer,), account, ledger, "whose it is can add to it.")
     try:
         found = await top_up(term, ledger, account, micro, clock)
     except EscrowOver as error:
@@ -326,9 +327,11 @@ def _under_way(folder: Path) -> tuple[Payments | None, str]:
         return run.payments(), again
 
 
-def _check_owner(folder: Path, term: TermPayments, account: AccountKey, ledger: Ledger, advice: str) -> None:
+def _check_whose(
+    folder: Path, term: TermPayments, may: Collection[bytes], account: AccountKey, ledger: Ledger, advice: str
+) -> None:
     """Raises OthersMoney."""
-    if term.terms.payer != account.address:
+    if account.address not in may:
         raise OthersMoney(
             f"{folder} has set money of {address_text(term.terms.payer)} aside, and your account is "
             f"{address_text(account.address)}: {advice}"

@@ -351,6 +351,8 @@ class Session:
         self._figures_s = -FIGURES_EVERY_S
         self._driven = False
         """All rounds are done, or no more can be."""
+        self._waits = False
+        """As the money is used up, and more may come."""
 
     async def __aenter__(self) -> Session:
         options = self.options
@@ -408,9 +410,9 @@ class Session:
         if self.treasurer is None:
             return
         hosted = self.options.hosted
-        if hosted is None or hosted.stopped() or (self._driven and not self.treasurer.spent):
+        if hosted is None or hosted.stopped() or (self._driven and not self._waits):
             await self.treasurer.close()
-        elif self._driven:
+        elif self._waits:
             await self.treasurer.let_go()
         else:
             await self.treasurer.leave()
@@ -577,6 +579,7 @@ class Session:
             await evaluator.start(state)
             if standing.tokens_total < self.job.token_budget:
                 outcome = await self.driver.run(gang)
+                self._waits = self.treasurer is not None and self.treasurer.spent and not outcome.reached
             else:
                 outcome = Ending(True, f"{standing.tokens_total} tokens were accepted before.", state)
             self._driven = True
