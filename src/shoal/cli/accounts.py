@@ -16,7 +16,7 @@ from rich.table import Table
 
 from shoal.cli import places
 from shoal.cli.app import MONEY, Commands, Group, app
-from shoal.cli.output import BadFlag, JsonFlag, LedgerFlag, err, out, print_json, run, say_fee, shown, when
+from shoal.cli.output import SHORT, BadFlag, JsonFlag, LedgerFlag, err, out, print_json, run, say_fee, shown, when
 from shoal.errors import BadInput, BadRecord
 from shoal.identity import ENVELOPE_OVERHEAD_BYTES, Envelope, KeyPair, load_key, node_id_from_hex, short_id
 from shoal.identity.accounts import address_text, create_account
@@ -71,8 +71,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 LIMIT_MAX = 10_000
-SHORT = 10
-"""Hexadecimal digits of an escrow's or bond's name, for people."""
 REFERENCE_SHOWN = 28
 
 

@@ -25,6 +25,7 @@ from shoal.protocol.driving import DriveStop, FolderAsk, FolderGiven, Host
 from shoal.protocol.hubs import HubTicket
 from shoal.protocol.offers import Done
 from shoal.protocol.training import TrainJob
+from shoal.purse.bills import Payments
 from shoal.sdk.detached import ask, link_to_host
 from shoal.sdk.handed import FILE as HANDED
 from shoal.sdk.handed import Handed, handed
@@ -226,7 +227,12 @@ class _Looking:
         metrics = self._new(RoundMetrics)
         if metrics:
             options.progress(
-                _progress(self._folder.train_job(), metrics[-1], self._folder.read("figures.json", Figures))
+                _progress(
+                    self._folder.train_job(),
+                    metrics[-1],
+                    self._folder.read("figures.json", Figures),
+                    self._folder.payments(),
+                )
             )
 
     def _new(self, kind: type[L]) -> list[L]:
@@ -256,7 +262,9 @@ class _Looking:
             store.close()
 
 
-def _progress(job: TrainJob, newest: RoundMetrics, figures: Figures | None) -> Progress:
+def _progress(
+    job: TrainJob, newest: RoundMetrics, figures: Figures | None, payments: Payments | None
+) -> Progress:  # fmt: skip
     nodes = figures.nodes if figures is not None else ()
     return Progress(
         elapsed_s=newest.time_s,
@@ -268,4 +276,5 @@ def _progress(job: TrainJob, newest: RoundMetrics, figures: Figures | None) -> P
         bytes_sent=sum(one.bytes_sent for one in nodes),
         bytes_received=sum(one.bytes_received for one in nodes),
         members={one.name: one.status.value for one in nodes if one.status is not NodeStatus.LEFT},
+        spent_micro=payments.spent_micro if payments is not None else None,
     )

@@ -103,6 +103,8 @@ class JobStanding:
     spent_micro: int
     open_micro: int
     """Set aside in escrows that nobody has asked back, and not spent."""
+    escrows: tuple[str, ...]
+    """Out of which it is paid, in hexadecimal digits: one of each term."""
     currency: str | None
     """None where nothing was set aside."""
     forecast: Forecast | None
@@ -181,6 +183,7 @@ def look_at(path: Path) -> JobStanding:
         budget_micro=payments.budget_micro,
         spent_micro=payments.spent_micro,
         open_micro=sum(map(_unspent, _open_terms(payments))),
+        escrows=tuple(one.escrow.hex() for one in payments.terms),
         currency=payments.terms[0].ledger.currency if payments.terms else None,
         forecast=None if state is JobState.FINISHED else forecast(job.token_budget - tokens, per_s, left, per_h),
     )

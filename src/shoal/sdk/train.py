@@ -638,7 +638,10 @@ class Session:
         if not mix.members:
             raise NotSecured(mix.reason)
         expected, currency = mix.cost_micro(job_file.tokens), spending.ledger.currency
-        self.options.say(f"Chosen {mix.reason} Expected for the job: {format_money(expected)} {currency}.")
+        self.options.say(
+            f"Chosen {mix.reason} Expected for the job: {format_money(expected)} {currency}, "
+            "by the speeds that are offered; a node's price for a token follows from what it measures on the job."
+        )
         if expected > spending.budget_micro:
             self.options.say(
                 f"That is more than its budget of {format_money(spending.budget_micro)} {currency}: it will stop when "
