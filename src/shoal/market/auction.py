@@ -66,7 +66,8 @@ def crossed(bids: Sequence[Limit], asks: Sequence[Limit], currency: str) -> Cros
     demand = sorted(bids, key=lambda bid: (-bid.limit_micro, bid.lot))
     supply = sorted(asks, key=lambda ask: (ask.limit_micro, ask.lot))
     would_trade = _efficient(demand, supply)
-    said = f"{_count(len(bids), 'bid')} for {_count(_blocks(bids), 'block')}, {_count(len(asks), 'ask')} of {_blocks(asks)}"
+    said = f"{_count(len(bids), 'bid')} for {_count(_blocks(bids), 'block')}, "
+    said += f"{_count(len(asks), 'ask')} of {_blocks(asks)}"
     if not would_trade:
         highest = f"the highest bid is {_money(demand[0].limit_micro, currency)}" if bids else "nobody bids"
         lowest = f"the lowest ask is {_money(supply[0].limit_micro, currency)}" if asks else "nobody asks"
