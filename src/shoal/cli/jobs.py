@@ -109,7 +109,7 @@ def show(run: RunArgument, json: JsonFlag = False) -> None:
         table.add_column(name, justify="right", no_wrap=True)
     for node in found.nodes:
         table.add_row(
-            escape(shown(node.name)), node.status.value, format_price(node.micro_per_h) if node.micro_per_h else "free",
+            escape(shown(node.name)), "host" if node.drives else node.status.value, format_price(node.micro_per_h) if node.micro_per_h else "free",
             format_money(node.earned_micro) if node.micro_per_h else "",
             format_money(node.withheld_micro) if node.withheld_micro else "",
         )  # fmt: skip

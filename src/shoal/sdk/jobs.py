@@ -69,6 +69,8 @@ class NodeStanding:
     earned_micro: int
     """Less what was withheld."""
     withheld_micro: int
+    drives: bool
+    """It is paid for driving, or for standing by; a node that also trains stands there a second time."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,8 @@ class JobStanding:
 
     @property
     def working(self) -> int:
-        return sum(one.status in (NodeStatus.WORKING, NodeStatus.FINISHED) for one in self.nodes)
+        members = [one.status for one in self.nodes if not one.drives]
+        return sum(status in (NodeStatus.WORKING, NodeStatus.FINISHED) for status in members)
 
 
 @dataclass(frozen=True)
@@ -289,16 +292,18 @@ def _nodes(figures: Figures, payments: Payments) -> tuple[NodeStanding, ...]:
     """All that had to do with the job; of those that are paid, by the newest term that they are in."""
     made = bill(payments)
     lines = {one.node_id: one for one in made.nodes} if made else {}
-    prices = {node: one.micro_per_h for term in payments.terms for node, one in term.nodes.items()}
+    newest = {node: one for term in payments.terms for node, one in term.nodes.items()}
+    going_on = NodeStatus.WORKING if _open_terms(payments) else NodeStatus.FINISHED
     known = {one.node_id: one for one in figures.nodes}
     return tuple(
         NodeStanding(
             name=known[node].name if node in known else lines[node].name,
             node=node,
-            status=known[node].status if node in known else NodeStatus.WORKING,
-            micro_per_h=prices.get(node, 0),
+            status=known[node].status if node in known else going_on,
+            micro_per_h=newest[node].micro_per_h if node in newest else 0,
             earned_micro=lines[node].paid if node in lines else 0,
             withheld_micro=lines[node].withheld if node in lines else 0,
+            drives=node in newest and not newest[node].hold,
         )
         for node in {**known, **lines}
     )
