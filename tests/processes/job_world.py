@@ -91,11 +91,13 @@ class Watch:
     events: list[Event] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
     shares: list[float] = field(default_factory=list)
+    spent: list[int | None] = field(default_factory=list)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def progress(self, now: Progress) -> None:
         share = now.tokens_total / now.token_budget
         self.shares.append(share)
+        self.spent.append(now.spent_micro)
         for when in sorted(self.at):
             if share >= when:
                 self.at.pop(when)()

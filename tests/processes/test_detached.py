@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 from job_world import PATIENCE_S, Watch, check_account, job_text, options_for, owner_key, parsed, resume_job
 from test_paid_jobs import DEPOSIT, Town, check_bill, in_town
 
-from shoal.driver.folder import RunFolder
+from shoal.driver.folder import RunFolder, pid_in_lock
 from shoal.driver.lines import Event
 from shoal.house import RemoteLedger
 from shoal.identity import KeyPair
@@ -99,20 +100,21 @@ def test_a_driver_that_dies_is_followed_by_another_node(tmp_path: Path) -> None:
 def test_one_escrow_pays_whoever_drives_and_works(tmp_path: Path) -> None:
     async def story(town: Town, ledger: RemoteLedger) -> None:
         text = job_text(tmp_path, tokens=150_000, nodes_min=1)
-        options = town.options(tmp_path, Watch(), 5_000_000)
+        options = town.options(tmp_path, Watch(), 20_000_000)
         made = await detach(parsed(text, tmp_path), text, options)
         first, second = made.hosts
         assert all(host.micro_per_h and host.payee for host in made.hosts), (
             "driving costs a twentieth of a node's price"
         )
-        assert await ledger.balance(town.account.address) == DEPOSIT - 5_000_000
+        assert await ledger.balance(town.account.address) == DEPOSIT - 20_000_000
         watch = Watch(at={0.3: lambda: kill(town.shoal.nodes[first.name])})
         async with asyncio.timeout(2 * PATIENCE_S):
             report = await attach(attach_options(tmp_path, watch))
         assert report is not None and report.tokens_accepted >= 150_000
         assert {term.driver for term in terms(tmp_path)} == {first.driver, second.driver}
         bill = check_bill(report, tmp_path / "run")
-        assert bill.quoted == 5_000_000
+        assert bill.quoted == 20_000_000 and 0 < (watch.spent[-1] or 0) <= bill.charged
+        assert all("at that speed a million tokens for" in told for told in watch.sentences("joined with"))
         paid = {line.name: line.paid for line in bill.nodes}
         assert "cedar" not in paid, "it is as dear for who follows, also where nobody is left who was paid before"
         assert paid[f"{second.name} (driving)"] > paid[f"{first.name} (driving)"] > 0
@@ -168,10 +170,23 @@ def test_a_job_that_nodes_drive_is_shown_and_cancelled(tmp_path: Path) -> None:
             while (shown := await said("jobs", "show", "runs/job"))["tokens"] == 0 or not shown["spent_micro"]:
                 assert shown["state"] == "detached"
         assert (await said("jobs"))["runs"][0]["state"] == "detached"
+        attached = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "shoal", "attach", "runs/job", "--hub", hub, cwd=tmp_path,
+            env={**os.environ, "SHOAL_HOME": str(home)},
+        )  # fmt: skip
+        async with asyncio.timeout(PATIENCE_S):
+            while pid_in_lock(tmp_path / "runs" / "job") != attached.pid:
+                await asyncio.sleep(0.05)
+        beside = await said("jobs", "show", "runs/job")
+        assert beside["state"] == "detached" and beside["spent_micro"] >= shown["spent_micro"]
+        attached.send_signal(signal.SIGINT)
+        async with asyncio.timeout(PATIENCE_S):
+            assert await attached.wait() == 130
         await said("jobs", "cancel", "runs/job")
         after = await said("jobs", "show", "runs/job")
         assert after["state"] == "stopped" and after["open_micro"] == 0 and after["spent_micro"] >= shown["spent_micro"]
         payments = msgspec.json.decode((tmp_path / "runs" / "job" / FILE).read_bytes(), type=Payments)
+        assert after["escrows"] == [payments.terms[0].escrow.hex()]
         escrow = await ledger.escrow(payments.terms[0].escrow)
         assert escrow is not None and escrow.closing and escrow.redeemed_micro == after["spent_micro"]
         assert (await said("attach", "runs/job")) is None

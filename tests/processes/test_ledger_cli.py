@@ -88,7 +88,7 @@ def test_money_comes_and_goes(shoal: Shoal, ledger: tuple[Path, str], tmp_path: 
     assert key.stat().st_mode & 0o777 == 0o600 and load_account(key).address == parse_address(made["account"])
     assert shoal("account", "balance")[:2] == (0, "0.00 USD\n")
     assert "Nothing has come" in shoal("account", "statement")[1]
-    assert shoal("account", "deposit", "25")[:2] == (0, "25.00 USD\n")
+    assert shoal("account", "deposit", "25")[:2] == (0, "Deposit: 25.00 USD.\nThere are 25.00 USD now.\n")
     assert done(shoal("account", "withdraw", "3.5", "--to", "iban 7", "--json")) == {
         "withdrawal": 1, "amount_micro": 3_500_000, "to": "iban 7", "currency": "USD", "balance_micro": 21_500_000
     }  # fmt: skip
@@ -99,9 +99,11 @@ def test_money_comes_and_goes(shoal: Shoal, ledger: tuple[Path, str], tmp_path: 
     told = shoal("ledger", "deposit", made["account"], "0.5", "--reference", "[red]\x1b[1m8", "--data", str(data))
     assert told[:2] == (0, f"0.50 booked for {made['account']}.\n")
     shown = shoal("account", "statement")[1]
-    assert re.search(r"deposit, development mint +25.00 +25.00\n", shown)
-    assert re.search(r"withdrawal 1, to iban 7 +3.50 +21.50\n", shown)
-    assert re.search(r"deposit, \[red\]\ufffd\[1m8 +0.50 +21.999999\n", shown), "and nothing that a terminal would obey"
+    assert re.search(r"deposit, development mint +25.000000 +25.000000\n", shown)
+    assert re.search(r"withdrawal 1, to iban 7 +3.500000 +21.500000\n", shown)
+    assert re.search(r"deposit, \[red\]\ufffd\[1m8 +0.500000 +21.999999\n", shown), (
+        "and nothing that a terminal would obey"
+    )
     newest = done(shoal("account", "statement", "--limit", "1", "--json"))
     assert newest["lines"] == 4 and newest["newest"][0]["balance_micro"] == 21_999_999
     assert "3 older lines are left out" in shoal("account", "statement", "--limit", "1")[1]
@@ -128,6 +130,7 @@ def escrow_story(ticket: str, key: AccountKey) -> bytes:
         commands: list[Command] = [
             Open(terms, key.sign(escrow)),
             Redeem(a_voucher(escrow, NODES[0], 100_000, ledger=name)),
+            Redeem(a_voucher(escrow, key, 50_000, ledger=name)),
             Redeem(a_voucher(escrow, key, 200_000, ledger=name)),
             Close(wish, key.sign(wish.digest(name))),
         ]
@@ -147,11 +150,11 @@ def test_a_statement_names_escrows_and_what_they_hold_back(
     shoal("account", "deposit", "2")
     short = escrow_story(ticket, load_account(tmp_path / "home" / "account.key")).hex()[:10]
     shown = shoal("account", "statement")[1]
-    assert re.search(rf"into escrow {short} +1.00 +1.00\n", shown)
-    assert re.search(rf"earned of escrow {short}, 0.02 held back, fee 0.0036 +0.1764 +1.1764\n", shown)
+    assert re.search(rf"into escrow {short} +1.0000 +1.0000\n", shown), "to as many places as the finest amount"
+    assert re.search(rf"earned of escrow {short} 2 times, fee 0.0036 +0.1764 +0.0200 +1.1764\n", shown)
     lines = done(shoal("account", "statement", "--json"))["newest"]
-    assert [one["held_micro"] for one in lines[:3]] == [0, 0, 20_000]
-    assert [one["fee_micro"] for one in lines[:3]] == [0, 0, 3600]
+    assert [one["held_micro"] for one in lines[:4]] == [0, 0, 5_000, 15_000]
+    assert [one["fee_micro"] for one in lines[:4]] == [0, 0, 900, 2700]
     assert shoal("account", "balance")[1] in ("1.1764 USD\n", "1.8764 USD\n"), "before the notice is over, or after"
 
 

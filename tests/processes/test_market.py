@@ -67,7 +67,7 @@ def test_a_right_batch_is_right_and_a_missing_order_is_told(published: Published
     code, said = shoal(str(batch), "--order", str(mine))
     assert code == 0
     assert said.startswith(f"right  Batch 2 of {AUCTIONEER.node_id.hex()}: 3 orders, of which 1 got less")
-    assert "1 bids for 1 blocks, 2 asks of 2; 1 would trade. The price is 0.30 USD" in said
+    assert "1 bid for 1 block, 2 asks of 2; 1 would trade. The price is 0.30 USD" in said
     assert "is in batch 2: 1 of 1 blocks. The price is 0.30 USD." in said
     assert "\x1b" not in said
 

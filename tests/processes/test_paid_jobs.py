@@ -30,6 +30,7 @@ from shoal.protocol.money import BondTerms
 from shoal.protocol.training import Commit
 from shoal.purse.bills import FILE, Bill, Payments, bill
 from shoal.purse.purse import NoMoney
+from shoal.quantities.money import parse_money
 from shoal.sdk.acquaintances import Acquaintances
 from shoal.sdk.local import LocalShoal
 from shoal.sdk.spending import Spending
@@ -200,6 +201,16 @@ def test_jobs_are_looked_at_and_cancelled_from_the_command_line(tmp_path: Path) 
             assert process.returncode == 0, out
             return json.loads(out)
 
+        async def told(*words: str) -> str:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "shoal", *words, cwd=tmp_path, stdout=asyncio.subprocess.PIPE,
+                env={**os.environ, "SHOAL_HOME": str(home), "COLUMNS": "160"},
+            )  # fmt: skip
+            async with asyncio.timeout(PATIENCE_S):
+                out, _ = await process.communicate()
+            assert process.returncode == 0, out
+            return out.decode()
+
         async def driver(*words: str) -> asyncio.subprocess.Process:
             """A driver that has committed three rounds more."""
             metrics = run / "metrics.jsonl"
@@ -249,6 +260,13 @@ def test_jobs_are_looked_at_and_cancelled_from_the_command_line(tmp_path: Path) 
         earnings = [one for made in of_nodes.values() for one in made["escrows"]]
         assert sum(one["redeemed_micro"] for one in earnings) == shown["spent_micro"]
         assert sum(one["paid_micro"] + one["coming_micro"] for one in earnings) == shown["spent_micro"]
+        assert {one["escrow"] for one in earnings} == set(shown["escrows"]) and len(shown["escrows"]) == 2
+        one_line = re.compile(r"^\w{8}  (\w{10}) +([\d.]+) +([\d.]+) +([\d.]+)  \d{4}", re.MULTILINE)
+        rows = one_line.findall(await told("node", "earnings", "--data", str(tmp_path / "town" / "nodes" / "amber")))
+        assert rows and all(parse_money(whole) == sum(map(parse_money, parts)) for _, whole, *parts in rows)
+        named = ", ".join(escrow[:10] for escrow in shown["escrows"])
+        assert f"Escrows {named}." in await told("jobs", "show", "runs/job")
+        assert {escrow for escrow, *_ in rows} <= set(named.split(", "))
 
     in_town(tmp_path, story)
 

@@ -193,15 +193,19 @@ def test_the_decision_says_its_figures() -> None:
     )
     came = market([(1, 300_000), (1, 300_000), (1, 900_000)], [(1, 200_000)])
     assert came.reason == (
-        "3 bids for 3 blocks, 1 asks of 1; 1 would trade. The price is 0.30 USD, taken from the bid that would come "
+        "3 bids for 3 blocks, 1 ask of 1; 1 would trade. The price is 0.30 USD, taken from the bid that would come "
         "next, and this order is left out, so that nobody who trades sets the price: 1 are traded."
     )
     assert came.bids[1].reason == (
         "The price is 0.30 USD, and this order pays at most 0.30 USD: of equal limits lots decide which comes first."
     )
     assert market([(1, 100_000)], [(1, 100_001)]).reason == (
-        "1 bids for 1 blocks, 1 asks of 1. Nothing is traded: the highest bid is 0.10 USD, the lowest ask is "
-        "0.100001 USD."
+        "1 bid for 1 block, 1 ask of 1. Nothing is traded: the highest bid is 0.10 USD, the lowest ask is 0.100001 USD."
+    )
+    lone = market([(1, 400_000)], [(1, 100_000)])
+    assert lone.bids[0].reason == "The price is 0.40 USD, taken from this order, which is therefore left out."
+    assert lone.asks[0].reason == (
+        "The price is 0.40 USD, and nobody else buys at that: who gives the price is left out."
     )
     assert market([], []).reason == "0 bids for 0 blocks, 0 asks of 0. Nothing is traded: nobody bids, nobody asks."
 

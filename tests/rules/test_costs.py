@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 import msgspec
 import pytest
 
+from shoal.cli.training import say_choice
 from shoal.market.goodput import TrainingWork
 from shoal.protocol.offers import Capability, Device, Offer, Throughput
 from shoal.protocol.prices import Price
@@ -45,6 +46,19 @@ def test_ways_to_have_a_job_done() -> None:
     assert fast.best is not None and fast.best.what == "large"
     late = costs(an_offer("small", 60, 100_000), deadline_s=60)
     assert late.best is None and "No mix of 1 candidates" in late.reason
+
+
+def test_it_is_said_which_nodes_a_job_takes_for_its_money() -> None:
+    found = costs(an_offer("large", 300, 1_200_000), an_offer("small", 60, 100_000))
+    assert say_choice(found, None) == "Without a budget it takes only those that are free."
+    assert say_choice(found, 40_000) == "Of these it takes small, for 0.033334 USD as offered."
+    assert say_choice(found, 30_000).endswith(
+        "as offered. That is more than its budget of 0.03: it would stop when that is used up, to be resumed with a "
+        "larger one."
+    )
+    assert say_choice(costs(an_offer("free", 60, None)), None) == "All of them work for nothing."
+    late = costs(an_offer("small", 60, 100_000), deadline_s=60)
+    assert say_choice(late, 40_000) == late.reason
 
 
 def test_of_a_large_mix_a_few_are_named() -> None:

@@ -87,7 +87,7 @@ def payments_of(story: Story) -> Payments:
     def node(place: int, paid: int, per_h: int, withheld: int = 0) -> dict[str, PaidNode]:
         made = PaidNode(
             name=story.names[place], payee=bytes(20), micro_per_h=per_h, paid_micro=paid,
-            withheld_micro=withheld,
+            withheld_micro=withheld, hold=b"as the node signed it",
         )  # fmt: skip
         return {story.keys[place].node_id.hex(): made}
 
@@ -115,6 +115,25 @@ def test_what_a_run_has_spent_and_what_the_rest_takes(tmp_path: Path) -> None:
     assert found.forecast == forecast(left, found.tokens_per_s, 1_640_000, 2 * MICRO)
     assert found.forecast is not None and found.forecast.micro > 0
     assert free.forecast == Forecast(left / found.tokens_per_s, 0, None)
+
+
+def test_who_drives_is_paid_and_is_no_member(tmp_path: Path) -> None:
+    story = Story()
+    payments = payments_of(story)
+    *former, term = payments.terms
+    host = PaidNode(name="anchovy (driving)", payee=bytes(20), micro_per_h=MICRO, paid_micro=7, reason="drove the job")
+    term = msgspec.structs.replace(term, nodes={**term.nodes, "ee" * 32: host})
+    for closed, status in ((False, NodeStatus.WORKING), (True, NodeStatus.FINISHED)):
+        path = tmp_path / str(closed)
+        with write(path, story) as folder:
+            alone = look_at(path).working
+            terms = (*former, msgspec.structs.replace(term, closed=closed))
+            folder.write("payments.json", msgspec.json.encode(msgspec.structs.replace(payments, terms=terms)))
+        found = look_at(path)
+        assert [(one.name, one.status, one.earned_micro) for one in found.nodes if one.drives] == [
+            (host.name, status, 7)
+        ]
+        assert found.working == alone
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shoal.cli.offers import CALLED
 from shoal.market import Board, Listing, Requirements, Wish, match
+from shoal.market.matching import demands
 from shoal.protocol.offers import Capability, Device, Offer, Place, Throughput
 from shoal.protocol.prices import Price
 from shoal.quantities import parse_bytes, parse_bytes_per_s, parse_count, parse_duration_s
@@ -120,6 +122,19 @@ def test_why_not_names_who_excluded_most_and_the_nearest_change() -> None:
     assert "without" not in far.reason, "numbers come first, and taking the demand away is not told beside them"
     none = match(BOARD, Wish(Requirements(device="mps", tier="attested")), accepts="train")
     assert none.reason.endswith("No single change would do.")
+
+
+def test_offers_says_why_not_in_its_own_options() -> None:
+    all_that_has_one = Requirements(
+        device="cuda", device_name="4090", memory_min_bytes=1, flops_min=1, bandwidth_min=1, latency_max_ms=1,
+        countries=("DE",), countries_without=("NL",), regions=("a",), regions_without=("b",), tier="attested",
+        reputation_min=1, notice_min_ms=1, price_max=1,
+    )  # fmt: skip
+    assert {one.name for one in demands(BOARD, all_that_has_one)} | {"idle", "currency"} == set(CALLED)
+    found = match(BOARD, Wish(Requirements(device_name="4090", price_max=350_000)), needed=3, called=CALLED)
+    assert "Excluded by --max-price (at most 0.35/h) 3, by --device-name ('4090' in its name) 2." in found.reason
+    assert "--max-price 1.20/h instead of 0.35/h: 3 nodes; without --device-name" in found.reason
+    assert set(found.excluded) == {"device_name", "price_max"}, "programs read the names of a job file"
 
 
 @given(st.integers(1 << 20, 1 << 42), st.floats(1e3, 1e17), st.floats(1e3, 1e12), st.floats(0.01, 50_000))

@@ -17,6 +17,7 @@ from shoal.quantities.money import (
     owed,
     parse_money,
     parse_price,
+    places_for,
     share,
 )
 
@@ -68,6 +69,9 @@ def test_money_is_written_as_people_read_it() -> None:
     assert [format_money(one) for one in (0, 350_000, -1_500_000, 1, 123_456_789_000)] == [
         "0.00", "0.35", "-1.50", "0.000001", "123456.789",
     ]  # fmt: skip
+    amounts = (20 * MICRO, -497_040, 350_000)
+    assert [format_money(one, places_for(amounts)) for one in amounts] == ["20.00000", "-0.49704", "0.35000"]
+    assert places_for(()) == places_for((MICRO,)) == 2
 
 
 @given(st.integers(0, 10**15), st.lists(st.integers(0, 10**10), min_size=1, max_size=20))

@@ -6,6 +6,7 @@ import secrets
 import tempfile
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, TypeVar
 
@@ -15,7 +16,20 @@ from rich.table import Table
 
 from shoal.cli import places
 from shoal.cli.app import MONEY, Commands, Group, app
-from shoal.cli.output import NEGATIVE, BadFlag, JsonFlag, LedgerFlag, err, out, print_json, run, say_fee, shown, when
+from shoal.cli.output import (
+    NEGATIVE,
+    SHORT,
+    BadFlag,
+    JsonFlag,
+    LedgerFlag,
+    err,
+    out,
+    print_json,
+    run,
+    say_fee,
+    shown,
+    when,
+)
 from shoal.errors import BadInput, BadRecord
 from shoal.identity import ENVELOPE_OVERHEAD_BYTES, BadEnvelope, Envelope, KeyPair, load_key, node_id_from_hex, short_id
 from shoal.identity.accounts import address_text, create_account
@@ -57,7 +71,7 @@ from shoal.protocol.money import (
     open_checkpoint,
 )
 from shoal.quantities import format_duration_s, parse_duration_s
-from shoal.quantities.money import format_money
+from shoal.quantities.money import format_money, places_for
 from shoal.sdk.local import shoal_home
 from shoal.sdk.places import account_file, account_key, ledger_ticket, remember_ledger
 from shoal.storage.whole import write_whole
@@ -71,8 +85,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 LIMIT_MAX = 10_000
-SHORT = 10
-"""Hexadecimal digits of an escrow's or bond's name, for people."""
 REFERENCE_SHOWN = 28
 
 
@@ -149,7 +161,12 @@ def deposit(
         await one.mint(key.address, micro)
         return await one.account(key.address)
 
-    _print_balance(ticket, key.address, ask(ticket, work), json)
+    state = ask(ticket, work)
+    if json:
+        _print_balance(ticket, key.address, state, json)
+        return
+    out.print(f"Deposit: {format_money(micro)} {ticket.currency}.", markup=False)
+    out.print(f"There are {format_money(state.balance_micro)} {ticket.currency} now.", markup=False)
 
 
 @account_app.command("withdraw", context_settings=NEGATIVE)
@@ -388,6 +405,34 @@ def _say_bond(one: Bond, currency: str) -> str:
     )
 
 
+@dataclass(frozen=True)
+class _Entry:
+    """A line of a statement; millionths."""
+
+    line: Line
+    change: int
+    held: int
+    """So much more is held back than before."""
+    fee: int
+    after: int
+    """The balance."""
+    lines: int = 1
+    """Of the journal; `line` is the last of them."""
+
+    def is_of_the_same(self, other: _Entry) -> bool:
+        """Both are earnings from one escrow."""
+        one, two = self.line.command, other.line.command
+        if not isinstance(one, Redeem) or not isinstance(two, Redeem):
+            return False
+        return one.signed.voucher.escrow == two.signed.voucher.escrow
+
+    def with_next(self, other: _Entry) -> _Entry:
+        return _Entry(
+            other.line, self.change + other.change, self.held + other.held, self.fee + other.fee, other.after,
+            self.lines + other.lines,
+        )  # fmt: skip
+
+
 @account_app.command("statement")
 def statement(
     limit: Annotated[int, typer.Option(metavar="N", help="The newest so many lines.")] = 50,
@@ -396,22 +441,26 @@ def statement(
 ) -> None:
     """Show what came to your account and what left it, as the ledger's journal has it.
 
-    Escrows and bonds are named by the beginning of their names; bonds stand below the lines. The lines are shown as the ledger gives them; `shoal account
-    verify` checks them.
+    Escrows and bonds are named by the beginning of their names, escrows as `shoal jobs show` and `shoal node earnings`
+    name them; bonds stand below the lines. What one escrow paid several times in a row is one line. The lines are shown
+    as the ledger gives them; `shoal account verify` checks them.
     """  # fmt: skip
     if not 1 <= limit <= LIMIT_MAX:
         raise BadFlag(f"--limit {limit} cannot be used: from 1 to {LIMIT_MAX}.")
     ticket, key = ledger_ticket(ledger), account_key()
     mine = account_name(key.address)
 
-    async def work(
-        one: RemoteLedger,
-    ) -> tuple[int, deque[tuple[Line, int, int]], tuple[Bond, ...], tuple[Announced, ...]]:
-        newest, after, count = deque[tuple["Line", int, int]](maxlen=limit), 0, 0
+    async def work(one: RemoteLedger) -> tuple[int, deque[_Entry], tuple[Bond, ...], tuple[Announced, ...]]:
+        newest, after, count = deque[_Entry](maxlen=limit), 0, 0
         async for line in one.lines(account=key.address):
             change = _change(line.moves, mine)
-            after, count = after + change, count + 1
-            newest.append((line, change, after))
+            after += change
+            entry = _Entry(line, change, _held(line.moves, mine), _fee(line, mine), after)
+            if newest and not json and newest[-1].is_of_the_same(entry):
+                newest[-1] = newest[-1].with_next(entry)
+            else:
+                newest.append(entry)
+                count += 1
         return count, newest, (await one.account(key.address)).bonds, await one.fees()
 
     count, newest, bonds, fees = ask(ticket, work)
@@ -421,11 +470,11 @@ def statement(
                 "account": mine, "currency": ticket.currency, "lines": count,
                 "newest": [
                     {
-                        "number": line.number, "at_ms": line.at_ms, "what": _what(line.command, mine, ticket.ledger),
-                        "change_micro": change, "held_micro": _held(line.moves, mine), "fee_micro": _fee(line, mine),
-                        "balance_micro": after,
+                        "number": one.line.number, "at_ms": one.line.at_ms,
+                        "what": _what(one.line.command, mine, ticket.ledger), "change_micro": one.change,
+                        "held_micro": one.held, "fee_micro": one.fee, "balance_micro": one.after,
                     }
-                    for line, change, after in newest
+                    for one in newest
                 ],
                 "bonds": [_plain_bond(one) for one in bonds],
                 "fees": [{"fee_ppm": one.table.fee_ppm, "from_ms": one.table.from_ms} for one in fees],
@@ -435,22 +484,25 @@ def statement(
     if not newest:
         out.print(f"Nothing has come to {mine} yet.", markup=False)
         return
-    table = Table("when", "what", "in", "out", "balance", box=None, pad_edge=False)
+    held = any(one.held > 0 for one in newest)
+    columns = ("in", "out", *(["held back"] if held else []), "balance")
+    table = Table("when", "what", *columns, box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for column in table.columns[2:]:
-        column.justify = "right"
-    for line, change, after in newest:
-        held, fee = _held(line.moves, mine), _fee(line, mine)
-        what = _what(line.command, mine, ticket.ledger) + (f", {format_money(held)} held back" if held > 0 else "")
-        what += f", fee {format_money(fee)}" if fee else ""
+        column.justify, column.no_wrap = "right", True
+    places = places_for(amount for one in newest for amount in (one.change, one.held, one.after))
+    for one in newest:
+        what = _what(one.line.command, mine, ticket.ledger) + (f" {one.lines} times" if one.lines > 1 else "")
+        what += f", fee {format_money(one.fee)}" if one.fee else ""
+        figures = (one.change, -one.change, *([one.held] if held else []))
         table.add_row(
-            when(line.at_ms), escape(shown(what)), format_money(change) if change > 0 else "",
-            format_money(-change) if change < 0 else "", format_money(after),
+            when(one.line.at_ms), escape(shown(what)),
+            *(format_money(micro, places) if micro > 0 else "" for micro in figures), format_money(one.after, places),
         )  # fmt: skip
     out.print(table)
     if count > len(newest):
         out.print(f"[dim]{count - len(newest)} older lines are left out; --limit shows more.[/]")
-    for one in bonds:
-        out.print(_say_bond(one, ticket.currency), markup=False, soft_wrap=True)
+    for bond in bonds:
+        out.print(_say_bond(bond, ticket.currency), markup=False, soft_wrap=True)
     for each in fees:
         said = say_fee(each.table, SystemClock().now_ms())
         out.print(f"The ledger takes {said}.", markup=False, soft_wrap=True)

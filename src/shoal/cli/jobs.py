@@ -12,7 +12,7 @@ from rich.table import Table
 
 from shoal.cli import places
 from shoal.cli.app import JOBS, Commands, Group, app
-from shoal.cli.output import NEGATIVE, JsonFlag, LedgerFlag, err, out, print_json, shown, when
+from shoal.cli.output import NEGATIVE, SHORT, JsonFlag, LedgerFlag, err, out, print_json, shown, when
 from shoal.cli.output import run as run_to_end
 from shoal.quantities import format_count, format_duration_s
 from shoal.quantities.money import format_money, format_price
@@ -109,7 +109,7 @@ def show(run: RunArgument, json: JsonFlag = False) -> None:
         table.add_column(name, justify="right", no_wrap=True)
     for node in found.nodes:
         table.add_row(
-            escape(shown(node.name)), node.status.value, format_price(node.micro_per_h) if node.micro_per_h else "free",
+            escape(shown(node.name)), "host" if node.drives else node.status.value, format_price(node.micro_per_h) if node.micro_per_h else "free",
             format_money(node.earned_micro) if node.micro_per_h else "",
             format_money(node.withheld_micro) if node.withheld_micro else "",
         )  # fmt: skip
@@ -201,11 +201,14 @@ def cancel(run: RunArgument, ledger: LedgerFlag = None, json: JsonFlag = False) 
 
 def get_news(run: Path) -> None:
     """What the nodes that drive it have by now; where none answers, what is here has to do."""
+    from shoal.driver.folder import FolderLocked
     from shoal.sdk.attached import AttachOptions, HostsSilent, refresh
 
     async def work() -> None:
         try:
             await refresh(AttachOptions(run, silent_s=LOOK_S))
+        except FolderLocked:
+            pass  # `shoal attach` follows it, so what is here is what they have
         except HostsSilent as error:
             err.print(shown(error.sentence), style="yellow", markup=False, soft_wrap=True)
 
@@ -236,8 +239,12 @@ def _plain(one: JobStanding | DamagedRun) -> dict[str, Any]:
 def _say_money(one: JobStanding) -> str:
     if one.currency is None:
         return ""
-    aside = f"; {format_money(one.open_micro)} more is set aside" if one.open_micro else ""
-    return f"Spent {format_money(one.spent_micro)} of {format_money(one.budget_micro)} {one.currency}{aside}."
+    aside = f"; {format_money(one.open_micro)} of the rest is set aside" if one.open_micro else ""
+    escrows = ", ".join(escrow[:SHORT] for escrow in one.escrows)
+    return (
+        f"Spent {format_money(one.spent_micro)} of {format_money(one.budget_micro)} {one.currency}{aside}. "
+        f"Escrow{'s' * (len(one.escrows) != 1)} {escrows}."
+    )
 
 
 def _say_forecast(one: JobStanding) -> str:

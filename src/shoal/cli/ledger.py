@@ -54,7 +54,7 @@ def start(
             metavar="SHARE",
             help="What it takes of what escrows pay, such as 2%. Another fee than before is announced, and holds for "
             "escrows that are opened a day later.",
-            show_default="as before; what the terms of an escrow say, where none was said",
+            show_default="as before; nothing",
         ),
     ] = None,
     mint_max: Annotated[

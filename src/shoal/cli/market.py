@@ -89,7 +89,10 @@ AuctionFlag = Annotated[
 HourFlag = Annotated[
     str, typer.Option(metavar="HOUR", help="Which hour, in UTC: 2026-11-28T14 is the one that begins at 14:00.")
 ]
-CLASS_HELP = "What kind of node, such as 'H100 80 GiB' or '8 x H100 80 GiB, DE, sandboxed'"
+CLASS_HELP = (
+    "What kind of node, such as 'H100 80 GiB' or '8 x H100 80 GiB, DE, sandboxed': its device and the whole GiB of its "
+    "memory, as `shoal offers` shows them"
+)
 NodeData = Annotated[Path | None, typer.Option("--data", help="The node's folder.", show_default="~/.shoal/node")]
 
 
@@ -214,7 +217,7 @@ def sell(
 
 @market_app.command("buy")
 def buy(
-    of: Annotated[str, typer.Option("--class", metavar="CLASS", help=f"{CLASS_HELP}: any node of it will do.")],
+    of: Annotated[str, typer.Option("--class", metavar="CLASS", help=f"{CLASS_HELP}. Any node of it will do.")],
     hour: HourFlag,
     price: Annotated[str, typer.Option(metavar="AMOUNT", help="What a block costs at most, such as 0.40.")],
     blocks: Annotated[int, typer.Option(metavar="N", help="So many nodes for that hour; fewer will do.")] = 1,
@@ -225,8 +228,9 @@ def buy(
     """Buy an hour of so many nodes of a class in the batch that is open, each for at most so much.
 
     All that this may cost is set aside. You pay what the last one costs who is left out, and never more than your price:
-    it pays to say what an hour is worth to you. The order is good for one batch. Once that is closed, `shoal market mine`
-    has the nodes keep what you bought, and what you did not buy comes back; do so within the hour.
+    it pays to say what an hour is worth to you. So one bid and one ask alone trade nothing. The order is good for one
+    batch. Once that is closed, `shoal market mine` has the nodes keep what you bought, and what you did not buy comes
+    back; do so within the hour.
     """  # fmt: skip
     from shoal.sdk.hours import KeptBids
     from shoal.sdk.orders import KeptOrders

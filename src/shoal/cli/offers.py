@@ -59,6 +59,10 @@ FLAGS = {
     "currency": ("--currency", "capitals and digits, such as USD"),
 }
 """What each option takes, by the field that it becomes."""
+CALLED = {"idle": "--idle"} | {
+    field.removesuffix("_bytes").removesuffix("_ms"): flag for field, (flag, _) in FLAGS.items()
+}
+"""Each option, by the requirement that it is."""
 
 
 class Order(StrEnum):
@@ -182,7 +186,7 @@ def offers(
         board = Board()
         for one in listings:
             board.put(one)
-        found = match(board, Wish(wanted), idle_only=idle)
+        found = match(board, Wish(wanted), idle_only=idle, called=CALLED)
         rows = _ordered(board, found, sort)[:limit]
         if json:
             _print_json(board, found, rows)

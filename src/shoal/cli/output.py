@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
+SHORT = 10
+"""Hexadecimal digits of an escrow's or bond's name, for people."""
 T = TypeVar("T")
 INTERRUPTED = 130
 """The exit code of a command that was stopped with Ctrl-C: 128 and the number of SIGINT."""

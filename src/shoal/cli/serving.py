@@ -16,6 +16,7 @@ from rich.table import Table
 from shoal.cli import places
 from shoal.cli.app import HERE, MACHINES, Commands, Group, app
 from shoal.cli.output import (
+    SHORT,
     BadFlag,
     HubFlag,
     JsonFlag,
@@ -36,7 +37,7 @@ from shoal.protocol.ledgers import PaidAt
 from shoal.protocol.offers import Place, ReclaimNoticeMs
 from shoal.protocol.prices import Price
 from shoal.quantities import format_bytes, format_duration_s, parse_bytes, parse_duration_s
-from shoal.quantities.money import format_money, format_price, parse_price
+from shoal.quantities.money import format_money, format_price, parse_price, places_for
 from shoal.sdk.local import LocalProcessFailed, LocalShoal, shoal_home
 from shoal.world import SystemClock, SystemDice
 from shoal.world.processes import die_with_parent
@@ -298,7 +299,7 @@ def node_start(
             else:
                 ready = agent.ready()
                 offered = (
-                    f" and offered at {ready['hubs']} of {len(tickets)} hub(s)"
+                    f" and offered at {ready['hubs']} of {len(tickets)} hub{'s' * (len(tickets) != 1)}"
                     if ready["hubs"]
                     else ", and offered as soon as a hub answers: none does now"
                 )
@@ -379,8 +380,9 @@ def node_earnings(
 ) -> None:
     """Show what a node has been paid: for whom it worked, what came and what is still to come.
 
-    Read from the node's folder, also while it runs: open escrows, and the newest 4,096 that are over. Where a ledger is
-    known and answers, what its account has there stands below.
+    Read from the node's folder, also while it runs: open escrows, and the newest 4,096 that are over. What vouchers are
+    for is paid, to come or withheld. A voucher is for an account: nodes that are paid at one, out of one escrow, each
+    show all of it. Where a ledger is known and answers, what the account has there stands below.
     """  # fmt: skip
     from shoal.node.earned import read_earned
 
@@ -436,26 +438,31 @@ def _balances(earned: Earned, named: str | None) -> tuple[list[dict[str, Any]], 
 
 
 def _print_earned(earned: Earned, days: dict[tuple[str, str], int]) -> None:
-    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("client", no_wrap=True)
-    for name in ("vouchers", "redeemed", "withheld", "to come"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("ends", no_wrap=True)
-    over = [one for one in earned.escrows if one.over]
-    for one in [*(one for one in earned.escrows if not one.over), *over[:ENDED_SHOWN]]:
-        table.add_row(
-            short_id(one.client), format_money(one.vouchers_micro), format_money(one.redeemed_micro),
-            format_money(one.withheld_micro) if one.withheld_micro else "", format_money(one.coming_micro),
-            f"{when(one.ends_ms)}{', over' if one.over else ''}",
-        )  # fmt: skip
     if not earned.escrows:
         out.print("Nothing was earned yet.")
         return
+    over = [one for one in earned.escrows if one.over]
+    rows = [*(one for one in earned.escrows if not one.over), *over[:ENDED_SHOWN]]
+    withheld = any(one.withheld_micro for one in rows)
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    for name in ("client", "escrow"):
+        table.add_column(name, no_wrap=True)
+    for name in ("vouchers", "paid", "to come", *(["withheld"] if withheld else [])):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("ends", overflow="fold")
+    places = places_for(micro for one in rows for micro in (one.vouchers_micro, one.paid_micro, one.coming_micro))
+    for one in rows:
+        figures = (one.vouchers_micro, one.paid_micro, one.coming_micro, *([one.withheld_micro] if withheld else []))
+        rest = f"; the rest comes {when(one.settles_ms)}" if one.settles_ms is not None and one.coming_micro else ""
+        table.add_row(
+            short_id(one.client), one.escrow.hex()[:SHORT], *(format_money(micro, places) for micro in figures),
+            f"{when(one.ends_ms)}{', over' if one.over else ''}{rest}",
+        )  # fmt: skip
     out.print(table)
     if len(over) > ENDED_SHOWN:
         out.print(f"[dim]{len(over) - ENDED_SHOWN} older ones are left out; --json shows all.[/]")
     for (day, currency), micro in list(days.items())[:ENDED_SHOWN]:
-        out.print(f"{day}  {format_money(micro)} {currency}", markup=False)
+        out.print(f"Over on {day}: {format_money(micro)} {currency}", markup=False)
     for total in earned.totals:
         out.print(
             f"In all {format_money(total.paid_micro)} {total.currency} paid, {format_money(total.coming_micro)} to come"

@@ -80,9 +80,10 @@ class RunView:
     def progress(self, now: JobProgress) -> None:
         left = (now.token_budget - now.tokens_total) / now.tokens_per_s if now.tokens_per_s else 0.0
         loss = f"loss {now.loss:.3f}" if now.loss is not None else "loss ?"
+        spent = "" if now.spent_micro is None else f"{format_money(now.spent_micro)} spent  "
         figures = (
             f"{format_count(now.tokens_total)} of {format_count(now.token_budget)} tokens, "
-            f"{format_count(now.tokens_per_s)}/s  {loss}  {format_bytes(now.bytes_sent)} sent  "
+            f"{format_count(now.tokens_per_s)}/s  {loss}  {format_bytes(now.bytes_sent)} sent  {spent}"
             f"round {now.round}  {format_duration_s(max(0.0, left))} left"
         )
         if self._console.is_terminal:

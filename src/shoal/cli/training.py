@@ -192,6 +192,12 @@ def train_command(
             print_json(_plan_fields(made))
         else:
             print_plan(made)
+            if made.costs is not None:
+                out.print(
+                    say_choice(made.costs, spending.budget_micro if spending is not None else None),
+                    markup=False,
+                    soft_wrap=True,
+                )
         return
     if not json:
         options.say, options.reading, options.progress, options.event, options.audited = (
@@ -442,6 +448,24 @@ def print_costs(costs: Costs) -> None:
     out.print(
         f"[dim]Grey: one GPU at public list prices in USD, read since {costs.read}, at the speed of its data sheet.[/]"
     )
+
+
+def say_choice(costs: Costs, budget_micro: int | None) -> str:
+    """Which of the nodes that fit a job takes, with so much to spend."""
+    if budget_micro is None:
+        free = costs.all is not None and not costs.all.micro_per_h
+        return "All of them work for nothing." if free else "Without a budget it takes only those that are free."
+    if costs.best is None:
+        return shown(costs.reason)
+    said = (
+        f"Of these it takes {shown(costs.best.what)}, for {format_money(costs.best.micro)} {costs.currency} as offered."
+    )
+    if costs.best.micro > budget_micro:
+        said += (
+            f" That is more than its budget of {format_money(budget_micro)}: it would stop when that is used "
+            "up, to be resumed with a larger one."
+        )
+    return said
 
 
 def _plan_fields(made: Plan) -> dict[str, object]:

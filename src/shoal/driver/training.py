@@ -50,6 +50,7 @@ from shoal.protocol.training import (
     Turn,
 )
 from shoal.purse.purse import NoMoney
+from shoal.quantities.money import format_money
 from shoal.rounds import driving
 from shoal.rounds.joining import OFFERED_MAX_BYTES, is_offered
 from shoal.rounds.standing import Standing
@@ -129,6 +130,8 @@ class Progress:
     bytes_received: int
     members: Mapping[str, str]
     """Name -> what it is doing."""
+    spent_micro: int | None = None
+    """None where nothing can be."""
 
 
 @dataclass(frozen=True)
@@ -620,14 +623,16 @@ class TrainingDriver:
         line.samples_per_s = message.samples_per_s
         self._note_lanes(line.lane.ready(self.elapsed_s()))
         self._set(line.node.node, status=NodeStatus.WORKING, reason="", speed=message.samples_per_s)
+        price = ""
+        if self._treasurer is not None:
+            micro = self._treasurer.ready(line.node.node, message.samples_per_s, self.job.data.sequence_tokens)
+            price = f": at that speed a million tokens for {format_money(micro)}" if micro else ""
         self._note(
             EventKind.JOINED,
             line.node.node,
             f"{line.name} joined with {message.samples_per_s:.1f} samples/s, "
-            f"holding the {'start state' if message.round < 0 else f'state of round {message.round}'}.",
+            f"holding the {'start state' if message.round < 0 else f'state of round {message.round}'}{price}.",
         )
-        if self._treasurer is not None:
-            self._treasurer.ready(line.node.node, message.samples_per_s, self.job.data.sequence_tokens)
         self._tell(driving.MemberJoined(line.member_id, line.record, message.samples_per_s, message.round))
         self._expect_leaving(line)
         return encode(Done(), request.version)
@@ -963,6 +968,7 @@ class TrainingDriver:
             sum(figures.bytes_sent for figures in self.nodes.values()),
             sum(figures.bytes_received for figures in self.nodes.values()),
             members,
+            self._treasurer.payments.spent_micro if self._treasurer is not None else None,
         )
 
 

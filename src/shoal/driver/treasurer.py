@@ -17,7 +17,7 @@ from shoal.protocol.offers import Offer
 from shoal.purse.bills import FILE
 from shoal.purse.purse import Funds, Purse
 from shoal.quantities import format_duration_s
-from shoal.quantities.money import format_money
+from shoal.quantities.money import MICRO, format_money
 from shoal.world import Clock, Dice, Link
 from shoal.world.quotes import NotSecured, is_free
 
@@ -174,13 +174,15 @@ class Treasurer(Purse):
 
     # ---- work ----
 
-    def ready(self, node: bytes, samples_per_s: float, tokens_per_sample: int) -> None:
-        """A node has measured its speed on the job."""
+    def ready(self, node: bytes, samples_per_s: float, tokens_per_sample: int) -> int:
+        """A node has measured its speed on the job: gives what a million of its tokens cost from now on."""
         known = self.paid(node)
-        if known is not None:
-            self.begin(node)
-            earnings = self._earnings.get(node, Earnings())
-            self._earnings[node] = earnings.measured(known.paid_micro, samples_per_s, tokens_per_sample)
+        if known is None:
+            return 0
+        self.begin(node)
+        earnings = self._earnings.get(node, Earnings()).measured(known.paid_micro, samples_per_s, tokens_per_sample)
+        self._earnings[node] = earnings
+        return earnings.for_tokens(MICRO, known.micro_per_h)
 
     async def owes(self, commit: bytes, work: Iterable[tuple[bytes, int, bytes]]) -> None:
         """(node, accepted tokens, id of the Contribution) of a Commit that is about to be written."""

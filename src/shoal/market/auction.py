@@ -66,7 +66,8 @@ def crossed(bids: Sequence[Limit], asks: Sequence[Limit], currency: str) -> Cros
     demand = sorted(bids, key=lambda bid: (-bid.limit_micro, bid.lot))
     supply = sorted(asks, key=lambda ask: (ask.limit_micro, ask.lot))
     would_trade = _efficient(demand, supply)
-    said = f"{len(bids)} bids for {_blocks(bids)} blocks, {len(asks)} asks of {_blocks(asks)}"
+    said = f"{_count(len(bids), 'bid')} for {_count(_blocks(bids), 'block')}, "
+    said += f"{_count(len(asks), 'ask')} of {_blocks(asks)}"
     if not would_trade:
         highest = f"the highest bid is {_money(demand[0].limit_micro, currency)}" if bids else "nobody bids"
         lowest = f"the lowest ask is {_money(supply[0].limit_micro, currency)}" if asks else "nobody asks"
@@ -89,6 +90,8 @@ def crossed(bids: Sequence[Limit], asks: Sequence[Limit], currency: str) -> Cros
     traded = min(wanted, there)
     price = f"The price is {_money(setter.limit_micro, currency)}"
     lots = f"{price}. Buyers take {wanted} at that and sellers have {there}: lots decide who of them goes without."
+    if not traded:
+        lots = f"{price}, and nobody else {'sells' if wanted else 'buys'} at that: who gives the price is left out."
     got: dict[bytes, int] = {}
     for side in (long_side, short_side):
         left = traded
@@ -126,6 +129,10 @@ def _efficient(bids: Sequence[Limit], asks: Sequence[Limit]) -> int:
 def _place(orders: Sequence[Limit], block: int) -> int:
     """Of the order that has this block, counted from 1; behind the last where there are fewer."""
     return bisect_left(list(itertools.accumulate(one.blocks for one in orders)), block)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _blocks(orders: Sequence[Limit]) -> int:

@@ -56,9 +56,13 @@ class Earnings(msgspec.Struct, frozen=True):
     def accepted(self, tokens: int) -> Earnings:
         return msgspec.structs.replace(self, tokens=self.tokens + tokens)
 
+    def for_tokens(self, tokens: int, micro_per_h: int) -> int:
+        """What so many are worth, at the speed that it measured."""
+        return tokens * micro_per_h // self.tokens_per_h
+
     def earned_micro(self, micro_per_h: int, ready_ms: int, most_micro: int) -> int:
         """In all, `ready_ms` after it was ready."""
-        for_tokens = self.tokens * micro_per_h // self.tokens_per_h
+        for_tokens = self.for_tokens(self.tokens, micro_per_h)
         return min(self.before_micro + min(for_tokens, owed(micro_per_h, ready_ms)), most_micro)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,8 +82,12 @@ class Match:
     reason: str
 
 
-def match(board: Board, wish: Wish, *, accepts: str | None = None, idle_only: bool = False, needed: int = 1) -> Match:
-    """The rows that fit, and where fewer than `needed` nodes do, why."""
+def match(
+    board: Board, wish: Wish, *, accepts: str | None = None, idle_only: bool = False, needed: int = 1,
+    called: Mapping[str, str] | None = None,
+) -> Match:  # fmt: skip
+    """The rows that fit, and where fewer than `needed` nodes do, why. `called`: what whoever asks calls a requirement,
+    where that is not its name in a job file."""
     base = board.open_to(accepts, idle_only=False)
     considered = board.nodes_in(base)
     asked = list(demands(board, wish.each))
@@ -103,9 +107,12 @@ def match(board: Board, wish: Wish, *, accepts: str | None = None, idle_only: bo
     if nodes >= needed:
         return Match(rows, nodes, considered, {}, (), f"{said}.")
     excluded = {demand.name: considered - board.nodes_in(base & demand.met) for demand in asked}
-    changes = sorted(_changes(board, base, asked, needed), key=lambda change: change.step)[:CHANGES_SHOWN]
+    called = called or {}
+    changes = sorted(_changes(board, base, asked, needed, called), key=lambda change: change.step)[:CHANGES_SHOWN]
     said += f", where {needed} {'is' if needed == 1 else 'are'} needed."
-    return Match(rows, nodes, considered, excluded, tuple(changes), said + _why(considered, asked, excluded, changes))
+    return Match(
+        rows, nodes, considered, excluded, tuple(changes), said + _why(considered, asked, excluded, changes, called)
+    )
 
 
 def fitting(listings: Iterable[Listing], wish: Wish) -> frozenset[bytes]:
@@ -186,9 +193,10 @@ def _any_of(board: Board, wish: Wish) -> Mask:
 # --- why not ---------------------------------------------------------------------------------------------------------
 
 
-def _changes(board: Board, base: Mask, asked: list[Demand], needed: int) -> Iterator[Change]:
+def _changes(board: Board, base: Mask, asked: list[Demand], needed: int, called: Mapping[str, str]) -> Iterator[Change]:
     """Each requirement changed by itself, no further than it takes to have `needed` nodes."""
     for changed in asked:
+        name = called.get(changed.name, changed.name)
         others = base.copy()
         for demand in asked:
             if demand is not changed:
@@ -196,10 +204,8 @@ def _changes(board: Board, base: Mask, asked: list[Demand], needed: int) -> Iter
         if changed.values is None:
             nodes = board.nodes_in(others)
             if nodes >= needed:
-                said = (
-                    f"{SAID_OTHERWISE.get(changed.name, f'without {changed.name} ({changed.asked})')}: {_count(nodes)}"
-                )
-                yield Change(changed.name, said, nodes, LEFT_OUT)
+                said = SAID_OTHERWISE.get(changed.name, f"without {name} ({changed.asked})")
+                yield Change(changed.name, f"{said}: {_count(nodes)}", nodes, LEFT_OUT)
             continue
         rows = np.flatnonzero(others & ~np.isnan(changed.values))
         best = _best_of_each_node(board, rows, changed.values[rows], changed.at_most)
@@ -209,17 +215,21 @@ def _changes(board: Board, base: Mask, asked: list[Demand], needed: int) -> Iter
         told, limit = _told(changed, limit)
         nodes = int((best <= limit).sum() if changed.at_most else (best >= limit).sum())
         step = abs(limit - changed.limit) / max(changed.limit, 1e-9)
-        sentence = f"{changed.name} {told} instead of {changed.show(changed.limit)}: {_count(nodes)}"
+        sentence = f"{name} {told} instead of {changed.show(changed.limit)}: {_count(nodes)}"
         yield Change(changed.name, sentence, nodes, step, limit, changed.at_most)
 
 
-def _why(considered: int, asked: list[Demand], excluded: dict[str, int], changes: list[Change]) -> str:
+def _why(
+    considered: int, asked: list[Demand], excluded: dict[str, int], changes: list[Change], called: Mapping[str, str]
+) -> str:
     if not considered:
         return " Nobody offers it at these hubs."
     said = ""
     worst = sorted((demand for demand in asked if excluded[demand.name]), key=lambda one: -excluded[one.name])
     if worst:
-        named = [f"{one.name} ({one.asked}) {excluded[one.name]}" for one in worst[:EXCLUDERS_SHOWN]]
+        named = [
+            f"{called.get(one.name, one.name)} ({one.asked}) {excluded[one.name]}" for one in worst[:EXCLUDERS_SHOWN]
+        ]
         said += f" Excluded by {', by '.join(named)}."
     if changes:
         return f"{said} What would do: {'; '.join(change.sentence for change in changes)}."

@@ -40,6 +40,8 @@ class EarnedOf:
     """Of what is paid, to the ledger."""
     ends_ms: int
     """When it ends, or has ended; for one that is open, at the latest."""
+    settles_ms: int | None
+    """When what is held back is paid; None while it is open."""
 
     @property
     def coming_micro(self) -> int:
@@ -129,7 +131,7 @@ def read_earned(folder: Path, now_ms: int) -> Earned:
 def _of_open(one: Account) -> EarnedOf:
     return EarnedOf(
         one.escrow, one.client, one.payer, one.currency, False, one.paid_micro, one.redeemed_micro, one.held_micro,
-        one.withheld_micro, one.fee_ppm, one.ends_ms,
+        one.withheld_micro, one.fee_ppm, one.ends_ms, None,
     )  # fmt: skip
 
 
@@ -137,5 +139,5 @@ def _of_ended(one: Ended, now_ms: int) -> EarnedOf:
     held = one.held_micro if now_ms < one.settles_ms else 0
     return EarnedOf(
         one.escrow, one.client, one.payer, one.currency, True, one.paid_micro, one.redeemed_micro, held,
-        one.withheld_micro, one.fee_ppm, one.ended_ms,
+        one.withheld_micro, one.fee_ppm, one.ended_ms, one.settles_ms,
     )  # fmt: skip

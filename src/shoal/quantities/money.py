@@ -7,6 +7,7 @@ of who pays, once, from the whole time that has passed: what is owed does not de
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from shoal.quantities.units import BadQuantity
 
@@ -32,10 +33,15 @@ def parse_money(text: str | int | float) -> int:
     return amount
 
 
-def format_money(micro: int) -> str:
-    """350000 -> `"0.35"`, -1500000 -> `"-1.50"`: two places or as many as it takes."""
+def format_money(micro: int, places: int = 2) -> str:
+    """350000 -> `"0.35"`, -1500000 -> `"-1.50"`: so many places or as many as it takes."""
     whole, rest = divmod(abs(micro), MICRO)
-    return f"{'-' if micro < 0 else ''}{whole}.{f'{rest:06}'.rstrip('0').ljust(2, '0')}"
+    return f"{'-' if micro < 0 else ''}{whole}.{f'{rest:06}'.rstrip('0').ljust(places, '0')}"
+
+
+def places_for(amounts: Iterable[int]) -> int:
+    """With so many places the points of all of them stand beneath one another in a table: two to six."""
+    return max((len(format_money(one).rpartition(".")[2]) for one in amounts), default=2)
 
 
 def parse_share(text: str) -> int:

@@ -266,7 +266,12 @@ class _Looking:
         metrics = self._new(RoundMetrics)
         if metrics:
             options.progress(
-                _progress(self._folder.train_job(), metrics[-1], self._folder.read("figures.json", Figures))
+                _progress(
+                    self._folder.train_job(),
+                    metrics[-1],
+                    self._folder.read("figures.json", Figures),
+                    self._folder.payments(),
+                )
             )
 
     def _new(self, kind: type[L]) -> list[L]:
@@ -301,7 +306,9 @@ def _opened(payments: Payments | None) -> list[tuple[bytes, bytes]]:
     return [(one.escrow, one.signature) for one in payments.terms] if payments is not None else []
 
 
-def _progress(job: TrainJob, newest: RoundMetrics, figures: Figures | None) -> Progress:
+def _progress(
+    job: TrainJob, newest: RoundMetrics, figures: Figures | None, payments: Payments | None
+) -> Progress:  # fmt: skip
     nodes = figures.nodes if figures is not None else ()
     return Progress(
         elapsed_s=newest.time_s,
@@ -313,4 +320,5 @@ def _progress(job: TrainJob, newest: RoundMetrics, figures: Figures | None) -> P
         bytes_sent=sum(one.bytes_sent for one in nodes),
         bytes_received=sum(one.bytes_received for one in nodes),
         members={one.name: one.status.value for one in nodes if one.status is not NodeStatus.LEFT},
+        spent_micro=payments.spent_micro if payments is not None else None,
     )

@@ -214,7 +214,10 @@ class Choosing:
         if not mix.members:
             raise NotSecured(mix.reason)
         expected, currency = mix.cost_micro(self._file.tokens), spending.ledger.currency
-        self._say(f"Chosen {mix.reason} Expected for the job: {format_money(expected)} {currency}.")
+        self._say(
+            f"Chosen {mix.reason} Expected for the job: {format_money(expected)} {currency}, by the speeds that are "
+            "offered; a node's price for a token follows from what it measures on the job."
+        )
         if expected > spending.budget_micro:
             self._say(
                 f"That is more than its budget of {format_money(spending.budget_micro)} {currency}: it will stop when "

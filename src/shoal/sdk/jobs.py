@@ -78,6 +78,8 @@ class NodeStanding:
     earned_micro: int
     """Less what was withheld."""
     withheld_micro: int
+    drives: bool
+    """It is paid for driving, or for standing by; a node that also trains stands there a second time."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,8 @@ class JobStanding:
     spent_micro: int
     open_micro: int
     """Set aside in escrows that nobody has asked back, and not spent."""
+    escrows: tuple[str, ...]
+    """Out of which it is paid, in hexadecimal digits: one of each term."""
     currency: str | None
     """None where nothing was set aside."""
     forecast: Forecast | None
@@ -119,7 +123,8 @@ class JobStanding:
 
     @property
     def working(self) -> int:
-        return sum(one.status in (NodeStatus.WORKING, NodeStatus.FINISHED) for one in self.nodes)
+        members = [one.status for one in self.nodes if not one.drives]
+        return sum(status in (NodeStatus.WORKING, NodeStatus.FINISHED) for status in members)
 
 
 @dataclass(frozen=True)
@@ -190,6 +195,7 @@ def look_at(path: Path) -> JobStanding:
         budget_micro=payments.budget_micro,
         spent_micro=payments.spent_micro,
         open_micro=sum(map(_unspent, _open_terms(payments))),
+        escrows=tuple(one.escrow.hex() for one in payments.terms),
         currency=payments.terms[0].ledger.currency if payments.terms else None,
         forecast=None if state is JobState.FINISHED else forecast(job.token_budget - tokens, per_s, left, per_h),
     )
@@ -354,16 +360,18 @@ def _nodes(figures: Figures, payments: Payments) -> tuple[NodeStanding, ...]:
     """All that had to do with the job; of those that are paid, by the newest term that they are in."""
     made = bill(payments)
     lines = {one.node_id: one for one in made.nodes} if made else {}
-    prices = {node: one.micro_per_h for term in payments.terms for node, one in term.nodes.items()}
+    newest = {node: one for term in payments.terms for node, one in term.nodes.items()}
+    going_on = NodeStatus.WORKING if _open_terms(payments) else NodeStatus.FINISHED
     known = {one.node_id: one for one in figures.nodes}
     return tuple(
         NodeStanding(
             name=known[node].name if node in known else lines[node].name,
             node=node,
-            status=known[node].status if node in known else NodeStatus.WORKING,
-            micro_per_h=prices.get(node, 0),
+            status=known[node].status if node in known else going_on,
+            micro_per_h=newest[node].micro_per_h if node in newest else 0,
             earned_micro=lines[node].paid if node in lines else 0,
             withheld_micro=lines[node].withheld if node in lines else 0,
+            drives=node in newest and not newest[node].hold,
         )
         for node in {**known, **lines}
     )
