@@ -18,9 +18,9 @@ def write_whole(disk: Disk, name: str, content: bytes, doing: str) -> None:
     with disk_faults(disk, doing, len(content)):
         disk.delete(scratch)
         disk.write(scratch, content)
-        disk.sync(scratch)
+        disk.sync(scratch, naming=False)
         disk.rename(scratch, name)
-        disk.sync(name)
+        disk.sync(name, content=False)
 
 
 class SharedWriting(Generic[T]):

@@ -80,8 +80,9 @@ class Disk(Protocol):
         """All files in `directory` and below it, sorted by name; empty where there is no such directory."""
         ...
 
-    def sync(self, name: str) -> None:
-        """Return when what was written to `name` and its naming would survive a loss of power."""
+    def sync(self, name: str, *, content: bool = True, naming: bool = True) -> None:
+        """Return when what was written to `name` and its naming would survive a loss of power; or one of the two, where
+        the other is not needed: each takes the disk some time."""
         ...
 
     def free_bytes(self) -> int:
@@ -186,11 +187,12 @@ class DirectoryDisk:
                     found.append(info)
         return sorted(found, key=lambda info: info.name)
 
-    def sync(self, name: str) -> None:
+    def sync(self, name: str, *, content: bool = True, naming: bool = True) -> None:
         path = self.path(name)
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-        if sys.platform != "win32":
+        if content or sys.platform == "win32":
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        if naming and sys.platform != "win32":
             descriptor = os.open(path.parent, os.O_RDONLY)
             try:
                 os.fsync(descriptor)
@@ -304,7 +306,7 @@ class MemoryDisk:
             names = sorted(name for name in self._files if name.startswith(inside))
             return [FileInfo(name, len(self._files[name].data), self._files[name].modified_ns) for name in names]
 
-    def sync(self, name: str) -> None:
+    def sync(self, name: str, *, content: bool = True, naming: bool = True) -> None:
         with self._mutex:
             self._get(name)
 
@@ -384,9 +386,9 @@ class FaultyDisk:
     def files(self, directory: str) -> list[FileInfo]:
         return self._disk.files(directory)
 
-    def sync(self, name: str) -> None:
+    def sync(self, name: str, *, content: bool = True, naming: bool = True) -> None:
         self._fault("sync", name)
-        self._disk.sync(name)
+        self._disk.sync(name, content=content, naming=naming)
 
     def free_bytes(self) -> int:
         return self._disk.free_bytes()
