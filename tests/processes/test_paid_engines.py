@@ -215,3 +215,28 @@ def test_an_engine_is_taken_where_no_layers_are_to_be_had_and_the_other_way_roun
         in_town(tmp_path, story)
     finally:
         server.close()
+
+
+@pytest.mark.timeout(400)
+def test_money_that_is_used_up_ends_what_an_engine_serves(checkpoint: Path, standin: Standin, tmp_path: Path) -> None:
+    async def story(town: Town) -> None:
+        said: list[str] = []
+        await town.node("amber", CHEAP, "--engine", standin.at("ids"), "--engine-only")
+        budget = 20_000  # two seconds
+        spending, data = town.spending(budget), tmp_path / "gateway"
+        async with a_gateway(town.shoal, checkpoint, said, engines_only=True, data=data, spending=spending) as (
+            server,
+            web,
+        ):
+            service = server.service
+            assert service is not None and service.paying is not None
+            paying = service.paying
+            await until(lambda: service.rings)
+            many = [web.post("/v1/completions", json=BODY | {"max_tokens": 400}) for _ in range(12)]
+            answers = [one.status_code for one in await asyncio.gather(*many)]
+            assert 402 in answers and set(answers) <= {200, 402}
+            await until(lambda: paying.closing and not service.rings)
+            assert (await web.post("/v1/completions", json=BODY)).status_code == 402
+        assert await check_settled(town, paying.bill) == {"amber": budget}
+
+    in_town(tmp_path, story)
