@@ -795,6 +795,10 @@ def test_who_goes_on_with_the_money_of_another_takes_no_dear_node_and_gives_none
         after = Job(street, job.folder, signer=an_account(51), account=None)
         assert [one.node for one in await after.treasurer.hold(await after.gang(cheap, dear), 1)] == [cheap.node]
         assert after.said[0].startswith("Without shop-2: it costs 36.00 an hour, and at 2 times what others take")
+        other = await street.shop(3, tmp_path / "3", price=Price(400_000))
+        held = await after.treasurer.hold(await after.gang(other, dear), 1)
+        assert [one.node for one in held] == [other.node], "also where nobody is left whom it has paid"
+        after.treasurer.left(other.node, "it is not needed")
         street.ledger.fails = StorageError("away")
         with pytest.raises(NotSecured, match="Only 0 of 1 nodes took what was set aside"):
             await after.treasurer.open(1)

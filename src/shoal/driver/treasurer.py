@@ -135,9 +135,12 @@ class Treasurer(Purse):
         return [*free, *held]
 
     def _worth_it(self, priced: Sequence[LinkedNode], at_least: int) -> dict[bytes, LinkedNode]:
-        """Without such as are dear beside those that this job has paid before, as far as the others are enough."""
-        paid = {node for term in self.payments.terms for node in term.nodes}
+        """Without such as are dear beside those that have worked for this job before, as far as the others are enough;
+        where none of these is there any more, beside the cheapest."""
+        paid = {node for term in self.payments.terms for node, one in term.nodes.items() if one.hold}
         known = [_price_of(node) for node in priced if node.node.hex() in paid]
+        if paid and priced and not known:
+            known = [min(map(_price_of, priced), key=lambda one: one[0] / max(1.0, one[1]))]
         left = dict[bytes, LinkedNode]((node.node, node) for node in priced)
         for node in sorted(priced, key=lambda one: _price_of(one)[0], reverse=True):
             dear = say_dear(*_price_of(node), known) if node.node.hex() not in paid else None
