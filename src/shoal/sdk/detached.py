@@ -42,8 +42,9 @@ from shoal.quantities.money import format_money
 from shoal.sdk.handed import FILE as HANDED
 from shoal.sdk.handed import Handed
 from shoal.sdk.jobfile import JobFile
+from shoal.sdk.notes import TOKENIZER
 from shoal.sdk.spending import Spending
-from shoal.sdk.train import DRIVER_KEY, GRANT_MS, TOKENIZER, Session, TrainOptions, refuse_script
+from shoal.sdk.train import DRIVER_KEY, GRANT_MS, Session, TrainOptions, refuse_script
 from shoal.world import Clock, Endpoint, Link, Request, asking
 from shoal.world.directory import Directory, FoundOffer
 from shoal.world.reach import reach_again
@@ -94,15 +95,15 @@ async def detach(
     take over. Raises ShoalError where it cannot begin; nothing is set aside then, and nobody drives."""
     refuse_script(job_file)
     with RunFolder.create(options.folder, replace=options.replace) as folder, saying_room(folder.path):
-        async with Session(folder, options, load_or_create_key(folder.path / DRIVER_KEY)) as session:
+        async with Session(folder, options, load_or_create_key(folder.path / DRIVER_KEY), job_file) as session:
             if session.treasurer is not None:
                 await session.treasurer.check()
-            prepared, gang, length = await session.plan(job_file)
+            prepared, gang, length = await session.plan()
             tokenizer = await asyncio.to_thread(_pack_tokenizer, prepared.tokenizer, folder.path)
             blobs = [prepared.model.start, *(shard.blob for shard in prepared.data.shards)]
             size = size_of(folder.path) + sum(ref.size for ref in blobs)
             hosts = await _find_hosts(session, job_file.name, size)
-            job = session.sign_job(job_file, prepared, length, gang)
+            job = session.sign_job(prepared, length, gang)
             session.keep_for_later(prepared, length, gang, tokenizer=tokenizer)
             drivers = (*(host.driver for host in hosts), session.key.node_id, options.key.node_id)
             until_ms = options.clock.now_ms() + GRANT_MS

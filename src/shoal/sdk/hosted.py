@@ -37,7 +37,8 @@ from shoal.protocol.hubs import HubTicket
 from shoal.protocol.ledgers import LedgerTicket
 from shoal.purse.bills import FILE, Payments
 from shoal.sdk.jobfile import JobFile, parse_job, read_job_bytes
-from shoal.sdk.train import DRIVER_KEY, Hosted, Lent, TrainOptions, refuse_script, resume
+from shoal.sdk.spending import Lent
+from shoal.sdk.train import DRIVER_KEY, Hosted, TrainOptions, refuse_script, resume
 from shoal.world.processes import die_with_parent
 
 MIRRORED_S = 5.0

@@ -4,10 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from shoal.identity import KeyPair
 from shoal.identity.accounts import AccountKey
 from shoal.protocol.ledgers import LedgerTicket
 from shoal.purse.purse import AUDIT_MS, ENDS_LEAST_MS, NOTICE_MS, Funds
 from shoal.world import Ledger
+
+
+@dataclass(frozen=True)
+class Lent:
+    """What an owner who is away lets a driver pay with: an escrow that is open, by a key that it names."""
+
+    payer: bytes
+    signer: AccountKey
+    client: KeyPair
+    """Whom nodes keep their places for."""
+    ledger: LedgerTicket
+    budget_micro: int
+
+    def funds(self, ledger: Ledger) -> Funds:
+        return Funds(ledger, self.payer, self.signer, self.budget_micro)
 
 
 @dataclass(frozen=True)
