@@ -20,9 +20,10 @@ from rich.console import Console
 
 from shoal.cli.main import main
 from shoal.cli.output import until_stopped
-from shoal.cli.tables import print_report
+from shoal.cli.tables import print_bill, print_report
 from shoal.driver.report import AuditCount, NodeReport, NodeStatus, Report
 from shoal.identity import KeyPair
+from shoal.purse.bills import Bill, BillLine
 from shoal.sdk.jobfile import schema
 
 NOBODY = f"shoal://{KeyPair.from_seed(bytes(32)).node_id.hex()}@127.0.0.1:9"
@@ -332,6 +333,22 @@ def node(name: str, status: NodeStatus, reason: str = "") -> NodeReport:
         rounds_excluded=0,
         compute_s=1.0,
     )
+
+
+def test_a_bill_has_its_points_beneath_one_another(capsys: pytest.CaptureFixture[str]) -> None:
+    def line(name: str, paid: int, withheld: int) -> BillLine:
+        return BillLine(name=name, node_id="ab" * 32, paid=paid, withheld=withheld, reason="worked")
+
+    def printed(withheld: int) -> list[str]:
+        lines = (line("amber", 2_500_000, 0), line("dune", 1_234, withheld))
+        bill = Bill(quoted=3_000_000, charged=2_501_234, refunded=498_766, currency="USD", nodes=lines)
+        print_bill(bill, console=Console(width=80, force_terminal=False, highlight=False))
+        return capsys.readouterr().out.splitlines()[1:4]
+
+    head, amber, dune = printed(0)
+    assert amber.index(".") == dune.index(".") and "withheld" not in head
+    head, amber, dune = printed(100)
+    assert "withheld" in head and "0.000100" in dune and amber.rindex(".") == dune.rindex(".")
 
 
 @pytest.mark.parametrize("columns", [80, 120])

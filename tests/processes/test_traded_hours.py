@@ -80,17 +80,20 @@ class Town:
         self.block = Block(of=KIND, start_ms=(self.clock.now_ms() // HOUR_MS + 2) * HOUR_MS, ledger=LEDGER)
         self.sequence = 0
 
-    async def open(self) -> None:
-        settings = AuctionSettings(self.folder / "auction", every_s=EVERY_S, listen="tcp://auction:7")
+    async def start_auction(self, listen: str = "tcp://auction:7") -> None:
+        settings = AuctionSettings(self.folder / "auction", every_s=EVERY_S, listen=listen)
         self.server = AuctionServer(
             settings, self.street.network.endpoint, lambda _: self.street.ledger, self.clock, SeededDice(7)
         )
         self.ticket = await self.server.start()
+        self.remote = RemoteAuction(self.street.network.endpoint(a_key(80)), self.ticket, self.clock)
+
+    async def open(self) -> None:
+        await self.start_auction()
         for key in ACCOUNTS.values():
             self.street.ledger.give(key.address, MONEY)
         for number in (1, 2, 3):
             self.shops.append(await self.street.shop(number, self.folder / f"shop-{number}"))
-        self.remote = RemoteAuction(self.street.network.endpoint(a_key(80)), self.ticket, self.clock)
 
     @contextlib.asynccontextmanager
     async def reach(self, key: KeyPair, node: bytes) -> AsyncIterator[Link]:
@@ -263,6 +266,20 @@ def test_a_buyer_that_is_killed_between_two_steps_goes_on_with_the_next(tmp_path
             await town.street.ledger.balance(bytes(20))
             await town.clock.advance(HOUR_MS / 1000)
         assert town.balance(ANN) == town.balance(BEN) == MONEY, "nobody worked, and nobody paid"
+
+    in_town(tmp_path, scene)
+
+
+def test_a_node_sells_its_hour_again_where_the_auctioneer_has_moved(tmp_path: Path) -> None:
+    async def scene(town: Town) -> None:
+        await town.ask(1, 200_000)
+        await town.close_batch()
+        await town.server.stop()
+        await town.start_auction("tcp://auction:8")
+        one, running = await town.trade()
+        one = await town.buyer(ANN).settle(one, running)
+        [hour] = one.hours or ()
+        assert hour.node == a_key(1).node_id and hour.hold
 
     in_town(tmp_path, scene)
 

@@ -489,7 +489,7 @@ def compare(
 
 @market_app.command("verify")
 def verify(
-    batch: Annotated[Path, typer.Argument(metavar="BATCH", help="A file that an auctioneer has published of a batch.")],
+    batch: Annotated[Path, typer.Argument(metavar="BATCH", help="A batch, as `shoal market show --save` wrote it.")],
     order: Annotated[
         list[Path] | None,
         typer.Option(

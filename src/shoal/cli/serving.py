@@ -261,6 +261,7 @@ def node_start(
     memory_bytes = parse_bytes(memory) if memory is not None else None
     named, place, notice_ms = _price(price, currency), _place(country, region), _notice_ms(notice)
     tickets = places.find_hubs(hub)
+    driving = _driving(drive, named)
     paid = _paid_at(account, ledger) if named is not None and named.micro_per_h else None
     folder = data or shoal_home() / "node"
     if not json:
@@ -287,7 +288,7 @@ def node_start(
             paid=paid,
             reclaim_notice_ms=notice_ms,
             serve_free=serve_free,
-            driving=_driving(drive, named),
+            driving=driving,
             place=place,
             server=server,
             clock=SystemClock(),
@@ -307,9 +308,10 @@ def node_start(
                 for line in ready["devices"]:
                     out.print(f"  {line}", markup=False)
                 if paid is not None and named is not None:
+                    drives = f"driving a job for {format_price(driving.micro_per_h)}" if driving else "driving none"
                     out.print(
                         f"  price: {format_price(named.micro_per_h)} in {named.currency}, paid at "
-                        f"{address_text(paid.account)}; {format_duration_s(notice_ms / 1000)} notice before it stops",
+                        f"{address_text(paid.account)}; {format_duration_s(notice_ms / 1000)} notice before it stops; {drives}",
                         markup=False, soft_wrap=True,
                     )  # fmt: skip
                 if ready["engine"]:

@@ -19,7 +19,7 @@ from shoal.driver.report import NodeStatus, Report
 from shoal.driver.training import Progress as JobProgress
 from shoal.purse.bills import Bill
 from shoal.quantities import format_bytes, format_count, format_duration_s
-from shoal.quantities.money import format_money
+from shoal.quantities.money import format_money, places_for
 
 if TYPE_CHECKING:
     from shoal.sdk.quickstart import Asked  # with nodes, servers and databases, that `shoal train` has no use for
@@ -154,12 +154,15 @@ def print_bill(bill: Bill, *, console: Console = out) -> None:
     """Who is paid what, and how it adds up."""
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("node", overflow="fold")
-    table.add_column(f"paid, {bill.currency}", justify="right", no_wrap=True)
-    table.add_column("withheld", justify="right", no_wrap=True)
+    withheld = any(line.withheld for line in bill.nodes)
+    for name in (f"paid, {bill.currency}", *(["withheld"] if withheld else [])):
+        table.add_column(name, justify="right", no_wrap=True)
     table.add_column("why", overflow="fold")
+    places = places_for(amount for line in bill.nodes for amount in (line.paid, line.withheld))
     for line in bill.nodes:
-        withheld = format_money(line.withheld) if line.withheld else ""
-        table.add_row(escape(shown(line.name)), format_money(line.paid), withheld, escape(shown(line.reason)))
+        figures = (line.paid, *([line.withheld] if withheld else []))
+        money = (format_money(amount, places) for amount in figures)
+        table.add_row(escape(shown(line.name)), *money, escape(shown(line.reason)))
     console.print("[bold]The bill[/]")
     console.print(table)
     console.print(

@@ -60,15 +60,13 @@ class Hours:
         if {signed.signer, envelope.signer} != {self._key.node_id} or asked.terms.auctioneer != ticket.auctioneer:
             raise BadRecord("A node promises the hour of an order to its auction, both signed with the node's own key.")
         known = hour_at(self._sales.slots, asked.terms.block.start_ms)
-        if (
-            known is not None
-            and known.kept is None
-            and known.binds(self._clock.now_ms())
-            and (known.auction, known.batch) != (str(ticket), asked.terms.batch)
-        ):
-            sale = await self._sale(known.auction, known.batch, known.start_ms)
-            if sale is not None:
-                raise HoldRefused(f"This hour was sold in batch {known.batch}, to {short_id(sale.buyer)}.")
+        if known is not None and known.kept is None and known.binds(self._clock.now_ms()):
+            same = AuctionTicket.parse(known.auction).auctioneer == ticket.auctioneer
+            if not same or known.batch != asked.terms.batch:
+                # An auctioneer that was started anew may be at another address: the newer one is asked.
+                sale = await self._sale(str(ticket) if same else known.auction, known.batch, known.start_ms)
+                if sale is not None:
+                    raise HoldRefused(f"This hour was sold in batch {known.batch}, to {short_id(sale.buyer)}.")
 
         def decide(slots: Slots) -> tuple[Slots, None]:
             terms, now_ms = self._sales.terms, self._clock.now_ms()
