@@ -90,7 +90,7 @@ class Client:
         deputy = sign(acts_for, Deputy(driver=self.key.node_id)).to_bytes() if acts_for else None
         self.endpoint = street.client(number)
         link = street.linker(self.endpoint)
-        self.quotes = Quotes(acts_for or self.key, PAYER.address, ledger, link, kind, deputy=deputy)
+        self.quotes = Quotes(acts_for or self.key, PAYER.address, ledger, link, street.clock, kind, deputy=deputy)
         self.street = street
 
     async def escrow(self, *shops: Shop, **changed: Any) -> bytes:
@@ -1113,9 +1113,10 @@ def test_a_node_that_promises_something_else_than_was_asked_is_not_taken(changed
         client, signed = Client(street), list[Hold]()
 
         async def answer(request: Request) -> bytes:
+            now_ms = street.clock.now_ms()
             usual = Hold(
-                slot=0, number=len(signed) + 1, client=client.key.node_id, work="train", from_ms=0, until_ms=HOLD_MS,
-                price=PRICE, ledger=LEDGER, payer=PAYER.address, payee=an_account(1).address,
+                slot=0, number=len(signed) + 1, client=client.key.node_id, work="train", from_ms=now_ms,
+                until_ms=now_ms + HOLD_MS, price=PRICE, ledger=LEDGER, payer=PAYER.address, payee=an_account(1).address,
             )  # fmt: skip
             if request.kind == HoldTake.KIND:
                 usual = msgspec.structs.replace(usual, escrow=decode(HoldTake, request.body, request.version).escrow)
@@ -1132,6 +1133,44 @@ def test_a_node_that_promises_something_else_than_was_asked_is_not_taken(changed
             held = await client.quotes.hold(node.node_id, offer)
             await client.quotes.take(held, bytes(32))
         assert ("payee" in changed) == bool(client.quotes._offers), "whoever keeps no place is not remembered"
+        await node.close()
+
+    run(story)
+
+
+@pytest.mark.parametrize(
+    ("asked_s", "taken_s", "told"),
+    [
+        (-76, 0, "another time than now, by -61 s"),
+        (61, 0, "another time than now, by [+]61 s"),
+        (-50, -20, "later than it had promised"),
+        (0, 61, "another time than now, by [+]61 s"),
+    ],
+)
+def test_a_place_is_kept_for_now_and_without_a_gap_so_that_a_node_that_sells_it_twice_is_convicted(
+    asked_s: int, taken_s: int, told: str
+) -> None:
+    async def story(street: Street) -> None:
+        await street.clock.advance(3600)
+        node, client = street.network.endpoint(a_key(1)), Client(street)
+
+        async def answer(request: Request) -> bytes:
+            asked = request.kind == HoldAsk.KIND
+            from_ms = street.clock.now_ms() + 1000 * (asked_s if asked else taken_s)
+            hold = Hold(
+                slot=0, number=1 if asked else 2, client=client.key.node_id, work="train", from_ms=from_ms,
+                until_ms=from_ms + HOLD_MS, price=PRICE, ledger=LEDGER, payer=PAYER.address,
+                payee=an_account(1).address, escrow=None if asked else bytes(32),
+            )  # fmt: skip
+            return encode(HoldGiven(hold=sign(a_key(1), hold).to_bytes()), request.version)
+
+        for kind in (HoldAsk.KIND, HoldTake.KIND):
+            node.handle(kind, answer)
+        await node.listen("tcp://liar:0")
+        envelope = an_offer(a_key(1), 1, name="liar", addresses=tuple(node.addresses), price=PRICE, ledger=LEDGER)
+        with pytest.raises(BadHold, match=told):
+            held = await client.quotes.hold(node.node_id, open_record(envelope, Offer))
+            await client.quotes.take(held, bytes(32))
         await node.close()
 
     run(story)

@@ -130,7 +130,9 @@ class Purse:
         self.funds = funds
         self._clock, self._dice, self._say, self._again = clock, dice, say, again
         self._keep = write
-        self._quotes = Quotes(key, funds.payer, funds.ledger.name, link, work=work, network=network, deputy=deputy)
+        self._quotes = Quotes(
+            key, funds.payer, funds.ledger.name, link, clock, work=work, network=network, deputy=deputy
+        )
         self._former = known.terms if known else ()
         self._budget_micro = funds.budget_micro
         self._term: TermPayments | None = None

@@ -36,11 +36,15 @@ from shoal.protocol.messages import DEFAULT_NETWORK, Message, open_record, sign
 from shoal.protocol.money import LedgerName, SignedVoucher
 from shoal.protocol.offers import RECLAIM_NOTICE_MAX_MS, Done, Offer
 from shoal.world.asking import ask
+from shoal.world.clock import Clock
 from shoal.world.network import DeadlineExceeded, Link, Refused
 
 HOLD_MS = 15_000
 ASK_DEADLINE_S = 5.0
 TAKE_DEADLINE_S = 10.0
+CLOCKS_APART_MS = 60_000
+"""Of a node and its client, at most: a Hold for another time than this one's binds a node to nothing, and two for times
+of their own convict nobody."""
 SPARES_EACH = 2
 """That are asked in the place of one that says no: what the others keep is kept from everybody else meanwhile."""
 TROUBLES_SHOWN = 8
@@ -84,13 +88,14 @@ class Quotes:
         payer: bytes,
         ledger: LedgerName,
         link: Callable[[bytes, Offer], Awaitable[Link]],
+        clock: Clock,
         work: Work = "train",
         network: str = DEFAULT_NETWORK,
         deputy: bytes | None = None,
     ) -> None:
         """Places are kept for whoever has `key`. `link` gives an open link to a node, or raises LinkError; where those
         are of another key than that, `deputy` is the word that it acts for this one."""
-        self._key, self._payer, self._ledger, self._link = key, payer, ledger, link
+        self._key, self._payer, self._ledger, self._link, self._clock = key, payer, ledger, link, clock
         self._work: Work = work
         self._network, self._deputy = network, deputy
         self._offers: dict[bytes, Offer] = {}
@@ -163,6 +168,8 @@ class Quotes:
         taken = self._opened(held.node, held.name, await self._ask(held.node, wanted, HoldGiven, TAKE_DEADLINE_S))
         if taken.hold.escrow != escrow or _place(taken.hold) != _place(held.hold):
             raise BadHold(f"Node {held.name} took something else than was set aside for it.")
+        if taken.hold.from_ms > held.hold.until_ms:
+            raise BadHold(f"Node {held.name} keeps a place later than it had promised: in between it may be anybody's.")
         return replace(held, envelope=taken.envelope, hold=taken.hold)
 
     def reclaimed(self, held: Held, word: HoldReclaim) -> float:
@@ -208,6 +215,13 @@ class Quotes:
         hold = open_hold(envelope, node, self._network)
         if hold.client != self._key.node_id or hold.payer != self._payer:
             raise BadHold(f"Node {name} answered with a hold for somebody else.")
+        now_ms = self._clock.now_ms()
+        if not hold.from_ms - CLOCKS_APART_MS <= now_ms <= hold.until_ms + CLOCKS_APART_MS:
+            apart_s = ((hold.from_ms if now_ms < hold.from_ms else hold.until_ms) - now_ms) / 1000
+            raise BadHold(
+                f"Node {name} keeps a place for another time than now, by {apart_s:+.0f} s: its clock is wrong, or "
+                f"this machine's, or its word. Up to {CLOCKS_APART_MS / 1000:.0f} s are put up with."
+            )
         return Held(node, name, envelope, hold)
 
     async def _ask(self, node: bytes, message: Question, answer: type[M], deadline_s: float) -> M:
