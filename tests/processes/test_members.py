@@ -70,7 +70,7 @@ from shoal.training.updates import encode_update
 from shoal.transport.memory import MemoryEndpoint, MemoryNetwork
 from shoal.world import MemoryDisk, Refused, Request, SeededDice, SystemClock
 from shoal.world.directory import FoundOffer
-from shoal.world.quotes import Quotes
+from shoal.world.quotes import NotSecured, Quotes
 
 PATIENCE_S = 60.0
 CLOCK, DICE = SystemClock(), SeededDice(5)
@@ -356,6 +356,30 @@ def test_a_ledger_that_fails_a_node_that_comes_ends_no_job(tmp_path: Path) -> No
         assert not scene.running.done()
         await shop.sales.close()
         await shop.endpoint.close()
+        await scene.stop()
+
+    play(story())
+
+
+def test_who_comes_later_has_to_have_a_bond_as_well(tmp_path: Path) -> None:
+    async def story() -> None:
+        scene, looked = await a_scene(tmp_path, peers=1), list[bytes]()
+        peer = Peer(scene.peers[0].network, a_key(150), scene.peers[0].setting)
+        await peer.start()
+        scene.peers.append(peer)
+        offer = an_offer(peer.key, 1, name="late", addresses=tuple(peer.endpoint.addresses))
+        found = FoundOffer(peer.key.node_id, open_record(offer, Offer), offer)
+
+        async def bonded(node: LinkedNode) -> None:
+            looked.append(node.node)
+            raise NotSecured("Nothing is at stake.")
+
+        scene.driver._bonded = bonded
+        await scene.driver._link_and_invite(found)
+        assert looked == [peer.key.node_id] and scene.driver._staying() == 1
+        scene.driver._bonded = None
+        await scene.driver._link_and_invite(found)
+        assert scene.driver._staying() == 2
         await scene.stop()
 
     play(story())

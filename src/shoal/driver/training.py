@@ -201,6 +201,7 @@ class TrainingDriver:
         wanted: OfferFind,
         wish: Wish = ANYTHING,
         within_ms: float | None = None,
+        bonded: Callable[[LinkedNode], Awaitable[None]] | None = None,
         members_min: int = 1,
         nodes_max: int = 1024,
         retired: Mapping[bytes, str] | None = None,
@@ -209,7 +210,7 @@ class TrainingDriver:
         treasurer: Treasurer | None = None,
     ) -> None:
         """Without a treasurer only nodes that work for nothing take part. Those that join later are to be `within_ms`
-        of each member."""
+        of each member, and `bonded` raises ShoalError for one for whose word too little is at stake."""
         self.records = records
         self.network = records.job.network
         self.job = open_record(records.job, TrainJob, self.network)
@@ -222,7 +223,7 @@ class TrainingDriver:
         self._store = store
         self._fetcher = fetcher
         self._clock = clock
-        self._wanted, self._wish, self._within_ms = wanted, wish, within_ms
+        self._wanted, self._wish, self._within_ms, self._bonded = wanted, wish, within_ms, bonded
         self._nodes_max = nodes_max
         self._watchers = watchers or Watchers()
         self._treasurer = treasurer
@@ -808,6 +809,8 @@ class TrainingDriver:
             )  # fmt: skip
             if self._within_ms is not None:
                 await refuse_far(node, [line.node for line in self._lines.by_member.values()], self._within_ms)
+            if self._bonded is not None:
+                await self._bonded(node)
         except ShoalError as error:  # whatever is wrong with one offer, the job goes on
             self._unreached.tried(one.node)
             _log.info("%s could not be reached: %s", one.offer.name, error)

@@ -230,7 +230,13 @@ class Choosing:
         within_ms = self._file.requirements.latency_within_ms
         if within_ms is not None:
             gang = await near_gang(gang, within_ms, 1)
+        if self._file.requirements.bond_min and gang:
+            gang = await self._bonded(gang, self._file.requirements.bond_min, 1)
         return await self._held(gang)
+
+    async def refuse_unbonded(self, node: LinkedNode) -> None:
+        """One that would join later. Raises NotSecured, and what the ledger does."""
+        await self._bonded([node], self._file.requirements.bond_min, 1)
 
     async def _held(self, gang: list[LinkedNode], spares: Sequence[LinkedNode] = ()) -> list[LinkedNode]:
         if self._treasurer is None:

@@ -553,6 +553,7 @@ class Session:
             wanted=self.choosing.wanted(),
             wish=self.choosing.wish(),
             within_ms=needs.latency_within_ms,
+            bonded=self.choosing.refuse_unbonded if needs.bond_min else None,
             treasurer=self.treasurer,
             members_min=min(len(gang), needs.nodes_min),
             nodes_max=needs.nodes_max if self.treasurer is None else len(gang),
