@@ -268,7 +268,7 @@ def test_a_shoal_goes_up_once_is_found_and_goes_down(place: Path) -> None:
         assert "node-1" in shoal(place, "offers").stdout
         none = json.loads(shoal(place, "offers", "--device", "mps", "--json").stdout)
         assert (none["offers"], none["fit"], none["excluded"]["device"]) == ([], 0, none["considered"])
-        assert "without device (mps)" in shoal(place, "offers", "--device", "mps").stdout
+        assert "without --device (mps)" in shoal(place, "offers", "--device", "mps").stdout
         (place / "here" / "words.txt").write_text("some words " * 5000)
         (place / "here" / "job.yaml").write_text("data:\n  paths: words.txt\n")
         costs = json.loads(shoal(place, "plan", "job.yaml", "--json").stdout)["costs"]
