@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import os
+import functools
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ import msgspec
 import psutil
 import pytest
 from job_world import PATIENCE_S, Watch, check_account, job_text, options_for, owner_key, parsed, resume_job
-from test_paid_jobs import DEPOSIT, Town, check_bill, in_town
+from test_paid_jobs import DEPOSIT, Terminal, Town, check_bill, in_town
 
 from shoal.driver.folder import RunFolder, pid_in_lock
 from shoal.driver.lines import Event
@@ -147,20 +145,9 @@ def terms(at: Path) -> list[Seen]:
 @pytest.mark.timeout(500)
 def test_a_job_that_nodes_drive_is_shown_and_cancelled(tmp_path: Path) -> None:
     async def story(town: Town, ledger: RemoteLedger) -> None:
-        home = tmp_path / "keys"
-        (home / "account.ledger").write_text(str(town.ticket))
+        terminal = Terminal(town, tmp_path)
+        said = terminal.said
         (tmp_path / "job.yaml").write_bytes(job_text(tmp_path, tokens=10_000_000))
-
-        async def said(*words: str, code: int = 0) -> Any:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "shoal", *words, "--json", env={**os.environ, "SHOAL_HOME": str(home)},
-                cwd=tmp_path, stdout=asyncio.subprocess.PIPE,
-            )  # fmt: skip
-            async with asyncio.timeout(PATIENCE_S):
-                out, _ = await process.communicate()
-            assert process.returncode == code, out
-            return json.loads(out)
-
         hub = town.shoal.hub_tickets[0]
         made = await said("train", "job.yaml", "--hub", hub, "--budget", "5", "--detach")
         assert made["run"] == "runs/job" and len(made["hosts"]) == 2
@@ -170,10 +157,7 @@ def test_a_job_that_nodes_drive_is_shown_and_cancelled(tmp_path: Path) -> None:
             while (shown := await said("jobs", "show", "runs/job"))["tokens"] == 0 or not shown["spent_micro"]:
                 assert shown["state"] == "detached"
         assert (await said("jobs"))["runs"][0]["state"] == "detached"
-        attached = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "shoal", "attach", "runs/job", "--hub", hub, cwd=tmp_path,
-            env={**os.environ, "SHOAL_HOME": str(home)},
-        )  # fmt: skip
+        attached = await terminal.start("attach", "runs/job", "--hub", hub, stdout=None)
         async with asyncio.timeout(PATIENCE_S):
             while pid_in_lock(tmp_path / "runs" / "job") != attached.pid:
                 await asyncio.sleep(0.05)
@@ -197,19 +181,9 @@ def test_a_job_that_nodes_drive_is_shown_and_cancelled(tmp_path: Path) -> None:
 @pytest.mark.timeout(600)
 def test_a_job_whose_money_is_used_up_waits_for_more_and_goes_on(tmp_path: Path) -> None:
     async def story(town: Town, ledger: RemoteLedger) -> None:
-        home, run = tmp_path / "keys", tmp_path / "runs" / "job"
-        (home / "account.ledger").write_text(str(town.ticket))
+        run = tmp_path / "runs" / "job"
+        said = functools.partial(Terminal(town, tmp_path).said, patience_s=2 * PATIENCE_S)
         (tmp_path / "job.yaml").write_bytes(job_text(tmp_path, tokens=10_000_000))
-
-        async def said(*words: str, code: int = 0) -> Any:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "shoal", *words, "--json", env={**os.environ, "SHOAL_HOME": str(home)},
-                cwd=tmp_path, stdout=asyncio.subprocess.PIPE,
-            )  # fmt: skip
-            async with asyncio.timeout(2 * PATIENCE_S):
-                out, _ = await process.communicate()
-            assert process.returncode == code, out
-            return json.loads(out)
 
         async def until_it_waits(times: int) -> Any:
             async with asyncio.timeout(2 * PATIENCE_S):

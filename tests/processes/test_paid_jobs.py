@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import os
 import re
@@ -83,6 +84,39 @@ class Town:
         options.spending = Spending(self.account, self.ticket, budget, notice_ms=30_000, audit_ms=0)
         options.acquaintances = Acquaintances(at / "nodes.json")
         return options
+
+
+class Terminal:
+    """Where the payer types commands, in a folder of its own, with its keys and its ledger."""
+
+    def __init__(self, town: Town, place: Path) -> None:
+        self._place, self._home = place, place / "keys"
+        (self._home / "account.ledger").write_text(str(town.ticket))
+
+    async def start(
+        self, *words: str, by: tuple[str, ...] = ("-m", "shoal"), stdout: int | None = asyncio.subprocess.PIPE,
+        **environment: str,
+    ) -> asyncio.subprocess.Process:  # fmt: skip
+        return await asyncio.create_subprocess_exec(
+            sys.executable, *by, *words, env={**os.environ, "SHOAL_HOME": str(self._home), **environment},
+            cwd=self._place, stdout=stdout,
+        )  # fmt: skip
+
+    async def told(self, *words: str, code: int = 0, patience_s: float = PATIENCE_S, **environment: str) -> str:
+        process = await self.start(*words, **environment)
+        out = await heard(process, patience_s)
+        assert process.returncode == code, out
+        return out.decode()
+
+    async def said(self, *words: str, code: int = 0, patience_s: float = PATIENCE_S) -> Any:
+        return json.loads(await self.told(*words, "--json", code=code, patience_s=patience_s))
+
+
+async def heard(process: asyncio.subprocess.Process, patience_s: float = PATIENCE_S) -> bytes:
+    """All that it says until it ends."""
+    async with asyncio.timeout(patience_s):
+        out, _ = await process.communicate()
+    return out
 
 
 def in_town(tmp_path: Path, story: Any, prices: dict[str, str] = PRICES, notice: str = "60 s") -> None:
@@ -184,38 +218,16 @@ def test_a_job_pays_for_accepted_work_and_gets_the_rest_back(tmp_path: Path) -> 
 @pytest.mark.timeout(400)
 def test_jobs_are_looked_at_and_cancelled_from_the_command_line(tmp_path: Path) -> None:
     async def story(town: Town, ledger: RemoteLedger) -> None:
-        home, run = tmp_path / "keys", tmp_path / "runs" / "job"
-        (home / "account.ledger").write_text(str(town.ticket))
+        terminal, run = Terminal(town, tmp_path), tmp_path / "runs" / "job"
+        said, told = terminal.said, functools.partial(terminal.told, COLUMNS="160")
         (tmp_path / "job.yaml").write_bytes(job_text(tmp_path, tokens=1_000_000))
-
-        async def shoal(*words: str) -> asyncio.subprocess.Process:
-            return await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "shoal", *words, "--json", env={**os.environ, "SHOAL_HOME": str(home)},
-                cwd=tmp_path, stdout=asyncio.subprocess.PIPE,
-            )  # fmt: skip
-
-        async def said(*words: str) -> Any:
-            process = await shoal(*words)
-            async with asyncio.timeout(PATIENCE_S):
-                out, _ = await process.communicate()
-            assert process.returncode == 0, out
-            return json.loads(out)
-
-        async def told(*words: str) -> str:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "shoal", *words, cwd=tmp_path, stdout=asyncio.subprocess.PIPE,
-                env={**os.environ, "SHOAL_HOME": str(home), "COLUMNS": "160"},
-            )  # fmt: skip
-            async with asyncio.timeout(PATIENCE_S):
-                out, _ = await process.communicate()
-            assert process.returncode == 0, out
-            return out.decode()
 
         async def driver(*words: str) -> asyncio.subprocess.Process:
             """A driver that has committed three rounds more."""
             metrics = run / "metrics.jsonl"
             before = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
-            process = await shoal("train", *words, "--hub", town.shoal.hub_tickets[0], "--budget", "20")
+            hub = town.shoal.hub_tickets[0]
+            process = await terminal.start("train", *words, "--hub", hub, "--budget", "20", "--json")
             async with asyncio.timeout(PATIENCE_S):
                 while not metrics.exists() or metrics.read_bytes().count(b"\n") < before + 3:
                     assert process.returncode is None
@@ -274,20 +286,12 @@ def test_jobs_are_looked_at_and_cancelled_from_the_command_line(tmp_path: Path) 
 @pytest.mark.timeout(400)
 def test_money_that_runs_out_stops_the_job_and_a_killed_driver_loses_none(tmp_path: Path) -> None:
     async def story(town: Town, ledger: RemoteLedger) -> None:
-        home, run = tmp_path / "keys", tmp_path / "runs" / "job"
-        (home / "account.ledger").write_text(str(town.ticket))
+        terminal, run = Terminal(town, tmp_path), tmp_path / "runs" / "job"
         (tmp_path / "job.yaml").write_bytes(job_text(tmp_path, tokens=600_000))
-
-        async def driver(*arguments: str, by: tuple[str, ...] = ("-m", "shoal")) -> asyncio.subprocess.Process:
-            return await asyncio.create_subprocess_exec(
-                sys.executable, *by, "train", *arguments, "--json", "--hub", town.shoal.hub_tickets[0],
-                env={**os.environ, "SHOAL_HOME": str(home)}, cwd=tmp_path, stdout=asyncio.subprocess.PIPE,
-            )  # fmt: skip
+        driver = functools.partial(terminal.start, "train", "--json", "--hub", town.shoal.hub_tickets[0])
 
         async def report_of(process: asyncio.subprocess.Process) -> Report:
-            async with asyncio.timeout(PATIENCE_S):
-                said, _ = await process.communicate()
-            return msgspec.json.decode(said, type=Report)
+            return msgspec.json.decode(await heard(process), type=Report)
 
         report = await report_of(await driver("job.yaml", "--budget", "0.04"))
         assert report.goal is not None and not report.goal.reached
@@ -296,8 +300,7 @@ def test_money_that_runs_out_stops_the_job_and_a_killed_driver_loses_none(tmp_pa
         assert 0 < first.charged <= 40_000
 
         killed = await driver("runs/job", "--resume", "--budget", "20", by=("-c", KILLED_AT_A_COMMIT))
-        async with asyncio.timeout(PATIENCE_S):
-            await killed.communicate()
+        await heard(killed)
         assert killed.returncode == -signal.SIGKILL
         with RunFolder.open(run, read_only=True) as folder:
             *_, newest = (commit for _, commit in folder.opened(Commit))
@@ -319,40 +322,28 @@ def test_money_that_runs_out_stops_the_job_and_a_killed_driver_loses_none(tmp_pa
 @pytest.mark.timeout(400)
 def test_money_is_added_to_a_job_while_it_goes_on(tmp_path: Path) -> None:
     async def story(town: Town, ledger: RemoteLedger) -> None:
-        home, run = tmp_path / "keys", tmp_path / "runs" / "job"
-        (home / "account.ledger").write_text(str(town.ticket))
+        terminal, run = Terminal(town, tmp_path), tmp_path / "runs" / "job"
         (tmp_path / "job.yaml").write_bytes(job_text(tmp_path, tokens=10_000_000))
-
-        async def shoal(*words: str) -> asyncio.subprocess.Process:
-            return await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "shoal", *words, "--json", env={**os.environ, "SHOAL_HOME": str(home)},
-                cwd=tmp_path, stdout=asyncio.subprocess.PIPE,
-            )  # fmt: skip
-
-        async def said(process: asyncio.subprocess.Process) -> Any:
-            async with asyncio.timeout(PATIENCE_S):
-                out, _ = await process.communicate()
-            return json.loads(out)
-
-        driver = await shoal("train", "job.yaml", "--hub", town.shoal.hub_tickets[0], "--budget", "0.3")
+        hub = town.shoal.hub_tickets[0]
+        driver = await terminal.start("train", "job.yaml", "--hub", hub, "--budget", "0.3", "--json")
         async with asyncio.timeout(PATIENCE_S):
             while not (run / FILE).exists():
                 assert driver.returncode is None
                 await asyncio.sleep(0.02)
-        added = await said(await shoal("jobs", "fund", "runs/job", "10"))
+        added = await terminal.said("jobs", "fund", "runs/job", "10")
         assert added["added_micro"] == 10_000_000 and added["budget_micro"] == 10_300_000
         async with asyncio.timeout(2 * PATIENCE_S):
-            while (shown := await said(await shoal("jobs", "show", "runs/job")))["spent_micro"] <= 300_000:
+            while (shown := await terminal.said("jobs", "show", "runs/job"))["spent_micro"] <= 300_000:
                 assert shown["state"] == "running" and driver.returncode is None
-        refused = await said(await shoal("jobs", "fund", "runs/job", "60"))
+        refused = await terminal.said("jobs", "fund", "runs/job", "60", code=2)
         assert refused["error"]["code"] == "SH-163", "more than there is"
         assert shown["budget_micro"] == 10_300_000
-        await said(await shoal("jobs", "cancel", "runs/job"))
-        assert (await said(driver))["error"]["code"] == "SH-601"
+        await terminal.said("jobs", "cancel", "runs/job")
+        assert json.loads(await heard(driver))["error"]["code"] == "SH-601"
         made = bill(msgspec.json.decode((run / FILE).read_bytes(), type=Payments))
         assert made is not None and made.quoted == 10_300_000 and made.charged > 300_000
         await check_settled(town, ledger, made, run)
-        late = await said(await shoal("jobs", "fund", "runs/job", "1"))
+        late = await terminal.said("jobs", "fund", "runs/job", "1", code=2)
         assert late["error"]["code"] == "SH-166" and "Nobody drives the run in runs/job" in late["error"]["sentence"]
 
     in_town(tmp_path, story)

@@ -4,25 +4,20 @@ node measured; and leaves those that are not worth their money."""
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 
 from shoal.driver.folder import RunFolder
 from shoal.driver.gang import LinkedNode, fastest_float32
 from shoal.driver.lines import Event
 from shoal.identity import KeyPair
-from shoal.market.earnings import Earnings, lasts_s, say_dear, say_idle
+from shoal.market.earnings import Earnings, say_dear, say_idle
 from shoal.protocol.messages import DEFAULT_NETWORK
 from shoal.protocol.offers import Offer
 from shoal.purse.bills import FILE
 from shoal.purse.purse import Funds, Purse
-from shoal.quantities import format_duration_s
 from shoal.quantities.money import MICRO, format_money
 from shoal.world import Clock, Dice, Link
 from shoal.world.quotes import NotSecured, is_free
-
-WARNED_AT = 0.8
-"""Of the budget: it is said then for how long the rest does."""
 
 
 class Treasurer(Purse):
@@ -71,15 +66,13 @@ class Treasurer(Purse):
         """Nodes that were left for what they cost, and why."""
         self._dearest_micro = 0
         """What the dearest of this term's Commits cost."""
-        self._warned_micro = 0
-        """The budget of which it was said that it comes to its end."""
         self.spent = False
         """The job stops as the next Commit could not be paid."""
 
     async def used_up(self) -> str | None:
         """Why the job has to stop here, if it has to: the next Commit could not be paid. Says beforehand when that
         comes near. The ledger is asked first whether there is more."""
-        if self.ends_soon or self._is_spent or self._runs_low:
+        if self.ends_soon or self._is_spent or self.runs_low(4 * self._dearest_micro):
             await self.look_soon()
         left, currency = self.left_micro, self.funds.ledger.name.currency
         if self.ends_soon:
@@ -91,26 +84,14 @@ class Treasurer(Purse):
                 f"left, and a round costs up to {format_money(self._dearest_micro)}. Nothing is lost: --resume goes on "
                 "from here with a larger --budget."
             )
-        if self._runs_low:
-            self._warned_micro = self._budget_micro
-            lasts = lasts_s(left, self.micro_per_h)
-            said = "" if math.isinf(lasts) else f", enough for about {format_duration_s(lasts)}"
-            self._say(
-                f"{format_money(left)} {currency} of the budget is left{said}; then the job stops, unless `shoal jobs "
-                "fund` adds to it before."
-            )
+        if self.runs_low(4 * self._dearest_micro):
+            self.warn("about {}", "the job stops")
         return None
 
     @property
     def _is_spent(self) -> bool:
         """Two rounds more could not be paid."""
         return self.left_micro < 2 * self._dearest_micro
-
-    @property
-    def _runs_low(self) -> bool:
-        """And it was not said yet."""
-        least = max((1 - WARNED_AT) * self._budget_micro, 4 * self._dearest_micro)
-        return self._warned_micro != self._budget_micro and self.left_micro <= least
 
     # ---- places and money ----
 

@@ -9,27 +9,23 @@ as it lasts, and then the nodes are let go; where more is added, nodes are taken
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Awaitable, Callable, Sequence
 
 import msgspec
 
 from shoal.errors import ShoalError, StorageError
 from shoal.identity import KeyPair
-from shoal.market.earnings import Serving, lasts_s
+from shoal.market.earnings import Serving
 from shoal.protocol.holds import HoldReclaim
 from shoal.protocol.messages import decode, encode
 from shoal.protocol.offers import Done, Offer
 from shoal.purse.bills import FILE, Bill, Payments, bill
 from shoal.purse.purse import Funds, Purse
-from shoal.quantities import format_duration_s
 from shoal.quantities.money import format_money, owed
 from shoal.storage.whole import write_whole
 from shoal.world import Clock, Dice, Disk, Endpoint, Link, Request
 
 PAY_EVERY_S = 2.0
-WARNED_AT = 0.8
-"""Of the budget: it is said then for how long the rest does."""
 LAST_MS, LAST_SHARE = 30_000, 0.1
 """What the nodes at work cost in so long, or this share of the budget if that is less, is kept for requests that are
 under way."""
@@ -94,8 +90,6 @@ class Paying:
         """The newest of each."""
         self._unpaid: dict[bytes, tuple[int, bytes]] = {}
         """Node -> what was earned, and by which record, that could not be written down."""
-        self._warned_micro = 0
-        """The budget of which it was said that it comes to its end."""
         self._seen_micro = 0
         """The budget with which `closing` was decided."""
         self._trouble = ""
@@ -215,7 +209,7 @@ class Paying:
     async def _look(self) -> bool:
         """What is left, and what follows; whether something does. The ledger is asked first whether there is more."""
         purse, before = self.purse, self.closing
-        if not before and (self._ends() or self._runs_low):
+        if not before and (self._ends() or purse.runs_low()):
             await purse.look_soon()
         if not before or purse.budget_micro != self._seen_micro:  # what was let go is taken again for new money alone
             self.closing, self._seen_micro = self._ends(), purse.budget_micro
@@ -223,12 +217,8 @@ class Paying:
             self._say(f"{self.closing} New requests are refused, and those under way go on for as long as it lasts.")
         if before and not self.closing:
             self._say("Nodes that cost something are taken again.")
-        if not self.closing and self._runs_low:
-            self._warned_micro = purse.budget_micro
-            lasts = lasts_s(purse.left_micro, purse.micro_per_h)
-            said = "" if math.isinf(lasts) else f", enough for {format_duration_s(lasts)} of work at least"
-            self._say(f"{format_money(purse.left_micro)} {self.currency} of the budget is left{said}; then nodes that "
-                      "cost something are let go, unless `shoal jobs fund` adds to it before.")  # fmt: skip
+        if not self.closing and purse.runs_low():
+            purse.warn("{} of work at least", "nodes that cost something are let go")
         return bool(self.closing) != bool(before) or (bool(self.closing) and self.spent)
 
     def _ends(self) -> str:
@@ -243,12 +233,6 @@ class Paying:
             f"The budget of {format_money(purse.budget_micro)} {self.currency} is used up; add to it with `shoal jobs "
             "fund`, or start `shoal serve` again with another --budget."
         )
-
-    @property
-    def _runs_low(self) -> bool:
-        """And it was not said yet."""
-        budget = self.purse.budget_micro
-        return self._warned_micro != budget and self.purse.left_micro <= (1 - WARNED_AT) * budget
 
     @property
     def spent(self) -> bool:

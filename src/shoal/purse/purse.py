@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -67,6 +68,8 @@ lasts while all nodes work."""
 ENDS_AFTER = 4
 ENDS_SOON_MS = 120_000
 """Before an escrow ends, the work for it does: nodes need some time for their last vouchers."""
+WARNED_AT = 0.8
+"""Of the budget: it is said then for how long the rest does."""
 TOP_UPS_TRIED = 4
 """Where another one of the same payer comes first."""
 REASON_MAX = 160
@@ -135,6 +138,8 @@ class Purse:
         )
         self._former = known.terms if known else ()
         self._budget_micro = funds.budget_micro
+        self._warned_micro = 0
+        """The budget of which it was said that it comes to its end."""
         self._term: TermPayments | None = None
         if funds.account is None and self._former and not self._former[-1].closed:
             *former, self._term = self._former
@@ -181,6 +186,20 @@ class Purse:
     def ends_soon(self) -> bool:
         """There is an escrow, and hardly time left for last vouchers."""
         return self._term is not None and self._term.ends_ms - self._clock.now_ms() < ENDS_SOON_MS
+
+    def runs_low(self, least_micro: int = 0) -> bool:
+        """No more than a fifth of the budget is left, or no more than `least_micro`, and it was not said yet."""
+        low = max((1 - WARNED_AT) * self._budget_micro, least_micro)
+        return self._warned_micro != self._budget_micro and self.left_micro <= low
+
+    def warn(self, enough: str, then: str) -> None:
+        """Say so, once for each budget: for how long it is `enough`, with {} for the time, and what comes `then`."""
+        self._warned_micro, lasts = self._budget_micro, lasts_s(self.left_micro, self.micro_per_h)
+        said = "" if math.isinf(lasts) else f", enough for {enough.format(format_duration_s(lasts))}"
+        self._say(
+            f"{format_money(self.left_micro)} {self.funds.ledger.name.currency} of the budget is left{said}; then "
+            f"{then}, unless `shoal jobs fund` adds to it before."
+        )
 
     def paid(self, node: bytes) -> PaidNode | None:
         """What a node has got in this term; None for one that is not paid."""
@@ -354,7 +373,7 @@ class Purse:
         """Of an escrow of which it is not known that it was opened: another one is opened for whoever comes next."""
         term, self._term = self._open_term(), None
         with contextlib.suppress(ShoalError):  # it is asked again
-            term = await close_escrow(term, self.funds.ledger, self._hand)
+            term, _ = await close_escrow(term, self.funds.ledger, self._hand)
         self._former = (*self._former, term)
         await self._write()
 
@@ -578,7 +597,9 @@ class Purse:
         this budget. Raises ShoalError."""
         closed = list[TermPayments]()
         for term in self._former:
-            after = term if term.closed else await close_escrow(term, self.funds.ledger, self._hand)
+            after = term
+            if not term.closed:
+                after, _ = await close_escrow(term, self.funds.ledger, self._hand)
             closed.append(after)
             unheard = after.added_micro - term.added_micro
             if unheard:
@@ -612,7 +633,8 @@ class Purse:
         if self._term is None or self._term.closed:
             return
         try:
-            before, self._term = self._term, await close_escrow(self._term, self.funds.ledger, self._hand)
+            before = self._term
+            self._term, _ = await close_escrow(before, self.funds.ledger, self._hand)
             self._budget_micro += self._term.added_micro - before.added_micro
         except ShoalError as error:
             ends_s = (self._term.ends_ms - self._clock.now_ms()) / 1000
@@ -647,8 +669,9 @@ class Purse:
         task.add_done_callback(self._tasks.discard)
 
 
-async def close_escrow(term: TermPayments, ledger: Ledger, account: AccountKey) -> TermPayments:
-    """The nodes get what they have vouchers for, and the rest is asked back. Raises ShoalError."""
+async def close_escrow(term: TermPayments, ledger: Ledger, account: AccountKey) -> tuple[TermPayments, Escrow | None]:
+    """The nodes get what they have vouchers for, and the rest is asked back. Gives also what the ledger says of it
+    then, None where it has no such escrow. Raises ShoalError."""
     wish = Closing(term.escrow)
     try:
         for one in newest_vouchers(term):
@@ -659,7 +682,7 @@ async def close_escrow(term: TermPayments, ledger: Ledger, account: AccountKey) 
     found = await ledger.escrow(term.escrow)  # nothing is added any more
     if found is not None:
         term = term.as_at(found)
-    return msgspec.structs.replace(term, owed=None, closed=True)
+    return msgspec.structs.replace(term, owed=None, closed=True), found
 
 
 async def top_up(term: TermPayments, ledger: Ledger, account: AccountKey, micro: int, clock: Clock) -> Escrow:

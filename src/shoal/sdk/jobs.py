@@ -271,12 +271,11 @@ async def close_escrows(folder: Path, account: AccountKey, ledger: Ledger) -> Cl
         for place, one in enumerate(terms):
             if one.closed:
                 continue
-            terms[place] = await close_escrow(one, ledger, account)
+            terms[place], found = await close_escrow(one, ledger, account)
             budget = payments.budget_micro + terms[place].added_micro - one.added_micro
             payments = msgspec.structs.replace(payments, budget_micro=budget, terms=tuple(terms))
             run.write(PAYMENTS, msgspec.json.encode(payments))
             escrows.append(one.escrow)
-            found = await ledger.escrow(one.escrow)
             if found is not None and found.state is State.OPEN:
                 micro += found.amount_micro - found.redeemed_micro
                 at_ms = max(at_ms or 0, found.ends_ms)

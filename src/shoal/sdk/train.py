@@ -250,7 +250,6 @@ async def resume(job_file: JobFile, options: TrainOptions) -> Report:
         key = hosted.key if hosted is not None else load_key(own) if own.exists() else options.key
         async with Session(folder, options, key, job_file) as session:
             options.say("Reading the run's records and its newest state.")
-            session.job_envelope = folder.job
             session.notes = OwnerNotes.read(folder)
             if hosted is not None and session.notes.names_files:
                 raise NotDetached("What its owner notes names files of this machine: it is not driven here.")
@@ -341,7 +340,6 @@ class Session:
         self.key = key
         self.options, self.job_file = options, job_file
         self.clock, self.dice = options.clock, options.dice
-        self.job_envelope: Envelope | None = None
         self.notes = OwnerNotes()
         self.evaluator: Evaluator | None = None
         self.driver: TrainingDriver | None = None
@@ -482,12 +480,11 @@ class Session:
             replay=job_file.replay,
             dtype=self.choosing.dtype(gang),
         )
-        self.job_envelope = sign(self.options.key, job)
         self.options.say(length.reason)
         caution = say_undecided(job_file)
         if caution:
             self.options.say(caution)
-        return self.job_envelope
+        return sign(self.options.key, job)
 
     def keep_for_later(
         self, prepared: Prepared, length: RoundLength, gang: Sequence[LinkedNode], tokenizer: str | None = None
