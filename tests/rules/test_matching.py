@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from shoal.cli.offers import CALLED
 from shoal.market import Board, Listing, Requirements, Wish, match
 from shoal.market.matching import demands
+from shoal.market.requirements import Means
+from shoal.protocol.money import HouseLedger
 from shoal.protocol.offers import Capability, Device, Offer, Place, Throughput
 from shoal.protocol.prices import Price
 from shoal.quantities import parse_bytes, parse_bytes_per_s, parse_count, parse_duration_s
@@ -110,7 +112,7 @@ def test_why_not_names_who_excluded_most_and_the_nearest_change() -> None:
     wish = Wish(Requirements(device_name="4090", price_max=350_000, countries=("DE", "NL")))
     found = match(BOARD, wish, accepts="train", needed=2)
     assert found.nodes == 1
-    assert found.excluded == {"device_name": 2, "countries": 2, "price_max": 2}
+    assert found.excluded == {"device_name": 2, "countries": 2, "price_max": 2, "currency": 0}
     assert [change.nodes for change in found.changes] == [2, 2]
     assert found.reason == (
         "1 node of 5 that take such work fits, where 2 are needed. Excluded by device_name ('4090' in its name) 2, by "
@@ -130,11 +132,62 @@ def test_offers_says_why_not_in_its_own_options() -> None:
         countries=("DE",), countries_without=("NL",), regions=("a",), regions_without=("b",), tier="attested",
         reputation_min=1, notice_min_ms=1, price_max=1,
     )  # fmt: skip
-    assert {one.name for one in demands(BOARD, all_that_has_one)} | {"idle", "currency"} == set(CALLED)
+    assert {one.name for one in demands(BOARD, all_that_has_one)} | {"idle"} == set(CALLED)
     found = match(BOARD, Wish(Requirements(device_name="4090", price_max=350_000)), needed=3, called=CALLED)
-    assert "Excluded by --max-price (at most 0.35/h) 3, by --device-name ('4090' in its name) 2." in found.reason
+    assert (
+        "Excluded by --device-name ('4090' in its name) 2, by --max-price (at most 0.35/h) 2, by --currency (priced "
+        "in USD) 1." in found.reason
+    )
     assert "--max-price 1.20/h instead of 0.35/h: 3 nodes; without --device-name" in found.reason
-    assert set(found.excluded) == {"device_name", "price_max"}, "programs read the names of a job file"
+    assert set(found.excluded) == {"device_name", "price_max", "currency"}, "programs read the names of a job file"
+
+
+def test_a_price_in_another_currency_is_told_from_one_that_is_too_high() -> None:
+    found = match(BOARD, Wish(Requirements(device="cuda", price_max=100_000, currency="EUR")), needed=1)
+    assert found.excluded == {"device": 1, "price_max": 4, "currency": 4}
+    assert found.reason.endswith(
+        "What would do: price_max 0.30/h instead of 0.10/h: 1 node; currency USD instead of EUR: 1 node; without device "
+        "(cuda): 1 node."
+    )
+    assert [change.limit for change in found.changes] == [300_000, "USD", None]
+    usual = match(BOARD, Wish(Requirements(price_max=100_000, tier="sandboxed", countries=("FR",))))
+    assert "without currency" not in usual.reason, "a price is of one currency"
+
+
+def test_what_would_do_in_an_alternative() -> None:
+    wish = Wish(
+        Requirements(device="cuda"),
+        (Requirements(device_name="A100"), Requirements(price_max=350_000, countries=("DE",))),
+    )
+    assert match(BOARD, wish).nodes == 2
+    found = match(BOARD, wish, needed=3)
+    assert "any_of[1].device_name" in found.reason, "one that fits anyway counts beside those that a change brings"
+    assert "any_of[2].price_max" not in found.reason, "no price brings another node in DE"
+    wish = Wish(Requirements(), (Requirements(device="mps"), Requirements(price_max=350_000, device_name="4090")))
+    found = match(BOARD, wish, needed=2)
+    first, *_ = found.changes
+    assert first.sentence == "any_of[2].price_max 0.42/h instead of 0.35/h: 2 nodes"
+    assert (first.name, first.limit) == ("any_of[2].price_max", 420_000)
+
+
+OPERATOR, OTHER = HouseLedger(operator=bytes(32), currency="USD"), HouseLedger(operator=bytes([1]) * 32, currency="EUR")
+
+
+def test_a_job_without_a_budget_is_told_what_one_has_to_pay_for() -> None:
+    board = a_board(
+        a_listing(1, price=400_000, ledger=OPERATOR),
+        a_listing(2, price=250_000, ledger=OPERATOR),
+        a_listing(3, price=100_000, currency="EUR", ledger=OTHER),
+        a_listing(4, price=50_000),  # and no ledger: nobody can pay it
+    )
+    found = match(board, Wish(means=Means()), needed=2)
+    assert found.reason == (
+        "0 nodes of 4 on offer fit, where 2 are needed. Excluded by budget (free, as the job has no budget) 4. What would "
+        "do: with a budget: 2 nodes, of which the cheapest 2 cost 0.65/h in USD."
+    )
+    assert match(board, Wish(means=Means()), needed=3).changes == (), "no one ledger pays three of them"
+    elsewhere = match(board, Wish(means=Means(OTHER)), needed=2)
+    assert "with money at the ledger 00000000: 2 nodes, of which the cheapest 2 cost 0.65/h in USD." in elsewhere.reason
 
 
 @given(st.integers(1 << 20, 1 << 42), st.floats(1e3, 1e17), st.floats(1e3, 1e12), st.floats(0.01, 50_000))
@@ -201,6 +254,23 @@ def test_a_change_that_is_told_does_what_it_says(found: list[Listing], wanted: R
         if field not in ("price_max", "memory_min_bytes"):
             less = msgspec.structs.replace(wanted, **{field: nearer})
             assert match(board, Wish(less), needed=needed).nodes < needed
+
+
+@given(st.lists(listings, max_size=12), requirements(), st.lists(requirements(), max_size=3), st.integers(1, 4))
+def test_a_change_in_an_alternative_does_what_it_says(
+    found: list[Listing], each: Requirements, any_of: list[Requirements], needed: int
+) -> None:
+    board = a_board(*found)
+    for change in match(board, Wish(each, tuple(any_of)), needed=needed).changes:
+        where, _, name = change.name.rpartition(".")
+        if not where or change.limit is None:
+            continue
+        at = int(where.removeprefix("any_of[").removesuffix("]")) - 1
+        field = next(field for field in msgspec.structs.asdict(each) if field.startswith(name))
+        kind = type(getattr(any_of[at], field))
+        changed = msgspec.structs.replace(any_of[at], **{field: kind(change.limit)})
+        after = match(board, Wish(each, (*any_of[:at], changed, *any_of[at + 1 :])), needed=needed)
+        assert after.nodes == change.nodes >= needed
 
 
 @given(st.lists(st.tuples(st.booleans(), listings), max_size=40))

@@ -196,6 +196,18 @@ class Board:
     def among(self, name: str, texts: Iterable[str]) -> Mask:
         return self._texts[name].among(texts, self._stop)
 
+    def commonest(self, name: str, rows: Mask) -> str | None:
+        """The text that most nodes of these rows have, of texts that are the same in all rows of a node; None where
+        none has any that means something."""
+        texts, stop = list(self._texts[name]), max(1, self._stop)
+        nodes = np.unique(self._texts[name].rows[: self._stop][rows] * np.int64(stop) + self.owner[rows])
+        counts = np.bincount(nodes // stop, minlength=len(texts))
+        for nothing in ("", NO_LEDGER):
+            if nothing in texts:
+                counts[texts.index(nothing)] = 0
+        most = int(counts.argmax())
+        return texts[most] if counts[most] else None
+
     @property
     def position_ms(self) -> NDArray[np.float64]:
         return self._position[: self._stop]

@@ -27,8 +27,8 @@ ROUNDINGS = (0.0, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 """How far a value is moved before it is shown, until what is shown does."""
 LEFT_OUT = 10.0
 """How far it is to go without a requirement: as far as to ten times of one that has a number."""
-SAID_OTHERWISE = {"budget": "with a budget", "ledger": "with money at their ledgers"}
-"""How it is said that a demand is left out, where it is not simply that."""
+ANOTHER = 5.0
+"""How far it is to another currency or ledger."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,12 @@ class Demand:
     """A value, as one reads it."""
     read: Callable[[str], float] = float
     """What is shown, as it is understood when somebody asks for it."""
+    column: str = ""
+    """One of TEXTS, where another of its texts can be asked for; a node that has none of them always does."""
+    text: str = ""
+    """Which one is asked for."""
+    can_go: bool = True
+    """Whether it can be left out."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ class Change:
     nodes: int
     step: float
     """How far it goes, in parts of what was asked: the nearest comes first."""
-    limit: float | None = None
+    limit: float | str | None = None
     """The requirement's new value; None where it is to be left out."""
     at_most: bool = False
 
@@ -95,11 +101,10 @@ def match(
         asked.append(Demand("idle", "not busy with another job", board.open_to(None, idle_only=True)))
     if wish.means is not None:
         asked.append(_payable(board, wish.means))
-    if wish.any_of:
-        asked.append(Demand("any_of", f"one of {len(wish.any_of)} alternatives", _any_of(board, wish)))
-    met = base.copy()
-    for demand in asked:
-        met &= demand.met
+    alternatives = [list(demands(board, one)) for one in wish.any_of]
+    if alternatives:
+        asked.append(Demand("any_of", f"one of {len(alternatives)} alternatives", _any_of(base, alternatives)))
+    met = _all_of(base, asked)
     rows = np.flatnonzero(met)
     nodes = board.nodes_in(met)
     fit = "fits" if nodes == 1 else "fit"
@@ -108,7 +113,11 @@ def match(
         return Match(rows, nodes, considered, {}, (), f"{said}.")
     excluded = {demand.name: considered - board.nodes_in(base & demand.met) for demand in asked}
     called = called or {}
-    changes = sorted(_changes(board, base, asked, needed, called), key=lambda change: change.step)[:CHANGES_SHOWN]
+    found = [
+        *_changes(board, base, asked, needed, called),
+        *_changes_within(board, base, asked, alternatives, needed, called),
+    ]
+    changes = sorted(found, key=lambda change: change.step)[:CHANGES_SHOWN]
     said += f", where {needed} {'is' if needed == 1 else 'are'} needed."
     return Match(
         rows, nodes, considered, excluded, tuple(changes), said + _why(considered, asked, excluded, changes, called)
@@ -162,61 +171,106 @@ def demands(board: Board, wanted: Requirements) -> Iterator[Demand]:
     if (values < wanted.reputation_min).any():
         asked, limit = f"at least {_share(wanted.reputation_min)}", wanted.reputation_min
         yield Demand("reputation_min", asked, values >= limit, values, limit, show=_share)
-    same = board.among("currency", ["", wanted.currency or USUAL_CURRENCY])
     if wanted.price_max is not None:
         priced = board.number("price_micro_per_h")
-        values = np.where(same, priced, np.nan)
         limit = wanted.price_max
-        yield Demand(
-            "price_max", f"at most {_price(limit)}", same & (priced <= limit), values, limit, True, _price, parse_price
-        )
-    elif wanted.currency is not None:
-        yield Demand("currency", f"priced in {wanted.currency}", same)
+        yield Demand("price_max", f"at most {_price(limit)}", priced <= limit, priced, limit, True, _price, parse_price)
+    currency = wanted.currency or (USUAL_CURRENCY if wanted.price_max is not None else None)
+    if currency is not None:
+        same = board.among("currency", ["", currency])
+        if wanted.currency is not None or not same.all():
+            can_go = wanted.price_max is None
+            yield Demand("currency", f"priced in {currency}", same, column="currency", text=currency, can_go=can_go)
 
 
 def _payable(board: Board, means: Means) -> Demand:
     if means.ledger is None:
-        return Demand("budget", "free, as the job has no budget", board.among("ledger", [""]))
-    return Demand("ledger", "paid at your ledger, or free", board.among("ledger", ["", ledger_text(means.ledger)]))
+        free = board.among("ledger", [""])
+        return Demand("budget", "free, as the job has no budget", free, column="ledger", can_go=False)
+    yours = ledger_text(means.ledger)
+    met = board.among("ledger", ["", yours])
+    return Demand("ledger", "paid at your ledger, or free", met, column="ledger", text=yours, can_go=False)
 
 
-def _any_of(board: Board, wish: Wish) -> Mask:
-    found = np.zeros(len(board.tier), dtype=bool)
-    for one in wish.any_of:
-        met = np.ones(len(board.tier), dtype=bool)
-        for demand in demands(board, one):
-            met &= demand.met
-        found |= met
-    return found
+def _all_of(base: Mask, asked: Iterable[Demand]) -> Mask:
+    met = base.copy()
+    for demand in asked:
+        met &= demand.met
+    return met
+
+
+def _any_of(base: Mask, alternatives: Iterable[list[Demand]]) -> Mask:
+    met = np.zeros_like(base)
+    for asked in alternatives:
+        met |= _all_of(base, asked)
+    return met
 
 
 # --- why not ---------------------------------------------------------------------------------------------------------
 
 
-def _changes(board: Board, base: Mask, asked: list[Demand], needed: int, called: Mapping[str, str]) -> Iterator[Change]:
-    """Each requirement changed by itself, no further than it takes to have `needed` nodes."""
+def _changes(
+    board: Board, base: Mask, asked: list[Demand], needed: int, called: Mapping[str, str], *,
+    anyway: Mask | None = None, within: str = "",
+) -> Iterator[Change]:  # fmt: skip
+    """Each requirement changed by itself, no further than it takes to have `needed` nodes. `anyway`: rows that fit
+    whatever is changed. `within`: of what the requirements are a part."""
+    anyway = np.zeros_like(base) if anyway is None else anyway
     for changed in asked:
-        name = called.get(changed.name, changed.name)
-        others = base.copy()
-        for demand in asked:
-            if demand is not changed:
-                others &= demand.met
+        name = within + changed.name if within else called.get(changed.name, changed.name)
+        others = _all_of(base, (demand for demand in asked if demand is not changed))
         if changed.values is None:
-            nodes = board.nodes_in(others)
-            if nodes >= needed:
-                said = SAID_OTHERWISE.get(changed.name, f"without {name} ({changed.asked})")
-                yield Change(changed.name, f"{said}: {_count(nodes)}", nodes, LEFT_OUT)
+            yield from _with_another(board, changed, name, others, anyway, needed)
+            nodes = board.nodes_in(others | anyway)
+            if changed.can_go and nodes >= needed:
+                said = f"without {name} ({changed.asked})" if name != "idle" else "when those that are busy are free"
+                yield Change(within + changed.name, f"{said}: {_count(nodes)}", nodes, LEFT_OUT)
             continue
-        rows = np.flatnonzero(others & ~np.isnan(changed.values))
-        best = _best_of_each_node(board, rows, changed.values[rows], changed.at_most)
+        side = 1 if changed.at_most else -1
+        rows = np.flatnonzero((others & ~np.isnan(changed.values)) | anyway)
+        values = np.where(anyway[rows], -side * np.inf, changed.values[rows])
+        best = _best_of_each_node(board, rows, values, changed.at_most)
         if len(best) < needed:
             continue
-        limit = float(np.sort(best if changed.at_most else -best)[needed - 1]) * (1 if changed.at_most else -1)
+        limit = float(np.sort(side * best)[needed - 1]) * side
         told, limit = _told(changed, limit)
-        nodes = int((best <= limit).sum() if changed.at_most else (best >= limit).sum())
+        nodes = int((side * best <= side * limit).sum())
         step = abs(limit - changed.limit) / max(changed.limit, 1e-9)
         sentence = f"{name} {told} instead of {changed.show(changed.limit)}: {_count(nodes)}"
-        yield Change(changed.name, sentence, nodes, step, limit, changed.at_most)
+        yield Change(within + changed.name, sentence, nodes, step, limit, changed.at_most)
+
+
+def _changes_within(
+    board: Board, base: Mask, asked: list[Demand], alternatives: list[list[Demand]], needed: int,
+    called: Mapping[str, str],
+) -> Iterator[Change]:  # fmt: skip
+    """Each requirement of each alternative changed by itself."""
+    rest = _all_of(base, (demand for demand in asked if demand.name != "any_of"))
+    for at, one in enumerate(alternatives):
+        anyway = _any_of(rest, alternatives[:at] + alternatives[at + 1 :])
+        yield from _changes(board, rest, one, needed, called, anyway=anyway, within=f"any_of[{at + 1}].")
+
+
+def _with_another(
+    board: Board, changed: Demand, name: str, others: Mask, anyway: Mask, needed: int
+) -> Iterator[Change]:
+    """Asking for another text of a column, that of most nodes."""
+    text = board.commonest(changed.column, others & ~changed.met) if changed.column else None
+    if text is None:
+        return
+    met = others & board.among(changed.column, ["", text]) | anyway
+    nodes = board.nodes_in(met)
+    if nodes < needed:
+        return
+    if changed.column == "currency":
+        yield Change(changed.name, f"{name} {text} instead of {changed.text}: {_count(nodes)}", nodes, ANOTHER, text)
+        return
+    rows = np.flatnonzero(met)
+    each = np.sort(_best_of_each_node(board, rows, board.number("price_micro_per_h")[rows], at_most=True))
+    cheapest = "the cheapest costs" if needed == 1 else f"the cheapest {needed} cost"
+    cost = f"{cheapest} {_price(each[:needed].sum())} in {text.rpartition('/')[2]}"
+    said = "with a budget" if not changed.text else f"with money at the ledger {text.split()[0][:8]}"
+    yield Change(changed.name, f"{said}: {_count(nodes)}, of which {cost}", nodes, ANOTHER)
 
 
 def _why(
