@@ -12,7 +12,9 @@ from shoal.driver.gang import DIALS_AT_ONCE, LinkedNode, TooFewNodes, find_gang
 from shoal.errors import LinkError
 from shoal.identity import KeyPair
 from shoal.market import ANYTHING, Requirements, Wish, fits
+from shoal.market.requirements import Means
 from shoal.protocol.messages import open_record
+from shoal.protocol.money import HouseLedger
 from shoal.protocol.offers import FOUND_MAX, Offer, OfferFind, Place
 from shoal.protocol.prices import Price
 from shoal.protocol.serving import LinkEcho
@@ -158,7 +160,10 @@ def test_too_few_nodes_are_told_with_those_that_are_busy() -> None:
         scene = Scene()
         await scene.a_node(2)
         await scene.a_node(3, busy=True)
-        with pytest.raises(TooFewNodes, match=r"needs 2 nodes; 1 fitting and idle .* 1 more would fit but is busy"):
+        with pytest.raises(
+            TooFewNodes, match=r"1 of 2 nodes came within 3 s\. 1 node of 2 .* when those that are busy are free: 2 "
+            r"nodes\. Where a job's driver was killed",
+        ):  # fmt: skip
             await scene.gang(2, wait_s=3.0)
         await scene.close()
 
@@ -194,8 +199,34 @@ def test_too_few_nodes_are_told_with_what_would_do() -> None:
             await scene.gang(2, wait_s=3.0, wish=wish)
         far = await scene.a_node(5, one_way_s=0.2)
         assert far
-        with pytest.raises(TooFewNodes, match=r"node-5: It is 400\.\d ms away, there and back"):
-            await scene.gang(1, wait_s=3.0, wish=Wish(Requirements(latency_max_ms=100.0, price_max=0)))
+        wish = Wish(Requirements(latency_max_ms=100.0, price_max=0))
+        with pytest.raises(
+            TooFewNodes, match=r"latency_max \(at most 100 ms\) 1\. What would do: latency_max 40\d ms instead of 100 "
+            r"ms: 1 node; price_max",
+        ):  # fmt: skip
+            await scene.gang(1, wait_s=3.0, wish=wish)
+        await scene.close()
+
+    asyncio.run(story())
+
+
+def test_a_job_without_a_budget_waits_only_where_somebody_may_become_free() -> None:
+    async def story() -> None:
+        scene = Scene()
+        ledger = HouseLedger(operator=bytes(32), currency="USD")
+        for number, price in ((2, 350_000), (3, 250_000)):
+            await scene.a_node(number, price=Price(price), ledger=ledger)
+        wish, begun = Wish(means=Means()), scene.clock.monotonic()
+        with pytest.raises(
+            TooFewNodes,
+            match=r"with a budget: 2 nodes, of which the cheapest 2 cost 0\.60/h in USD\. `shoal plan` says",
+        ):
+            await scene.gang(2, wish=wish)
+        assert scene.clock.monotonic() - begun < 5
+        await scene.a_node(4, busy=True)
+        with pytest.raises(TooFewNodes, match="0 of 1 node came within 10 s"):
+            await scene.gang(1, wait_s=10.0, wish=wish)
+        assert scene.clock.monotonic() - begun >= 10
         await scene.close()
 
     asyncio.run(story())

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-import msgspec
-
 from shoal.errors import JobError, LinkError, ShoalError
-from shoal.market import ANYTHING, Board, Listing, Wish, fitting, match
+from shoal.market import ANYTHING, Board, Listing, Match, Wish, fitting, match
 from shoal.protocol.blobs import BlobHolder
 from shoal.protocol.offers import Offer, OfferFind
 from shoal.world import Clock, Endpoint, Link
@@ -28,6 +26,8 @@ REST_S, REST_MAX_S = 4.0, 300.0
 """How long a node that did not answer is left alone: the first time, and at most; each time twice as long."""
 TROUBLES_SHOWN = 8
 """Nodes whose troubles a sentence names."""
+FAR_MAX = 4096
+"""Nodes of which it is remembered how far they are."""
 
 
 class TooFewNodes(JobError):
@@ -40,6 +40,10 @@ class TooFar(JobError):
     """A node answers, and its round trip is longer than the job allows."""
 
     code = "SH-631"
+
+    def __init__(self, sentence: str, took_ms: float | None = None) -> None:
+        super().__init__(sentence)
+        self.took_ms = took_ms
 
 
 @dataclass(frozen=True)
@@ -69,15 +73,18 @@ async def link_to(
     if wish.asks_for_latency:
         took_ms = await echo_ms(link, clock, DIAL_DEADLINE_S)
         if not fitting([Listing(node, offer, took_ms, wish.reputation_of(node))], wish):
-            raise TooFar(f"It is {took_ms:.1f} ms away, there and back, which is more than the job allows.")
+            raise TooFar(f"It is {took_ms:.1f} ms away, there and back, which is more than the job allows.", took_ms)
     return LinkedNode(node, offer, link)
 
 
 class Dials:
     """Nodes being dialled for a gang, those that answered, and why others did not."""
 
-    def __init__(self, endpoint: Endpoint, directory: Directory, clock: Clock, wish: Wish) -> None:
+    def __init__(
+        self, endpoint: Endpoint, directory: Directory, clock: Clock, wish: Wish, far_ms: dict[bytes, float]
+    ) -> None:
         self._endpoint, self._directory, self._clock, self._wish = endpoint, directory, clock, wish
+        self._far_ms = far_ms
         self._under_way: dict[bytes, tuple[Offer, asyncio.Task[LinkedNode]]] = {}
         self._linked: dict[bytes, LinkedNode] = {}
         self._unreached = Backoff(clock, REST_S, REST_MAX_S)
@@ -118,6 +125,10 @@ class Dials:
             offer, dial = self._under_way.pop(node)
             try:
                 self._linked[node] = dial.result()
+            except TooFar as error:
+                self._unreached.tried(node)
+                if error.took_ms is not None and (node in self._far_ms or len(self._far_ms) < FAR_MAX):
+                    self._far_ms[node] = error.took_ms
             except ShoalError as error:  # whatever is wrong with one offer, the search goes on
                 self._unreached.tried(node)
                 if node in self.troubles or len(self.troubles) < TROUBLES_SHOWN:
@@ -125,6 +136,7 @@ class Dials:
             else:
                 self._unreached.succeeded(node)
                 self.troubles.pop(node, None)
+                self._far_ms.pop(node, None)
 
     async def close(self) -> None:
         dials = [dial for _, dial in self._under_way.values()]
@@ -147,15 +159,18 @@ async def find_gang(
     without: Collection[bytes] = (),
     former: Collection[bytes] = (),
     say: Callable[[str], None] = lambda _: None,
+    far_ms: dict[bytes, float] | None = None,
 ) -> list[LinkedNode]:
     """Nodes that fit and answer: at least `nodes_min`, at most `nodes_max`, the fastest of those.
 
     `former` are nodes that worked for this job under a driver that is gone: they may seem busy with it, and are asked
     for all the same. Waits up to `wait_s` for enough of them, and then SETTLE_S for those that are being dialled.
-    Raises TooFewNodes, saying what was there and why it does not do, or giving `advice`.
+    `far_ms` gets the round trips of those that were too far. Raises TooFewNodes, saying what was there and why it does
+    not do, or giving `advice`; at once where nothing but money is missing, and nobody would come by itself.
     """
+    far_ms = {} if far_ms is None else far_ms
     until = clock.monotonic() + wait_s
-    lookout, dials = Lookout(directory, wanted, wish), Dials(endpoint, directory, clock, wish)
+    lookout, dials = Lookout(directory, wanted, wish), Dials(endpoint, directory, clock, wish, far_ms)
     told = False
     try:
         while True:
@@ -169,44 +184,56 @@ async def find_gang(
             if clock.monotonic() >= until:
                 break
             if not told:
-                why = await why_not(directory, wanted, wish, nodes_min) if wish != ANYTHING else ""
+                board = await _board(directory, wanted, wish, far_ms)
+                why = _match(board, wanted, wish, nodes_min)
+                if not former and not without and _costs_money(board, wanted, wish, why):
+                    raise TooFewNodes(
+                        f"{why.reason} `shoal plan` says what this job would cost; give it a --budget, or a budget in "
+                        "its file."
+                    )
                 there = f"{len(dials.linked)} of {nodes_min} nodes are there; waiting up to {wait_s:.0f} s for more."
-                say(f"{there} {why}".rstrip())
+                say(f"{there} {why.reason}" if why.nodes < nodes_min else there)
                 told = True
             await clock.sleep(max(0.0, look_again - clock.monotonic()))
     finally:
         await dials.close()
-    needed = "1 node" if nodes_min == 1 else f"{nodes_min} nodes"
-    seen = f"{len(found)} fitting and idle offers at the hubs, {len(dials.linked)} of them answered"
-    hint = " ".join(dials.troubles.values()) or advice
-    busy = await _say_busy(directory, wanted, wish)
-    why = await why_not(directory, wanted, wish, nodes_min) if wish != ANYTHING else ""
-    raise TooFewNodes(f"The job needs {needed}; {seen} within {wait_s:.0f} s. {why and why + ' '}{hint}{busy}")
+    why = _match(await _board(directory, wanted, wish, far_ms), wanted, wish, nodes_min)
+    came = f"{len(dials.linked)} of {nodes_min} node{'s' * (nodes_min != 1)} came within {wait_s:.0f} s."
+    hints = list(dials.troubles.values()) or ([] if why.changes else [advice])
+    if any(change.name == "idle" for change in why.changes):
+        hints.append(
+            "Where a job's driver was killed, its nodes are free after two minutes, and `--resume` of that job has "
+            "them at once."
+        )
+    raise TooFewNodes(" ".join([came, why.reason, *hints]))
 
 
-async def why_not(directory: Directory, wanted: OfferFind, wish: Wish, needed: int) -> str:
-    """Which requirements excluded how many, and what would do; empty where enough fit."""
-    board = Board()
-    with contextlib.suppress(LinkError):
-        for one in await all_offers(directory, OfferFind(accepts=wanted.accepts)):
-            board.put(Listing(one.node, one.offer, 0.0, wish.reputation_of(one.node)))
-    found = match(board, wish, accepts=wanted.accepts, idle_only=wanted.idle_only, needed=max(1, needed))
+async def why_not(
+    directory: Directory, wanted: OfferFind, wish: Wish, needed: int, far_ms: Mapping[bytes, float]
+) -> str:
+    """Which requirements excluded how many, and what would do; empty where enough fit. `far_ms`: of those that were
+    found to be too far."""
+    found = _match(await _board(directory, wanted, wish, far_ms), wanted, wish, needed)
     return "" if found.nodes >= needed else found.reason
 
 
-async def _say_busy(directory: Directory, wanted: OfferFind, wish: Wish) -> str:
-    """How many more there would be, were they not busy."""
-    try:
-        found = await Lookout(directory, msgspec.structs.replace(wanted, idle_only=False), wish).look()
-    except LinkError:
-        return ""
-    busy = sum(one.offer.busy for one in found)
-    if not busy:
-        return ""
-    return (
-        f" {busy} more would fit but {'is' if busy == 1 else 'are'} busy with other jobs; where a job's driver was "
-        "killed, its nodes are free after two minutes, and `--resume` of that job has them at once."
-    )
+async def _board(directory: Directory, wanted: OfferFind, wish: Wish, far_ms: Mapping[bytes, float]) -> Board:
+    """All offers of such work; who was not found to be far is taken for near."""
+    board = Board()
+    with contextlib.suppress(LinkError):
+        for one in await all_offers(directory, OfferFind(accepts=wanted.accepts)):
+            board.put(Listing(one.node, one.offer, far_ms.get(one.node, 0.0), wish.reputation_of(one.node)))
+    return board
+
+
+def _match(board: Board, wanted: OfferFind, wish: Wish, needed: int) -> Match:
+    return match(board, wish, accepts=wanted.accepts, idle_only=wanted.idle_only, needed=max(1, needed))
+
+
+def _costs_money(board: Board, wanted: OfferFind, wish: Wish, why: Match) -> bool:
+    """Whether a budget would do, and none of those that would be free works for another job."""
+    would_do = any(change.name == "budget" for change in why.changes)
+    return would_do and not match(board, wish, accepts=wanted.accepts).nodes
 
 
 async def link_to_former(

@@ -114,8 +114,8 @@ def match(
     excluded = {demand.name: considered - board.nodes_in(base & demand.met) for demand in asked}
     called = called or {}
     found = [
-        *_changes(board, base, asked, needed, called),
         *_changes_within(board, base, asked, alternatives, needed, called),
+        *_changes(board, base, asked, needed, called),
     ]
     changes = sorted(found, key=lambda change: change.step)[:CHANGES_SHOWN]
     said += f", where {needed} {'is' if needed == 1 else 'are'} needed."

@@ -108,6 +108,7 @@ class Choosing:
         self._owner, self._endpoint, self._directory = owner, endpoint, directory
         self._clock, self._say, self._seen = clock, say, seen
         self._spending, self._ledger, self._treasurer = spending, ledger, treasurer
+        self._far_ms: dict[bytes, float] = {}
 
     def wanted(self) -> OfferFind:
         needs = self._file.requirements
@@ -129,7 +130,7 @@ class Choosing:
 
     async def why_not(self) -> str:
         needs = self._file.requirements
-        return await why_not(self._directory, self.wanted(), self.wish(waiting=False), needs.nodes_min)
+        return await why_not(self._directory, self.wanted(), self.wish(waiting=False), needs.nodes_min, self._far_ms)
 
     async def gang(
         self,
@@ -156,6 +157,7 @@ class Choosing:
             without=without,
             former=former,
             say=self._say,
+            far_ms=self._far_ms,
         )
 
     async def secure(
