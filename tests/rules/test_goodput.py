@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from shoal.market.goodput import SLACK, TrainingWork, best_mix
+from shoal.market.goodput import SLACK, Amount, TrainingWork, best_mix
 
 
 def a_work(*, exchange_s: float = 0.0, per_member_bits: float = 0.0, hidden: bool = True) -> TrainingWork:
@@ -68,6 +68,35 @@ def test_the_cheapest_mix_that_is_fast_enough(nodes: list[tuple[float, float, in
     assert found.micro_per_h == min(enough)
 
 
+@settings(max_examples=100)
+@given(
+    st.lists(node, min_size=1, max_size=8),
+    st.integers(1, 3),
+    st.sampled_from([0.0, 2e5, 1e6]),
+    st.floats(0.1, 12),
+    st.data(),
+)
+def test_the_cheapest_of_any_mix_that_has_so_much_together(
+    nodes: list[tuple[float, float, int]], least: int, wanted: float, needed: float, data: st.DataObject
+) -> None:
+    work = a_work()
+    each = data.draw(st.lists(st.sampled_from([0.0, 0.5, 1.0, 3.0]), min_size=len(nodes), max_size=len(nodes)))
+    found = best_mix(
+        work, *columns(nodes), nodes_min=least, nodes_max=6, tokens_per_s_min=wanted,
+        together=Amount(np.array(each), needed, "so much"),
+    )  # fmt: skip
+    enough = [
+        cost
+        for some, speed, cost in all_mixes(work, nodes, least, 6)
+        if speed >= wanted and sum(each[at] for at in some) >= needed
+    ]
+    if not enough:
+        assert not found.members and "so much together" in found.reason
+        return
+    assert sum(each[at] for at in found.members) >= needed and found.tokens_per_s >= wanted
+    assert found.micro_per_h == min(enough)
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_it_is_within_a_hundredth_of_an_exact_solver(seed: int) -> None:
     dice = np.random.default_rng(seed)
@@ -79,6 +108,18 @@ def test_it_is_within_a_hundredth_of_an_exact_solver(seed: int) -> None:
     )  # fmt: skip
     found = best_mix(work, flops, np.full(60, 1e8), costs, nodes_max=60, tokens_per_s_min=wanted)
     assert found.tokens_per_s >= wanted and found.micro_per_h <= 1.01 * exact.fun
+    half = dice.uniform(5e12, 6e14, 60)
+    both = milp(
+        costs, integrality=np.ones(60), bounds=Bounds(0, 1),
+        constraints=[
+            LinearConstraint(flops * work.efficiency / work.flops_per_token, lb=wanted),
+            LinearConstraint(half, lb=2e15),
+        ],
+    )  # fmt: skip
+    found = best_mix(
+        work, flops, np.full(60, 1e8), costs, nodes_max=60, tokens_per_s_min=wanted, together=Amount(half, 2e15)
+    )
+    assert half[list(found.members)].sum() >= 2e15 and found.micro_per_h <= 1.01 * both.fun
 
 
 def test_many_cheap_nodes_may_beat_a_large_one_and_a_poor_link_may_spoil_it() -> None:

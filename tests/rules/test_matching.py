@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from shoal.cli.offers import CALLED
 from shoal.market import Board, Listing, Requirements, Wish, match
-from shoal.market.matching import demands
+from shoal.market.matching import cheapest_together, demands
 from shoal.market.requirements import Means
 from shoal.protocol.money import HouseLedger
 from shoal.protocol.offers import Capability, Device, Offer, Place, Throughput
@@ -206,6 +206,34 @@ def test_a_value_that_is_told_does_when_it_is_typed(memory: int, flops: float, r
         assert match(board, Wish(Requirements(**{field: typed(told)}))).nodes == 1, told
 
 
+def together_of(board: Board, rows: np.ndarray) -> float:
+    best: dict[bytes, float] = {}
+    for row in rows:
+        node = board.listing(row).node
+        best[node] = max(best.get(node, 0.0), float(board.number("flops")[row]))
+    return sum(best.values())
+
+
+def test_any_mix_that_gives_so_much_together() -> None:
+    cuda = Wish(Requirements(device="cuda", price_max=350_000))
+    assert match(BOARD, cuda, accepts="train", flops_together=1.1e14).reason == (
+        "2 nodes of 5 that take such work fit, with 110.0 TFLOP/s together."
+    )
+    found = match(BOARD, cuda, accepts="train", flops_together=1.2e14)
+    assert (found.nodes, found.flops) == (2, pytest.approx(1.1e14))
+    assert found.reason == (
+        "2 nodes of 5 that take such work fit, with 110.0 TFLOP/s together, where 1 is needed, with 120.0 TFLOP/s "
+        "together. Excluded by price_max (at most 0.35/h) 2, by device (cuda) 1. What would do: flops_together 110.0 "
+        "TFLOP/s instead of 120.0 TFLOP/s: 2 nodes; price_max 0.42/h instead of 0.35/h: 3 nodes."
+    )
+    rows = match(BOARD, Wish(Requirements(device="cuda", currency="USD"))).rows
+    assert names(BOARD, cheapest_together(BOARD, rows, 1, 1e14)) == {"node0"}
+    assert names(BOARD, cheapest_together(BOARD, rows, 1, 1.1e14)) == {"node0", "node5"}
+    assert names(BOARD, cheapest_together(BOARD, rows, 3, 0)) == {"node0", "node1", "node5"}
+    assert names(BOARD, cheapest_together(BOARD, rows, 1, 1e15)) == {"node3"}, "by its fastest device"
+    assert not len(cheapest_together(BOARD, rows, 1, 1e16)) and not len(cheapest_together(BOARD, rows, 9, 0))
+
+
 NUMBERS = st.integers(0, 5)
 
 
@@ -236,24 +264,32 @@ listings = st.builds(
 )  # fmt: skip
 
 
-@given(st.lists(listings, max_size=12), requirements(), st.integers(1, 4))
-def test_a_change_that_is_told_does_what_it_says(found: list[Listing], wanted: Requirements, needed: int) -> None:
+@given(st.lists(listings, max_size=12), requirements(), st.integers(1, 4), st.sampled_from([0.0, 4e13, 1.1e14]))
+def test_a_change_that_is_told_does_what_it_says(
+    found: list[Listing], wanted: Requirements, needed: int, together: float
+) -> None:
     board = a_board(*found)
-    before = match(board, Wish(wanted), needed=needed)
+    before = match(board, Wish(wanted), needed=needed, flops_together=together)
     assert before.nodes == len({board.listing(row).node for row in before.rows})
-    assert (before.reason.find("needed") >= 0) == (before.nodes < needed)
+    assert before.flops == (pytest.approx(together_of(board, before.rows)) if together else 0)
+    assert (before.reason.find("needed") >= 0) == (before.nodes < needed or before.flops < together)
     for change in before.changes:
-        assert change.nodes >= needed > before.nodes
+        assert change.nodes >= needed
         if change.limit is None:
+            continue
+        if change.name == "flops_together":
+            after = match(board, Wish(wanted), needed=needed, flops_together=change.limit)
+            assert not after.changes and after.nodes == change.nodes
             continue
         field = next(name for name in msgspec.structs.asdict(wanted) if name.startswith(change.name))
         changed = msgspec.structs.replace(wanted, **{field: type(getattr(wanted, field))(change.limit)})
-        assert match(board, Wish(changed), needed=needed).nodes == change.nodes
+        after = match(board, Wish(changed), needed=needed, flops_together=together)
+        assert after.nodes == change.nodes and not after.changes
         # Nothing nearer would do.
         nearer = change.limit * (1 - 1e-9 if change.at_most else 1 + 1e-9)
         if field not in ("price_max", "memory_min_bytes"):
             less = msgspec.structs.replace(wanted, **{field: nearer})
-            assert match(board, Wish(less), needed=needed).nodes < needed
+            assert "needed" in match(board, Wish(less), needed=needed, flops_together=together).reason
 
 
 @given(st.lists(listings, max_size=12), requirements(), st.lists(requirements(), max_size=3), st.integers(1, 4))

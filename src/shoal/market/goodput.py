@@ -22,6 +22,8 @@ ITERATIONS = 50
 STEPS_MAX = 4_000
 """Of the search for the cheapest mix that is fast enough."""
 TRIES = 4
+DONE = 1e-9
+"""Of what was needed, so little may be missing: it was added up in another order."""
 
 Column = NDArray[np.float64]
 
@@ -53,6 +55,17 @@ class TrainingWork:
 
 
 @dataclass(frozen=True)
+class Amount:
+    """What is needed of several nodes together, such as FLOP/s."""
+
+    each: Column
+    """What each of them has."""
+    needed: float
+    said: str = ""
+    """As one reads it."""
+
+
+@dataclass(frozen=True)
 class Mix:
     """Nodes that train together, as places in what was given; none where none do."""
 
@@ -79,18 +92,21 @@ def best_mix(
     nodes_min: int = 1,
     nodes_max: int,
     tokens_per_s_min: float = 0.0,
+    together: Amount | None = None,
     micro_per_h_max: int | None = None,
 ) -> Mix:
-    """The mix with the most work for its money. With `tokens_per_s_min`, as a deadline asks for: the cheapest that is
-    fast enough. `micro_per_h_max`: of the mix together."""
+    """The mix with the most work for its money. With `tokens_per_s_min`, as a deadline asks for, or an amount that its
+    nodes have to have together: the cheapest that is enough. `micro_per_h_max`: of the mix together."""
     able = flops > 0
+    cheapest = tokens_per_s_min > 0 or together is not None
     found: list[Mix] = []
     for floor in _floors(rates_bps[able]):
         places = np.flatnonzero(able & (rates_bps >= floor))
-        if tokens_per_s_min > 0:
-            chosen = _fast_enough(
-                work, flops[places], micro_per_h[places], floor, tokens_per_s_min, nodes_min, nodes_max
-            )
+        if cheapest:
+            chosen = _enough(
+                work, flops[places], micro_per_h[places], floor, tokens_per_s_min,
+                together and Amount(together.each[places], together.needed, together.said), nodes_min, nodes_max,
+            )  # fmt: skip
             sets = [chosen] if chosen is not None else []
         else:
             order = _by_value(flops[places], micro_per_h[places], nodes_min, nodes_max)
@@ -103,8 +119,8 @@ def best_mix(
                 found.append(Mix(tuple(sorted(members.tolist())), speed, cost, ""))
     candidates = int(able.sum())
     if not found:
-        return Mix((), 0.0, 0, _none(candidates, nodes_min, nodes_max, tokens_per_s_min, micro_per_h_max))
-    if tokens_per_s_min > 0:
+        return Mix((), 0.0, 0, _none(candidates, nodes_min, nodes_max, tokens_per_s_min, together, micro_per_h_max))
+    if cheapest:
         best = min(found, key=lambda mix: (mix.micro_per_h, -mix.tokens_per_s, mix.members))
     else:
         # For nothing, a mix is as good as another; the faster one is then better.
@@ -145,61 +161,88 @@ def _said(mix: Mix, candidates: int) -> str:
     )
 
 
-def _none(candidates: int, nodes_min: int, nodes_max: int, speed: float, cost: int | None) -> str:
+def _none(
+    candidates: int, nodes_min: int, nodes_max: int, speed: float, together: Amount | None, cost: int | None
+) -> str:
     asked = [f"at least {nodes_min} and at most {nodes_max} nodes"]
+    asked += [f"{together.said} together"] if together else []
     asked += [f"{speed:.4g} tokens/s"] if speed > 0 else []
     asked += [f"at most {format_price(cost)} together"] if cost is not None else []
     return f"No mix of {candidates} candidates gives {', '.join(asked)}."
 
 
-# --- fast enough, for the least ---------------------------------------------------------------------------------------
+# --- enough, for the least --------------------------------------------------------------------------------------------
 
 
-def _fast_enough(
-    work: TrainingWork, flops: Column, costs: NDArray[np.int64], floor_bps: float, wanted: float, least: int, most: int
-) -> NDArray[np.int64] | None:
-    """A cheapest set that trains so many tokens a second over links of at least `floor_bps`, if any is found."""
+def _enough(
+    work: TrainingWork, flops: Column, costs: NDArray[np.int64], floor_bps: float, wanted: float,
+    together: Amount | None, least: int, most: int,
+) -> NDArray[np.int64] | None:  # fmt: skip
+    """A cheapest set that trains so many tokens a second over links of at least `floor_bps`, and has so much together,
+    if any is found."""
+    amounts = [] if together is None else [together]
     needed = wanted * work.flops_per_token / work.efficiency
     for _ in range(TRIES):
-        chosen = _cover(flops, costs, needed, least, most)
+        speed = [Amount(flops, needed)] if wanted > 0 else []
+        chosen = cheapest_cover([*speed, *amounts], costs, least=least, most=most)
         if chosen is None:
             return None
-        speed = work.tokens_per_s(flops[chosen].tolist(), floor_bps)
-        if speed >= wanted:
+        reached = work.tokens_per_s(flops[chosen].tolist(), floor_bps)
+        if reached >= wanted:
             return chosen
-        needed *= max(1.001, wanted / speed)  # what the exchange takes has to be brought along
+        needed *= max(1.001, wanted / reached)  # what the exchange takes has to be brought along
     return None
 
 
-def _cover(flops: Column, costs: NDArray[np.int64], needed: float, least: int, most: int) -> NDArray[np.int64] | None:
-    """Places whose FLOP/s are `needed` together, from `least` to `most` of them, for as little as the search finds:
-    depth first, the most FLOP/s for their money first, leaving out what is no cheaper even if the last one could be
-    taken in part."""
-    order = np.lexsort((-flops, costs / flops))
-    speed, cost = flops[order].tolist(), [int(one) for one in costs[order]]
+def cheapest_cover(
+    amounts: Sequence[Amount], costs: NDArray[np.int64], *, least: int, most: int
+) -> NDArray[np.int64] | None:
+    """Places, from `least` to `most` of them, that have as much of each amount as is needed, for as little as is found:
+    depth first, the most for their money first, leaving out what is no cheaper even if the last one could be taken in
+    part."""
+    parts = [one.each / one.needed for one in amounts if one.needed > 0]
+    if not parts:
+        return np.argsort(costs, kind="stable")[:least] if len(costs) >= least else None
+    brings = np.minimum(np.array(parts), 1.0).sum(axis=0)
+    order = np.lexsort((-brings, costs / np.maximum(brings, 1e-12)))
+    cost = [int(one) for one in costs[order]]
+    parts = [part[order] for part in parts]
+    each = [part.tolist() for part in parts]
+    best_first = [
+        np.argsort(np.array(cost) / np.maximum(part, 1e-12), kind="stable").tolist() for part in parts
+    ]  # fmt: skip
     count, steps = len(order), STEPS_MAX
+    cheapest = np.concatenate([[0], np.cumsum(np.sort(costs))])
     best: tuple[int, tuple[int, ...]] | None = None
 
-    def bound(at: int, missing: float) -> float:
-        total = 0.0
-        for one in range(at, count):
-            if missing <= 0:
-                return total
-            part = min(1.0, missing / speed[one])
-            total += part * cost[one]
-            missing -= speed[one]
-        return total if missing <= 1e-9 * needed else float("inf")
+    def bound(at: int, missing: tuple[float, ...], places: int) -> float:
+        if places > count - at:
+            return float("inf")
+        highest = float(cheapest[max(0, places)])
+        for lacking, part, places_of in zip(missing, each, best_first, strict=True):
+            total = 0.0
+            for one in places_of:
+                if lacking <= DONE:
+                    break
+                if one >= at and part[one] > 0:
+                    total += min(1.0, lacking / part[one]) * cost[one]
+                    lacking -= part[one]
+            highest = max(highest, total if lacking <= DONE else float("inf"))
+        return highest
 
-    stack: list[tuple[int, float, int, tuple[int, ...]]] = [(0, needed, 0, ())]
+    stack: list[tuple[int, tuple[float, ...], int, tuple[int, ...]]] = [(0, (1.0,) * len(parts), 0, ())]
     while stack and steps > 0:
         steps -= 1
         at, missing, spent, taken = stack.pop()
-        if missing <= 0 and len(taken) >= least:
+        if max(missing) <= DONE and len(taken) >= least:
             if best is None or spent < best[0]:
                 best = (spent, taken)
             continue
-        if at == count or len(taken) >= most or (best is not None and spent + bound(at, missing) >= best[0]):
+        if at == count or len(taken) >= most:
+            continue
+        if best is not None and spent + bound(at, missing, least - len(taken)) >= best[0]:
             continue
         stack.append((at + 1, missing, spent, taken))
-        stack.append((at + 1, missing - speed[at], spent + cost[at], (*taken, at)))
+        rest = tuple(lacking - part[at] for lacking, part in zip(missing, each, strict=True))
+        stack.append((at + 1, rest, spent + cost[at], (*taken, at)))
     return order[list(best[1])] if best is not None else None

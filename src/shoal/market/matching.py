@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shoal.market.board import TIERS, Board, Listing, Mask, Rows
+from shoal.market.goodput import Amount, cheapest_cover
 from shoal.market.requirements import USUAL_CURRENCY, Means, Requirements, Wish
 from shoal.protocol.money import ledger_text
 from shoal.quantities import (
@@ -79,6 +80,8 @@ class Match:
     rows: Rows
     """Rows of the board; several devices of a node may be among them."""
     nodes: int
+    flops: float
+    """What they were measured at together, of each node its fastest device that fits; 0 where nobody asked for that."""
     considered: int
     """Nodes whose offers are live and take such work."""
     excluded: dict[str, int]
@@ -88,12 +91,50 @@ class Match:
     reason: str
 
 
+class _Enough:
+    """So many nodes, which together were measured at so many FLOP/s."""
+
+    def __init__(self, board: Board, nodes: int, flops: float) -> None:
+        self._board, self.nodes, self.flops = board, nodes, flops
+        self._least_flops = flops * (1 - 1e-9)  # added up in another order it is another sum
+
+    def __str__(self) -> str:
+        together = f", with {_flops(self.flops)} together" if self.flops else ""
+        return f"{self.nodes} {'is' if self.nodes == 1 else 'are'} needed{together}"
+
+    def met_by(self, rows: Mask) -> bool:
+        return self._board.nodes_in(rows) >= self.nodes and (not self.flops or self.flops_of(rows) >= self._least_flops)
+
+    def flops_of(self, rows: Mask) -> float:
+        """Together: of each node its fastest of these rows."""
+        best = np.zeros(len(rows))
+        np.maximum.at(best, self._board.owner[rows], self._board.number("flops")[rows])
+        return float(best.sum())
+
+    def nearest(self, rows: Rows, values: NDArray[np.float64]) -> float | None:
+        """The lowest value up to which rows are enough; None where all of them are not."""
+        owners, flops = self._board.owner[rows], self._board.number("flops")[rows]
+        order = np.lexsort((values, owners))
+        owners, flops, values = owners[order], flops[order], values[order]
+        first = np.ones(len(owners), dtype=bool)
+        first[1:] = owners[1:] != owners[:-1]
+        order = np.argsort(values, kind="stable")
+        met = np.cumsum(first[order]) >= self.nodes
+        if self.flops:
+            gained = flops.copy()
+            for at in np.flatnonzero(~first).tolist():  # few nodes have devices that differ
+                flops[at] = max(flops[at], flops[at - 1])
+                gained[at] = flops[at] - flops[at - 1]
+            met &= np.cumsum(gained[order]) >= self._least_flops
+        return float(values[order[met.argmax()]]) if met.any() else None
+
+
 def match(
     board: Board, wish: Wish, *, accepts: str | None = None, idle_only: bool = False, needed: int = 1,
-    called: Mapping[str, str] | None = None,
+    flops_together: float = 0.0, called: Mapping[str, str] | None = None,
 ) -> Match:  # fmt: skip
-    """The rows that fit, and where fewer than `needed` nodes do, why. `called`: what whoever asks calls a requirement,
-    where that is not its name in a job file."""
+    """The rows that fit, and where they are not enough, why: those of fewer than `needed` nodes, or with less than
+    `flops_together`. `called`: what whoever asks calls a requirement, where that is not its name in a job file."""
     base = board.open_to(accepts, idle_only=False)
     considered = board.nodes_in(base)
     asked = list(demands(board, wish.each))
@@ -106,22 +147,38 @@ def match(
         asked.append(Demand("any_of", f"one of {len(alternatives)} alternatives", _any_of(base, alternatives)))
     met = _all_of(base, asked)
     rows = np.flatnonzero(met)
-    nodes = board.nodes_in(met)
+    enough = _Enough(board, needed, flops_together)
+    nodes, flops = board.nodes_in(met), enough.flops_of(met) if flops_together else 0.0
     fit = "fits" if nodes == 1 else "fit"
     said = f"{_count(nodes)} of {considered} {'on offer' if accepts is None else 'that take such work'} {fit}"
-    if nodes >= needed:
-        return Match(rows, nodes, considered, {}, (), f"{said}.")
+    if flops_together:
+        said += f", with {_flops(flops)} together"
+    if enough.met_by(met):
+        return Match(rows, nodes, flops, considered, {}, (), f"{said}.")
     excluded = {demand.name: considered - board.nodes_in(base & demand.met) for demand in asked}
     called = called or {}
     found = [
-        *_changes_within(board, base, asked, alternatives, needed, called),
-        *_changes(board, base, asked, needed, called),
+        *_less_together(nodes, flops, enough, called),
+        *_changes_within(board, base, asked, alternatives, enough, called),
+        *_changes(board, base, asked, enough, called),
     ]
     changes = sorted(found, key=lambda change: change.step)[:CHANGES_SHOWN]
-    said += f", where {needed} {'is' if needed == 1 else 'are'} needed."
-    return Match(
-        rows, nodes, considered, excluded, tuple(changes), said + _why(considered, asked, excluded, changes, called)
-    )
+    said += f", where {enough}." + _why(considered, asked, excluded, changes, called)
+    return Match(rows, nodes, flops, considered, excluded, tuple(changes), said)
+
+
+def cheapest_together(board: Board, rows: Rows, nodes: int, flops: float) -> Rows:
+    """Of these rows one for each node of the cheapest mix that is of so many nodes and has so many FLOP/s together, as
+    far as the search finds it; the cheapest first. Empty where there is none."""
+    speed, prices = board.number("flops")[rows], board.number("price_micro_per_h")[rows]
+    order = np.lexsort((-speed, board.owner[rows]))
+    first = np.ones(len(order), dtype=bool)
+    first[1:] = np.diff(board.owner[rows][order]) != 0
+    best = order[first]  # a node's fastest: all of its devices come for one price
+    needs, costs = [Amount(speed[best], flops)], prices[best].astype(np.int64)
+    chosen = cheapest_cover(needs, costs, least=nodes, most=len(best))
+    some = rows[best[chosen]] if chosen is not None else rows[:0]
+    return some[np.argsort(board.number("price_micro_per_h")[some], kind="stable")]
 
 
 def fitting(listings: Iterable[Listing], wish: Wish) -> frozenset[bytes]:
@@ -142,7 +199,7 @@ def demands(board: Board, wanted: Requirements) -> Iterator[Demand]:
         yield Demand("device_name", f"{wanted.device_name!r} in its name", board.among("device", names))
     least: tuple[tuple[str, float, str, Callable[[float], str], Callable[[str], float]], ...] = (
         ("memory_min", wanted.memory_min_bytes, "memory_bytes", format_bytes, parse_bytes),
-        ("flops_min", wanted.flops_min, "flops", _flops, lambda text: parse_count(text.removesuffix("FLOP/s"))),
+        ("flops_min", wanted.flops_min, "flops", _flops, _read_flops),
         ("memory_rate_min", wanted.memory_rate_min, "memory_bytes_per_s", _rate, parse_bytes_per_s),
         ("bandwidth_min", wanted.bandwidth_min, "bandwidth_bytes_per_s", _bits, parse_bytes_per_s),
         ("notice_min", wanted.notice_min_ms, "reclaim_notice_ms", _notice, _read_ms),
@@ -209,50 +266,58 @@ def _any_of(base: Mask, alternatives: Iterable[list[Demand]]) -> Mask:
 # --- why not ---------------------------------------------------------------------------------------------------------
 
 
+def _less_together(nodes: int, flops: float, enough: _Enough, called: Mapping[str, str]) -> Iterator[Change]:
+    """What those that fit have, instead of what was asked of all together."""
+    if nodes >= enough.nodes and 0 < flops < enough.flops:
+        name = called.get("flops_together", "flops_together")
+        told = next(text for part in ROUNDINGS if _read_flops(text := _flops(flops * (1 - part))) <= flops)
+        sentence = f"{name} {told} instead of {_flops(enough.flops)}: {_count(nodes)}"
+        yield Change("flops_together", sentence, nodes, 1 - flops / enough.flops, _read_flops(told))
+
+
 def _changes(
-    board: Board, base: Mask, asked: list[Demand], needed: int, called: Mapping[str, str], *,
+    board: Board, base: Mask, asked: list[Demand], enough: _Enough, called: Mapping[str, str], *,
     anyway: Mask | None = None, within: str = "",
 ) -> Iterator[Change]:  # fmt: skip
-    """Each requirement changed by itself, no further than it takes to have `needed` nodes. `anyway`: rows that fit
-    whatever is changed. `within`: of what the requirements are a part."""
+    """Each requirement changed by itself, no further than it takes to have enough. `anyway`: rows that fit whatever is
+    changed. `within`: of what the requirements are a part."""
     anyway = np.zeros_like(base) if anyway is None else anyway
     for changed in asked:
         name = within + changed.name if within else called.get(changed.name, changed.name)
         others = _all_of(base, (demand for demand in asked if demand is not changed))
         if changed.values is None:
-            yield from _with_another(board, changed, name, others, anyway, needed)
+            yield from _with_another(board, changed, name, others, anyway, enough)
             nodes = board.nodes_in(others | anyway)
-            if changed.can_go and nodes >= needed:
+            if changed.can_go and enough.met_by(others | anyway):
                 said = f"without {name} ({changed.asked})" if name != "idle" else "when those that are busy are free"
                 yield Change(within + changed.name, f"{said}: {_count(nodes)}", nodes, LEFT_OUT)
             continue
         side = 1 if changed.at_most else -1
         rows = np.flatnonzero((others & ~np.isnan(changed.values)) | anyway)
         values = np.where(anyway[rows], -side * np.inf, changed.values[rows])
-        best = _best_of_each_node(board, rows, values, changed.at_most)
-        if len(best) < needed:
+        nearest = enough.nearest(rows, side * values)
+        if nearest is None:
             continue
-        limit = float(np.sort(side * best)[needed - 1]) * side
-        told, limit = _told(changed, limit)
-        nodes = int((side * best <= side * limit).sum())
+        told, limit = _told(changed, side * nearest)
+        nodes = len(np.unique(board.owner[rows[side * values <= side * limit]]))
         step = abs(limit - changed.limit) / max(changed.limit, 1e-9)
         sentence = f"{name} {told} instead of {changed.show(changed.limit)}: {_count(nodes)}"
         yield Change(within + changed.name, sentence, nodes, step, limit, changed.at_most)
 
 
 def _changes_within(
-    board: Board, base: Mask, asked: list[Demand], alternatives: list[list[Demand]], needed: int,
+    board: Board, base: Mask, asked: list[Demand], alternatives: list[list[Demand]], enough: _Enough,
     called: Mapping[str, str],
 ) -> Iterator[Change]:  # fmt: skip
     """Each requirement of each alternative changed by itself."""
     rest = _all_of(base, (demand for demand in asked if demand.name != "any_of"))
     for at, one in enumerate(alternatives):
         anyway = _any_of(rest, alternatives[:at] + alternatives[at + 1 :])
-        yield from _changes(board, rest, one, needed, called, anyway=anyway, within=f"any_of[{at + 1}].")
+        yield from _changes(board, rest, one, enough, called, anyway=anyway, within=f"any_of[{at + 1}].")
 
 
 def _with_another(
-    board: Board, changed: Demand, name: str, others: Mask, anyway: Mask, needed: int
+    board: Board, changed: Demand, name: str, others: Mask, anyway: Mask, enough: _Enough
 ) -> Iterator[Change]:
     """Asking for another text of a column, that of most nodes."""
     text = board.commonest(changed.column, others & ~changed.met) if changed.column else None
@@ -260,15 +325,14 @@ def _with_another(
         return
     met = others & board.among(changed.column, ["", text]) | anyway
     nodes = board.nodes_in(met)
-    if nodes < needed:
+    if not enough.met_by(met):
         return
     if changed.column == "currency":
         yield Change(changed.name, f"{name} {text} instead of {changed.text}: {_count(nodes)}", nodes, ANOTHER, text)
         return
-    rows = np.flatnonzero(met)
-    each = np.sort(_best_of_each_node(board, rows, board.number("price_micro_per_h")[rows], at_most=True))
-    cheapest = "the cheapest costs" if needed == 1 else f"the cheapest {needed} cost"
-    cost = f"{cheapest} {_price(each[:needed].sum())} in {text.rpartition('/')[2]}"
+    mix = cheapest_together(board, np.flatnonzero(met), enough.nodes, enough.flops)
+    cheapest = "the cheapest costs" if len(mix) == 1 else f"the cheapest {len(mix)} cost"
+    cost = f"{cheapest} {_price(board.number('price_micro_per_h')[mix].sum())} in {text.rpartition('/')[2]}"
     said = "with a budget" if not changed.text else f"with money at the ledger {text.split()[0][:8]}"
     yield Change(changed.name, f"{said}: {_count(nodes)}, of which {cost}", nodes, ANOTHER)
 
@@ -290,16 +354,6 @@ def _why(
     return f"{said} No single change would do."
 
 
-def _best_of_each_node(board: Board, rows: Rows, values: NDArray[np.float64], at_most: bool) -> NDArray[np.float64]:
-    """Of each node the value that is furthest on the right side."""
-    owners = board.owner[rows]
-    order = np.lexsort((values if at_most else -values, owners))
-    owners = owners[order]
-    first = np.ones(len(order), dtype=bool)
-    first[1:] = owners[1:] != owners[:-1]
-    return values[order][first]
-
-
 def _count(nodes: int) -> str:
     return "1 node" if nodes == 1 else f"{nodes} nodes"
 
@@ -317,6 +371,10 @@ def _told(changed: Demand, value: float) -> tuple[str, float]:
 
 def _flops(value: float) -> str:
     return f"{format_count(value)}FLOP/s"
+
+
+def _read_flops(text: str) -> float:
+    return parse_count(text.removesuffix("FLOP/s"))
 
 
 def _rate(value: float) -> str:
