@@ -50,8 +50,9 @@ def an_offer(sequence: int, name: str = "ann", lifetime_ms: int = 60_000, **chan
     return Offer(name=name, sequence=sequence, lifetime_ms=lifetime_ms, **fields)  # type: ignore[arg-type]
 
 
-def brought(key: KeyPair, offer: Offer, carrier: KeyPair | None = None) -> Arrival:
-    return Arrival.open(sign(key, offer).to_bytes(), (carrier or key).node_id)
+def brought(key: KeyPair, offer: Offer, carrier: KeyPair | None = None, source: str | None = None) -> Arrival:
+    """From an address of the key's own, unless another one is given."""
+    return Arrival.open(sign(key, offer).to_bytes(), (carrier or key).node_id, source or key.node_id.hex())
 
 
 Scene = Callable[[OfferIndex, HeldClock], Awaitable[None]]
@@ -83,7 +84,7 @@ def play(request: pytest.FixtureRequest, tmp_path: Path) -> Play:
 def test_an_offer_is_given_out_byte_for_byte_as_it_came(play: Play) -> None:
     async def scene(index: OfferIndex, clock: HeldClock) -> None:
         data = sign(ANN, an_offer(7)).to_bytes()
-        kept = await index.keep(Arrival.open(data, ANN.node_id))
+        kept = await index.keep(Arrival.open(data, ANN.node_id, "10.0.0.1"))
         assert kept.envelope == data
         assert kept.expires_ms - kept.arrived_ms == 60_000
         assert await index.get(ANN.node_id) == kept
@@ -197,6 +198,27 @@ def test_a_full_index_refuses_newcomers_and_keeps_serving_those_it_knows(play: P
     play(scene, offers_max=2)
 
 
+def test_keys_that_cost_nothing_fill_no_index_and_many_nodes_of_one_address_do_while_there_is_room(play: Play) -> None:
+    async def scene(index: OfferIndex, clock: HeldClock) -> None:
+        for key in KEYS[:4]:
+            await index.keep(brought(key, an_offer(1), source="10.0.0.1"))
+        with pytest.raises(HubFull, match="4 offers of 8 .* 4 of them from your address"):
+            await index.keep(brought(KEYS[4], an_offer(1), source="10.0.0.1"))
+        for key in KEYS[4:6]:
+            await index.keep(brought(key, an_offer(1), source="10.0.0.2"))
+        await index.keep(brought(KEYS[0], an_offer(2), source="10.0.0.2"))  # moved, and counts where it was new
+        with pytest.raises(HubFull, match="2 of them from your address"):
+            await index.keep(brought(KEYS[6], an_offer(1), source="10.0.0.2"))
+        await index.keep(brought(KEYS[6], an_offer(1), source="10.0.0.3"))
+        with pytest.raises(HubFull, match="4 of them from your address"):
+            await index.keep(brought(KEYS[7], an_offer(1), source="10.0.0.1"))
+        await clock.advance(61)  # they were all away together, and come back
+        for key in KEYS[:4]:
+            await index.keep(brought(key, an_offer(3), source="10.0.0.1"))
+
+    play(scene, offers_max=8)
+
+
 def test_what_expired_is_forgotten_only_after_its_sequence_was_remembered_long_enough(play: Play) -> None:
     async def scene(index: OfferIndex, clock: HeldClock) -> None:
         await index.keep(brought(ANN, an_offer(7)))
@@ -257,15 +279,17 @@ def test_what_is_not_a_signed_offer_of_this_network_is_refused() -> None:
     good = sign(ANN, an_offer(1))
     forged = replace_signer(good.to_bytes(), ANN.node_id, BEN.node_id)
     with pytest.raises(BadSignature):
-        Arrival.open(forged, BEN.node_id)
+        Arrival.open(forged, BEN.node_id, "?")
     with pytest.raises(BadEnvelope):
-        Arrival.open(good.to_bytes()[:-1], ANN.node_id)
+        Arrival.open(good.to_bytes()[:-1], ANN.node_id, "?")
     with pytest.raises(BadEnvelope, match="at most"):
-        Arrival.open(b"\x00" * (1 << 20), ANN.node_id)
+        Arrival.open(b"\x00" * (1 << 20), ANN.node_id, "?")
     with pytest.raises(VersionMismatch):
-        Arrival.open(sign(ANN, an_offer(1), network="elsewhere").to_bytes(), ANN.node_id)
+        Arrival.open(sign(ANN, an_offer(1), network="elsewhere").to_bytes(), ANN.node_id, "?")
     with pytest.raises(UnknownKind):
-        Arrival.open(sign(ANN, Grant(job=b"j" * 32, drivers=(ANN.node_id,), not_after_ms=5)).to_bytes(), ANN.node_id)
+        Arrival.open(
+            sign(ANN, Grant(job=b"j" * 32, drivers=(ANN.node_id,), not_after_ms=5)).to_bytes(), ANN.node_id, "?"
+        )
 
 
 def replace_signer(data: bytes, signer: bytes, other: bytes) -> bytes:
@@ -398,6 +422,24 @@ def test_a_failing_database_acknowledges_nothing_and_says_what_failed(tmp_path: 
         assert kept.offer.sequence == 1
         await index.keep(brought(ANN, an_offer(2)))
         await index.close()
+
+    asyncio.run(scene())
+
+
+def test_a_database_that_does_not_say_where_offers_came_from_is_gone_on_with(tmp_path: Path) -> None:
+    async def scene() -> None:
+        path, clock = tmp_path / "hub.sqlite", HeldClock()
+        index = await SqlOfferIndex.open(path, clock)
+        await index.keep(brought(ANN, an_offer(1)))
+        await index.close()
+        with sqlite3.connect(path) as before:
+            before.execute("ALTER TABLE hub_offers DROP COLUMN source")
+            before.execute("UPDATE hub_schema SET version = 1")
+        for _ in range(2):
+            index = await SqlOfferIndex.open(path, clock)
+            kept = await index.get(ANN.node_id)
+            assert kept is not None and kept.source == ""
+            await index.close()
 
     asyncio.run(scene())
 

@@ -164,7 +164,9 @@ def test_a_search_whose_answer_is_large_comes_in_pages() -> None:
         index = world.hubs[0].index
         keys = [KeyPair.from_seed(number.to_bytes(32, "big")) for number in range(1, count + 1)]
         for key in keys:
-            await index.keep(Arrival.open(an_offer(key, 1, addresses=padding).to_bytes(), key.node_id))
+            await index.keep(
+                Arrival.open(an_offer(key, 1, addresses=padding).to_bytes(), key.node_id, key.node_id.hex())
+            )
         async with a_client(world.network.endpoint(WREN), world.tickets) as client:
             seen: list[bytes] = []
             while page := await client.find(OfferFind(limit=256, after=seen[-1] if seen else None)):
@@ -472,7 +474,7 @@ def test_a_hub_that_answers_page_by_page_for_ever_holds_no_search_up() -> None:
         clock = HeldClock()
         network = MemoryNetwork(clock)
         good, slow = MemoryHub(network, a_key(100), clock), network.endpoint(a_key(66))
-        await good.index.keep(Arrival.open(an_offer(HERON, 1).to_bytes(), HERON.node_id))
+        await good.index.keep(Arrival.open(an_offer(HERON, 1).to_bytes(), HERON.node_id, "?"))
         pages = sorted(
             (KeyPair.from_seed(bytes((number, 1)) * 16) for number in range(100)), key=lambda key: key.node_id
         )

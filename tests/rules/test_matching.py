@@ -146,8 +146,8 @@ def test_a_price_in_another_currency_is_told_from_one_that_is_too_high() -> None
     found = match(BOARD, Wish(Requirements(device="cuda", price_max=100_000, currency="EUR")), needed=1)
     assert found.excluded == {"device": 1, "price_max": 4, "currency": 4}
     assert found.reason.endswith(
-        "What would do: price_max 0.30/h instead of 0.10/h: 1 node; currency USD instead of EUR: 1 node; without device "
-        "(cuda): 1 node."
+        "What would do: price_max 0.30/h instead of 0.10/h: 1 node; currency USD instead of EUR: 1 node; without "
+        "device (cuda): 1 node."
     )
     assert [change.limit for change in found.changes] == [300_000, "USD", None]
     usual = match(BOARD, Wish(Requirements(price_max=100_000, tier="sandboxed", countries=("FR",))))
@@ -182,8 +182,8 @@ def test_a_job_without_a_budget_is_told_what_one_has_to_pay_for() -> None:
     )
     found = match(board, Wish(means=Means()), needed=2)
     assert found.reason == (
-        "0 nodes of 4 on offer fit, where 2 are needed. Excluded by budget (free, as the job has no budget) 4. What would "
-        "do: with a budget: 2 nodes, of which the cheapest 2 cost 0.65/h in USD."
+        "0 nodes of 4 on offer fit, where 2 are needed. Excluded by budget (free, as the job has no budget) 4. What "
+        "would do: with a budget: 2 nodes, of which the cheapest 2 cost 0.65/h in USD."
     )
     assert match(board, Wish(means=Means()), needed=3).changes == (), "no one ledger pays three of them"
     elsewhere = match(board, Wish(means=Means(OTHER)), needed=2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -15,6 +15,9 @@ from shoal.world import Clock
 
 OFFERS_MAX = 20_000
 """Live offers one hub keeps unless told otherwise."""
+CROWDED, SHARE = 0.5, 0.25
+"""From so much of all places on, newcomers of one address may hold no more than a SHARE of them: keys cost nothing, and
+an offer may stand for a day. Many honest nodes may stand behind one address, so it does not bite while there is room."""
 REMEMBERED_MS = 7 * 24 * 3600 * 1000
 """How long the last sequence of a node that is gone is remembered, so that nobody can bring its old offers back."""
 REMEMBERED_PER_OFFER = 2
@@ -25,7 +28,7 @@ FOUND_BYTES_MAX = 1 << 20
 
 
 class HubFull(LinkError):
-    """The hub keeps as many offers as it may, and this one is of a node it does not know."""
+    """The hub keeps as many offers as it may, of all or of one address, and this one is of a node it does not know."""
 
     code = "SH-331"
 
@@ -43,6 +46,8 @@ class KeptOffer:
     arrived_ms: int
     expires_ms: int
     """Both on the hub's clock."""
+    source: str
+    """From where it came when the node was new here; see Request."""
 
     @property
     def stamp(self) -> Stamp:
@@ -60,13 +65,15 @@ class Arrival:
     from_maker: bool
     """Whether the node itself brought it. Only then does a known offer live on: else anybody who once saw a record
     could keep a dead node listed for ever."""
+    source: str
+    """From where it came; see Request."""
 
     @classmethod
-    def open(cls, data: bytes, carrier: bytes, network: str = DEFAULT_NETWORK) -> Arrival:
-        """Verify bytes that `carrier` brought. Raises BadRecord subclasses."""
+    def open(cls, data: bytes, carrier: bytes, source: str, network: str = DEFAULT_NETWORK) -> Arrival:
+        """Verify bytes that `carrier` brought from `source`. Raises BadRecord subclasses."""
         envelope = Envelope.from_bytes(data, Offer.MAX_BYTES)
         offer = open_record(envelope, Offer, network)
-        return cls(envelope.signer, offer, data, envelope.record_id, carrier == envelope.signer)
+        return cls(envelope.signer, offer, data, envelope.record_id, carrier == envelope.signer, source)
 
 
 class OfferIndex(Protocol):
@@ -121,13 +128,23 @@ def admit(held: KeptOffer | None, arrival: Arrival, now_ms: int) -> KeptOffer:
     expires_ms = now_ms + arrival.offer.lifetime_ms
     if standing is Standing.SAME and held is not None:
         return replace(held, expires_ms=max(held.expires_ms, expires_ms)) if arrival.from_maker else held
-    return KeptOffer(arrival.node, arrival.offer, arrival.envelope, arrival.record_id, now_ms, expires_ms)
+    # While it lives it counts for the address it came from first: else it could be moved on to make room there.
+    source = held.source if held is not None and held.expires_ms > now_ms else arrival.source
+    return KeptOffer(arrival.node, arrival.offer, arrival.envelope, arrival.record_id, now_ms, expires_ms, source)
 
 
-def refuse_when_full(live: int, offers_max: int) -> None:
-    """Raises HubFull."""
+def refuse_when_full(live: int, from_there: Callable[[], int], offers_max: int) -> None:
+    """Whether there is no room for a newcomer: of `live` offers so many are from where it is. Raises HubFull."""
     if live >= offers_max:
         raise HubFull(f"This hub keeps {live} offers and may keep no more; publish to another hub, or try again later.")
+    if live < CROWDED * offers_max:
+        return
+    theirs = from_there()
+    if theirs >= SHARE * offers_max:
+        raise HubFull(
+            f"This hub keeps {live} offers of {offers_max} that it may, {theirs} of them from your address, from which "
+            "it takes no more now; publish to another hub, or try again later."
+        )
 
 
 def page_of(fitting: Iterable[KeptOffer], limit: int) -> tuple[list[KeptOffer], bool]:
@@ -159,7 +176,8 @@ class MemoryOfferIndex:
         held = self._held.get(arrival.node)
         kept = admit(held, arrival, now_ms)
         if held is None or held.expires_ms <= now_ms < kept.expires_ms:
-            refuse_when_full(len(self._live()), self._offers_max)
+            live = self._live()
+            refuse_when_full(len(live), lambda: sum(one.source == arrival.source for one in live), self._offers_max)
         self._held[arrival.node] = kept
         return kept
 

@@ -76,7 +76,7 @@ class HubService:
         """Anyone may bring a record: it proves itself. Only its maker can make a known one live on."""
         self._publishing.spend(request.peer, "An offer")
         message = decode(OfferPublish, request.body, request.version)
-        arrival = Arrival.open(message.offer, request.peer, self._network)
+        arrival = Arrival.open(message.offer, request.peer, request.source, self._network)
         kept = await self._index.keep(arrival)
         return encode(OfferKept(sequence=kept.offer.sequence, lifetime_ms=kept.offer.lifetime_ms), request.version)
 

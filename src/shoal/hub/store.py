@@ -39,8 +39,8 @@ from shoal.protocol.offers import Offer, OfferFind
 from shoal.storage.sqlite import sqlite_engine
 from shoal.world import Clock
 
-SCHEMA = 1
-"""The form of the tables. A hub refuses a database of another form."""
+SCHEMA = 2
+"""The form of the tables. Form 1 did not say where offers came from; a hub refuses a database of any other form."""
 BATCH_MAX = 512
 """Operations gathered for one transaction; further ones are refused until it is written."""
 FINDS_MAX = 32
@@ -66,8 +66,9 @@ _offers = sa.Table(
     sa.Column("busy", sa.Boolean, nullable=False),
     sa.Column("memory_bytes", sa.BigInteger, nullable=False),
     sa.Column("flops", sa.Float(53), nullable=False),
+    sa.Column("source", sa.String(64), nullable=False, server_default=""),
 )
-# The last two are those of the largest and of the fastest device: they narrow a search, `fits` decides it.
+# Memory and FLOP/s are those of the largest and of the fastest device: they narrow a search, `fits` decides it.
 
 T = TypeVar("T")
 
@@ -183,7 +184,8 @@ class SqlOfferIndex:
         held = self._row(connection, arrival.node)
         kept = admit(held, arrival, now_ms)
         if held is None or held.expires_ms <= now_ms < kept.expires_ms:
-            refuse_when_full(self._count(connection), self._offers_max)
+            from_there = functools.partial(self._count, connection, _offers.c.source == arrival.source)
+            refuse_when_full(self._count(connection), from_there, self._offers_max)
         devices = kept.offer.capability.devices
         row = {
             "sequence": kept.offer.sequence,
@@ -195,6 +197,7 @@ class SqlOfferIndex:
             "busy": kept.offer.busy,
             "memory_bytes": min(_INT_MAX, max(device.memory_bytes for device in devices)),
             "flops": max(best_flops(device) for device in devices),
+            "source": kept.source,
         }
         if held is None:
             connection.execute(_offers.insert().values(node=kept.node, **row))
@@ -223,8 +226,9 @@ class SqlOfferIndex:
         kept = self._row(connection, node)
         return kept if kept is not None and kept.expires_ms > self._time.now_ms() else None
 
-    def _count(self, connection: sa.Connection) -> int:
-        live = sa.select(sa.func.count()).select_from(_offers).where(_offers.c.expires_ms > self._time.now_ms())
+    def _count(self, connection: sa.Connection, *which: sa.ColumnElement[bool]) -> int:
+        now_ms = self._time.now_ms()
+        live = sa.select(sa.func.count()).select_from(_offers).where(_offers.c.expires_ms > now_ms, *which)
         return connection.execute(live).scalar_one()
 
     def _purge(self, connection: sa.Connection) -> int:
@@ -260,7 +264,8 @@ def _page(idle_only: bool, by_name: bool, by_node: bool) -> sa.Select[Any]:
 
 
 def _kept(row: sa.Row[Any]) -> KeptOffer:
-    return KeptOffer(row.node, _opened(row.envelope), row.envelope, row.record_id, row.arrived_ms, row.expires_ms)
+    offer = _opened(row.envelope)
+    return KeptOffer(row.node, offer, row.envelope, row.record_id, row.arrived_ms, row.expires_ms, row.source)
 
 
 @functools.lru_cache(OPENED_MAX)
@@ -275,6 +280,9 @@ def _create_or_check(connection: sa.Connection) -> None:
     version = connection.execute(sa.select(_about.c.version)).scalar_one_or_none()
     if version is None:
         connection.execute(_about.insert().values(version=SCHEMA))
+    elif version == 1:
+        connection.execute(sa.text("ALTER TABLE hub_offers ADD COLUMN source VARCHAR(64) DEFAULT '' NOT NULL"))
+        connection.execute(_about.update().values(version=SCHEMA))
     elif version != SCHEMA:
         raise HubStoreFailed(
             f"The hub's database has tables of form {version}, this version of Shoal needs {SCHEMA}; start the hub "
