@@ -11,11 +11,11 @@ from hub_world import an_offer
 from shoal.driver.gang import DIALS_AT_ONCE, LinkedNode, TooFewNodes, find_gang
 from shoal.errors import LinkError
 from shoal.identity import KeyPair
-from shoal.market import ANYTHING, Requirements, Wish, fits
+from shoal.market import ANYTHING, Needed, Requirements, Wish, fits
 from shoal.market.requirements import Means
 from shoal.protocol.messages import open_record
 from shoal.protocol.money import HouseLedger
-from shoal.protocol.offers import FOUND_MAX, Offer, OfferFind, Place
+from shoal.protocol.offers import FOUND_MAX, Capability, Device, Offer, OfferFind, Place, Throughput
 from shoal.protocol.prices import Price
 from shoal.protocol.serving import LinkEcho
 from shoal.transport.memory import MemoryEndpoint, MemoryNetwork, Path
@@ -67,13 +67,13 @@ class Scene:
         return key.node_id
 
     async def gang(
-        self, nodes_min: int, wait_s: float = 60.0, nodes_max: int = 64, wish: Wish = ANYTHING
+        self, needed: int | Needed, wait_s: float = 60.0, nodes_max: int = 64, wish: Wish = ANYTHING
     ) -> list[LinkedNode]:
         search = asyncio.create_task(
             find_gang(
                 OfferFind(idle_only=True),
                 wish,
-                nodes_min=nodes_min,
+                needed=needed if isinstance(needed, Needed) else Needed(needed),
                 nodes_max=nodes_max,
                 wait_s=wait_s,
                 advice="Start more.",
@@ -165,6 +165,27 @@ def test_too_few_nodes_are_told_with_those_that_are_busy() -> None:
             r"nodes\. Where a job's driver was killed",
         ):  # fmt: skip
             await scene.gang(2, wait_s=3.0)
+        await scene.close()
+
+    asyncio.run(story())
+
+
+def measured(flops: float) -> Capability:
+    device = Device("cuda", "RTX", 24 << 30, 1e12, (Throughput("bfloat16", flops),))
+    return Capability(devices=(device,), hub_rate_bps=1e8, hub_round_trip_ms=10)
+
+
+def test_any_mix_that_has_so_much_together_will_do() -> None:
+    async def story() -> None:
+        scene = Scene()
+        small = [await scene.a_node(number, capability=measured(4e13)) for number in (2, 3)]
+        with pytest.raises(
+            TooFewNodes, match=r"2 of 1 node, with 80\.0 TFLOP/s of 90\.0 TFLOP/s together, came within 3 s\. .*"
+            r"flops_together 80\.0 TFLOP/s instead of 90\.0 TFLOP/s: 2 nodes",
+        ):  # fmt: skip
+            await scene.gang(Needed(1, 9e13), wait_s=3.0)
+        large = await scene.a_node(4, capability=measured(5e13))
+        assert {one.node for one in await scene.gang(Needed(1, 9e13))} == {*small, large}
         await scene.close()
 
     asyncio.run(story())

@@ -481,6 +481,7 @@ def _plan_fields(made: Plan) -> dict[str, object]:
         "update_bytes": made.update_bytes,
         "round_trip_ms": made.round_trip_ms,
         "nodes_min": made.nodes_min,
+        "flops_together": made.flops_together,
         "token_budget": made.token_budget,
         "dtype": made.dtype,
         "caution": made.caution,
@@ -504,10 +505,6 @@ def print_plan(made: Plan) -> None:
         out.print(made.caution, markup=False, style="yellow")
     for name, device, flops in sorted(made.nodes, key=lambda node: -node[2]):
         out.print(f"  {name:<16} {shown(device)}  {format_flops(flops)} in float32", markup=False)
-    if len(made.nodes) < made.nodes_min:
-        out.print(
-            f"{len(made.nodes)} idle nodes fit now; the job begins with {made.nodes_min} and waits for them.",
-            style="yellow",
-        )
-        if made.why_not:
-            out.print(shown(made.why_not), markup=False, soft_wrap=True)
+    if made.why_not:
+        out.print(f"{made.so_far} are there now; the job waits for more.", style="yellow")
+        out.print(shown(made.why_not), markup=False, soft_wrap=True)

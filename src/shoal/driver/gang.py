@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from shoal.errors import JobError, LinkError, ShoalError
-from shoal.market import ANYTHING, Board, Listing, Match, Wish, fitting, match
+from shoal.market import ANYTHING, Board, Listing, Match, Needed, Wish, fitting, match
 from shoal.protocol.blobs import BlobHolder
 from shoal.protocol.offers import Offer, OfferFind
 from shoal.world import Clock, Endpoint, Link
@@ -149,7 +149,7 @@ async def find_gang(
     wanted: OfferFind,
     wish: Wish = ANYTHING,
     *,
-    nodes_min: int,
+    needed: Needed,
     nodes_max: int,
     wait_s: float,
     advice: str,
@@ -161,7 +161,7 @@ async def find_gang(
     say: Callable[[str], None] = lambda _: None,
     far_ms: dict[bytes, float] | None = None,
 ) -> list[LinkedNode]:
-    """Nodes that fit and answer: at least `nodes_min`, at most `nodes_max`, the fastest of those.
+    """Nodes that fit and answer: as many as are needed, at most `nodes_max`, the fastest of those.
 
     `former` are nodes that worked for this job under a driver that is gone: they may seem busy with it, and are asked
     for all the same. Waits up to `wait_s` for enough of them, and then SETTLE_S for those that are being dialled.
@@ -177,28 +177,29 @@ async def find_gang(
             look_again = clock.monotonic() + LOOK_EVERY_S
             found = [one for one in await lookout.look(former) if one.node not in without]
             await dials.dial(found, look_again)
-            if len(dials.linked) >= nodes_min:
+            if needed.met_by(measured_flops(dials.linked[:nodes_max], wish)):
                 await dials.dial((), clock.monotonic() + SETTLE_S)
-            if len(dials.linked) >= nodes_min:
+            if needed.met_by(measured_flops(dials.linked[:nodes_max], wish)):
                 return sorted(dials.linked[:nodes_max], key=lambda one: one.node)
             if clock.monotonic() >= until:
                 break
             if not told:
                 board = await _board(directory, wanted, wish, far_ms)
-                why = _match(board, wanted, wish, nodes_min)
+                why = _match(board, wanted, wish, needed)
                 if not former and not without and _costs_money(board, wanted, wish, why):
                     raise TooFewNodes(
                         f"{why.reason} `shoal plan` says what this job would cost; give it a --budget, or a budget in "
                         "its file."
                     )
-                there = f"{len(dials.linked)} of {nodes_min} nodes are there; waiting up to {wait_s:.0f} s for more."
-                say(f"{there} {why.reason}" if why.nodes < nodes_min else there)
+                there = f"{needed.so_far(measured_flops(dials.linked, wish))} are there"
+                there += f"; waiting up to {wait_s:.0f} s for more."
+                say(there if why.enough else f"{there} {why.reason}")
                 told = True
             await clock.sleep(max(0.0, look_again - clock.monotonic()))
     finally:
         await dials.close()
-    why = _match(await _board(directory, wanted, wish, far_ms), wanted, wish, nodes_min)
-    came = f"{len(dials.linked)} of {nodes_min} node{'s' * (nodes_min != 1)} came within {wait_s:.0f} s."
+    why = _match(await _board(directory, wanted, wish, far_ms), wanted, wish, needed)
+    came = f"{needed.so_far(measured_flops(dials.linked, wish))} came within {wait_s:.0f} s."
     hints = list(dials.troubles.values()) or ([] if why.changes else [advice])
     if any(change.name == "idle" for change in why.changes):
         hints.append(
@@ -209,12 +210,18 @@ async def find_gang(
 
 
 async def why_not(
-    directory: Directory, wanted: OfferFind, wish: Wish, needed: int, far_ms: Mapping[bytes, float]
+    directory: Directory, wanted: OfferFind, wish: Wish, needed: Needed, far_ms: Mapping[bytes, float]
 ) -> str:
     """Which requirements excluded how many, and what would do; empty where enough fit. `far_ms`: of those that were
     found to be too far."""
     found = _match(await _board(directory, wanted, wish, far_ms), wanted, wish, needed)
-    return "" if found.nodes >= needed else found.reason
+    return "" if found.enough else found.reason
+
+
+def measured_flops(gang: Sequence[LinkedNode], wish: Wish) -> list[float]:
+    """At how many FLOP/s each was measured: its fastest device that fits, in its fastest dtype."""
+    found = fitting((Listing(one.node, one.offer, 0.0, wish.reputation_of(one.node)) for one in gang), wish)
+    return [found.get(one.node, 0.0) for one in gang]
 
 
 async def _board(directory: Directory, wanted: OfferFind, wish: Wish, far_ms: Mapping[bytes, float]) -> Board:
@@ -226,8 +233,11 @@ async def _board(directory: Directory, wanted: OfferFind, wish: Wish, far_ms: Ma
     return board
 
 
-def _match(board: Board, wanted: OfferFind, wish: Wish, needed: int) -> Match:
-    return match(board, wish, accepts=wanted.accepts, idle_only=wanted.idle_only, needed=max(1, needed))
+def _match(board: Board, wanted: OfferFind, wish: Wish, needed: Needed) -> Match:
+    return match(
+        board, wish, accepts=wanted.accepts, idle_only=wanted.idle_only, needed=max(1, needed.nodes),
+        flops_together=needed.flops,
+    )  # fmt: skip
 
 
 def _costs_money(board: Board, wanted: OfferFind, wish: Wish, why: Match) -> bool:

@@ -18,7 +18,7 @@ from shoal.market.board import Board, Listing
 from shoal.market.filters import fits
 from shoal.market.gangs import Gang, cheapest_gang
 from shoal.market.matching import Match, fitting, match
-from shoal.market.requirements import ANYTHING, Requirements, Wish
+from shoal.market.requirements import ANYTHING, Needed, Requirements, Wish
 from shoal.market.standing import StaleOffer, Stamp, Standing, compare
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "Gang",
     "Listing",
     "Match",
+    "Needed",
     "Requirements",
     "StaleOffer",
     "Stamp",

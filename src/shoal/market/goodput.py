@@ -7,7 +7,7 @@ from the sum is the exchange between rounds, which is as slow as the slowest lin
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -105,7 +105,7 @@ def best_mix(
         if cheapest:
             chosen = _enough(
                 work, flops[places], micro_per_h[places], floor, tokens_per_s_min,
-                together and Amount(together.each[places], together.needed, together.said), nodes_min, nodes_max,
+                together and replace(together, each=together.each[places]), nodes_min, nodes_max,
             )  # fmt: skip
             sets = [chosen] if chosen is not None else []
         else:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from shoal.market.board import TIERS, Board, Listing, Mask, Rows
 from shoal.market.goodput import Amount, cheapest_cover
-from shoal.market.requirements import USUAL_CURRENCY, Means, Requirements, Wish
+from shoal.market.requirements import ROUNDING, USUAL_CURRENCY, Means, Requirements, Wish
 from shoal.protocol.money import ledger_text
 from shoal.quantities import (
     format_bytes,
@@ -82,6 +82,7 @@ class Match:
     nodes: int
     flops: float
     """What they were measured at together, of each node its fastest device that fits; 0 where nobody asked for that."""
+    enough: bool
     considered: int
     """Nodes whose offers are live and take such work."""
     excluded: dict[str, int]
@@ -96,7 +97,7 @@ class _Enough:
 
     def __init__(self, board: Board, nodes: int, flops: float) -> None:
         self._board, self.nodes, self.flops = board, nodes, flops
-        self._least_flops = flops * (1 - 1e-9)  # added up in another order it is another sum
+        self._least_flops = flops * (1 - ROUNDING)
 
     def __str__(self) -> str:
         together = f", with {_flops(self.flops)} together" if self.flops else ""
@@ -154,7 +155,7 @@ def match(
     if flops_together:
         said += f", with {_flops(flops)} together"
     if enough.met_by(met):
-        return Match(rows, nodes, flops, considered, {}, (), f"{said}.")
+        return Match(rows, nodes, flops, True, considered, {}, (), f"{said}.")
     excluded = {demand.name: considered - board.nodes_in(base & demand.met) for demand in asked}
     called = called or {}
     found = [
@@ -164,7 +165,7 @@ def match(
     ]
     changes = sorted(found, key=lambda change: change.step)[:CHANGES_SHOWN]
     said += f", where {enough}." + _why(considered, asked, excluded, changes, called)
-    return Match(rows, nodes, flops, considered, excluded, tuple(changes), said)
+    return Match(rows, nodes, flops, False, considered, excluded, tuple(changes), said)
 
 
 def cheapest_together(board: Board, rows: Rows, nodes: int, flops: float) -> Rows:
@@ -181,12 +182,15 @@ def cheapest_together(board: Board, rows: Rows, nodes: int, flops: float) -> Row
     return some[np.argsort(board.number("price_micro_per_h")[some], kind="stable")]
 
 
-def fitting(listings: Iterable[Listing], wish: Wish) -> frozenset[bytes]:
-    """The nodes of a few offers, those that fit."""
-    board = Board()
+def fitting(listings: Iterable[Listing], wish: Wish) -> dict[bytes, float]:
+    """The nodes of a few offers that fit, and at how many FLOP/s the fastest device of each that does was measured."""
+    board, found = Board(), dict[bytes, float]()
     for listing in listings:
         board.put(listing)
-    return frozenset(board.listing(row).node for row in match(board, wish, needed=0).rows)
+    for row in match(board, wish, needed=0).rows:
+        node = board.listing(row).node
+        found[node] = max(found.get(node, 0.0), float(board.number("flops")[row]))
+    return found
 
 
 def demands(board: Board, wanted: Requirements) -> Iterator[Demand]:

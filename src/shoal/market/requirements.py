@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, TypeAlias
 
@@ -13,11 +14,14 @@ from shoal.market.reputation import NEW, REPUTATION_LEAST
 from shoal.protocol.money import LedgerName
 from shoal.protocol.offers import Country, ReclaimNoticeMs, Region, Tier
 from shoal.protocol.prices import Currency, PricePerHour
+from shoal.quantities import format_count
 
 DeviceKind: TypeAlias = Literal["any", "cpu", "cuda", "rocm", "mps", "xpu"]
 LIST_MAX = 64
 ALTERNATIVES_MAX = 16
 SIZE_MAX = 1 << 50
+ROUNDING = 1e-9
+"""Added up in another order it is another sum."""
 
 Bytes = Annotated[int, Meta(ge=0, le=SIZE_MAX)]
 BytesPerS = Annotated[float, Meta(ge=0, le=1e18, extra={"quantity": "bytes_per_s"})]
@@ -90,6 +94,36 @@ class Wish:
     @property
     def asks_for_latency(self) -> bool:
         return any(one.latency_max_ms is not None for one in (self.each, *self.any_of))
+
+
+@dataclass(frozen=True)
+class Needed:
+    """How much of what fits is enough."""
+
+    nodes: int = 1
+    flops: float = 0.0
+    """FLOP/s that they were measured at together, each its fastest device that fits: any mix of nodes that has them."""
+
+    def met_by(self, flops: Collection[float]) -> bool:
+        """Of nodes that have so many each."""
+        return len(flops) >= self.nodes and math.fsum(flops) >= self.flops * (1 - ROUNDING)
+
+    def fewest(self, flops: Collection[float]) -> int:
+        """How many of these nodes are enough at least; all where they are not."""
+        some: list[float] = []
+        for one in sorted(flops, reverse=True):
+            if self.met_by(some):
+                break
+            some.append(one)
+        return len(some)
+
+    def so_far(self, flops: Collection[float]) -> str:
+        """As one reads it: `1 of 2 nodes, with 110.0 TFLOP/s of 200.0 TFLOP/s together,`."""
+        said = f"{len(flops)} of {self.nodes} node{'s' * (self.nodes != 1)}"
+        if not self.flops:
+            return said
+        has, of = (f"{format_count(one)}FLOP/s" for one in (math.fsum(flops), self.flops))
+        return f"{said}, with {has} of {of} together,"
 
 
 ANYTHING = Wish()

@@ -8,16 +8,19 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from shoal.driver.gang import LOOK_EVERY_S, LinkedNode, fastest_float32, find_gang, why_not
+import numpy as np
+
+from shoal.driver.gang import LOOK_EVERY_S, LinkedNode, fastest_float32, find_gang, measured_flops, why_not
 from shoal.driver.nearness import near_gang
 from shoal.driver.treasurer import Treasurer
 from shoal.house import RemoteLedger
-from shoal.market import Wish
-from shoal.market.goodput import TrainingWork
+from shoal.market import Needed, Wish
+from shoal.market.goodput import Amount, TrainingWork
 from shoal.market.requirements import Means
 from shoal.protocol.holds import LEASE_STEP_MS
 from shoal.protocol.offers import Offer, OfferFind
 from shoal.protocol.training import TrainJob
+from shoal.quantities import format_count
 from shoal.quantities.money import format_money
 from shoal.rounds.length import RoundLength, choose_round_length, exchange_takes_s, members_of_full_speed
 from shoal.sdk.costs import Costs, costs_of, mix_for
@@ -130,7 +133,7 @@ class Choosing:
 
     async def why_not(self) -> str:
         needs = self._file.requirements
-        return await why_not(self._directory, self.wanted(), self.wish(waiting=False), needs.nodes_min, self._far_ms)
+        return await why_not(self._directory, self.wanted(), self.wish(waiting=False), needs.needed, self._far_ms)
 
     async def gang(
         self,
@@ -147,7 +150,7 @@ class Choosing:
         return await find_gang(
             self.wanted(),
             self.wish(waiting=waiting),
-            nodes_min=max(1, needs.nodes_min - len(without)) if waiting else 0,  # the retired are not waited for again
+            needed=self._needed(without, former) if waiting else Needed(0),
             nodes_max=needs.nodes_max if self._treasurer is None else max(needs.nodes_max, CANDIDATES_MAX),
             wait_s=needs.wait_s,
             advice=advice,
@@ -159,6 +162,16 @@ class Choosing:
             say=self._say,
             far_ms=self._far_ms,
         )
+
+    def _needed(self, without: Collection[bytes], former: Collection[bytes]) -> Needed:
+        """The retired are not waited for again."""
+        needed = self._file.requirements.needed
+        if not without and not former:
+            return needed
+        return Needed(max(1, needed.nodes - len(without)))
+
+    def measured_flops(self, gang: Sequence[LinkedNode]) -> list[float]:
+        return measured_flops(gang, self.wish(waiting=False))
 
     async def secure(
         self, size: Size, gang: list[LinkedNode], length: RoundLength
@@ -176,8 +189,15 @@ class Choosing:
                     gang = await self._bonded(gang, needs.bond_min, needs.nodes_min)
                 if needs.latency_within_ms is not None:
                     gang = await near_gang(gang, needs.latency_within_ms, needs.nodes_min)
+                self._refuse_too_slow(gang, "are near enough to one another, and have the bond that is asked for")
                 chosen = self._worth_it(size, gang, length)
                 held = await self._held(chosen, [one for one in gang if one not in chosen])
+                try:
+                    self._refuse_too_slow(held, "kept a place")
+                except NotSecured:
+                    if self._treasurer is not None:
+                        await self._treasurer.let_go()
+                    raise
                 return held, self.length(size, held)
             except NotSecured as error:
                 if self._clock.monotonic() >= until:
@@ -185,6 +205,12 @@ class Choosing:
                 self._say(error.sentence)
             await self._clock.sleep(LOOK_EVERY_S)
             gang = await self.gang()
+
+    def _refuse_too_slow(self, gang: Sequence[LinkedNode], what: str) -> None:
+        """Raises NotSecured where nodes have not together what the job needs."""
+        needed, flops = self._file.requirements.needed, self.measured_flops(gang)
+        if needed.flops and not needed.met_by(flops):
+            raise NotSecured(f"{needed.so_far(flops)} {what} (requirements.flops_together).")
 
     async def _bonded(self, gang: list[LinkedNode], least_micro: int, nodes_min: int) -> list[LinkedNode]:
         """Those for whose word so much is at stake while a place of theirs is held. Raises NotSecured, and what the
@@ -212,6 +238,7 @@ class Choosing:
             self._work(size, gang, length), [one.offer for one in gang],
             dtype=self.dtype(gang), tokens=self._file.tokens,
             nodes_min=min(len(gang), needs.nodes_min), nodes_max=needs.nodes_max, deadline_s=self._file.deadline_s,
+            together=self._together(gang),
         )  # fmt: skip
         if not mix.members:
             raise NotSecured(mix.reason)
@@ -306,5 +333,11 @@ class Choosing:
         return costs_of(
             work, [one.offer for one in gang], dtype=self.dtype(gang), tokens=self._file.tokens,
             currency=needs.each.currency, nodes_min=needs.nodes_min, nodes_max=needs.nodes_max,
-            deadline_s=deadline_s or self._file.deadline_s,
+            deadline_s=deadline_s or self._file.deadline_s, together=self._together(gang),
         )  # fmt: skip
+
+    def _together(self, gang: Sequence[LinkedNode]) -> Amount | None:
+        needed = self._file.requirements.flops_together
+        if not needed:
+            return None
+        return Amount(np.array(self.measured_flops(gang)), needed, f"{format_count(needed)}FLOP/s")

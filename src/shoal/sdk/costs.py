@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
+from itertools import compress
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from shoal.market.goodput import Mix, TrainingWork, best_mix
+from shoal.market.goodput import Amount, Mix, TrainingWork, best_mix
 from shoal.market.requirements import USUAL_CURRENCY
 from shoal.protocol.offers import Offer
 from shoal.quantities.money import MICRO
@@ -114,13 +115,14 @@ def mix_for(
     nodes_min: int,
     nodes_max: int,
     deadline_s: float | None,
+    together: Amount | None = None,
 ) -> Mix:
     """Which of these a job that pays takes: the mix with the most work for its money, or with a deadline the cheapest
-    that keeps it. No members where none does, with the reason."""
+    that keeps it, or that has an amount together. No members where none does, with the reason."""
     columns = _columns(offers, dtype)
     return best_mix(
         work, columns.flops, columns.rates_bps, columns.micro_per_h, nodes_min=nodes_min, nodes_max=nodes_max,
-        tokens_per_s_min=tokens / deadline_s if deadline_s else 0.0,
+        tokens_per_s_min=tokens / deadline_s if deadline_s else 0.0, together=together,
     )  # fmt: skip
 
 
@@ -134,13 +136,17 @@ def costs_of(
     nodes_min: int,
     nodes_max: int,
     deadline_s: float | None,
+    together: Amount | None = None,
 ) -> Costs:
     """The costs of `tokens` accepted tokens on nodes that offer this; without a currency, in that of most of those that
     have a price. Nodes that are priced in another are left out: nothing is converted."""
     priced = Counter(one.price.currency for one in offers if one.price and one.price.micro_per_h)
     currency = currency or max(priced, key=lambda one: (priced[one], one), default=USUAL_CURRENCY)
     left_out = sum(priced.values()) - priced[currency]
-    offers = [one for one in offers if not one.price or not one.price.micro_per_h or one.price.currency == currency]
+    payable = [not one.price or not one.price.micro_per_h or one.price.currency == currency for one in offers]
+    offers = list(compress(offers, payable))
+    if together is not None:
+        together = replace(together, each=together.each[payable])
     columns = _columns(offers, dtype)
     flops, rates, prices = columns.flops, columns.rates_bps, columns.micro_per_h
 
@@ -152,8 +158,9 @@ def costs_of(
     best, single = Mix((), 0.0, 0, "No node was measured."), Mix((), 0.0, 0, "")
     if able:
         best = mix_for(
-            work, offers, dtype=dtype, tokens=tokens, nodes_min=nodes_min, nodes_max=nodes_max, deadline_s=deadline_s
-        )
+            work, offers, dtype=dtype, tokens=tokens, nodes_min=nodes_min, nodes_max=nodes_max, deadline_s=deadline_s,
+            together=together,
+        )  # fmt: skip
         single = best_mix(work, flops, rates, prices, nodes_max=1)
     names = [offer.name for offer in offers]
     public = sorted(

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from shoal.market.requirements import ALTERNATIVES_MAX, Milliseconds, Requirements, Wish
+from shoal.market.requirements import ALTERNATIVES_MAX, Milliseconds, Needed, Requirements, Wish
 from shoal.models.configs import PRESETS
 from shoal.protocol.offers import Name
 from shoal.protocol.training import (
@@ -110,8 +110,11 @@ class RequirementsSection(_Section, frozen=True, kw_only=True, forbid_unknown_fi
     """The job starts when so many are ready."""
     nodes_max: Annotated[int, Meta(ge=1, le=MEMBERS_MAX)] = 64
     """No more than this many at a time."""
+    flops_together: Annotated[float, Meta(ge=0, le=1e18, extra={"quantity": "count"})] = 0.0
+    """And when they were measured at so many FLOP/s together, each in its fastest dtype: any mix of nodes that gives it.
+    With a budget the cheapest such mix is taken."""
     wait_s: Annotated[float, Meta(ge=0, le=7 * 86_400)] = 60.0
-    """How long to wait for nodes_min nodes before giving up."""
+    """How long to wait for so many nodes before giving up."""
     latency_within_ms: Milliseconds | None = None
     """There and back between any two of its nodes at most, as they measure it themselves."""
     bond_min: Annotated[int, Meta(ge=0, le=AMOUNT_MAX, extra={"quantity": "money"})] = 0
@@ -123,6 +126,10 @@ class RequirementsSection(_Section, frozen=True, kw_only=True, forbid_unknown_fi
     @property
     def wish(self) -> Wish:
         return Wish(self.each, self.any_of)
+
+    @property
+    def needed(self) -> Needed:
+        return Needed(self.nodes_min, self.flops_together)
 
 
 class JobFile(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -162,6 +162,10 @@ class Plan:
     round_trip_ms: float | None
     nodes_min: int
     """How many the job needs before it begins."""
+    flops_together: float
+    """What they have to have been measured at together."""
+    so_far: str
+    """What of that is there."""
     why_not: str
     """Why there are fewer, and what would do; empty where there are enough."""
     token_budget: int
@@ -210,6 +214,7 @@ async def plan(job_file: JobFile, options: TrainOptions, scratch: Path, deadline
             prepared, gang, length = await session.plan(waiting=False)
             rounds = job_file.rounds.resolved(length.inner_steps)
             per_round = length.inner_steps * job_file.batch_samples * prepared.data.sequence_tokens * max(1, len(gang))
+            needed, flops = job_file.requirements.needed, session.choosing.measured_flops(gang)
             return Plan(
                 nodes=tuple(
                     (one.name, one.offer.capability.devices[0].name, fastest_float32(one.offer)) for one in gang
@@ -222,8 +227,10 @@ async def plan(job_file: JobFile, options: TrainOptions, scratch: Path, deadline
                 rounds=math.ceil(job_file.tokens / per_round),
                 update_bytes=update_bytes(rounds.codec, prepared.model.parameters, rounds.sparse_keep),
                 round_trip_ms=slowest_round_trip_ms(gang),
-                nodes_min=job_file.requirements.nodes_min,
-                why_not=await session.choosing.why_not() if len(gang) < job_file.requirements.nodes_min else "",
+                nodes_min=needed.nodes,
+                flops_together=needed.flops,
+                so_far=needed.so_far(flops),
+                why_not="" if needed.met_by(flops) else await session.choosing.why_not(),
                 token_budget=job_file.tokens,
                 dtype=session.choosing.dtype(gang),
                 caution=say_undecided(job_file),
@@ -552,7 +559,7 @@ class Session:
             within_ms=needs.latency_within_ms,
             bonded=self.choosing.refuse_unbonded if needs.bond_min else None,
             treasurer=self.treasurer,
-            members_min=min(len(gang), needs.nodes_min),
+            members_min=needs.needed.fewest(self.choosing.measured_flops(gang)),
             nodes_max=needs.nodes_max if self.treasurer is None else len(gang),
             retired=retired,
             known=known.nodes if known else (),
