@@ -180,7 +180,7 @@ def test_any_mix_that_has_so_much_together_will_do() -> None:
         scene = Scene()
         small = [await scene.a_node(number, capability=measured(4e13)) for number in (2, 3)]
         with pytest.raises(
-            TooFewNodes, match=r"2 of 1 node, with 80\.0 TFLOP/s of 90\.0 TFLOP/s together, came within 3 s\. .*"
+            TooFewNodes, match=r"2 nodes with 80\.0 TFLOP/s of 90\.0 TFLOP/s together came within 3 s\. .*"
             r"flops_together 80\.0 TFLOP/s instead of 90\.0 TFLOP/s: 2 nodes",
         ):  # fmt: skip
             await scene.gang(Needed(1, 9e13), wait_s=3.0)

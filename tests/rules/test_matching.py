@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.cli.offers import CALLED
-from shoal.market import Board, Listing, Requirements, Wish, match
-from shoal.market.matching import cheapest_together, demands
+from shoal.market import Board, Listing, Needed, Requirements, Wish, match
+from shoal.market.enough import cheapest
+from shoal.market.matching import demands
 from shoal.market.requirements import Means
 from shoal.protocol.money import HouseLedger
 from shoal.protocol.offers import Capability, Device, Offer, Place, Throughput
@@ -132,7 +133,7 @@ def test_offers_says_why_not_in_its_own_options() -> None:
         countries=("DE",), countries_without=("NL",), regions=("a",), regions_without=("b",), tier="attested",
         reputation_min=1, notice_min_ms=1, price_max=1,
     )  # fmt: skip
-    assert {one.name for one in demands(BOARD, all_that_has_one)} | {"idle"} == set(CALLED)
+    assert {one.name for one in demands(BOARD, all_that_has_one)} | {"idle", "flops_together"} == set(CALLED)
     found = match(BOARD, Wish(Requirements(device_name="4090", price_max=350_000)), needed=3, called=CALLED)
     assert (
         "Excluded by --device-name ('4090' in its name) 2, by --max-price (at most 0.35/h) 2, by --currency (priced "
@@ -222,16 +223,31 @@ def test_any_mix_that_gives_so_much_together() -> None:
     found = match(BOARD, cuda, accepts="train", flops_together=1.2e14)
     assert (found.nodes, found.flops) == (2, pytest.approx(1.1e14))
     assert found.reason == (
-        "2 nodes of 5 that take such work fit, with 110.0 TFLOP/s together, where 1 is needed, with 120.0 TFLOP/s "
-        "together. Excluded by price_max (at most 0.35/h) 2, by device (cuda) 1. What would do: flops_together 110.0 "
+        "2 nodes of 5 that take such work fit, with 110.0 TFLOP/s together, where 120.0 TFLOP/s are needed. "
+        "Excluded by price_max (at most 0.35/h) 2, by device (cuda) 1. What would do: flops_together 110.0 "
         "TFLOP/s instead of 120.0 TFLOP/s: 2 nodes; price_max 0.42/h instead of 0.35/h: 3 nodes."
     )
-    rows = match(BOARD, Wish(Requirements(device="cuda", currency="USD"))).rows
-    assert names(BOARD, cheapest_together(BOARD, rows, 1, 1e14)) == {"node0"}
-    assert names(BOARD, cheapest_together(BOARD, rows, 1, 1.1e14)) == {"node0", "node5"}
-    assert names(BOARD, cheapest_together(BOARD, rows, 3, 0)) == {"node0", "node1", "node5"}
-    assert names(BOARD, cheapest_together(BOARD, rows, 1, 1e15)) == {"node3"}, "by its fastest device"
-    assert not len(cheapest_together(BOARD, rows, 1, 1e16)) and not len(cheapest_together(BOARD, rows, 9, 0))
+
+
+def test_the_cheapest_that_is_enough() -> None:
+    rows = match(BOARD, Wish(Requirements(device="cuda"))).rows
+
+    def found(nodes: int, flops: float = 0.0, within_ms: float | None = None) -> set[str]:
+        return names(BOARD, cheapest(BOARD, rows, Needed(nodes, flops), within_ms).rows)
+
+    assert found(1, 1e14) == {"node0"}
+    assert found(1, 1.1e14) == {"node0", "node5"}
+    assert found(3) == {"node0", "node1", "node5"}, "in the currency of most: nothing is converted"
+    assert found(1, 1e15) == {"node3"}, "by its fastest device"
+    assert not found(1, 1e16) and not found(9)
+    assert cheapest(BOARD, rows, Needed(2, 1.1e14)).reason == (
+        "The cheapest 2 nodes with 110.0 TFLOP/s together: 0.44 USD an hour."
+    )
+    assert found(2, within_ms=25.0) == {"node0", "node5"}, "10 ms from the hub each, as far as they say"
+    assert not found(2, within_ms=15.0)
+    assert cheapest(BOARD, rows, Needed(2), 25.0).reason == (
+        "The cheapest 2 nodes within 25 ms of one another: 0.44 USD an hour."
+    )
 
 
 NUMBERS = st.integers(0, 5)

@@ -31,9 +31,12 @@ from shoal.world import Clock, Directory, Endpoint, SystemClock, SystemDice
 
 if TYPE_CHECKING:
     from shoal.market import Board, Listing, Match, Requirements
+    from shoal.market.enough import Cheapest
     from shoal.protocol.offers import Offer
 
-LIMIT_MAX = 10_000
+LIMIT_MAX, NODES_MAX, FLOPS_MAX = 10_000, 1024, 1e18
+NAMED_MAX = 16
+"""Of the cheapest that are enough."""
 ECHO_DEADLINE_S = 5.0
 ECHOES_AT_ONCE = 32
 MEASURED_MAX = 1024
@@ -59,7 +62,7 @@ FLAGS = {
     "currency": ("--currency", "capitals and digits, such as USD"),
 }
 """What each option takes, by the field that it becomes."""
-CALLED = {"idle": "--idle"} | {
+CALLED = {"idle": "--idle", "flops_together": "--together"} | {
     field.removesuffix("_bytes").removesuffix("_ms"): flag for field, (flag, _) in FLAGS.items()
 }
 """Each option, by the requirement that it is."""
@@ -128,6 +131,23 @@ def offers(
         typer.Option(help="Only what is priced in this.", show_default="USD with --max-price, else any"),
     ] = None,
     idle: Annotated[bool, typer.Option("--idle", help="Only nodes that are free.")] = False,
+    nodes: Annotated[
+        int, typer.Option(metavar="COUNT", help="So many are needed; the cheapest of them are named.")
+    ] = 1,
+    together: Annotated[
+        str,
+        typer.Option(
+            metavar="COUNT", help="Any mix that gives so many FLOP/s together, such as 200T; the cheapest is named."
+        ),
+    ] = "0",
+    within: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME",
+            help="With --nodes: any two at most so far apart, there and back, by where they say to be; a job measures it.",
+            show_default=False,
+        ),
+    ] = None,
     sort: Annotated[
         Order,
         typer.Option(
@@ -143,10 +163,12 @@ def offers(
     One line a node: the device that fits with the memory and the matrix product rate that it measured, what an hour of
     it costs, where its owner says it is, whether a job has it, and the model that an engine beside it serves. The
     filters are those that a job file has under `requirements`. Where nothing fits, it says what excluded how many, and
-    what would do. `--json` prints the offers whole.
+    what would do. `--nodes 4 --together 200T` asks for so much, and names the cheapest mix that gives it. `--json`
+    prints the offers whole.
     """  # fmt: skip
     from shoal.hub import HubClient
-    from shoal.market import Board, Listing, Wish, match
+    from shoal.market import Board, Listing, Needed, Wish, match
+    from shoal.market.enough import cheapest
     from shoal.market.reputation import NEW
     from shoal.protocol.offers import OfferFind
     from shoal.transport import TlsEndpoint
@@ -154,6 +176,15 @@ def offers(
 
     if not 1 <= limit <= LIMIT_MAX:
         raise BadFlag(f"--limit {limit} cannot be used: from 1 to {LIMIT_MAX}.")
+    if not 1 <= nodes <= NODES_MAX:
+        raise BadFlag(f"--nodes {nodes} cannot be used: from 1 to {NODES_MAX}.")
+    needed = Needed(nodes, _flops_together(together))
+    within_ms = None if within is None else 1000 * parse_duration_s(within)
+    if within_ms is not None and (nodes < 2 or needed.flops or not 0 < within_ms <= 60_000):
+        raise BadFlag(
+            f"--within {within} cannot be used: it says how far any two of --nodes 2 or more may be from one another, "
+            "more than 0 and at most a minute, and not beside --together."
+        )
     if sort is Order.LATENCY and latency is None:
         latency = "60 s"
     wanted = _requirements(
@@ -186,21 +217,37 @@ def offers(
         board = Board()
         for one in listings:
             board.put(one)
-        found = match(board, Wish(wanted), idle_only=idle, called=CALLED)
+        found = match(
+            board, Wish(wanted), idle_only=idle, needed=needed.nodes, flops_together=needed.flops, called=CALLED
+        )
         rows = _ordered(board, found, sort)[:limit]
+        mix = cheapest(board, found.rows, needed, within_ms) if found.enough and needed != Needed() else None
         if json:
-            _print_json(board, found, rows)
+            _print_json(board, found, rows, mix)
         elif rows:
             linked = sort is Order.BANDWIDTH or wanted.bandwidth_min > 0
             out.print(_table(board, rows, far=wanted.latency_max_ms is not None, linked=linked))
             if found.nodes > len(rows):
                 err.print(f"{found.nodes - len(rows)} more fit; --limit shows more.", style="dim")
+            if not found.enough:
+                out.print(shown(found.reason), markup=False, soft_wrap=True)
+            elif mix is not None:
+                of = ", ".join(board.listing(row).offer.name for row in mix.rows[:NAMED_MAX])
+                more = f" and {len(mix.rows) - NAMED_MAX} more" if len(mix.rows) > NAMED_MAX else ""
+                out.print(shown(f"{mix.reason} {of}{more}".strip()), markup=False, soft_wrap=True)
         elif not len(board):
             out.print("Nothing is offered. Start a node with: shoal node start")
         else:
             out.print(shown(found.reason), markup=False, soft_wrap=True)
 
     run(work)
+
+
+def _flops_together(text: str) -> float:
+    flops = float(parse_count(text))
+    if not 0 <= flops <= FLOPS_MAX:
+        raise BadFlag(f"--together {text} cannot be used: from 0 to 1e18 FLOP/s.")
+    return flops
 
 
 def _requirements(asked: dict[str, object]) -> Requirements:
@@ -313,7 +360,7 @@ def _price(offer: Offer, *, several: bool) -> str:
     return format_money(offer.price.micro_per_h) + (f" {offer.price.currency}" if several else "")
 
 
-def _print_json(board: Board, found: Match, rows: list[int]) -> None:
+def _print_json(board: Board, found: Match, rows: list[int], mix: Cheapest | None) -> None:
     listed = [board.listing(row) for row in rows]
     print_json(
         {
@@ -326,5 +373,11 @@ def _print_json(board: Board, found: Match, rows: list[int]) -> None:
                 for one in found.changes
             ],
             "reason": found.reason,
+            "cheapest": mix and {
+                "nodes": [board.listing(row).node for row in mix.rows],
+                "micro_per_h": mix.micro_per_h,
+                "currency": mix.currency,
+                "reason": mix.reason,
+            },
         }
     )  # fmt: skip

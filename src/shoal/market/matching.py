@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shoal.market.board import TIERS, Board, Listing, Mask, Rows
-from shoal.market.goodput import Amount, cheapest_cover
-from shoal.market.requirements import ROUNDING, USUAL_CURRENCY, Means, Requirements, Wish
+from shoal.market.enough import cheapest
+from shoal.market.requirements import ROUNDING, USUAL_CURRENCY, Means, Needed, Requirements, Wish
 from shoal.protocol.money import ledger_text
 from shoal.quantities import (
     format_bytes,
@@ -100,6 +100,8 @@ class _Enough:
         self._least_flops = flops * (1 - ROUNDING)
 
     def __str__(self) -> str:
+        if self.flops and self.nodes == 1:
+            return f"{_flops(self.flops)} are needed"
         together = f", with {_flops(self.flops)} together" if self.flops else ""
         return f"{self.nodes} {'is' if self.nodes == 1 else 'are'} needed{together}"
 
@@ -166,20 +168,6 @@ def match(
     changes = sorted(found, key=lambda change: change.step)[:CHANGES_SHOWN]
     said += f", where {enough}." + _why(considered, asked, excluded, changes, called)
     return Match(rows, nodes, flops, False, considered, excluded, tuple(changes), said)
-
-
-def cheapest_together(board: Board, rows: Rows, nodes: int, flops: float) -> Rows:
-    """Of these rows one for each node of the cheapest mix that is of so many nodes and has so many FLOP/s together, as
-    far as the search finds it; the cheapest first. Empty where there is none."""
-    speed, prices = board.number("flops")[rows], board.number("price_micro_per_h")[rows]
-    order = np.lexsort((-speed, board.owner[rows]))
-    first = np.ones(len(order), dtype=bool)
-    first[1:] = np.diff(board.owner[rows][order]) != 0
-    best = order[first]  # a node's fastest: all of its devices come for one price
-    needs, costs = [Amount(speed[best], flops)], prices[best].astype(np.int64)
-    chosen = cheapest_cover(needs, costs, least=nodes, most=len(best))
-    some = rows[best[chosen]] if chosen is not None else rows[:0]
-    return some[np.argsort(board.number("price_micro_per_h")[some], kind="stable")]
 
 
 def fitting(listings: Iterable[Listing], wish: Wish) -> dict[bytes, float]:
@@ -334,9 +322,9 @@ def _with_another(
     if changed.column == "currency":
         yield Change(changed.name, f"{name} {text} instead of {changed.text}: {_count(nodes)}", nodes, ANOTHER, text)
         return
-    mix = cheapest_together(board, np.flatnonzero(met), enough.nodes, enough.flops)
-    cheapest = "the cheapest costs" if len(mix) == 1 else f"the cheapest {len(mix)} cost"
-    cost = f"{cheapest} {_price(board.number('price_micro_per_h')[mix].sum())} in {text.rpartition('/')[2]}"
+    mix = cheapest(board, np.flatnonzero(met), Needed(enough.nodes, enough.flops))
+    those = "the cheapest costs" if len(mix.rows) == 1 else f"the cheapest {len(mix.rows)} cost"
+    cost = f"{those} {_price(mix.micro_per_h)} in {text.rpartition('/')[2]}"
     said = "with a budget" if not changed.text else f"with money at the ledger {text.split()[0][:8]}"
     yield Change(changed.name, f"{said}: {_count(nodes)}, of which {cost}", nodes, ANOTHER)
 

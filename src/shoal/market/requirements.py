@@ -117,13 +117,21 @@ class Needed:
             some.append(one)
         return len(some)
 
+    def __str__(self) -> str:
+        return _nodes(self.nodes) + (f" with {format_count(self.flops)}FLOP/s together" if self.flops else "")
+
     def so_far(self, flops: Collection[float]) -> str:
-        """As one reads it: `1 of 2 nodes, with 110.0 TFLOP/s of 200.0 TFLOP/s together,`."""
-        said = f"{len(flops)} of {self.nodes} node{'s' * (self.nodes != 1)}"
+        """As one reads it: `1 of 2 nodes`, `3 nodes with 110.0 TFLOP/s of 200.0 TFLOP/s together`."""
+        count = len(flops)
         if not self.flops:
-            return said
+            return f"{count} of {_nodes(self.nodes)}"
         has, of = (f"{format_count(one)}FLOP/s" for one in (math.fsum(flops), self.flops))
-        return f"{said}, with {has} of {of} together,"
+        said = f"{count} of {_nodes(self.nodes)}" if count < self.nodes else _nodes(count)
+        return f"{said} with {has} of {of} together"
+
+
+def _nodes(count: int) -> str:
+    return "1 node" if count == 1 else f"{count} nodes"
 
 
 ANYTHING = Wish()

@@ -111,8 +111,8 @@ class RequirementsSection(_Section, frozen=True, kw_only=True, forbid_unknown_fi
     nodes_max: Annotated[int, Meta(ge=1, le=MEMBERS_MAX)] = 64
     """No more than this many at a time."""
     flops_together: Annotated[float, Meta(ge=0, le=1e18, extra={"quantity": "count"})] = 0.0
-    """And when they were measured at so many FLOP/s together, each in its fastest dtype: any mix of nodes that gives it.
-    With a budget the cheapest such mix is taken."""
+    """And when they were measured at so many FLOP/s together, each in its fastest dtype: any mix that gives it. With a
+    budget the cheapest such mix is taken."""
     wait_s: Annotated[float, Meta(ge=0, le=7 * 86_400)] = 60.0
     """How long to wait for so many nodes before giving up."""
     latency_within_ms: Milliseconds | None = None
