@@ -411,7 +411,7 @@ def plan_job(
         out.print()
         print_costs(made.costs, with_reason=not made.why_not)
         if made.costs.best is not None:
-            out.print(say_choice(made.costs, job_file.budget), markup=False, soft_wrap=True)
+            out.print(say_choice(made.costs, job_file.budget or None), markup=False, soft_wrap=True)
     for one in fees:
         said = say_fee(one.table, SystemClock().now_ms())
         out.print(
@@ -435,10 +435,10 @@ def print_costs(costs: Costs, *, with_reason: bool) -> None:
     for name in ("tokens/s", "time", f"{costs.currency}/h", f"{costs.currency} in all"):
         table.add_column(name, justify="right", no_wrap=True)
 
-    def row(way: Way, what: str, style: str = "") -> None:
+    def row(way: Way, what: str, style: str = "", currency: str = "") -> None:
         table.add_row(
             escape(shown(what)), format_count(way.tokens_per_s), format_duration_s(3600 * way.hours),
-            format_money(way.micro_per_h), format_money(way.micro), style=style,
+            format_money(way.micro_per_h) + currency, format_money(way.micro) + currency, style=style,
         )  # fmt: skip
 
     if costs.all is not None:
@@ -447,9 +447,8 @@ def print_costs(costs: Costs, *, with_reason: bool) -> None:
         row(costs.best, f"best mix: {costs.best.what}", "green")
     if costs.one is not None:
         row(costs.one, f"best node: {costs.one.what}")
-    in_usd = "" if costs.currency == USUAL_CURRENCY else f", in {USUAL_CURRENCY}"
     for way in costs.public:
-        row(way, way.what + in_usd, "dim")
+        row(way, way.what, "dim", "" if costs.currency == USUAL_CURRENCY else f" {USUAL_CURRENCY}")
     out.print(table)
     if (with_reason and costs.best is None) or costs.left_out:
         out.print(shown(costs.reason), markup=False, style="yellow")
