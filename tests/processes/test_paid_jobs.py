@@ -35,7 +35,7 @@ from shoal.quantities.money import parse_money
 from shoal.sdk.acquaintances import Acquaintances
 from shoal.sdk.local import LocalShoal
 from shoal.sdk.spending import Spending
-from shoal.sdk.train import TrainOptions, train
+from shoal.sdk.train import TrainOptions, plan, train
 from shoal.transport import TlsEndpoint
 from shoal.world import SystemClock, SystemDice
 from shoal.world.quotes import NotSecured
@@ -174,21 +174,31 @@ async def check_settled(town: Town, ledger: RemoteLedger, bill: Bill, folder: Pa
 def test_a_job_pays_for_accepted_work_and_gets_the_rest_back(tmp_path: Path) -> None:
     async def story(town: Town, ledger: RemoteLedger) -> None:
         text = job_text(tmp_path)
-        free = options_for(town.shoal, tmp_path / "free", owner_key(), Watch())
-        hasty = text.replace(b"wait: 60 s", b"wait: 3 s")
+        watch, hasty = Watch(), text.replace(b"wait: 60 s", b"wait: 3 s")
+        free = options_for(town.shoal, tmp_path / "free", owner_key(), watch)
         with pytest.raises(TooFewNodes, match=r"budget \(free, as the job has no budget\) 3.*with a budget: 3 nodes"):
-            await train(parsed(hasty, tmp_path), hasty, free)
+            await train(parsed(text, tmp_path), text, free)
+        assert not any("waiting" in said for said in watch.said)
+        near = text.replace(b"wait: 60 s", b"wait: 60 s\n  latency_within: 0.001 ms")
+        planned = await plan(parsed(near, tmp_path), free, tmp_path / "near")
+        assert planned.nodes == () and "within 0.001 ms of one another, and 2 are needed" in planned.why_not
+        one = text.replace(b"nodes_min: 2", b"nodes_min: 1\n  nodes_max: 1")
+        planned = await plan(parsed(one, tmp_path), free, tmp_path / "one")
+        assert len(planned.nodes) == 3 and planned.costs is not None and planned.costs.best is not None
+        assert planned.costs.best.what in WORTH_IT, "of all that fit, not of the fastest alone"
         with pytest.raises(NoMoney, match=r"sets 60.00 USD aside, and your account .* has 50.00"):
             await train(parsed(text, tmp_path), text, town.options(tmp_path, Watch(), 60_000_000))
-        watch = Watch()
         stake = BondTerms(
             account=town.account.address, node=bytes.fromhex(town.shoal.nodes["birch"].ready["node"]),
             network="shoal", amount_micro=2_000_000, notice_ms=24 * 3_600_000, nonce=bytes(32),
         )  # fmt: skip
         await ledger.apply(PostBond(stake, town.account.sign(stake.bond_id(town.ticket.ledger))))
         bonded = hasty.replace(b"wait: 3 s", b"wait: 3 s\n  bond_min: 1.50")
+        watch = Watch()
         with pytest.raises(NotSecured, match=r"1 of 3 nodes have a bond of 1.50 .*, and 2 are needed; with 0.00 there"):
-            await train(parsed(bonded, tmp_path), bonded, town.options(tmp_path, Watch(), 5_000_000))
+            await train(parsed(bonded, tmp_path), bonded, town.options(tmp_path, watch, 5_000_000))
+        assert sum("have a bond of" in said for said in watch.said) == 1, "not at each look"
+        watch = Watch()
         report = await train(parsed(text, tmp_path), text, town.options(tmp_path, watch, 5_000_000))
         assert any(said.startswith("Chosen 2 of 3 nodes: ") for said in watch.said)
         (times,) = (said for said in watch.said if "held in" in said)

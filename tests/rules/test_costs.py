@@ -45,12 +45,21 @@ def test_ways_to_have_a_job_done() -> None:
     fast = costs(an_offer("large", 300, 1_200_000), an_offer("small", 60, 100_000), deadline_s=300)
     assert fast.best is not None and fast.best.what == "large"
     late = costs(an_offer("small", 60, 100_000), deadline_s=60)
-    assert late.best is None and "No mix of 1 candidates" in late.reason
+    assert late.best is None and late.reason == (
+        "No mix of 1 measured node is fast enough: 6.0 M tokens/s are needed; the fastest, of 1 node, trains 300.0 k "
+        "for 0.10/h. A deadline of 20 min would do."
+    )
+    assert costs(an_offer("small", 60, 100_000), deadline_s=20 * 60).best is not None
+    many = costs(*(an_offer(f"n{at}", 60 + at, 100_000) for at in range(10)))
+    assert many.all is not None and many.all.what == "the fastest 8 of 10"
+    assert many.all.micro_per_h == 800_000 and many.all.tokens_per_s == pytest.approx(sum(range(62, 70)) * 5e3)
 
 
 def test_it_is_said_which_nodes_a_job_takes_for_its_money() -> None:
     found = costs(an_offer("large", 300, 1_200_000), an_offer("small", 60, 100_000))
-    assert say_choice(found, None) == "Without a budget it takes only those that are free."
+    assert say_choice(found, None) == (
+        "Without a budget it takes only those that are free; with one it would take small, for 0.033334 USD as offered."
+    )
     assert say_choice(found, 40_000) == "Of these it takes small, for 0.033334 USD as offered."
     assert say_choice(found, 30_000).endswith(
         "as offered. That is more than its budget of 0.03: it would stop when that is used up, to be resumed with a "

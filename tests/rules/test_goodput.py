@@ -91,7 +91,8 @@ def test_the_cheapest_of_any_mix_that_has_so_much_together(
         if speed >= wanted and sum(each[at] for at in some) >= needed
     ]
     if not enough:
-        assert not found.members and "so much together" in found.reason
+        why = "fast enough" if found.fastest_per_s else "so much together"
+        assert not found.members and why in found.reason
         return
     assert sum(each[at] for at in found.members) >= needed and found.tokens_per_s >= wanted
     assert found.micro_per_h == min(enough)
@@ -133,9 +134,13 @@ def test_many_cheap_nodes_may_beat_a_large_one_and_a_poor_link_may_spoil_it() ->
     fast = best_mix(work, flops, rates, costs, nodes_max=8, tokens_per_s_min=3.5e6)
     assert 0 in fast.members
     none = best_mix(work, flops, rates, costs, nodes_max=8, tokens_per_s_min=1e9, micro_per_h_max=600_000)
-    assert none.reason == (
-        "No mix of 5 candidates gives at least 1 and at most 8 nodes, 1e+09 tokens/s, at most 0.60/h together."
+    assert none.reason.startswith("No mix of 5 measured nodes is fast enough: 1.0 G tokens/s are needed; the fastest")
+    enough = best_mix(
+        work, flops, rates, costs, nodes_max=8, tokens_per_s_min=none.fastest_per_s, micro_per_h_max=600_000
     )
+    assert enough.members and enough.micro_per_h <= 600_000
+    few = best_mix(work, flops, rates, costs, nodes_min=6, nodes_max=8, micro_per_h_max=600_000)
+    assert few.reason == "No mix of 5 measured nodes has at least 6 and at most 8 nodes for at most 0.60/h together."
 
 
 def test_what_a_mix_costs() -> None:

@@ -19,6 +19,7 @@ from shoal.protocol.prices import Price
 from shoal.quantities import parse_bytes, parse_bytes_per_s, parse_count, parse_duration_s
 
 GIB = 1 << 30
+OPERATOR, OTHER = HouseLedger(operator=bytes(32), currency="USD"), HouseLedger(operator=bytes([1]) * 32, currency="EUR")
 
 
 def a_device(kind: str = "cuda", name: str = "RTX 4090", memory_gib: int = 24, flops: float = 1e14) -> Device:
@@ -123,8 +124,23 @@ def test_why_not_names_who_excluded_most_and_the_nearest_change() -> None:
     far = match(BOARD, Wish(Requirements(latency_max_ms=5.0)), accepts="train", needed=3)
     assert "latency_max 110 ms instead of 5 ms: 3 nodes" in far.reason
     assert "without" not in far.reason, "numbers come first, and taking the demand away is not told beside them"
-    none = match(BOARD, Wish(Requirements(device="mps", tier="attested")), accepts="train")
-    assert none.reason.endswith("No single change would do.")
+    none = match(BOARD, Wish(Requirements(device="mps", tier="attested", countries=("JP",))), accepts="train")
+    assert none.reason.endswith("No one change would do, nor any two that were tried.")
+    many = match(BOARD, Wish(), needed=7)
+    assert many.reason == "6 nodes of 6 on offer fit, where 7 are needed. No more offer it at these hubs."
+
+
+def test_two_changes_that_would_do_together_where_none_does_by_itself() -> None:
+    found = match(BOARD, Wish(Requirements(countries=("FR",), price_max=80_000, device="cuda")), needed=1)
+    assert found.changes == () and found.reason.endswith(
+        "No single change would do, but two: currency EUR instead of USD and price_max 0.30/h instead of 0.08/h: 1 "
+        "node."
+    )
+    board = a_board(a_listing(1, price=400_000, ledger=OPERATOR), a_listing(2, price=500_000, ledger=OPERATOR))
+    found = match(board, Wish(Requirements(price_max=100_000), means=Means()), needed=2)
+    assert found.reason.endswith(
+        "No single change would do, but two: with a budget and price_max 0.50/h instead of 0.10/h: 2 nodes."
+    )
 
 
 def test_offers_says_why_not_in_its_own_options() -> None:
@@ -169,9 +185,6 @@ def test_what_would_do_in_an_alternative() -> None:
     first, *_ = found.changes
     assert first.sentence == "any_of[2].price_max 0.42/h instead of 0.35/h: 2 nodes"
     assert (first.name, first.limit) == ("any_of[2].price_max", 420_000)
-
-
-OPERATOR, OTHER = HouseLedger(operator=bytes(32), currency="USD"), HouseLedger(operator=bytes([1]) * 32, currency="EUR")
 
 
 def test_a_job_without_a_budget_is_told_what_one_has_to_pay_for() -> None:
@@ -306,6 +319,23 @@ def test_a_change_that_is_told_does_what_it_says(
         if field not in ("price_max", "memory_min_bytes"):
             less = msgspec.structs.replace(wanted, **{field: nearer})
             assert "needed" in match(board, Wish(less), needed=needed, flops_together=together).reason
+
+
+@given(st.lists(listings, max_size=12), requirements(), st.integers(1, 4))
+def test_two_changes_that_are_told_do_what_they_say(found: list[Listing], wanted: Requirements, needed: int) -> None:
+    board = a_board(*found)
+    before = match(board, Wish(wanted), needed=needed)
+    assert not (before.changes and before.together)
+    usual = Requirements()
+    for change in before.together:
+        field = next(name for name in msgspec.structs.asdict(wanted) if name.startswith(change.name))
+        value = getattr(usual, field)
+        if change.limit is not None:
+            value = type(getattr(wanted, field))(change.limit)
+        wanted = msgspec.structs.replace(wanted, **{field: value})
+    after = match(board, Wish(wanted), needed=needed)
+    if before.together:
+        assert after.nodes == before.together[-1].nodes >= needed
 
 
 @given(st.lists(listings, max_size=12), requirements(), st.lists(requirements(), max_size=3), st.integers(1, 4))

@@ -32,6 +32,7 @@ from shoal.world import Clock, Directory, Endpoint, SystemClock, SystemDice
 if TYPE_CHECKING:
     from shoal.market import Board, Listing, Match, Requirements
     from shoal.market.enough import Cheapest
+    from shoal.market.matching import Change
     from shoal.protocol.offers import Offer
 
 LIMIT_MAX, NODES_MAX, FLOPS_MAX = 10_000, 1024, 1e18
@@ -318,8 +319,9 @@ def _ordered(board: Board, found: Match, sort: Order) -> list[int]:
 def _table(board: Board, rows: list[int], *, far: bool, linked: bool) -> Table:
     """Only columns in which something stands."""
     listed = [board.listing(row) for row in rows]
-    placed = any(one.offer.place for one in listed) and not (far and linked)  # there is no room for all
-    limited = any(one.offer.capability.speed_limit < 1 for one in listed)
+    # There is no room for all; what a node measured is with its limit.
+    limited = any(one.offer.capability.speed_limit < 1 for one in listed) and not (far and linked)
+    placed = any(one.offer.place for one in listed) and far + linked + limited < 2
     engines = any(one.offer.engine for one in listed)
     currencies = {one.offer.price.currency for one in listed if one.offer.price and one.offer.price.micro_per_h}
     columns = [
@@ -360,6 +362,10 @@ def _price(offer: Offer, *, several: bool) -> str:
     return format_money(offer.price.micro_per_h) + (f" {offer.price.currency}" if several else "")
 
 
+def _change_fields(one: Change) -> dict[str, object]:
+    return {"requirement": one.name, "value": one.limit, "nodes": one.nodes, "sentence": one.sentence}
+
+
 def _print_json(board: Board, found: Match, rows: list[int], mix: Cheapest | None) -> None:
     listed = [board.listing(row) for row in rows]
     print_json(
@@ -368,10 +374,8 @@ def _print_json(board: Board, found: Match, rows: list[int], mix: Cheapest | Non
             "considered": found.considered,
             "fit": found.nodes,
             "excluded": found.excluded,
-            "changes": [
-                {"requirement": one.name, "value": one.limit, "nodes": one.nodes, "sentence": one.sentence}
-                for one in found.changes
-            ],
+            "changes": [_change_fields(one) for one in found.changes],
+            "together": [_change_fields(one) for one in found.together],
             "reason": found.reason,
             "cheapest": mix and {
                 "nodes": [board.listing(row).node for row in mix.rows],

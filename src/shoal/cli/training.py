@@ -37,11 +37,13 @@ from shoal.driver.report import Report
 from shoal.errors import BadInput, ShoalError
 from shoal.house import RemoteLedger
 from shoal.identity import KeyPair, load_key
+from shoal.market.requirements import USUAL_CURRENCY
 from shoal.protocol.orders import HOUR_MS
 from shoal.purse.bills import budget_of
 from shoal.quantities import format_bytes, format_count, format_duration_s, format_flops, parse_duration_s
 from shoal.quantities.money import format_money, parse_money
-from shoal.sdk.costs import Costs, Way
+from shoal.sdk.choosing import STEP_LEAST_S
+from shoal.sdk.costs import SHEET_SHARE, Costs, Way
 from shoal.sdk.documents import describe, show_default
 from shoal.sdk.handed import is_driven_by_nodes
 from shoal.sdk.hours import Bought, KeptBid, KeptBids, bought_at, bought_hours, free_for
@@ -54,6 +56,9 @@ from shoal.world import SystemClock
 
 if TYPE_CHECKING:
     from shoal.ledger.fees import Announced
+
+NODES_SHOWN = 16
+"""Of those that fit a plan, the fastest."""
 
 
 def print_fields() -> None:
@@ -404,7 +409,9 @@ def plan_job(
     print_plan(made)
     if made.costs is not None:
         out.print()
-        print_costs(made.costs)
+        print_costs(made.costs, with_reason=not made.why_not)
+        if made.costs.best is not None:
+            out.print(say_choice(made.costs, job_file.budget or None), markup=False, soft_wrap=True)
     for one in fees:
         said = say_fee(one.table, SystemClock().now_ms())
         out.print(
@@ -421,17 +428,17 @@ def _fees() -> tuple[Announced, ...]:
     return ()
 
 
-def print_costs(costs: Costs) -> None:
-    """Ways to have a job done, and what each costs."""
+def print_costs(costs: Costs, *, with_reason: bool) -> None:
+    """Ways to have a job done, and what each costs; with the reason where no mix does."""
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("way", overflow="fold")
     for name in ("tokens/s", "time", f"{costs.currency}/h", f"{costs.currency} in all"):
         table.add_column(name, justify="right", no_wrap=True)
 
-    def row(way: Way, what: str, style: str = "") -> None:
+    def row(way: Way, what: str, style: str = "", currency: str = "") -> None:
         table.add_row(
             escape(shown(what)), format_count(way.tokens_per_s), format_duration_s(3600 * way.hours),
-            format_money(way.micro_per_h), format_money(way.micro), style=style,
+            format_money(way.micro_per_h) + currency, format_money(way.micro) + currency, style=style,
         )  # fmt: skip
 
     if costs.all is not None:
@@ -441,12 +448,13 @@ def print_costs(costs: Costs) -> None:
     if costs.one is not None:
         row(costs.one, f"best node: {costs.one.what}")
     for way in costs.public:
-        row(way, way.what, "dim")
+        row(way, way.what, "dim", "" if costs.currency == USUAL_CURRENCY else f" {USUAL_CURRENCY}")
     out.print(table)
-    if costs.best is None or costs.left_out:
+    if (with_reason and costs.best is None) or costs.left_out:
         out.print(shown(costs.reason), markup=False, style="yellow")
     out.print(
-        f"[dim]Grey: one GPU at public list prices in USD, read since {costs.read}, at the speed of its data sheet.[/]"
+        f"[dim]Grey: one GPU at public list prices in USD, read since {costs.read}, at {SHEET_SHARE:.0%} of the speed of its "
+        f"data sheet; no inner step takes less than {1000 * STEP_LEAST_S:.0f} ms.[/]"
     )
 
 
@@ -454,7 +462,13 @@ def say_choice(costs: Costs, budget_micro: int | None) -> str:
     """Which of the nodes that fit a job takes, with so much to spend."""
     if budget_micro is None:
         free = costs.all is not None and not costs.all.micro_per_h
-        return "All of them work for nothing." if free else "Without a budget it takes only those that are free."
+        if free:
+            return "All of them work for nothing."
+        said = "Without a budget it takes only those that are free"
+        if costs.best is None or not costs.best.micro:
+            return f"{said}."
+        best = f"{shown(costs.best.what)}, for {format_money(costs.best.micro)} {costs.currency} as offered"
+        return f"{said}; with one it would take {best}."
     if costs.best is None:
         return shown(costs.reason)
     said = (
@@ -503,8 +517,11 @@ def print_plan(made: Plan) -> None:
     out.print(f"An update takes {format_bytes(made.update_bytes)}. {made.length.reason}", markup=False)
     if made.caution:
         out.print(made.caution, markup=False, style="yellow")
-    for name, device, flops in sorted(made.nodes, key=lambda node: -node[2]):
+    fastest = sorted(made.nodes, key=lambda node: -node[2])
+    for name, device, flops in fastest[:NODES_SHOWN]:
         out.print(f"  {name:<16} {shown(device)}  {format_flops(flops)} in float32", markup=False)
+    if len(fastest) > NODES_SHOWN:
+        out.print(f"  and {len(fastest) - NODES_SHOWN} more")
     if made.why_not:
         out.print(f"{made.so_far} are there now; the job waits for more.", style="yellow")
         out.print(shown(made.why_not), markup=False, soft_wrap=True)

@@ -242,7 +242,7 @@ def _match(board: Board, wanted: OfferFind, wish: Wish, needed: Needed) -> Match
 
 def _costs_money(board: Board, wanted: OfferFind, wish: Wish, why: Match) -> bool:
     """Whether a budget would do, and none of those that would be free works for another job."""
-    would_do = any(change.name == "budget" for change in why.changes)
+    would_do = any(change.name == "budget" for change in (*why.changes, *why.together))
     return would_do and not match(board, wish, accepts=wanted.accepts).nodes
 
 

@@ -17,7 +17,7 @@ OFFERS_MAX = 20_000
 """Live offers one hub keeps unless told otherwise."""
 CROWDED, SHARE = 0.5, 0.25
 """From so much of all places on, newcomers of one address may hold no more than a SHARE of them: keys cost nothing, and
-an offer may stand for a day. Many honest nodes may stand behind one address, so it does not bite while there is room."""
+an offer may stand for a day. Many honest nodes may be behind one address, so it does not bite while there is room."""
 REMEMBERED_MS = 7 * 24 * 3600 * 1000
 """How long the last sequence of a node that is gone is remembered, so that nobody can bring its old offers back."""
 REMEMBERED_PER_OFFER = 2

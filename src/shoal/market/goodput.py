@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from shoal.quantities import format_count
 from shoal.quantities.money import format_money, format_price
 
 FLOORS = 12
@@ -73,6 +74,8 @@ class Mix:
     tokens_per_s: float
     micro_per_h: int
     reason: str
+    fastest_per_s: float = 0.0
+    """Tokens, of the fastest mix where none is fast enough."""
 
     @property
     def micro_per_million(self) -> float:
@@ -100,6 +103,14 @@ def best_mix(
     able = flops > 0
     cheapest = tokens_per_s_min > 0 or together is not None
     found: list[Mix] = []
+
+    def mix_of(members: NDArray[np.int64]) -> Mix:
+        speed = work.tokens_per_s(flops[members].tolist(), float(rates_bps[members].min()))
+        return Mix(tuple(sorted(members.tolist())), speed, int(micro_per_h[members].sum()), "")
+
+    def affordable(mix: Mix) -> bool:
+        return micro_per_h_max is None or mix.micro_per_h <= micro_per_h_max
+
     for floor in _floors(rates_bps[able]):
         places = np.flatnonzero(able & (rates_bps >= floor))
         if cheapest:
@@ -111,15 +122,17 @@ def best_mix(
         else:
             order = _by_value(flops[places], micro_per_h[places], nodes_min, nodes_max)
             sets = [order[:count] for count in range(nodes_min, min(nodes_max, len(order)) + 1)]
-        for some in sets:
-            members = places[some]
-            speed = work.tokens_per_s(flops[members].tolist(), float(rates_bps[members].min()))
-            cost = int(micro_per_h[members].sum())
-            if speed >= tokens_per_s_min and (micro_per_h_max is None or cost <= micro_per_h_max):
-                found.append(Mix(tuple(sorted(members.tolist())), speed, cost, ""))
+        mixes = [mix_of(places[some]) for some in sets]
+        found += [mix for mix in mixes if mix.tokens_per_s >= tokens_per_s_min and affordable(mix)]
     candidates = int(able.sum())
     if not found:
-        return Mix((), 0.0, 0, _none(candidates, nodes_min, nodes_max, tokens_per_s_min, together, micro_per_h_max))
+        if tokens_per_s_min > 0:
+            sets = _fastest_sets(flops, rates_bps, micro_per_h, nodes_min, nodes_max)
+            slow = [mix for mix in map(mix_of, sets) if affordable(mix)]
+            fastest = max(slow, key=lambda mix: mix.tokens_per_s, default=None)
+            if fastest is not None and (together is None or fastest.tokens_per_s < tokens_per_s_min):
+                return _too_slow(fastest, candidates, tokens_per_s_min)
+        return Mix((), 0.0, 0, _none(candidates, nodes_min, nodes_max, together, micro_per_h_max))
     if cheapest:
         best = min(found, key=lambda mix: (mix.micro_per_h, -mix.tokens_per_s, mix.members))
     else:
@@ -161,14 +174,37 @@ def _said(mix: Mix, candidates: int) -> str:
     )
 
 
-def _none(
-    candidates: int, nodes_min: int, nodes_max: int, speed: float, together: Amount | None, cost: int | None
-) -> str:
-    asked = [f"at least {nodes_min} and at most {nodes_max} nodes"]
-    asked += [f"{together.said} together"] if together else []
-    asked += [f"{speed:.4g} tokens/s"] if speed > 0 else []
-    asked += [f"at most {format_price(cost)} together"] if cost is not None else []
-    return f"No mix of {candidates} candidates gives {', '.join(asked)}."
+def _none(candidates: int, nodes_min: int, nodes_max: int, together: Amount | None, cost: int | None) -> str:
+    asked = f"at least {nodes_min} and at most {nodes_max} nodes"
+    asked += f" with {together.said} together" if together else ""
+    asked += f" for at most {format_price(cost)} together" if cost is not None else ""
+    return f"No mix of {candidates} measured node{'s' * (candidates != 1)} has {asked}."
+
+
+def _fastest_sets(
+    flops: Column, rates_bps: Column, costs: NDArray[np.int64], least: int, most: int
+) -> list[NDArray[np.int64]]:
+    """Places of the fastest devices, and of those that are fastest for their money, of each number, over links of each
+    floor."""
+    sets = []
+    for floor in _floors(rates_bps[flops > 0]):
+        places = np.flatnonzero((flops > 0) & (rates_bps >= floor))
+        for order in (
+            np.argsort(-flops[places], kind="stable"),
+            np.argsort(costs[places] / flops[places], kind="stable"),
+        ):
+            sets += [places[order[:count]] for count in range(least, min(most, len(order)) + 1)]
+    return sets
+
+
+def _too_slow(fastest: Mix, candidates: int, wanted: float) -> Mix:
+    number = len(fastest.members)
+    reason = (
+        f"No mix of {candidates} measured node{'s' * (candidates != 1)} is fast enough: {format_count(wanted)} "
+        f"tokens/s are needed; the fastest, of {number} node{'s' * (number != 1)}, trains "
+        f"{format_count(fastest.tokens_per_s)} for {format_price(fastest.micro_per_h)}."
+    )
+    return Mix((), 0.0, 0, reason, fastest.tokens_per_s)
 
 
 # --- enough, for the least --------------------------------------------------------------------------------------------

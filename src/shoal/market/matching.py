@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,14 +63,21 @@ class Change:
     """A requirement that is the only one to be changed."""
 
     name: str
-    sentence: str
-    """`price at 0.42/h instead of 0.35/h: 14 nodes`"""
+    what: str
+    """`price_max 0.42/h instead of 0.35/h`"""
     nodes: int
     step: float
     """How far it goes, in parts of what was asked: the nearest comes first."""
     limit: float | str | None = None
     """The requirement's new value; None where it is to be left out."""
     at_most: bool = False
+    more: str = ""
+    """What else is to be said of these nodes."""
+
+    @property
+    def sentence(self) -> str:
+        """`price_max 0.42/h instead of 0.35/h: 14 nodes`"""
+        return f"{self.what}: {_count(self.nodes)}{self.more}"
 
 
 @dataclass(frozen=True)
@@ -90,6 +97,8 @@ class Match:
     changes: tuple[Change, ...]
     """What would do, each by itself; none where enough fit."""
     reason: str
+    together: tuple[Change, ...] = ()
+    """Where none does by itself: two that would do together, the nearest that were found."""
 
 
 class _Enough:
@@ -166,8 +175,23 @@ def match(
         *_changes(board, base, asked, enough, called),
     ]
     changes = sorted(found, key=lambda change: change.step)[:CHANGES_SHOWN]
-    said += f", where {enough}." + _why(considered, asked, excluded, changes, called)
-    return Match(rows, nodes, flops, False, considered, excluded, tuple(changes), said)
+    said += f", where {enough}."
+    lacking = not enough.met_by(base)
+    worst = sorted((demand for demand in asked if excluded[demand.name]), key=lambda one: -excluded[one.name])
+    worst = worst[:EXCLUDERS_SHOWN]
+    together = () if changes or lacking else _together(board, base, asked, worst, enough, called)
+    if worst:
+        named = [f"{called.get(one.name, one.name)} ({one.asked}) {excluded[one.name]}" for one in worst]
+        said += f" Excluded by {', by '.join(named)}."
+    if changes:
+        said += f" What would do: {'; '.join(change.sentence for change in changes)}."
+    elif together:
+        said += f" No single change would do, but two: {together[0].what} and {together[1].sentence}."
+    elif lacking:
+        said += " No more offer it at these hubs." if considered else " Nobody offers it at these hubs."
+    else:
+        said += " No one change would do, nor any two that were tried."
+    return Match(rows, nodes, flops, False, considered, excluded, tuple(changes), said, together)
 
 
 def fitting(listings: Iterable[Listing], wish: Wish) -> dict[bytes, float]:
@@ -263,18 +287,20 @@ def _less_together(nodes: int, flops: float, enough: _Enough, called: Mapping[st
     if nodes >= enough.nodes and 0 < flops < enough.flops:
         name = called.get("flops_together", "flops_together")
         told = next(text for part in ROUNDINGS if _read_flops(text := _flops(flops * (1 - part))) <= flops)
-        sentence = f"{name} {told} instead of {_flops(enough.flops)}: {_count(nodes)}"
-        yield Change("flops_together", sentence, nodes, 1 - flops / enough.flops, _read_flops(told))
+        what = f"{name} {told} instead of {_flops(enough.flops)}"
+        yield Change("flops_together", what, nodes, 1 - flops / enough.flops, _read_flops(told))
 
 
 def _changes(
     board: Board, base: Mask, asked: list[Demand], enough: _Enough, called: Mapping[str, str], *,
-    anyway: Mask | None = None, within: str = "",
+    anyway: Mask | None = None, within: str = "", only: str | None = None,
 ) -> Iterator[Change]:  # fmt: skip
-    """Each requirement changed by itself, no further than it takes to have enough. `anyway`: rows that fit whatever is
-    changed. `within`: of what the requirements are a part."""
+    """Each requirement changed by itself, or one of them, no further than it takes to have enough. `anyway`:
+    rows that fit whatever is changed. `within`: of what the requirements are a part."""
     anyway = np.zeros_like(base) if anyway is None else anyway
     for changed in asked:
+        if only is not None and changed.name != only:
+            continue
         name = within + changed.name if within else called.get(changed.name, changed.name)
         others = _all_of(base, (demand for demand in asked if demand is not changed))
         if changed.values is None:
@@ -282,7 +308,7 @@ def _changes(
             nodes = board.nodes_in(others | anyway)
             if changed.can_go and enough.met_by(others | anyway):
                 said = f"without {name} ({changed.asked})" if name != "idle" else "when those that are busy are free"
-                yield Change(within + changed.name, f"{said}: {_count(nodes)}", nodes, LEFT_OUT)
+                yield Change(within + changed.name, said, nodes, LEFT_OUT)
             continue
         side = 1 if changed.at_most else -1
         rows = np.flatnonzero((others & ~np.isnan(changed.values)) | anyway)
@@ -293,8 +319,8 @@ def _changes(
         told, limit = _told(changed, side * nearest)
         nodes = len(np.unique(board.owner[rows[side * values <= side * limit]]))
         step = abs(limit - changed.limit) / max(changed.limit, 1e-9)
-        sentence = f"{name} {told} instead of {changed.show(changed.limit)}: {_count(nodes)}"
-        yield Change(within + changed.name, sentence, nodes, step, limit, changed.at_most)
+        what = f"{name} {told} instead of {changed.show(changed.limit)}"
+        yield Change(within + changed.name, what, nodes, step, limit, changed.at_most)
 
 
 def _changes_within(
@@ -320,30 +346,42 @@ def _with_another(
     if not enough.met_by(met):
         return
     if changed.column == "currency":
-        yield Change(changed.name, f"{name} {text} instead of {changed.text}: {_count(nodes)}", nodes, ANOTHER, text)
+        yield Change(changed.name, f"{name} {text} instead of {changed.text}", nodes, ANOTHER, text)
         return
     mix = cheapest(board, np.flatnonzero(met), Needed(enough.nodes, enough.flops))
     those = "the cheapest costs" if len(mix.rows) == 1 else f"the cheapest {len(mix.rows)} cost"
-    cost = f"{those} {_price(mix.micro_per_h)} in {text.rpartition('/')[2]}"
-    said = "with a budget" if not changed.text else f"with money at the ledger {text.split()[0][:8]}"
-    yield Change(changed.name, f"{said}: {_count(nodes)}, of which {cost}", nodes, ANOTHER)
+    cost = f", of which {those} {_price(mix.micro_per_h)} in {text.rpartition('/')[2]}"
+    what = "with a budget" if not changed.text else f"with money at the ledger {text.split()[0][:8]}"
+    yield Change(changed.name, what, nodes, ANOTHER, text, more=cost)
 
 
-def _why(
-    considered: int, asked: list[Demand], excluded: dict[str, int], changes: list[Change], called: Mapping[str, str]
-) -> str:
-    if not considered:
-        return " Nobody offers it at these hubs."
-    said = ""
-    worst = sorted((demand for demand in asked if excluded[demand.name]), key=lambda one: -excluded[one.name])
-    if worst:
-        named = [
-            f"{called.get(one.name, one.name)} ({one.asked}) {excluded[one.name]}" for one in worst[:EXCLUDERS_SHOWN]
-        ]
-        said += f" Excluded by {', by '.join(named)}."
-    if changes:
-        return f"{said} What would do: {'; '.join(change.sentence for change in changes)}."
-    return f"{said} No single change would do."
+def _together(
+    board: Board, base: Mask, asked: list[Demand], worst: list[Demand], enough: _Enough, called: Mapping[str, str]
+) -> tuple[Change, ...]:
+    """Two changes that do together: of each that excludes most, and the nearest of the others without it; of these the
+    two that go least far. None where none were found."""
+    found = []
+    for first in worst:
+        rest = [demand for demand in asked if demand is not first]
+        second = min(_changes(board, base, rest, enough, called), key=lambda change: change.step, default=None)
+        if second is None:
+            continue
+        changed = [_with(board, demand, second) if demand.name == second.name else demand for demand in asked]
+        then = list(_changes(board, base, changed, enough, called, only=first.name))
+        if then:
+            found.append((second, min(then, key=lambda change: change.step)))
+    return min(found, key=lambda two: two[0].step + two[1].step, default=())
+
+
+def _with(board: Board, demand: Demand, change: Change) -> Demand:
+    if change.limit is None:
+        met = np.ones_like(demand.met)
+    elif isinstance(change.limit, str):
+        met = board.among(demand.column, ["", change.limit])
+    else:
+        values = demand.values if demand.values is not None else np.zeros(len(demand.met))
+        met = values <= change.limit if change.at_most else values >= change.limit
+    return replace(demand, met=met)
 
 
 def _count(nodes: int) -> str:

@@ -37,8 +37,11 @@ CPU_EFFICIENCY = 0.3
 plans."""
 STEP_LEAST_S = 0.004
 """No inner step is quicker: launching its kernels takes that long."""
+SAY_EVERY_S = 10.0
+"""While nodes are looked for again and again, why those that are there do not do."""
 BFLOAT16_AHEAD = 1.5
 """How much faster than float32 it has to have measured to be worth its rounding."""
+CLOSE_AND_BONDED = "are near enough to one another, and have the bond that is asked for"
 CANDIDATES_MAX = 256
 """Nodes of which a job that pays chooses."""
 
@@ -151,7 +154,7 @@ class Choosing:
             self.wanted(),
             self.wish(waiting=waiting),
             needed=self._needed(without, former) if waiting else Needed(0),
-            nodes_max=needs.nodes_max if self._treasurer is None else max(needs.nodes_max, CANDIDATES_MAX),
+            nodes_max=needs.nodes_max if self._treasurer is None and waiting else max(needs.nodes_max, CANDIDATES_MAX),
             wait_s=needs.wait_s,
             advice=advice,
             endpoint=self._endpoint,
@@ -182,14 +185,14 @@ class Choosing:
         needs = self._file.requirements
         if self._treasurer is None and needs.latency_within_ms is None and not needs.bond_min:
             return gang, length
-        until = self._clock.monotonic() + needs.wait_s
+        until, say_from = self._clock.monotonic() + needs.wait_s, 0.0
         while True:
             try:
                 if needs.bond_min:
                     gang = await self._bonded(gang, needs.bond_min, needs.nodes_min)
                 if needs.latency_within_ms is not None:
                     gang = await near_gang(gang, needs.latency_within_ms, needs.nodes_min)
-                self._refuse_too_slow(gang, "are near enough to one another, and have the bond that is asked for")
+                self._refuse_too_slow(gang, CLOSE_AND_BONDED)
                 chosen = self._worth_it(size, gang, length)
                 held = await self._held(chosen, [one for one in gang if one not in chosen])
                 try:
@@ -202,7 +205,9 @@ class Choosing:
             except NotSecured as error:
                 if self._clock.monotonic() >= until:
                     raise
-                self._say(error.sentence)
+                if self._clock.monotonic() >= say_from:
+                    self._say(error.sentence)
+                    say_from = self._clock.monotonic() + SAY_EVERY_S
             await self._clock.sleep(LOOK_EVERY_S)
             gang = await self.gang()
 
@@ -211,6 +216,20 @@ class Choosing:
         needed, flops = self._file.requirements.needed, self.measured_flops(gang)
         if needed.flops and not needed.met_by(flops):
             raise NotSecured(f"{needed.so_far(flops)} {what} (requirements.flops_together).")
+
+    async def narrowed(self, gang: list[LinkedNode]) -> tuple[list[LinkedNode], str]:
+        """Those of a gang that have a bond and are near to one another, as far as the job asks for it, for who only
+        plans; and why none are, where they would be too few."""
+        needs = self._file.requirements
+        try:
+            if needs.bond_min and self._ledger is not None:
+                gang = await self._bonded(gang, needs.bond_min, needs.nodes_min)
+            if needs.latency_within_ms is not None and len(gang) >= needs.nodes_min:
+                gang = await near_gang(gang, needs.latency_within_ms, needs.nodes_min)
+            self._refuse_too_slow(gang, CLOSE_AND_BONDED)
+        except NotSecured as error:
+            return [], error.sentence
+        return gang, ""
 
     async def _bonded(self, gang: list[LinkedNode], least_micro: int, nodes_min: int) -> list[LinkedNode]:
         """Those for whose word so much is at stake while a place of theirs is held. Raises NotSecured, and what the

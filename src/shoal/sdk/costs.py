@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -61,7 +62,7 @@ class Way:
 class Costs:
     currency: str
     all: Way | None
-    """All nodes that fit and answered, as a job takes them."""
+    """All nodes that fit and answered; the fastest, where a job takes no more."""
     best: Way | None
     """The mix of them with the most work for its money, or with a deadline the cheapest that keeps it."""
     reason: str
@@ -120,10 +121,15 @@ def mix_for(
     """Which of these a job that pays takes: the mix with the most work for its money, or with a deadline the cheapest
     that keeps it, or that has an amount together. No members where none does, with the reason."""
     columns = _columns(offers, dtype)
-    return best_mix(
+    mix = best_mix(
         work, columns.flops, columns.rates_bps, columns.micro_per_h, nodes_min=nodes_min, nodes_max=nodes_max,
         tokens_per_s_min=tokens / deadline_s if deadline_s else 0.0, together=together,
     )  # fmt: skip
+    if not mix.fastest_per_s:
+        return mix
+    would_do_s = math.ceil(tokens / mix.fastest_per_s)
+    told = f"{would_do_s} s" if would_do_s < 120 else f"{math.ceil(would_do_s / 60)} min"
+    return dataclasses.replace(mix, reason=f"{mix.reason} A deadline of {told} would do.")
 
 
 def costs_of(
@@ -154,7 +160,8 @@ def costs_of(
         speed = work.tokens_per_s(flops[list(members)].tolist(), float(rates[list(members)].min()))
         return _way(what, speed, int(prices[list(members)].sum()), tokens)
 
-    able = np.flatnonzero(flops > 0).tolist()
+    able = sorted(np.flatnonzero(flops > 0).tolist(), key=lambda at: -flops[at])
+    all_of_them = "all that fit" if len(able) <= nodes_max else f"the fastest {nodes_max} of {len(able)}"
     best, single = Mix((), 0.0, 0, "No node was measured."), Mix((), 0.0, 0, "")
     if able:
         best = mix_for(
@@ -175,7 +182,7 @@ def costs_of(
     )  # fmt: skip
     return Costs(
         currency=currency,
-        all=way("all that fit", able) if able else None,
+        all=way(all_of_them, able[:nodes_max]) if able else None,
         best=way(_named([names[at] for at in best.members]), best.members) if best.members else None,
         left_out=left_out,
         reason=best.reason + (f" {left_out} are left out, priced in other currencies." if left_out else ""),

@@ -151,7 +151,7 @@ class Plan:
     """What a job would do, before it does it."""
 
     nodes: tuple[tuple[str, str, float], ...]
-    """(name, device, FLOP/s) of the nodes it would take."""
+    """(name, device, FLOP/s) of the nodes that fit."""
     length: RoundLength
     parameters: int
     samples: int
@@ -212,9 +212,15 @@ async def plan(job_file: JobFile, options: TrainOptions, scratch: Path, deadline
     with RunFolder.create(scratch) as folder, saying_room(scratch):
         async with Session(folder, options, KeyPair.generate(), job_file) as session:
             prepared, gang, length = await session.plan(waiting=False)
+            needs, choosing = job_file.requirements, session.choosing
+            enough = needs.needed.met_by(choosing.measured_flops(gang))
+            why_not = "" if enough else await choosing.why_not()
+            if not why_not:
+                gang, why_not = await choosing.narrowed(gang)
             rounds = job_file.rounds.resolved(length.inner_steps)
-            per_round = length.inner_steps * job_file.batch_samples * prepared.data.sequence_tokens * max(1, len(gang))
-            needed, flops = job_file.requirements.needed, session.choosing.measured_flops(gang)
+            per_round = length.inner_steps * job_file.batch_samples * prepared.data.sequence_tokens
+            per_round *= max(1, min(len(gang), needs.nodes_max))
+            flops = choosing.measured_flops(gang)
             return Plan(
                 nodes=tuple(
                     (one.name, one.offer.capability.devices[0].name, fastest_float32(one.offer)) for one in gang
@@ -227,14 +233,14 @@ async def plan(job_file: JobFile, options: TrainOptions, scratch: Path, deadline
                 rounds=math.ceil(job_file.tokens / per_round),
                 update_bytes=update_bytes(rounds.codec, prepared.model.parameters, rounds.sparse_keep),
                 round_trip_ms=slowest_round_trip_ms(gang),
-                nodes_min=needed.nodes,
-                flops_together=needed.flops,
-                so_far=needed.so_far(flops),
-                why_not="" if needed.met_by(flops) else await session.choosing.why_not(),
+                nodes_min=needs.nodes_min,
+                flops_together=needs.flops_together,
+                so_far=needs.needed.so_far(flops),
+                why_not=why_not,
                 token_budget=job_file.tokens,
-                dtype=session.choosing.dtype(gang),
-                caution=say_undecided(job_file),
-                costs=session.choosing.costs(prepared, gang, length, deadline_s),
+                dtype=choosing.dtype(gang),
+                caution=" ".join(filter(None, (say_undecided(job_file), say_unseen_bonds(job_file, options)))),
+                costs=choosing.costs(prepared, gang, length, deadline_s),
             )
 
 
@@ -302,6 +308,13 @@ def refuse_script(job_file: JobFile) -> None:
         raise NotDetached(
             "A job with a loop of its own (model.script) is driven where its script is: nodes run no code of jobs."
         )
+
+
+def say_unseen_bonds(job_file: JobFile, options: TrainOptions) -> str:
+    """Of a plan for which no ledger is asked."""
+    if not job_file.requirements.bond_min or options.spending is not None:
+        return ""
+    return "Bonds (requirements.bond_min) are not looked at here; `shoal train --dry-run` with a --budget does."
 
 
 def say_undecided(job_file: JobFile) -> str:
