@@ -54,7 +54,8 @@ SURFACE = {
     "shoal ledger start": "--listen --currency --database --fee --mint-max --public --data --json",
     "shoal ledger deposit": "ACCOUNT AMOUNT --reference --data --json",
     "shoal offers": "--hub --device --device-name --memory --flops --memory-rate --bandwidth --latency --country "
-    "--without-country --region --without-region --tier --reputation --notice --max-price --currency --idle --sort --limit --json",
+    "--without-country --region --without-region --tier --reputation --notice --max-price --currency --idle "
+    "--sort --limit --json",
     "shoal market": "",
     "shoal market run": "--listen --every --public --ledger --data --json",
     "shoal market sell": "--hour --price --class --account --auction --ledger --hub --data --json",
