@@ -42,6 +42,8 @@ def test_ways_to_have_a_job_done() -> None:
     assert found.all.micro == 72_223  # 1,300,000 an hour for 200 s, rounded up
     assert (found.best.what, found.one.what) == ("small", "small")
     assert found.best.micro == pytest.approx(100_000 * 1200 / 3600, abs=1)
+    assert found.fastest is not None and (found.fastest.what, found.fastest.micro_per_h) == ("large", 1_200_000)
+    assert costs(an_offer("small", 60, 100_000)).fastest is None, "it is the best one"
     fast = costs(an_offer("large", 300, 1_200_000), an_offer("small", 60, 100_000), deadline_s=300)
     assert fast.best is not None and fast.best.what == "large"
     late = costs(an_offer("small", 60, 100_000), deadline_s=60)

@@ -145,9 +145,9 @@ def test_two_changes_that_would_do_together_where_none_does_by_itself() -> None:
 
 def test_offers_says_why_not_in_its_own_options() -> None:
     all_that_has_one = Requirements(
-        device="cuda", device_name="4090", memory_min_bytes=1, flops_min=1, bandwidth_min=1, latency_max_ms=1,
-        countries=("DE",), countries_without=("NL",), regions=("a",), regions_without=("b",), tier="attested",
-        reputation_min=1, notice_min_ms=1, price_max=1,
+        device="cuda", device_name="4090", memory_min_bytes=1, flops_min=1, memory_rate_min=1, bandwidth_min=1,
+        latency_max_ms=1, countries=("DE",), countries_without=("NL",), regions=("a",), regions_without=("b",),
+        tier="attested", reputation_min=1, notice_min_ms=1, price_max=1,
     )  # fmt: skip
     assert {one.name for one in demands(BOARD, all_that_has_one)} | {"idle", "flops_together"} == set(CALLED)
     found = match(BOARD, Wish(Requirements(device_name="4090", price_max=350_000)), needed=3, called=CALLED)

@@ -53,9 +53,9 @@ SURFACE = {
     "shoal ledger": "",
     "shoal ledger start": "--listen --currency --database --fee --mint-max --public --data --json",
     "shoal ledger deposit": "ACCOUNT AMOUNT --reference --data --json",
-    "shoal offers": "--hub --device --device-name --memory --flops --bandwidth --latency --country --without-country "
-    "--region --without-region --tier --reputation --notice --max-price --currency --idle --nodes --together "
-    "--within --sort --limit --json",
+    "shoal offers": "--hub --device --device-name --memory --flops --memory-rate --bandwidth --latency --country "
+    "--without-country --region --without-region --tier --reputation --notice --max-price --currency --idle --nodes "
+    "--together --within --sort --limit --json",
     "shoal market": "",
     "shoal market run": "--listen --every --public --ledger --data --json",
     "shoal market sell": "--hour --price --class --account --auction --ledger --hub --data --json",

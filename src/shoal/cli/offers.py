@@ -50,6 +50,7 @@ FLAGS = {
     "device_name": ("--device-name", "at most 96 characters"),
     "memory_min_bytes": ("--memory", "at most 1024 TiB"),
     "flops_min": ("--flops", "at most 1e18"),
+    "memory_rate_min": ("--memory-rate", "at most 1e18 bytes per second"),
     "bandwidth_min": ("--bandwidth", "at most 1e18 bytes per second"),
     "latency_max_ms": ("--latency", "more than 0 and at most a minute"),
     "countries": ("--country", COUNTRY),
@@ -91,6 +92,9 @@ def offers(
     ] = "0",
     flops: Annotated[
         str, typer.Option(metavar="COUNT", help="At least so many measured FLOP/s, such as 50T, in the fastest dtype.")
+    ] = "0",
+    memory_rate: Annotated[
+        str, typer.Option(metavar="RATE", help="At least this measured from a device's memory, such as '500 GB/s'.")
     ] = "0",
     bandwidth: Annotated[
         str, typer.Option(metavar="RATE", help="At least this to its hub, such as '100 Mbit/s'.")
@@ -191,7 +195,7 @@ def offers(
     wanted = _requirements(
         {
             "device": device, "device_name": device_name, "memory_min_bytes": parse_bytes(memory),
-            "flops_min": float(parse_count(flops)), "bandwidth_min": parse_bytes_per_s(bandwidth),
+            "flops_min": float(parse_count(flops)), "memory_rate_min": parse_bytes_per_s(memory_rate), "bandwidth_min": parse_bytes_per_s(bandwidth),
             "latency_max_ms": None if latency is None else 1000 * parse_duration_s(latency),
             "countries": country or (), "countries_without": without_country or (), "regions": region or (),
             "regions_without": without_region or (), "tier": tier,

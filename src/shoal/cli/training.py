@@ -388,8 +388,8 @@ def plan_job(
     """Show what a job would do, how long it would take, and what it would cost.
 
     Reads the data and asks the hubs; nothing is started. The costs are those of all nodes that fit, of the mix of them with
-    the most work for its money (with --deadline: of the cheapest that is fast enough), of the best single node, and of one
-    GPU at public list prices. Speeds follow from measured matrix rates, and of public prices from data sheets: they rank,
+    the most work for its money (with --deadline: of the cheapest that is fast enough), of the best single node and the
+    fastest, and of one GPU at public list prices. Speeds follow from measured matrix rates, and of public prices from data sheets: they rank,
     and promise nothing.
     """  # fmt: skip
     job_file = parse_job(read_job_bytes(job), job)
@@ -447,6 +447,8 @@ def print_costs(costs: Costs, *, with_reason: bool) -> None:
         row(costs.best, f"best mix: {costs.best.what}", "green")
     if costs.one is not None:
         row(costs.one, f"best node: {costs.one.what}")
+    if costs.fastest is not None:
+        row(costs.fastest, f"fastest node: {costs.fastest.what}")
     for way in costs.public:
         row(way, way.what, "dim", "" if costs.currency == USUAL_CURRENCY else f" {USUAL_CURRENCY}")
     out.print(table)

@@ -71,6 +71,8 @@ class Costs:
     """Nodes that are priced in another currency."""
     one: Way | None
     """The one node with the most work for its money."""
+    fastest: Way | None
+    """The fastest node alone; None where that is `one`."""
     public: tuple[Way, ...]
     """One GPU at public list prices, in US dollars, the cheapest for this job first. By data sheets, not measured."""
     read: str
@@ -170,6 +172,7 @@ def costs_of(
         )  # fmt: skip
         single = best_mix(work, flops, rates, prices, nodes_max=1)
     names = [offer.name for offer in offers]
+    fastest = able[0] if able and single.members != (able[0],) else None
     public = sorted(
         (
             _way(
@@ -187,6 +190,7 @@ def costs_of(
         left_out=left_out,
         reason=best.reason + (f" {left_out} are left out, priced in other currencies." if left_out else ""),
         one=way(names[single.members[0]], single.members) if single.members else None,
+        fastest=way(names[fastest], [fastest]) if fastest is not None else None,
         public=tuple(public),
         read=min(row.read for row in public_prices()),
     )
