@@ -200,8 +200,8 @@ def test_hours_are_sold_and_bought_kept_and_passed_on(
             )
             assert hold.price == Price(350_000) and hold.escrow is not None and hold.escrow.hex() == hour["escrow"]
             assert hold.until_ms - hold.from_ms == HOUR_MS and hold.from_ms == hour["block"]["start_ms"]
-        assert done(shoal("account", "balance", "--json"))["balance_micro"] == 24_645_000, (
-            "less 0.35, and 0.005 for later"
+        assert done(shoal("account", "balance", "--json"))["balance_micro"] == 24_600_000, (
+            "what the bid was above the price comes back once the bid has expired"
         )
         code, _, err = sell("cheap", "0.10")
         assert code == 1 and "This hour was sold in batch 2" in err

@@ -227,7 +227,7 @@ def buy(
 ) -> None:
     """Buy an hour of so many nodes of a class in the batch that is open, each for at most so much.
 
-    All that this may cost is set aside. You pay what the last one costs who is left out, and never more than your price:
+    All that this may cost is set aside, and stays so until a minute after the batch is to be closed. You pay what the last one costs who is left out, and never more than your price:
     it pays to say what an hour is worth to you. So one bid and one ask alone trade nothing. The order is good for one
     batch. Once that is closed, `shoal market mine` has the nodes keep what you bought, and what you did not buy comes
     back; do so within the hour.
@@ -367,7 +367,7 @@ def mine(
 ) -> None:
     """Show what you and this machine's node bought and sold in the last batches, and bring to its end what you bought.
 
-    The money of bids that bought nothing comes back. Of what was bought the nodes sign that they keep the hour for you,
+    The money of bids that bought nothing comes back once they have expired. Of what was bought the nodes sign that they keep the hour for you,
     and exactly what it costs stays set aside; what you have passed on is given back to them. Orders that were signed on
     this machine are looked for in their batches: one that is missing is told. Exit code 4 where one is.
     """  # fmt: skip

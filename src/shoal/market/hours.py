@@ -130,7 +130,7 @@ def claim(slots: Slots, sale: Sale, escrow: Escrow | None, terms: Terms, now_ms:
         reclaim_notice_ms=terms.reclaim_notice_ms,
         released=released(slots, hour.slot, now_ms),
     )  # fmt: skip
-    if check_escrow(escrow, sale.payee, terms, now_ms) < ends_ms:
+    if check_escrow(escrow, sale.payee, terms, sale.start_ms, now_ms) < ends_ms:
         raise HoldRefused(f"{escrow.name} ends before the hour that it is to pay for.")
     if escrow.most_for(sale.payee) < sale.price_micro:
         raise HoldRefused(

@@ -26,7 +26,7 @@ from shoal.identity import Envelope, KeyPair, NodeId, blake3_hash, short_id
 from shoal.identity.accounts import AccountKey, AccountSignature, Address
 from shoal.ledger.book import SameEscrow
 from shoal.ledger.commands import Open
-from shoal.ledger.escrows import EscrowOver, OldVoucher, State
+from shoal.ledger.escrows import EscrowLocked, EscrowOver, OldVoucher, State
 from shoal.ledger.fees import fee_at
 from shoal.ledger.moves import DoneAlready
 from shoal.market.batches import block_hash
@@ -339,13 +339,18 @@ class Buyer:
             step = next_step(escrow, owed, one.order_id)
             if step is None:
                 return
-            with contextlib.suppress(DoneAlready, OldVoucher, EscrowOver):  # the answer was lost
+            try:
                 await self._ledger.apply(signed(step, self._account, one.ledger))
+            except EscrowLocked:
+                return  # what is too much comes back later
+            except (DoneAlready, OldVoucher, EscrowOver):
+                pass  # the answer was lost
 
     async def _claim(self, bid: Bid, hour: BoughtHour) -> bytes:
         """The node's Hold. Raises ShoalError."""
         block = bid.terms.block
-        key, message = hour_key(self._user, block), ClaimHour(batch=bid.terms.batch, start_ms=block.start_ms)
+        key, auction = hour_key(self._user, block), str(self._auction.ticket)
+        message = ClaimHour(auction=auction, batch=bid.terms.batch, start_ms=block.start_ms)
         async with self._reach(key, hour.node) as link:
             body = await link.request(
                 message.KIND, encode(message, link.version), deadline_s=ASK_DEADLINE_S,
