@@ -13,7 +13,7 @@ from shoal.auctions.refusals import NotPublished
 from shoal.errors import BadRecord
 from shoal.identity import Envelope, KeyPair, short_id
 from shoal.market.holds import HoldRefused, Slots, refuse_closing
-from shoal.market.hours import Sale, claim, hour_at, promise, sale_of, sold
+from shoal.market.hours import Sale, claim, hour_at, hour_of, promise, sale_of, sold
 from shoal.node.sales import ASKS_BURST, ASKS_PER_S, Sales
 from shoal.protocol.auctions import AuctionTicket, ClaimHour, HourPromise, PromiseHour
 from shoal.protocol.holds import HoldGiven
@@ -78,9 +78,7 @@ class Hours:
     async def _claimed(self, request: Request) -> bytes:
         self._asks.spend(request.source.encode(), "A claim")
         wanted = decode(ClaimHour, request.body, request.version)
-        hour = hour_at(self._sales.slots, wanted.start_ms)
-        if hour is None:
-            raise HoldRefused("This node has not promised that hour to any auction, or it is over.")
+        hour = hour_of(self._sales.slots, wanted.start_ms, wanted.batch)
         self._claims.spend(request.peer, "A claim")
         auction = _or_at(AuctionTicket.parse(hour.auction), AuctionTicket.parse(wanted.auction))
         sale = await self._sale(auction, wanted.batch, wanted.start_ms)

@@ -30,7 +30,7 @@ from shoal.ledger.escrows import EscrowLocked, EscrowOver, OldVoucher, State
 from shoal.ledger.fees import fee_at
 from shoal.ledger.moves import DoneAlready
 from shoal.market.batches import block_hash
-from shoal.market.bids import NOTICE_MS, bid_of, next_step, signed, terms_for
+from shoal.market.bids import FOR_CLAIMS_MS, NOTICE_MS, bid_of, next_step, signed, terms_for
 from shoal.market.publishing import Verified
 from shoal.protocol.auctions import ClaimHour, HourPromise, PromiseHour
 from shoal.protocol.holds import Hold, HoldGiven, HoldRelease, Release, open_hold
@@ -269,13 +269,17 @@ class Buyer:
 
     async def settle(self, one: KeptBid, running: int) -> KeptBid:
         """What became of a bid, as far as it can be brought: the money where it belongs, and the nodes' Holds.
-        `running` is the batch that is open. Raises what the auction and the ledger do; what a node says is kept with
-        its hour."""
+        `running` is the batch that is open; 0 while the auction does not answer. Raises what the auction and the ledger
+        do; what a node says is kept with its hour."""
         bid = one.bid
-        if one.over or (one.hours is None and bid.terms.batch >= running):
+        if one.over:
             return one
-        if one.hours is None:
+        if one.hours is None and bid.terms.batch < running:
             one = self._keep(one, hours=await self._bought(one, bid))
+        elif one.hours is None:
+            if self._clock.now_ms() < bid.terms.expires_ms + FOR_CLAIMS_MS:
+                return one
+            one = self._keep(one, hours=())  # whatever its batch comes to, no node keeps an hour for it any more
         await self._put_money(one, bid)
         start_ms = bid.terms.block.start_ms
         for number, hour in enumerate(one.hours or ()):
