@@ -146,8 +146,8 @@ class Escrow:
         return self.admitted.get(payee, agreed)
 
     def most_for(self, payee: bytes) -> int:
-        """The highest voucher for it that could be redeemed, now or when the lock is over: what others were promised may
-        be gone before."""
+        """The highest voucher for it that could be redeemed, now or once the lock is over: what others were promised
+        may be gone before."""
         before = self.paid.get(payee, Paid()).redeemed_micro
         return min(self.most_of(payee) or 0, self.amount_micro - self.redeemed_micro + before)
 
