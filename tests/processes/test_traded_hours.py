@@ -166,7 +166,7 @@ def in_town(folder: Path, scene: Callable[[Town], Awaitable[None]]) -> None:
         town = Town(folder)
         await town.open()
         try:
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(110):
                 await scene(town)
             verified(town.street.ledger.lines, LEDGER)
         finally:
