@@ -189,6 +189,7 @@ def test_hours_are_sold_and_bought_kept_and_passed_on(
         assert code == 0 and re.search(r"^2 +sold +H100", out, re.M) and re.search(r"^2 +bought +H100", out, re.M)
         assert out.count("is in batch 2") == 4
         assert out.count("is kept for you; the money is in escrow") == 1
+        assert re.search(r"above the price comes back from 20\d\d-.* UTC on, with: shoal market mine", out)
         mine = done(shoal("market", "mine", "--data", "dear", "--json"))
         assert [one["what"] for one in mine["trades"]] == ["bought"] and not any(
             one["missing"] for one in mine["orders"]
@@ -200,8 +201,8 @@ def test_hours_are_sold_and_bought_kept_and_passed_on(
             )
             assert hold.price == Price(350_000) and hold.escrow is not None and hold.escrow.hex() == hour["escrow"]
             assert hold.until_ms - hold.from_ms == HOUR_MS and hold.from_ms == hour["block"]["start_ms"]
-        assert done(shoal("account", "balance", "--json"))["balance_micro"] == 24_645_000, (
-            "less 0.35, and 0.005 for later"
+        assert done(shoal("account", "balance", "--json"))["balance_micro"] == 24_600_000, (
+            "what the bid was above the price comes back once the bid has expired"
         )
         code, _, err = sell("cheap", "0.10")
         assert code == 1 and "This hour was sold in batch 2" in err
@@ -246,6 +247,9 @@ MISTAKES = [
     pytest.param(["market", "buy", "--class", KIND, "--price", "1", "--hour", "noon"], "SH-103", "2026", id="no hour"),
     pytest.param(
         ["market", "buy", "--class", KIND, "--price", "1", "--hour", "2026-01-01T00"], "SH-103", "begun", id="too late"
+    ),
+    pytest.param(
+        ["market", "buy", "--class", KIND, "--price", "1", "--hour", "9999-12-31T23"], "SH-103", "30 days", id="too far"
     ),
     pytest.param([*SELL, "--price", "1", "--class", KIND, *TO], "SH-110", "node.key", id="no node"),
     pytest.param(["market", "show", "0", *TO], "SH-103", "from 1", id="batch 0"),

@@ -41,7 +41,15 @@ MONEY = 1_000_000
 NEVER = 1 << 30
 EVERY_S = 60.0
 """Batches are closed by hand."""
+BIDS_EXPIRE_MS = round(1000 * EVERY_S) + 60_000
 PATIENCE_S = 240.0
+
+
+class Ahead(SystemClock):
+    by_ms = 0
+
+    def now_ms(self) -> int:
+        return super().now_ms() + self.by_ms
 
 
 class Street:
@@ -54,7 +62,8 @@ class Street:
         self.running: list[asyncio.subprocess.Process] = []
 
     async def open(self) -> None:
-        self.house = LedgerServer(LedgerSettings(self.folder / "ledger"), TlsEndpoint, self.clock)
+        self.banks_clock = Ahead()
+        self.house = LedgerServer(LedgerSettings(self.folder / "ledger"), TlsEndpoint, self.banks_clock)
         self.paid_at: LedgerTicket = await self.house.start()
         await asyncio.to_thread(deposit, self.folder / "ledger", PAYER.address, MONEY, "payment 1", self.clock)
         key = KeyPair.generate()
@@ -117,6 +126,11 @@ class Street:
             assert orders == 2 or not buying.done(), "it has ordered before it is killed"
             await asyncio.sleep(0.01)
 
+    async def close_batch(self) -> None:
+        """Its bids have expired at the ledger then."""
+        self.banks_clock.by_ms = BIDS_EXPIRE_MS
+        await self.auctioneer.close()
+
     @property
     def bids(self) -> KeptBids:
         return KeptBids(KeptOrders(self.folder / "buyer", self.ticket.auctioneer))
@@ -169,7 +183,7 @@ def test_a_buyer_is_killed_and_the_next_one_goes_on(tmp_path: Path, dies_after: 
         await asyncio.gather(street.ask(1, 200_000), street.ask(2, 300_000))
         killed = asyncio.create_task(street.buy(dies_after))
         await street.until_ordered(2 if dies_after == 1 else 3, killed)
-        await street.auctioneer.close()
+        await street.close_batch()
         assert await killed == -signal.SIGKILL
         assert await street.buy() == 0
         if dies_after > 1:
@@ -198,7 +212,7 @@ def test_a_node_is_killed_before_it_says_what_it_has_promised(tmp_path: Path) ->
         await asyncio.gather(street.ask(1, 200_000), street.ask(2, 300_000))
         buying = asyncio.create_task(street.buy())
         await street.until_ordered(3, buying)
-        await street.auctioneer.close()
+        await street.close_batch()
         assert await dying.wait() == -signal.SIGKILL
         assert await buying == 0, "what the node did not say is kept as its trouble"
         [hour] = street.kept_by(1).hours

@@ -141,6 +141,9 @@ class Town:
             await self.clock.advance(0.05)
         return running
 
+    async def until_expired(self, one: KeptBid) -> None:
+        await self.clock.advance((one.bid.terms.expires_ms - self.clock.now_ms()) / 1000)
+
     async def trade(self, who: KeyPair = ANN, blocks: int = 1) -> tuple[KeptBid, int]:
         """Three nodes ask, and so many of their hours go for 0.25 or 0.30."""
         for number, limit in ((1, 200_000), (2, 250_000), (3, 300_000)):
@@ -163,7 +166,7 @@ def in_town(folder: Path, scene: Callable[[Town], Awaitable[None]]) -> None:
         town = Town(folder)
         await town.open()
         try:
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(110):
                 await scene(town)
             verified(town.street.ledger.lines, LEDGER)
         finally:
@@ -175,8 +178,11 @@ def in_town(folder: Path, scene: Callable[[Town], Awaitable[None]]) -> None:
 def test_a_trade_becomes_a_hold_and_an_escrow_and_is_used(tmp_path: Path) -> None:
     async def scene(town: Town) -> None:
         one, running = await town.trade()
-        assert town.balance(ANN) == MONEY - 400_000
         one = await town.buyer(ANN).settle(one, running)
+        assert town.balance(ANN) == MONEY - 400_000, "the bid's money is there for as long as the bid may count"
+        await town.until_expired(one)
+        one = await town.buyer(ANN).settle(one, running)
+        assert town.balance(ANN) == MONEY - 265_000
         [hour] = one.hours or ()
         assert (hour.price_micro, hour.trouble) == (250_000, "") and hour.node == a_key(1).node_id
         hold = open_hold(Envelope.from_bytes(hour.hold, Hold.MAX_BYTES), hour.node)
@@ -226,7 +232,10 @@ def test_what_is_not_bought_comes_back_and_the_node_sells_its_hour_again(tmp_pat
             await have_promised(key, later, str(town.ticket), town.reach)
         running = await town.close_batch()
         one = await town.buyer(ANN).settle(one, running)
-        assert one.over and one.hours == () and town.balance(ANN) == MONEY
+        assert one.hours == () and town.balance(ANN) == MONEY - 100_000, "it comes back when the bid has expired"
+        await town.until_expired(one)
+        one = await town.buyer(ANN).settle(one, running)
+        assert one.over and town.balance(ANN) == MONEY
         await town.ask(1, 50_000)
         await town.ask(2, 60_000)
         two = await town.bid(BEN)
@@ -251,6 +260,7 @@ def test_a_buyer_that_is_killed_between_two_steps_goes_on_with_the_next(tmp_path
             await town.remote.hand_in(one.envelope)
         other = await town.bid(BEN, 300_000)
         running = await town.close_batch()
+        await town.until_expired(other)
         [kept] = town.bids(ANN).all()
         with contextlib.suppress(Killed):
             await town.buyer(ANN, dies_after=max(0, after - 1), done=done).settle(kept, running)
@@ -286,6 +296,23 @@ def test_a_node_sells_its_hour_again_where_the_auctioneer_has_moved(tmp_path: Pa
     in_town(tmp_path, scene)
 
 
+def test_an_hour_is_claimed_where_the_auctioneer_has_moved_since_it_was_promised(tmp_path: Path) -> None:
+    async def scene(town: Town) -> None:
+        one, running = await town.trade()
+        await town.server.stop()
+        await town.start_auction("tcp://auction:8")
+        other = msgspec.structs.replace(town.ticket, auctioneer=ANN.node_id)
+        claim = ClaimHour(auction=str(other), batch=one.bid.terms.batch, start_ms=town.block.start_ms)
+        async with town.reach(BEN, a_key(1).node_id) as link:
+            with pytest.raises(Refused, match="could not be reached"):
+                await link.request(claim.KIND, encode(claim), deadline_s=30, reply_max_bytes=HoldGiven.MAX_BYTES)
+        one = await town.buyer(ANN).settle(one, running)
+        [hour] = one.hours or ()
+        assert hour.hold and not hour.trouble
+
+    in_town(tmp_path, scene)
+
+
 def test_an_hour_is_passed_on_to_whoever_buys_it(tmp_path: Path) -> None:
     async def scene(town: Town) -> None:
         one, running = await town.trade()
@@ -298,6 +325,7 @@ def test_an_hour_is_passed_on_to_whoever_buys_it(tmp_path: Path) -> None:
         town.street.ledger.give(an_account(53).address, MONEY)
         two, three = await town.bid(BEN, 500_000), await town.bid(third, 450_000)
         running = await town.close_batch()
+        await town.until_expired(three)
         two = await town.buyer(BEN).settle(two, running)
         three = await town.buyer(third).settle(three, running)
         assert three.hours == () and three.over
@@ -313,7 +341,7 @@ def test_an_hour_is_passed_on_to_whoever_buys_it(tmp_path: Path) -> None:
         assert sold_twice(Envelope.from_bytes(hour.hold, Hold.MAX_BYTES), hold) is None
         await town.clock.advance(60)
         await town.street.ledger.balance(bytes(20))
-        assert town.balance(ANN) == MONEY - 15_000, "a tenth of what went back before is held until audits are over"
+        assert town.balance(ANN) == MONEY
 
     in_town(tmp_path, scene)
 
@@ -335,6 +363,19 @@ def test_a_node_that_is_started_anew_keeps_its_word(tmp_path: Path) -> None:
         )
         with pytest.raises(Refused, match="taken"):
             await other.hold(hour.node, town.shop(hour.node).offer)
+
+    in_town(tmp_path, scene)
+
+
+def test_an_auction_that_is_gone_keeps_nobodys_money(tmp_path: Path) -> None:
+    async def scene(town: Town) -> None:
+        one = await town.bid(ANN)
+        await town.server.stop()
+        await town.until_expired(one)
+        assert await town.buyer(ANN).settle(one, 0) == one, "its batch may have been closed in time"
+        await town.clock.advance(FOR_CLAIMS_MS / 1000)
+        one = await town.buyer(ANN).settle(one, 0)
+        assert one.over and one.hours == () and town.balance(ANN) == MONEY
 
     in_town(tmp_path, scene)
 
@@ -366,11 +407,17 @@ def test_strangers_have_a_node_promise_nothing_and_claim_nothing(tmp_path: Path)
                     await link.request(message.KIND, encode(message), deadline_s=5, reply_max_bytes=64)
         one, running = await town.trade()
         await town.buyer(ANN).settle(one, running)
-        claim = ClaimHour(batch=one.bid.terms.batch, start_ms=town.block.start_ms)
-        for node, why in ((a_key(1), "gives that hour to .*, and not to"), (a_key(3), "to nobody, and not to")):
+        claim = ClaimHour(auction=str(town.ticket), batch=one.bid.terms.batch, start_ms=town.block.start_ms)
+        for node, batch, why in (
+            (a_key(1), 2, "gives that hour to .*, and not to"),
+            (a_key(3), 2, "to nobody, and not to"),
+            (a_key(1), 1, "sold in batch 2; this is batch 1"),
+            (a_key(3), 99, "promised to batch 2; this is batch 99"),
+        ):  # batches that cannot matter are not looked into
+            asked = encode(msgspec.structs.replace(claim, batch=batch))
             async with town.reach(BEN, node.node_id) as link:
                 with pytest.raises(Refused, match=why):
-                    await link.request(claim.KIND, encode(claim), deadline_s=5, reply_max_bytes=HoldGiven.MAX_BYTES)
+                    await link.request(claim.KIND, asked, deadline_s=5, reply_max_bytes=HoldGiven.MAX_BYTES)
         with pytest.raises(Refused, match="was sold in batch 2"):
             await town.ask(1, 1)
 

@@ -3,6 +3,7 @@ honest node, and every unit of money ends where it belongs."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,7 @@ from shoal.identity import Envelope, KeyPair
 from shoal.identity.accounts import AccountKey
 from shoal.ledger.book import Book
 from shoal.ledger.commands import Deposit, Open, Redeem
-from shoal.ledger.escrows import Escrow, State
+from shoal.ledger.escrows import Escrow, EscrowLocked, State
 from shoal.ledger.moves import MoneyRefused, account
 from shoal.market.bids import FOR_CLAIMS_MS, Step, next_step, say_unfunded, signed, terms_for
 from shoal.market.holds import HoldRefused, Slots, Terms, ask, give_back, held, hold_of, keep, take
@@ -108,7 +109,10 @@ class Scene:
     def step(self, one: Order) -> Step | None:
         found = next_step(self.book.escrows[one.escrow], one.owed, bytes(32))
         if found is not None:
-            self.book.apply(signed(found, PAYERS[one.buyer], LEDGER))
+            try:
+                self.book.apply(signed(found, PAYERS[one.buyer], LEDGER))
+            except EscrowLocked:
+                return None
         return found
 
     def settle(self, one: Order) -> list[type[Step]]:
@@ -171,7 +175,9 @@ def test_a_trade_ends_as_an_escrow_of_just_so_much_and_a_hold_of_that_hour() -> 
     one = scene.bid(0, start_ms)
     assert scene.balance(0) == MONEY - 400_000
     scene.sell(one)
-    assert scene.settle(one) == [Admission, Admission, Voucher]
+    assert scene.settle(one) == [Admission, Admission] and scene.balance(0) == MONEY - 400_000
+    scene.pass_time(BATCH_MS)
+    assert scene.settle(one) == [Voucher]
     escrow = scene.book.escrows[one.escrow]
     assert escrow.amount_micro - escrow.redeemed_micro == escrow.most_for(SELLER.address) == 300_000
     assert scene.balance(0) == MONEY - 310_000, "a tenth of what goes back is held back until the end"
@@ -183,11 +189,44 @@ def test_a_trade_ends_as_an_escrow_of_just_so_much_and_a_hold_of_that_hour() -> 
     assert scene.balance(0) == MONEY, "nobody came, and nothing was paid"
 
 
-def test_a_bid_that_bought_nothing_has_its_money_at_once() -> None:
+def test_a_bid_that_bought_nothing_has_its_money_when_it_has_expired() -> None:
     scene = Scene()
     one = scene.bid(0, BEGIN_MS + 2 * HOUR_MS)
     assert scene.settle(one) == [Finished, Closing]
+    scene.pass_time(BATCH_MS)
     assert scene.balance(0) == MONEY
+
+
+def test_the_money_of_a_bid_is_there_until_its_batch_had_to_be_closed() -> None:
+    scene = Scene()
+    one, mine = scene.bid(0, BEGIN_MS + 2 * HOUR_MS), AccountKey(bytes([9] * 32))
+    scene.book.apply(signed(Admission(one.escrow, mine.address, 400_000), PAYERS[0], LEDGER))
+    scene.pass_time(BATCH_MS - 1)
+    with pytest.raises(EscrowLocked):
+        voucher = Voucher(escrow=one.escrow, payee=mine.address, amount_micro=1, work=bytes(32))
+        scene.book.apply(Redeem(sign_voucher(PAYERS[0], LEDGER, voucher)))
+    other = scene.bid(1, BEGIN_MS + 2 * HOUR_MS)
+    assert scene.settle(other) == [Finished, Closing] and scene.balance(1) == MONEY - 400_000
+    scene.pass_time(BATCH_MS - 1)
+    assert scene.balance(1) == MONEY - 400_000
+    scene.pass_time(1)
+    assert scene.balance(1) == MONEY
+    soon = replace(order(BEGIN_MS + HOUR_MS, 1, 1), expires_ms=BEGIN_MS + 3 * HOUR_MS)
+    assert terms_for(soon, 1, bytes(32), bytes(20), bytes(32)).locked_until_ms == BEGIN_MS + HOUR_MS, (
+        "a bid for an hour that has begun counts in no batch"
+    )
+
+
+def test_a_node_works_for_no_escrow_that_is_locked_meanwhile() -> None:
+    scene, one = bought()
+    escrow = scene.book.escrows[one.escrow]
+    assert one.sale is not None
+    locked = replace(escrow.terms, locked_until_ms=one.sale.start_ms + 1)
+    scene.pass_time(one.sale.start_ms - BEGIN_MS)
+    scene.ask(BUYERS[0], Price(300_000))
+    with pytest.raises(HoldRefused, match="is locked: it pays nothing for the first 1 ms"):
+        scene.take(BUYERS[0], dataclasses.replace(escrow, terms=locked))
+    scene.take(BUYERS[0], escrow)
 
 
 def test_who_pays_and_is_paid_at_one_account_gets_the_rest_with_the_end() -> None:
@@ -263,9 +302,10 @@ def test_the_hour_is_its_buyers_and_nobody_elses() -> None:
 
 
 def granted(scene: Scene, one: Order) -> Escrow:
-    """Its whole escrow for the node's account."""
+    """Its whole escrow for the node's account, as if it was for a job."""
     scene.book.apply(signed(Admission(one.escrow, SELLER.address, 400_000), PAYERS[one.buyer], LEDGER))
-    return scene.book.escrows[one.escrow]
+    escrow = scene.book.escrows[one.escrow]
+    return dataclasses.replace(escrow, terms=replace(escrow.terms, locked_until_ms=0))
 
 
 def test_an_hour_that_nobody_claims_in_time_is_the_nodes_again() -> None:
@@ -276,7 +316,7 @@ def test_an_hour_that_nobody_claims_in_time_is_the_nodes_again() -> None:
     scene.sell(one)
     scene.settle(one)
     scene.pass_time(BATCH_MS + FOR_CLAIMS_MS)
-    with pytest.raises(HoldRefused, match=r"promised to batch 1, to be claimed in 60 min; .* that time is over"):
+    with pytest.raises(HoldRefused, match=r"promised to batch 1, to be claimed in 60 min, and that time is over"):
         scene.claim(one)
     scene.promise(start_ms)
     with pytest.raises(HoldRefused, match="promised to batch 2"):
@@ -286,7 +326,7 @@ def test_an_hour_that_nobody_claims_in_time_is_the_nodes_again() -> None:
 @pytest.mark.parametrize(
     ("changed", "why"),
     [
-        ({"batch": 7}, "promised to batch 1"),
+        ({"batch": 7}, "promised to batch 1; this is batch 7"),
         ({"quote": bytes(32)}, "was not set aside for the bid that has bought this hour"),
         ({"start_ms": BEGIN_MS + HOUR_MS}, "has not promised that hour"),
         ({"price_micro": 400_001}, "has 0.30 for .*, and the hour costs 0.400001"),

@@ -41,6 +41,7 @@ from shoal.ledger.commands import Admit, Deposit, Pass, Redeem
 from shoal.ledger.escrows import (
     BadTerms,
     DoneAlready,
+    EscrowLocked,
     EscrowOver,
     NotYours,
     OldVoucher,
@@ -272,6 +273,25 @@ def test_an_escrow_ends_at_once_when_nobody_wants_more_of_it() -> None:
     assert verified(book.lines, LEDGER).escrows == book.escrows
 
 
+def test_a_locked_escrow_neither_pays_nor_ends_before_its_time() -> None:
+    book = a_book()
+    escrow = opened(book, terms(locked_until_ms=400))
+    book.admit(escrow, RIVAL, 1000, CLIENT)
+    for node in (*NODES[:2], RIVAL):
+        with pytest.raises(EscrowLocked, match="pays nobody for 400 ms more, as its terms say"):
+            book.redeem(voucher(escrow, node, 1))
+    assert book.ask_for_the_rest(escrow) == () and book.escrows[escrow].ends_ms == 400, "its notice is 100 ms"
+    for node in (*NODES[:2], RIVAL):
+        assert book.finish(escrow, node, 0) == ()
+    assert book.at(399) == () and has(book, CLIENT) == 4000
+    assert book.at(400) == (Move(escrowed(escrow), account(CLIENT.address), 1000),)
+    other = opened(book, terms(locked_until_ms=500))
+    book.at(500)
+    book.redeem(voucher(other, NODES[0], 300))
+    assert has(book, NODES[0]) == 300 - 30 - 5
+    assert verified(book.lines, LEDGER).escrows == book.escrows
+
+
 def test_who_asks_last_ends_it() -> None:
     book = a_book()
     escrow = opened(book, terms())
@@ -362,6 +382,7 @@ def test_a_withdrawal_that_cannot_be_is_not_read(changed: dict[str, Any]) -> Non
         ({"expires_ms": 0}, BadTerms, "expires 0 ms ago"),
         ({"payees": (Payee(bytes(20), 1), Payee(bytes(20), 2))}, BadTerms, "a payee twice"),
         ({"cap_micro": 1001}, BadTerms, "0.001001, which is more than is in it"),
+        ({"locked_until_ms": 10_001}, BadTerms, "locked for 1 ms longer than it lasts"),
         ({"amount_micro": 5001}, TooLittleMoney, "has 0.005, 0.000001 less than"),
     ],
 )
@@ -438,16 +459,18 @@ class Ledger(RuleBasedStateMachine):
     @rule(
         amount=st.integers(1, 1500), cap=st.integers(0, 1500), fee=st.integers(0, 10**6), hold=st.integers(0, 10**6),
         notice=st.integers(0, 200), audit=st.integers(0, 200), lasts=st.integers(-5, 400), nonce=st.integers(0, 5),
-        most=st.integers(0, 1500), key=st.sampled_from([CLIENT, CLIENT, CLIENT, RIVAL]),
+        most=st.integers(0, 1500), locked=st.sampled_from([0, 0, 0, 100, 300]),
+        key=st.sampled_from([CLIENT, CLIENT, CLIENT, RIVAL]),
     )  # fmt: skip
     def open(
         self, amount: int, cap: int, fee: int, hold: int, notice: int, audit: int, lasts: int, nonce: int, most: int,
-        key: AccountKey,
+        locked: int, key: AccountKey,
     ) -> None:  # fmt: skip
         wanted = terms(
             amount_micro=amount, cap_micro=cap, fee_ppm=fee, holdback_ppm=hold, notice_ms=notice, audit_ms=audit,
             expires_ms=max(0, self.book.book.now_ms + lasts), nonce=bytes([nonce] * 32),
             payees=(Payee(NODES[0].address, most), Payee(NODES[1].address, AMOUNT_MAX)),
+            locked_until_ms=self.book.book.now_ms + locked if locked else 0,
         )  # fmt: skip
         name = wanted.escrow_id(LEDGER)
         self.names.append(name)
@@ -562,6 +585,9 @@ class Ledger(RuleBasedStateMachine):
             return
         assert sum(self.book.balances.values()) == 0 and self.book.balances.get(ISSUED, 0) == self.out - self.paid_in
         assert all(balance >= 0 for name, balance in self.book.balances.items() if name != ISSUED)
+        for name, escrow in self.book.escrows.items():
+            if self.book.book.now_ms < escrow.terms.locked_until_ms:
+                assert self.book.balances[escrowed(name)] == escrow.amount_micro
         for name, bond in self.book.bonds.items():
             assert self.book.balances.get(bonded(name), 0) == bond.at_stake_micro
         for node in SELLERS:

@@ -31,9 +31,10 @@ from shoal.cli.output import (
     shown,
     until_stopped,
 )
-from shoal.errors import BadInput, BadRecord, ShoalError
+from shoal.errors import BadInput, BadRecord, LinkError, ShoalError
 from shoal.identity import Envelope, KeyPair, load_key, short_id
 from shoal.identity.accounts import parse_address
+from shoal.protocol.money import DAY_MS
 from shoal.protocol.orders import (
     BID_BLOCKS_MAX,
     HOUR_MS,
@@ -218,7 +219,7 @@ def buy(
 ) -> None:
     """Buy an hour of so many nodes of a class in the batch that is open, each for at most so much.
 
-    All that this may cost is set aside. You pay what the last one costs who is left out, and never more than your price:
+    All that this may cost is set aside, and stays so until a minute after the batch is to be closed. You pay what the last one costs who is left out, and never more than your price:
     it pays to say what an hour is worth to you. So one bid and one ask alone trade nothing. The order is good for one
     batch. Once that is closed, `shoal market mine` has the nodes keep what you bought, and what you did not buy comes
     back; do so within the hour.
@@ -358,7 +359,7 @@ def mine(
 ) -> None:
     """Show what you and this machine's node bought and sold in the last batches, and bring to its end what you bought.
 
-    The money of bids that bought nothing comes back. Of what was bought the nodes sign that they keep the hour for you,
+    The money of bids that bought nothing comes back once they have expired. Of what was bought the nodes sign that they keep the hour for you,
     and exactly what it costs stays set aside; what you have passed on is given back to them. Orders that were signed on
     this machine are looked for in their batches: one that is missing is told. Exit code 4 where one is.
     """  # fmt: skip
@@ -411,19 +412,24 @@ def mine(
                 orders.append({"order": order.record_id, "batch": number, "missing": missing, "sentence": said})
 
     async def work(one: RemoteAuction) -> tuple[int, int, list[KeptBid]]:
-        info = await one.about()
+        try:
+            info = await one.about()
+        except LinkError:
+            await settle_all(one, 0)  # an auction that is gone keeps nobody's money
+            raise
         first = max(info.oldest, info.running - last)
         for number in range(first, info.running):
             look(await one.batch(number))
-        unsettled = [each for each in known if not each.over]
-        if not unsettled:
-            return first, info.running, []
-        settled = []
-        async with _buying(one, bids, ledger, hub) as buyer:
-            for each in unsettled:
-                each = await buyer.give_back(each, passed_on[each.order_id])
-                settled.append(await buyer.settle(each, info.running))
-        return first, info.running, settled
+        return first, info.running, await settle_all(one, info.running)
+
+    async def settle_all(one: RemoteAuction, running: int) -> list[KeptBid]:
+        unsettled, settled = [each for each in known if not each.over], []
+        if unsettled:
+            async with _buying(one, bids, ledger, hub) as buyer:
+                for each in unsettled:
+                    each = await buyer.give_back(each, passed_on[each.order_id])
+                    settled.append(await buyer.settle(each, running))
+        return settled
 
     first, running, settled = _ask(auction, work)
     waiting = [one.record_id for one in kept.of(running)]
@@ -449,6 +455,10 @@ def mine(
             out.print(shown(row["sentence"]), markup=False, soft_wrap=True)
         for name in waiting:
             out.print(f"Order {short(name)} was signed for batch {running}, which is open.", markup=False)
+        locked_ms = max((one.escrow.locked_until_ms for one in settled if one.hours), default=0)
+        if locked_ms > SystemClock().now_ms():
+            said = f"What you have bid above the price comes back from {_time(locked_ms)} on, with: shoal market mine"
+            out.print(said, markup=False, soft_wrap=True)
         if not (trades or orders or waiting or hours):
             out.print(f"Nothing of yours is in batches {first} to {running - 1}.")
     if any(row["missing"] for row in orders):
@@ -744,9 +754,13 @@ def _class(device: str, devices: int, memory_gib: int, country: str | None, tier
 
 
 def _hour_of(text: str) -> int:
-    start_ms = places.hour_of(text)
-    if start_ms < SystemClock().now_ms():
+    from shoal.market.batches import HORIZON_MS
+
+    start_ms, now_ms = places.hour_of(text), SystemClock().now_ms()
+    if start_ms < now_ms:
         raise BadFlag(f"--hour {text} cannot be used: it has begun, and hours are traded before.")
+    if start_ms > now_ms + HORIZON_MS:
+        raise BadFlag(f"--hour {text} cannot be used: hours are traded at most {HORIZON_MS // DAY_MS} days ahead.")
     assert start_ms % HOUR_MS == 0
     return start_ms
 

@@ -1,11 +1,10 @@
 """One escrow, from its opening to its end.
 
-While it is open, whoever has a voucher redeems it: what the voucher says more than the one before is earned by its
-payee. A part of that is held back; of the other, the ledger takes its fee. An escrow ends when its time is over, or
-some notice after the payer asked for the rest, or as soon as all payees have said, too, that they want no more of it;
-the rest goes back to the payer then. What was held back goes to the
-payees when the time for audits is over as well, less the fee, and less what the auditor withheld: that goes back to the
-payer.
+While it is open, whoever has a voucher redeems it, unless its terms lock it until later: what the voucher says more
+than the one before is earned by its payee. A part of that is held back; of the other, the ledger takes its fee. An
+escrow ends when its time is over, or some notice after the payer asked for the rest, or as soon as all payees have
+said, too, that they want no more of it; the rest goes back to the payer then. What was held back goes to the payees
+when the time for audits is over as well, less the fee, and less what the auditor withheld: that goes back to the payer.
 """
 
 from __future__ import annotations
@@ -62,6 +61,12 @@ class TopUpOutOfTurn(MoneyRefused):
     """A top-up does not have the number that is its escrow's next."""
 
     code = "SH-181"
+
+
+class EscrowLocked(MoneyRefused):
+    """An escrow pays nobody before a moment that its terms name."""
+
+    code = "SH-175"
 
 
 class TooManyPayees(MoneyRefused):
@@ -141,7 +146,8 @@ class Escrow:
         return self.admitted.get(payee, agreed)
 
     def most_for(self, payee: bytes) -> int:
-        """The highest voucher for it that could be redeemed now: what others were promised may be gone before."""
+        """The highest voucher for it that could be redeemed, now or once the lock is over: what others were promised
+        may be gone before."""
         before = self.paid.get(payee, Paid()).redeemed_micro
         return min(self.most_of(payee) or 0, self.amount_micro - self.redeemed_micro + before)
 
@@ -171,6 +177,8 @@ def opened(terms: EscrowTerms, ledger: LedgerName, now_ms: int) -> Decision:
         raise BadTerms(f"An escrow that expires {now_ms - terms.expires_ms} ms ago cannot be opened.")
     if len({payee.account for payee in terms.payees}) < len(terms.payees):
         raise BadTerms("An escrow names a payee twice.")
+    if terms.locked_until_ms > terms.expires_ms:
+        raise BadTerms(f"An escrow is locked for {terms.locked_until_ms - terms.expires_ms} ms longer than it lasts.")
     _check_cap(terms.cap_micro, terms.amount_micro)
     escrow = Escrow(terms.escrow_id(ledger), terms, now_ms, terms.expires_ms)
     return escrow, moves_of((account(terms.payer), escrowed(escrow.escrow_id), terms.amount_micro))
@@ -220,9 +228,12 @@ def topped_up(escrow: Escrow, order: ToppingUp, now_ms: int) -> Decision:
 
 
 def redeemed(escrow: Escrow, voucher: Voucher, signer: bytes, now_ms: int) -> Decision:
-    """`signer` is whose signature the voucher carries. Raises EscrowOver, NotYours, OldVoucher, TooMuchPromised."""
+    """`signer` is whose signature the voucher carries. Raises EscrowOver, EscrowLocked, NotYours, OldVoucher,
+    TooMuchPromised."""
     terms = escrow.terms
     _check_open(escrow, now_ms)
+    if now_ms < terms.locked_until_ms:
+        raise EscrowLocked(f"{escrow.name} pays nobody for {terms.locked_until_ms - now_ms} ms more, as its terms say.")
     if voucher.escrow != escrow.escrow_id:
         raise NotYours(f"A voucher for escrow {voucher.escrow.hex()[:12]} is none for {escrow.name}.")
     if signer not in (terms.payer, terms.signer):
@@ -260,7 +271,7 @@ def closing(escrow: Escrow, now_ms: int) -> Escrow:
     _check_open(escrow, now_ms)
     if escrow.closing:
         raise DoneAlready(f"The payer of {escrow.name} has asked for the rest already; it ends at {escrow.ends_ms} ms.")
-    ends_ms = min(escrow.ends_ms, now_ms + escrow.terms.notice_ms)
+    ends_ms = min(escrow.ends_ms, max(now_ms + escrow.terms.notice_ms, escrow.terms.locked_until_ms))
     return _over_if_nobody_waits(replace(escrow, ends_ms=ends_ms, closing=True), now_ms)
 
 
@@ -283,7 +294,7 @@ def finished(escrow: Escrow, word: Finished, now_ms: int) -> Escrow:
 def _over_if_nobody_waits(escrow: Escrow, now_ms: int) -> Escrow:
     """The notice is for payees with vouchers that are not redeemed: without any, it need not be waited for."""
     waits = any(not escrow.paid.get(payee, Paid()).finished for payee in escrow.payees)
-    return escrow if waits or not escrow.closing else replace(escrow, ends_ms=now_ms)
+    return escrow if waits or not escrow.closing else replace(escrow, ends_ms=max(now_ms, escrow.terms.locked_until_ms))
 
 
 def withheld(escrow: Escrow, payee: bytes, amount_micro: int, by: bytes, now_ms: int) -> Decision:

@@ -1,7 +1,8 @@
 """The money behind a bid: set aside before it is signed, for that bid alone; what it is for once the batch is cleared.
 
-All that a bid may cost is in one escrow from the beginning. Until the batch is cleared its only payee is the buyer, to
-whom all of it goes back where nothing is bought. Of what is bought the nodes become payees, each for what its hours
+All that a bid may cost is in one escrow from the beginning. It is locked for as long as the bid may count, so that no
+bid sets a price with money that is gone by then. Until the batch is cleared its only payee is the buyer, to whom all of
+it goes back where nothing is bought. Of what is bought the nodes become payees, each for what its hours
 cost and no more, and what is above that goes back. Each step follows from how the escrow stands at the ledger, so that
 whoever was stopped between two of them goes on with the next.
 """
@@ -38,6 +39,7 @@ def terms_for(
         holdback_ppm=HOLDBACK_PPM, notice_ms=NOTICE_MS, audit_ms=AUDIT_MS,
         expires_ms=terms.block.start_ms + HOUR_MS + AFTER_MS, payees=(Payee(payer, 0),),
         quote=bid_quote(terms, blocks, trader), nonce=nonce,
+        locked_until_ms=min(terms.expires_ms, terms.block.start_ms),
     )  # fmt: skip
 
 

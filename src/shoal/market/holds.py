@@ -207,7 +207,7 @@ def take(
             f"{escrow.name} is {address_text(escrow.terms.payer)}'s, and the slot is held for "
             f"{address_text(known.hold.payer)}."
         )
-    ends_ms = check_escrow(escrow, known.hold.payee, terms, now_ms)
+    ends_ms = check_escrow(escrow, known.hold.payee, terms, now_ms, now_ms)
     if closes_ms is not None:
         ends_ms = min(ends_ms, closes_ms)
     return msgspec.structs.replace(
@@ -292,14 +292,17 @@ def released(slots: Slots, slot: int, now_ms: int) -> tuple[bytes, ...]:
     return tuple(one.packed for one in slots.pending if one.slot == slot and one.until_ms > now_ms)
 
 
-def check_escrow(escrow: Escrow, payee: bytes, terms: Terms, now_ms: int) -> int:
-    """When it ends; that it has something for `payee` until then, on the node's terms. Raises HoldRefused."""
+def check_escrow(escrow: Escrow, payee: bytes, terms: Terms, begins_ms: int, now_ms: int) -> int:
+    """When it ends; that it has something for `payee` from `begins_ms`, when the work begins, until then, on the node's
+    terms. Raises HoldRefused."""
     said, asked = escrow.name, escrow.terms
     if escrow.state is not State.OPEN or escrow.ends_ms - now_ms < LEASE_LEAST_MS:
         left_s = max(0, escrow.ends_ms - now_ms) / 1000 if escrow.state is State.OPEN else 0
         raise HoldRefused(f"{said} ends in {left_s:.0f} s; {LEASE_LEAST_MS / 1000:.0f} s are needed at least.")
     if escrow.most_for(payee) <= escrow.paid.get(payee, Paid()).redeemed_micro:
         raise HoldRefused(f"{said} has nothing for {address_text(payee)}, where this node is paid.")
+    if asked.locked_until_ms > begins_ms:
+        raise HoldRefused(f"{said} is locked: it pays nothing for the first {asked.locked_until_ms - begins_ms} ms.")
     for what, value, most_allowed in (
         ("holds back", asked.holdback_ppm, terms.holdback_max_ppm),
         ("takes a fee of", asked.fee_ppm, terms.fee_max_ppm),

@@ -94,23 +94,33 @@ def promise(slots: Slots, ask: Ask, order: bytes, auction: str, terms: Terms, no
     return msgspec.structs.replace(slots, hours=(*others, hour))
 
 
+def hour_of(slots: Slots, start_ms: int, batch: int) -> Hour:
+    """An hour that somebody claims by a trade of this batch. Raises HoldRefused where no trade of that could count, and
+    so nobody need look into it."""
+    hour = hour_at(slots, start_ms)
+    if hour is None:
+        raise HoldRefused("This node has not promised that hour to any auction, or it is over.")
+    if batch < hour.batch or (hour.kept is None and batch != hour.batch):
+        done = "promised to" if hour.kept is None else "sold in"
+        raise HoldRefused(f"That hour was {done} batch {hour.batch}; this is batch {batch}.")
+    return hour
+
+
 def claim(slots: Slots, sale: Sale, escrow: Escrow | None, terms: Terms, now_ms: int) -> Hold:
     """The Hold to be signed for the buyer of an hour; the one that it has, where it has one. Raises HoldRefused."""
     now_ms = now_or_refuse(slots, now_ms)
-    hour, ends_ms = hour_at(slots, sale.start_ms), sale.start_ms + HOUR_MS
-    if hour is None:
-        raise HoldRefused("This node has not promised that hour to any auction, or it is over.")
+    hour, ends_ms = hour_of(slots, sale.start_ms, sale.batch), sale.start_ms + HOUR_MS
     kept = hour.kept.hold if hour.kept is not None else None
     if kept is not None and kept.client == sale.buyer and hour.binds(now_ms):
         return kept
     if now_ms >= sale.start_ms:
         raise HoldRefused("That hour has begun; what was bought is claimed before.")
-    if kept is None and (sale.batch != hour.batch or not hour.binds(now_ms)):
+    if kept is None and not hour.binds(now_ms):
         raise HoldRefused(
-            f"That hour was promised to batch {hour.batch}, to be claimed in "
-            f"{FOR_CLAIMS_MS // 60_000} min; this is not that trade, or that time is over."
+            f"That hour was promised to batch {hour.batch}, to be claimed in {FOR_CLAIMS_MS // 60_000} min, and that "
+            "time is over."
         )
-    if kept is not None and (sale.seller != kept.client or sale.batch <= hour.batch):
+    if kept is not None and (sale.seller != kept.client or sale.batch == hour.batch):
         raise HoldRefused(f"{short_id(kept.client)} has bought that hour in batch {hour.batch}, and has not passed it "
                           "on in this one.")  # fmt: skip
     if kept is not None and not hour.given_back:
@@ -130,7 +140,7 @@ def claim(slots: Slots, sale: Sale, escrow: Escrow | None, terms: Terms, now_ms:
         reclaim_notice_ms=terms.reclaim_notice_ms,
         released=released(slots, hour.slot, now_ms),
     )  # fmt: skip
-    if check_escrow(escrow, sale.payee, terms, now_ms) < ends_ms:
+    if check_escrow(escrow, sale.payee, terms, sale.start_ms, now_ms) < ends_ms:
         raise HoldRefused(f"{escrow.name} ends before the hour that it is to pay for.")
     if escrow.most_for(sale.payee) < sale.price_micro:
         raise HoldRefused(

@@ -13,7 +13,7 @@ from shoal.auctions.refusals import NotPublished
 from shoal.errors import BadRecord
 from shoal.identity import Envelope, KeyPair, short_id
 from shoal.market.holds import HoldRefused, Slots, refuse_closing
-from shoal.market.hours import Sale, claim, hour_at, promise, sale_of, sold
+from shoal.market.hours import Sale, claim, hour_at, hour_of, promise, sale_of, sold
 from shoal.node.sales import ASKS_BURST, ASKS_PER_S, Sales
 from shoal.protocol.auctions import AuctionTicket, ClaimHour, HourPromise, PromiseHour
 from shoal.protocol.holds import HoldGiven
@@ -46,7 +46,7 @@ class Hours:
         self._endpoint, self._ledger, self._clock = endpoint, ledger, clock
         self._asks = RateLimit(clock, ASKS_PER_S, ASKS_BURST)
         self._claims = RateLimit(clock, CLAIMS_PER_S, CLAIMS_BURST)
-        self._known: OrderedDict[tuple[str, int, int], Sale | None] = OrderedDict()
+        self._known: OrderedDict[tuple[bytes, int, int], Sale | None] = OrderedDict()
         endpoint.handle(PromiseHour.KIND, self._promised)
         endpoint.handle(ClaimHour.KIND, self._claimed)
 
@@ -61,10 +61,9 @@ class Hours:
             raise BadRecord("A node promises the hour of an order to its auction, both signed with the node's own key.")
         known = hour_at(self._sales.slots, asked.terms.block.start_ms)
         if known is not None and known.kept is None and known.binds(self._clock.now_ms()):
-            same = AuctionTicket.parse(known.auction).auctioneer == ticket.auctioneer
-            if not same or known.batch != asked.terms.batch:
-                # An auctioneer that was started anew may be at another address: the newer one is asked.
-                sale = await self._sale(str(ticket) if same else known.auction, known.batch, known.start_ms)
+            before = AuctionTicket.parse(known.auction)
+            if (before.auctioneer, known.batch) != (ticket.auctioneer, asked.terms.batch):
+                sale = await self._sale(_or_at(before, ticket), known.batch, known.start_ms)
                 if sale is not None:
                     raise HoldRefused(f"This hour was sold in batch {known.batch}, to {short_id(sale.buyer)}.")
 
@@ -79,11 +78,10 @@ class Hours:
     async def _claimed(self, request: Request) -> bytes:
         self._asks.spend(request.source.encode(), "A claim")
         wanted = decode(ClaimHour, request.body, request.version)
-        hour = hour_at(self._sales.slots, wanted.start_ms)
-        if hour is None:
-            raise HoldRefused("This node has not promised that hour to any auction, or it is over.")
+        hour = hour_of(self._sales.slots, wanted.start_ms, wanted.batch)
         self._claims.spend(request.peer, "A claim")
-        sale = await self._sale(hour.auction, wanted.batch, wanted.start_ms)
+        auction = _or_at(AuctionTicket.parse(hour.auction), AuctionTicket.parse(wanted.auction))
+        sale = await self._sale(auction, wanted.batch, wanted.start_ms)
         if sale is None or sale.buyer != request.peer:
             raise HoldRefused(
                 f"Batch {wanted.batch} gives that hour to {short_id(sale.buyer) if sale else 'nobody'}, and not to "
@@ -102,12 +100,12 @@ class Hours:
         envelope = await self._sales.decide(decide)
         return encode(HoldGiven(hold=envelope.to_bytes()), request.version)
 
-    async def _sale(self, ticket: str, batch: int, start_ms: int) -> Sale | None:
+    async def _sale(self, ticket: AuctionTicket, batch: int, start_ms: int) -> Sale | None:
         """What a batch says of an hour of this node. Raises HoldRefused while it is open, and what fetching and
         checking it does."""
-        asked = ticket, batch, start_ms
+        asked = ticket.auctioneer, batch, start_ms
         if asked not in self._known:
-            auction = RemoteAuction(self._endpoint, AuctionTicket.parse(ticket), self._clock, network=self._network)
+            auction = RemoteAuction(self._endpoint, ticket, self._clock, network=self._network)
             try:
                 checked = await auction.batch(batch)
             except NotPublished as error:
@@ -116,3 +114,10 @@ class Hours:
             while len(self._known) > SALES_KEPT:
                 self._known.popitem(last=False)
         return self._known[asked]
+
+
+def _or_at(known: AuctionTicket, newer: AuctionTicket) -> AuctionTicket:
+    """The auction that is known, which may have moved to where a newer ticket of the same auctioneer says."""
+    if newer.auctioneer != known.auctioneer:
+        return known
+    return AuctionTicket(known.auctioneer, (*known.addresses, *newer.addresses))

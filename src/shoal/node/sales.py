@@ -440,7 +440,8 @@ class Sales:
             raise HoldRefused("The ledger has no such escrow.")
         async with self._accounting:
             known = self._accounts.get(allowance.escrow)
-            check_escrow(escrow, known.payee if known else self.terms.payee, self.terms, self.now_ms())
+            now_ms = self.now_ms()
+            check_escrow(escrow, known.payee if known else self.terms.payee, self.terms, now_ms, now_ms)
             if escrow.terms.signer != signer:
                 raise HoldRefused(f"Node {self._name} was given a key that signs nothing out of {escrow.name}.")
             if known is None:  # also where it was forgotten: others may have come in between

@@ -136,7 +136,9 @@ class ClaimHour(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, 
     node looks into the batch and asks the ledger, and replies with HoldGiven."""
 
     KIND: ClassVar[str] = "hour.claim"
-    MAX_BYTES: ClassVar[int] = 128
+    MAX_BYTES: ClassVar[int] = 2 * 1024
 
+    auction: Annotated[str, Meta(max_length=1024)]
+    """Its ticket: the auctioneer may be at another address by now than when the hour was promised."""
     batch: BatchNumber
     start_ms: Annotated[int, Meta(ge=0, le=1 << 53, multiple_of=HOUR_MS)]

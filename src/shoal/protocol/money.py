@@ -38,6 +38,7 @@ ESCROW = StructType(
         ("uint256", "expires"), ("bytes32", "payees"), ("bytes32", "quote"), ("bytes32", "nonce"),
     ),
 )  # fmt: skip
+LOCKED_ESCROW = StructType("LockedEscrow", (*ESCROW.fields, ("uint256", "locked")))
 CLOSING = StructType("Closing", (("bytes32", "escrow"),))
 WITHHOLDING = StructType(
     "Withholding", (("bytes32", "escrow"), ("address", "payee"), ("uint256", "amount"), ("bytes32", "evidence"))
@@ -135,7 +136,7 @@ class Payee(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """It never gets more of the escrow, whatever a voucher says."""
 
 
-class EscrowTerms(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class EscrowTerms(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """What a payer sets aside, for whom, and what becomes of it; signed by the payer."""
 
     payer: Address
@@ -162,15 +163,18 @@ class EscrowTerms(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """The id of the quote that it is for."""
     nonce: Hash
     """Drawn anew for each escrow."""
+    locked_until_ms: Annotated[int, Meta(ge=0, le=TIME_MAX_MS)] = 0
+    """Before that it neither ends nor pays anybody, so that who has seen it can count on it."""
 
     def struct_hash(self) -> bytes:
         payees = keccak_256(b"".join(PAYEE.hash_of((one.account, one.most_micro)) for one in self.payees))
-        return ESCROW.hash_of(
-            (
-                self.payer, self.signer, self.cap_micro, self.auditor, self.amount_micro, self.fee_ppm,
-                self.holdback_ppm, self.notice_ms, self.audit_ms, self.expires_ms, payees, self.quote, self.nonce,
-            )
+        values = (
+            self.payer, self.signer, self.cap_micro, self.auditor, self.amount_micro, self.fee_ppm,
+            self.holdback_ppm, self.notice_ms, self.audit_ms, self.expires_ms, payees, self.quote, self.nonce,
         )  # fmt: skip
+        if self.locked_until_ms:
+            return LOCKED_ESCROW.hash_of((*values, self.locked_until_ms))
+        return ESCROW.hash_of(values)
 
     def escrow_id(self, ledger: LedgerName) -> bytes:
         """What is signed names the escrow."""

@@ -26,11 +26,11 @@ from shoal.identity import Envelope, KeyPair, NodeId, blake3_hash, short_id
 from shoal.identity.accounts import AccountKey, AccountSignature, Address
 from shoal.ledger.book import SameEscrow
 from shoal.ledger.commands import Open
-from shoal.ledger.escrows import EscrowOver, OldVoucher, State
+from shoal.ledger.escrows import EscrowLocked, EscrowOver, OldVoucher, State
 from shoal.ledger.fees import fee_at
 from shoal.ledger.moves import DoneAlready
 from shoal.market.batches import block_hash
-from shoal.market.bids import NOTICE_MS, bid_of, next_step, signed, terms_for
+from shoal.market.bids import FOR_CLAIMS_MS, NOTICE_MS, bid_of, next_step, signed, terms_for
 from shoal.market.publishing import Verified
 from shoal.protocol.auctions import ClaimHour, HourPromise, PromiseHour
 from shoal.protocol.holds import Hold, HoldGiven, HoldRelease, Release, open_hold
@@ -269,13 +269,17 @@ class Buyer:
 
     async def settle(self, one: KeptBid, running: int) -> KeptBid:
         """What became of a bid, as far as it can be brought: the money where it belongs, and the nodes' Holds.
-        `running` is the batch that is open. Raises what the auction and the ledger do; what a node says is kept with
-        its hour."""
+        `running` is the batch that is open; 0 while the auction does not answer. Raises what the auction and the ledger
+        do; what a node says is kept with its hour."""
         bid = one.bid
-        if one.over or (one.hours is None and bid.terms.batch >= running):
+        if one.over:
             return one
-        if one.hours is None:
+        if one.hours is None and bid.terms.batch < running:
             one = self._keep(one, hours=await self._bought(one, bid))
+        elif one.hours is None:
+            if self._clock.now_ms() < bid.terms.expires_ms + FOR_CLAIMS_MS:
+                return one
+            one = self._keep(one, hours=())  # whatever its batch comes to, no node keeps an hour for it any more
         await self._put_money(one, bid)
         start_ms = bid.terms.block.start_ms
         for number, hour in enumerate(one.hours or ()):
@@ -339,13 +343,18 @@ class Buyer:
             step = next_step(escrow, owed, one.order_id)
             if step is None:
                 return
-            with contextlib.suppress(DoneAlready, OldVoucher, EscrowOver):  # the answer was lost
+            try:
                 await self._ledger.apply(signed(step, self._account, one.ledger))
+            except EscrowLocked:
+                return  # what is too much comes back later
+            except (DoneAlready, OldVoucher, EscrowOver):
+                pass  # the answer was lost
 
     async def _claim(self, bid: Bid, hour: BoughtHour) -> bytes:
         """The node's Hold. Raises ShoalError."""
         block = bid.terms.block
-        key, message = hour_key(self._user, block), ClaimHour(batch=bid.terms.batch, start_ms=block.start_ms)
+        key, auction = hour_key(self._user, block), str(self._auction.ticket)
+        message = ClaimHour(auction=auction, batch=bid.terms.batch, start_ms=block.start_ms)
         async with self._reach(key, hour.node) as link:
             body = await link.request(
                 message.KIND, encode(message, link.version), deadline_s=ASK_DEADLINE_S,
