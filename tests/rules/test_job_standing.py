@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,9 @@ from pathlib import Path
 import msgspec
 import pytest
 from report_story import Story
+from typer.testing import CliRunner
 
+from shoal.cli.jobs import jobs_app
 from shoal.driver.folder import RunFolder
 from shoal.driver.lines import Event, EventKind
 from shoal.driver.report import NodeStatus
@@ -144,6 +147,13 @@ def test_what_a_run_has_spent_and_what_the_rest_takes(tmp_path: Path) -> None:
     assert found.forecast == forecast(left, found.tokens_per_s, 1_640_000, 2 * MICRO)
     assert found.forecast is not None and found.forecast.micro > 0
     assert free.forecast == Forecast(left / found.tokens_per_s, 0, None)
+
+
+def test_a_run_that_stopped_says_how_it_goes_on(tmp_path: Path) -> None:
+    with write(tmp_path / "run", Story(rounds=60)):
+        pass
+    said = " ".join(CliRunner().invoke(jobs_app, ["show", str(tmp_path / "run")]).output.split())
+    assert re.search(rf"At the last rate: .* left\. Go on with: \S+ train {tmp_path}/run --resume$", said)
 
 
 def test_who_drives_is_paid_and_is_no_member(tmp_path: Path) -> None:

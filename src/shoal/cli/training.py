@@ -237,16 +237,13 @@ def train_command(
 
 def _print_end(report: Report, folder: Path, json: bool) -> None:
     """How a job ended, and where what it made is. Raises Exit for one that did not come to its goal."""
-    missed = report.goal if report.goal is not None and not report.goal.reached else None
     if json:
         print_json(report)
     else:
         print_completion(report)
         print_report(report)
-        if missed is not None:
-            out.print(shown(missed.sentence), style="yellow", markup=False, soft_wrap=True)
         out.print(f"Model: {folder / 'model'}   Report: {folder / 'report.html'}", markup=False, soft_wrap=True)
-    if missed is not None:
+    if report.goal is not None and not report.goal.reached:
         raise typer.Exit(1)
 
 
