@@ -199,10 +199,13 @@ def test_a_job_whose_money_is_used_up_waits_for_more_and_goes_on(tmp_path: Path)
                 while True:
                     shown = await said("jobs", "show", "runs/job")
                     with RunFolder.open(run, read_only=True) as folder:
-                        waits = [one for one in folder.notes(Event) if one.kind is EventKind.WAITING]
+                        events = list(folder.notes(Event))
+                    waits = [one for one in events if one.kind is EventKind.WAITING]
                     assert shown["state"] in ("detached", "waiting")
                     if len(waits) == times and shown["state"] == "waiting":
                         assert shown["waits"].startswith(WAITS) and shown["forecast"] is None
+                        warned = [at for at, one in enumerate(events) if "of the budget is left" in one.sentence]
+                        assert warned and warned[-1] < events.index(waits[-1])
                         return shown
 
         hub = town.shoal.hub_tickets[0]
