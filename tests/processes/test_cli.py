@@ -21,7 +21,7 @@ from rich.console import Console
 from shoal.cli.main import main
 from shoal.cli.output import until_stopped
 from shoal.cli.tables import print_bill, print_report
-from shoal.driver.report import AuditCount, NodeReport, NodeStatus, Report
+from shoal.driver.report import AuditCount, Goal, NodeReport, NodeStatus, Report
 from shoal.identity import KeyPair
 from shoal.purse.bills import Bill, BillLine
 from shoal.sdk.jobfile import schema
@@ -365,6 +365,14 @@ def test_the_closing_table_keeps_reasons_readable(columns: int, capsys: pytest.C
     first = next(index for index, line in enumerate(lines) if line.startswith("dune  Found by replay"))
     assert len(lines[first].rstrip()) > columns * 0.8, "a reason has the whole width"
     assert "\x1b" not in "".join(lines) and "[bold]" in "".join(lines), "what a stranger wrote stays text"
+
+
+@pytest.mark.parametrize("reached", [True, False])
+def test_a_job_that_stopped_before_its_goal_says_why(reached: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    why = "The budget of 0.30 USD is used up. Nothing is lost: --resume goes on from here with a larger --budget."
+    report = msgspec.structs.replace(a_report(()), goal=Goal(reached=reached, sentence=why))
+    print_report(report, console=Console(width=200, force_terminal=False, highlight=False))
+    assert (why in capsys.readouterr().out) is not reached
 
 
 def a_report(nodes: tuple[NodeReport, ...]) -> Report:

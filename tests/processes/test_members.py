@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Coroutine, Sequence
@@ -768,6 +769,53 @@ def test_an_heir_that_hangs_up_may_ask_for_the_head_again(tmp_path: Path) -> Non
             await asyncio.gather(question, return_exceptions=True)
             while heir.node_id in member._heads:
                 await asyncio.sleep(0)
+        await scene.agent.close()
+
+    play(story())
+
+
+def test_a_silent_driver_is_asked_whatever_its_heirs_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node_member, "ASK_AFTER_S", 0.1)
+
+    async def story() -> None:
+        scene = await a_node(tmp_path)
+        driver, heir = a_key(160), a_key(161)
+        endpoint, store = scene.network.endpoint(driver), BlobStore(MemoryDisk(), 1 << 26, CLOCK)
+        await endpoint.listen("tcp://driver:0")
+        link = await endpoint.dial(scene.node.node_id, scene.node.addresses)
+        asked = asyncio.Semaphore(0)
+
+        async def ready(request: Request) -> bytes:
+            return encode(Done(), request.version)
+
+        async def commits(request: Request) -> bytes:
+            asked.release()
+            return encode(CommitsGiven(commits=()), request.version)
+
+        endpoint.handle(MemberReady.KIND, ready)
+        endpoint.handle(CommitsAsk.KIND, commits)
+        serve(endpoint, store)
+        setting, files = with_shards(scene.setting)
+        store.put(setting.start.to_bytes(), setting.start.MEDIA_TYPE)
+        for path in files.values():
+            store.put(path.read_bytes())
+        holder = BlobHolder(driver.node_id, tuple(endpoint.addresses))
+        invite = an_invitation(setting, driver, drivers=(driver.node_id, heir.node_id), holders=(holder,))
+        answer = await link.request(MemberInvite.KIND, encode(invite), reply_max_bytes=1 << 17)
+        job = open_record(_envelope(decode(MemberAnswer, answer).member), Member).job
+        asking = await scene.link(heir)
+
+        async def ask_always() -> None:
+            while True:
+                with contextlib.suppress(Refused, TimeoutError):
+                    async with asyncio.timeout(0.05):
+                        await asking.request(HeadAsk.KIND, encode(HeadAsk(job=job, term=2)))
+
+        heirs = asyncio.create_task(ask_always())
+        for _ in range(3):
+            await asked.acquire()
+        heirs.cancel()
+        await asyncio.gather(heirs, return_exceptions=True)
         await scene.agent.close()
 
     play(story())

@@ -252,12 +252,13 @@ def test_a_budget_that_is_used_up_stops_the_job_after_a_warning(tmp_path: Path) 
         assert stopped is not None
         assert "The budget of 0.01 USD is used up: 0.001 is left, and a round costs up to 0.001." in stopped
         times = "1 place was held in 0 ms, the money for that was set aside in 0 ms, and taken in 0 ms."
-        assert [event.sentence for event in job.folder.notes(Event)] == [times]
         assert job.said == [
             times,
             "0.004 USD of the budget is left, enough for about 40.0 s; then the job stops, unless `shoal jobs fund` "
             "adds to it before.",
         ]
+        noted = [event.sentence for event in job.folder.notes(Event)]
+        assert noted == job.said, "whose job nodes drive is warned as well"
         assert job.treasurer.payments.spent_micro == 9000
 
     run(story)

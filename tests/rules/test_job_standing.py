@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,13 +12,18 @@ from pathlib import Path
 import msgspec
 import pytest
 from report_story import Story
+from typer.testing import CliRunner
 
+from shoal.cli.jobs import jobs_app
 from shoal.driver.folder import RunFolder
+from shoal.driver.lines import Event, EventKind
 from shoal.driver.report import NodeStatus
 from shoal.driver.write_report import write_report
 from shoal.protocol.money import EscrowTerms, HouseLedger, Payee
 from shoal.purse.bills import PaidNode, Payments, TermPayments
 from shoal.quantities.money import MICRO
+from shoal.sdk.handed import FILE as HANDED
+from shoal.sdk.handed import Handed
 from shoal.sdk.jobs import DamagedRun, Forecast, JobStanding, JobState, driver_of, forecast, look_at, look_at_all, stop
 
 
@@ -72,6 +78,32 @@ def test_a_run_is_finished_by_its_report_and_not_before_its_goal(tmp_path: Path)
     assert state_of(tmp_path / "run") is JobState.DIED
 
 
+def test_a_run_that_nodes_drive_waits_for_money_as_long_as_nothing_comes_after_that(tmp_path: Path) -> None:
+    story, waits = Story(rounds=60), "The money is used up: the job waits for more until 12:00 UTC."
+    with write(tmp_path / "run", story) as folder:
+        folder.write(HANDED, msgspec.json.encode(Handed(job=folder.job.record_id, hosts=(), hubs=())))
+        assert state_of(tmp_path / "run") is JobState.DETACHED
+        folder.note(Event(time_s=900.0, sentence=waits, kind=EventKind.WAITING))
+        found = look_at(tmp_path / "run")
+        assert (found.state, found.waits, found.forecast) == (JobState.WAITING, waits, None)
+        folder.note(Event(time_s=901.0, sentence="2 places were held."))
+        found = look_at(tmp_path / "run")
+        assert (found.state, found.waits) == (JobState.DETACHED, "") and found.forecast is not None
+
+
+def test_nobody_works_for_a_run_that_is_over(tmp_path: Path) -> None:
+    story = Story()
+    works = [msgspec.structs.replace(node, status=NodeStatus.WORKING) for node in story.figures().nodes]
+    with write(tmp_path / "run", story) as folder:
+        folder.write("figures.json", msgspec.json.encode(msgspec.structs.replace(story.figures(), nodes=tuple(works))))
+        running = look_at(tmp_path / "run")
+    stopped = look_at(tmp_path / "run")
+    for found, state in ((running, JobState.RUNNING), (stopped, JobState.STOPPED)):
+        assert found.state is state and found.working == len(works)
+    assert {one.status for one in running.nodes} == {NodeStatus.WORKING}
+    assert {one.status for one in stopped.nodes} == {NodeStatus.FINISHED}
+
+
 def payments_of(story: Story) -> Payments:
     """One term that is over, and one that is not, in which the first node works on."""
     ledger = HouseLedger(bytes(32), "USD")
@@ -115,6 +147,13 @@ def test_what_a_run_has_spent_and_what_the_rest_takes(tmp_path: Path) -> None:
     assert found.forecast == forecast(left, found.tokens_per_s, 1_640_000, 2 * MICRO)
     assert found.forecast is not None and found.forecast.micro > 0
     assert free.forecast == Forecast(left / found.tokens_per_s, 0, None)
+
+
+def test_a_run_that_stopped_says_how_it_goes_on(tmp_path: Path) -> None:
+    with write(tmp_path / "run", Story(rounds=60)):
+        pass
+    said = " ".join(CliRunner().invoke(jobs_app, ["show", str(tmp_path / "run")]).output.split())
+    assert re.search(rf"At the last rate: .* left\. Go on with: \S+ train {tmp_path}/run --resume$", said)
 
 
 def test_who_drives_is_paid_and_is_no_member(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """The member's machine: whom it follows, what it refuses, what it rolls back."""
 
+from dataclasses import replace
+
 import msgspec
 import pytest
 from hypothesis import given, settings
@@ -41,7 +43,7 @@ from shoal.rounds.following import (
     WorkFailed,
     follow,
 )
-from shoal.rounds.succession import CLOCK_TOLERANCE_MS
+from shoal.rounds.succession import CLOCK_TOLERANCE_MS, SILENCE_MS
 
 JOB, JOB_ID = make_job()
 FIRST, SECOND = DRIVERS
@@ -50,7 +52,6 @@ _, _, OTHER = make_member(JOB_ID, "other")
 GRANT = Grant(job=JOB_ID, drivers=(FIRST.node_id, SECOND.node_id), not_after_ms=START_MS + 10**9)
 SEALED_GRANT = sign(OWNER, GRANT)
 TERM = Term(job=JOB_ID, number=1, grant=SEALED_GRANT.record_id, head=JOB_ID, head_round=-1)
-SILENCE_MS = JOB.rounds.deadline_ms
 
 
 def accepted(member, contribution=b"c" * 32):
@@ -555,6 +556,18 @@ def test_who_asks_for_the_head_to_drive_is_promised_that_it_stays():
     assert node.state.term.number == 2
     node.commit(accepted(OTHER, b"e" * 32), pen=SECOND, term=2)
     assert (node.state.head.round, node.state.head.term) == (1, 2)
+
+
+def test_a_driver_that_answers_is_not_followed_however_long_its_rounds_are():
+    node = Node()
+    rounds = msgspec.structs.replace(JOB.rounds, deadline_ms=600_000)
+    node.state = replace(node.state, job=msgspec.structs.replace(JOB, rounds=rounds))
+    for _ in range(3):
+        node.now_ms += SILENCE_MS - 1
+        assert "of silence" in said(node.feed(HeadAsked(SECOND.node_id, 2)))
+        node.feed(DriverHeard())
+    node.now_ms += SILENCE_MS
+    assert of(node.feed(HeadAsked(SECOND.node_id, 2)), AnswerHead)
 
 
 def test_a_promise_lapses_when_its_term_never_begins():

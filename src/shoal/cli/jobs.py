@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +13,7 @@ from rich.table import Table
 
 from shoal.cli import places
 from shoal.cli.app import JOBS, Commands, Group, app
-from shoal.cli.output import NEGATIVE, SHORT, JsonFlag, LedgerFlag, err, out, print_json, shown, when
+from shoal.cli.output import NEGATIVE, SHORT, JsonFlag, LedgerFlag, err, out, print_json, shoal_command, shown, when
 from shoal.cli.output import run as run_to_end
 from shoal.quantities import format_count, format_duration_s
 from shoal.quantities.money import format_money, format_price
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
 LOOK_S = 15.0
 """So long the nodes that drive a job are waited for."""
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, such as runs/quickstart.")]
-_COLOURS = {"running": "green", "detached": "green", "finished": "green", "stopped": "yellow", "died": "red"}
+_COLOURS = {
+    "running": "green", "detached": "green", "finished": "green", "waiting": "yellow", "stopped": "yellow", "died": "red",
+}  # fmt: skip
 
 
 class ListFirst(Group):
@@ -46,7 +49,8 @@ def list_jobs(
 ) -> None:
     """List all runs, the newest first: how each stands, how far it came and what it has spent.
 
-    A run is *running*, *detached* (driven by nodes, as it stood when it was looked at last), *finished*, *stopped* in order before its goal, or its driver *died*. One that cannot be read is
+    A run is *running*, *detached* (driven by nodes, as it stood when it was looked at last), *waiting* (the same, for more money),
+    *finished*, *stopped* in order before its goal, or its driver *died*. One that cannot be read is
     named with the reason.
     """  # fmt: skip
     from shoal.sdk.jobs import DamagedRun, look_at_all
@@ -114,7 +118,7 @@ def show(run: RunArgument, json: JsonFlag = False) -> None:
             format_money(node.withheld_micro) if node.withheld_micro else "",
         )  # fmt: skip
     out.print(table)
-    for line in (_say_money(found), _say_forecast(found)):
+    for line in (_say_money(found), shown(found.waits), _say_forecast(found)):
         if line:
             out.print(line, markup=False, soft_wrap=True)
 
@@ -163,20 +167,23 @@ def fund(
 def cancel(run: RunArgument, ledger: LedgerFlag = None, json: JsonFlag = False) -> None:
     """Stop a run in order, as Ctrl-C does where it was started, and have back what it has not spent.
 
-    What was committed is kept, and `shoal train RUN --resume` goes on from there. Of a run whose driver was killed the
-    nodes get what they have vouchers for, and the rest is asked back.
+    What was committed is kept, and `shoal train RUN --resume` goes on from there. A run that nodes drive is stopped there;
+    a `shoal attach` that looks at it ends. Of a run whose driver was killed the nodes get what they have vouchers for, and the rest is asked back.
     """  # fmt: skip
     from shoal.cli.accounts import ask
     from shoal.sdk.handed import is_driven_by_nodes
-    from shoal.sdk.jobs import close_escrows, driver_of, open_at, stop
+    from shoal.sdk.jobs import close_escrows, driver_of, look_at, open_at, stop
 
     detached = is_driven_by_nodes(places.find_run(run))
-    if detached:
-        _stop_detached(run)
     driver = driver_of(run)
     if driver is not None and not json:
-        err.print(f"Asking process {driver.pid} to stop; it pays its nodes and writes down what it knows.", style="dim")
+        does = "looks at it" if detached else "pays its nodes and writes down what it knows"
+        err.print(f"Asking process {driver.pid} to stop; it {does}.", style="dim")
     pid = stop(run)
+    if detached:
+        pid = None  # of who looked
+        if is_driven_by_nodes(run):
+            _stop_detached(run)
     closed: Closed | None = None
     if (pid is None or places.holds_run(run)) and open_at(places.find_run(run)):
         ticket, key = places.ledger_ticket(ledger), places.account_key()
@@ -197,6 +204,12 @@ def cancel(run: RunArgument, ledger: LedgerFlag = None, json: JsonFlag = False) 
     if closed is not None:
         at = "" if closed.at_ms is None else f" {when(closed.at_ms)}"
         out.print(f"{format_money(closed.micro)} {ticket.currency} comes back{at}.", markup=False)
+    elif places.holds_run(run) and (found := look_at(run)).currency is not None:
+        out.print(
+            f"Spent {format_money(found.spent_micro)} of {format_money(found.budget_micro)} {found.currency}; what is left "
+            "was asked back.",
+            markup=False,
+        )
 
 
 def get_news(run: Path) -> None:
@@ -206,7 +219,7 @@ def get_news(run: Path) -> None:
 
     async def work() -> None:
         try:
-            await refresh(AttachOptions(run, silent_s=LOOK_S))
+            await refresh(AttachOptions(run, silent_s=LOOK_S, acquaintances=places.acquaintances()))
         except FolderLocked:
             pass  # `shoal attach` follows it, so what is here is what they have
         except HostsSilent as error:
@@ -221,7 +234,7 @@ def _stop_detached(run: Path) -> None:
 
     async def work() -> None:
         try:
-            await stop_detached(AttachOptions(run, silent_s=LOOK_S))
+            await stop_detached(AttachOptions(run, silent_s=LOOK_S, acquaintances=places.acquaintances()))
         except HostsSilent as error:
             err.print(shown(error.sentence), style="yellow", markup=False, soft_wrap=True)
 
@@ -250,10 +263,15 @@ def _say_money(one: JobStanding) -> str:
 def _say_forecast(one: JobStanding) -> str:
     if one.forecast is None:
         return ""
-    said = f"At the present rate: {format_duration_s(one.forecast.seconds)} left"
+    goes_on = one.state in ("running", "detached")
+    said = f"At the {'present' if goes_on else 'last'} rate: {format_duration_s(one.forecast.seconds)} left"
+    whole = one.spent_micro + one.forecast.micro
     if one.currency is not None:
-        whole = one.spent_micro + one.forecast.micro
         said += f", for up to {format_money(one.forecast.micro)} {one.currency}, {format_money(whole)} in all"
+    if not goes_on:
+        more = f" --budget {format_money(whole)}" if whole > one.budget_micro else ""
+        said += f". Go on with: {shoal_command()} train {shlex.quote(one.folder)} --resume{more}"
+        return said
     if one.forecast.money_lasts_s is not None:
         said += (
             f". The budget ends first, in {format_duration_s(one.forecast.money_lasts_s)}; then the job stops, unless "

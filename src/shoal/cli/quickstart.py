@@ -58,7 +58,7 @@ def quickstart_command(
         print_completion(report)
         print_report(report)
         out.print(told, markup=False)
-        out.print(report.goal.sentence if report.goal else "", markup=False)
+        out.print(report.goal.sentence if report.goal and report.goal.reached else "", markup=False)
         liar = truth.liar or next(node.name for node in report.nodes if node.name != truth.killed)
         honest_name = next(name for name in (node.name for node in report.nodes) if name not in (liar, truth.killed))
         folder = options.folder

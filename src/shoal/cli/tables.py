@@ -148,6 +148,8 @@ def print_report(report: Report, *, console: Console = out) -> None:
         console.print(loss)
     if report.bill is not None:
         print_bill(report.bill, console=console)
+    if report.goal is not None and not report.goal.reached:
+        console.print(shown(report.goal.sentence), style="yellow", markup=False)
 
 
 def print_bill(bill: Bill, *, console: Console = out) -> None:

@@ -237,13 +237,18 @@ def train_command(
 
     with view:
         made_report = run(work)
+    _print_end(made_report, folder, json)
+
+
+def _print_end(report: Report, folder: Path, json: bool) -> None:
+    """How a job ended, and where what it made is. Raises Exit for one that did not come to its goal."""
     if json:
-        print_json(made_report)
+        print_json(report)
     else:
-        print_completion(made_report)
-        print_report(made_report)
+        print_completion(report)
+        print_report(report)
         out.print(f"Model: {folder / 'model'}   Report: {folder / 'report.html'}", markup=False, soft_wrap=True)
-    if made_report.goal is not None and not made_report.goal.reached:
+    if report.goal is not None and not report.goal.reached:
         raise typer.Exit(1)
 
 
@@ -334,7 +339,7 @@ def attach_command(
     with contextlib.suppress(BadInput):
         tickets = places.find_hubs(hub)
     view = RunView(folder.name)
-    options = AttachOptions(folder, tickets, listen=listen or None)
+    options = AttachOptions(folder, tickets, listen=listen or None, acquaintances=places.acquaintances())
     if not json:
         options.say, options.progress, options.event, options.audited = (
             view.say,
@@ -348,20 +353,17 @@ def attach_command(
             return await attach(options)
         except asyncio.CancelledError:
             raise Interrupted(
-                f"The job goes on. Look again with: {shoal_command()} attach {shlex.quote(str(folder))}"
+                f"Looking has ended, not the job. Look again with: {shoal_command()} attach {shlex.quote(str(folder))}"
             ) from None
 
     with view:
         made = run(work)
-    if json:
-        print_json(made)
-        return
-    if made is None:
+    if made is not None:
+        _print_end(made, folder, json)
+    elif json:
+        print_json(None)
+    else:
         out.print("It was stopped before there was a report; what it did is in the folder.", markup=False)
-        return
-    print_completion(made)
-    print_report(made)
-    out.print(f"Model: {folder / 'model'}   Report: {folder / 'report.html'}", markup=False, soft_wrap=True)
 
 
 def _budget(flag: str | None, job_file: JobFile, begun: Path | None) -> int | None:

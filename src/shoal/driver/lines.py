@@ -88,6 +88,8 @@ class EventKind(StrEnum):
     EXCLUDED = "excluded"
     AUDIT = "audit"
     DRIVER = "driver"
+    WAITING = "waiting"
+    """For money: nobody works until there is more, or the job is over. The newest event as long as that is so."""
 
 
 class Event(Line, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):

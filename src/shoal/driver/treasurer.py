@@ -4,11 +4,13 @@ node measured; and leaves those that are not worth their money."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 
 from shoal.driver.folder import RunFolder
 from shoal.driver.gang import LinkedNode, fastest_float32
 from shoal.driver.lines import Event
+from shoal.errors import StorageError
 from shoal.identity import KeyPair
 from shoal.market.earnings import Earnings, say_dear, say_idle
 from shoal.protocol.messages import DEFAULT_NETWORK
@@ -40,6 +42,7 @@ class Treasurer(Purse):
         """`key` is the driver's, or that of the client whose `deputy` it is. `link` gives an open link to a node.
         `present` are the driver keys of hosts that are there now: who is paid for that is paid for the time. Raises
         FolderDamaged."""
+        self._folder, self._present, self._watcher = folder, present, say
         super().__init__(
             funds,
             folder.payments(),
@@ -48,12 +51,11 @@ class Treasurer(Purse):
             link=link,
             clock=clock,
             dice=dice,
-            say=say,
+            say=self._tell,
             again="--resume",
             network=network,
             deputy=deputy,
         )
-        self._folder, self._present = folder, present
         self._driven_s = clock.monotonic()
         self._driven: dict[bytes, tuple[int, float]] = {}
         """Hosts: what each had got before this driver, and the seconds that it was there since."""
@@ -136,15 +138,18 @@ class Treasurer(Purse):
             self._tell_times(len(taken))
         return taken
 
+    def _tell(self, sentence: str) -> None:
+        """To whoever watches, and among the run's events: whose job nodes drive sees only these."""
+        self._watcher(sentence)
+        with contextlib.suppress(StorageError):  # the driver says it, when the folder can be written no more
+            self._folder.note(Event(time_s=self._folder.elapsed_s(), sentence=sentence[:1000]))
+
     def _tell_times(self, places: int) -> None:
-        """To whoever watches, and among the run's events."""
         held_ms, set_ms, taken_ms = (round(1000 * one) for one in (self.holding_s, self.opening_s, self.taking_s))
-        told = (
+        self._say(
             f"{places} {'place was' if places == 1 else 'places were'} held in {held_ms} ms, the money for that was "
             f"set aside in {set_ms} ms, and taken in {taken_ms} ms."
         )
-        self._say(told)
-        self._folder.note(Event(time_s=self._folder.elapsed_s(), sentence=told))
 
     async def secure(self, node: LinkedNode) -> None:
         """A node that comes later is held, admitted and taken. Raises NotSecured, NoMoney, and what nodes and the

@@ -36,6 +36,7 @@ from shoal.protocol.money import SignedVoucher
 from shoal.protocol.training import Commit, Grant, Term
 from shoal.purse.bills import FILE as PAYMENTS
 from shoal.purse.bills import Payments
+from shoal.rounds.succession import SILENCE_MS
 from shoal.storage import BlobStore, Fetcher, patience_s
 from shoal.world import Clock, DirectoryDisk, Endpoint, Link
 from shoal.world.asking import ask
@@ -43,7 +44,7 @@ from shoal.world.clock import within
 from shoal.world.directory import Directory
 from shoal.world.reach import reach_again
 
-SILENCE_S = 20.0
+SILENCE_S = SILENCE_MS / 1000
 """A host that was not heard for so long is gone; the second after it waits twice as long, and so on."""
 IN_TOUCH_S = 30.0
 """A standby that asked for news so lately is waited for by the process that drives, for a while."""

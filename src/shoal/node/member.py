@@ -65,8 +65,9 @@ STATES_KEPT = 2
 """Newest offered shared states that stay on disk, for joiners."""
 DRIVER_SILENCE_S = 120.0
 """A member that has not heard of any driver for this long gives up."""
-ASK_AFTER_S = 10.0
-"""A member that has heard nothing for this long asks the driver for news, and learns whether it still counts."""
+ASK_AFTER_S = 5.0
+"""A member that has heard nothing for this long asks the driver for news, and learns whether it still counts; again and
+again, before it takes silence for the driver's end (`succession.SILENCE_MS`)."""
 GONE_DEADLINE_S = 3.0
 FETCH_ATTEMPTS = 4
 CATCH_UPS_MAX = 16
@@ -226,7 +227,7 @@ class MemberRun:
         self._start_engine = start_engine
         self._network = network
         self.pin = pin_of(self.job_id)
-        self._heard_s = clock.monotonic()
+        self._heard_s = self._asked_s = clock.monotonic()
         self._failures = 0
         self._asking: asyncio.Task[None] | None = None
         self._holders: dict[bytes, BlobHolder] = {holder.node: holder for holder in invitation.holders}
@@ -287,9 +288,7 @@ class MemberRun:
             for data in message.attached:
                 with contextlib.suppress(StorageError):  # it can still be fetched when it is needed
                     self._store.put(data, UPDATE_MEDIA_TYPE)
-        if sender == self.driver:
-            self._heard_s = self._clock.monotonic()
-            events.append(following.DriverHeard())
+        self._hear(sender)
         self._put(events)
 
     def _newly_granted(self, packed: bytes | None, sender: bytes) -> bool:
@@ -480,12 +479,18 @@ class MemberRun:
         while True:
             died: asyncio.Future[Any] = self._engine.died
             waiting: asyncio.Future[Any] = asyncio.ensure_future(self._inbox.get())
+            ask_s = max(self._heard_s, self._asked_s) + ASK_AFTER_S  # whatever else comes meanwhile
             try:
-                await asyncio.wait({waiting, died}, timeout=ASK_AFTER_S, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(
+                    {waiting, died},
+                    timeout=max(0.0, ask_s - self._clock.monotonic()),
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
                 if died.done():
                     raise died.result()
                 if not waiting.done():
-                    if self._clock.monotonic() - self._heard_s >= self.driver_silence_s:
+                    self._asked_s = self._clock.monotonic()
+                    if self._asked_s - self._heard_s >= self.driver_silence_s:
                         return f"No driver was heard of for {self.driver_silence_s:.0f} s."
                     number = self._following.head.round + 1
                     self._ask_commits(following.AskCommits(number, number))
@@ -757,12 +762,20 @@ class MemberRun:
                 kind, encode(message, link.version), deadline_s=deadline_s, reply_max_bytes=reply_max_bytes
             )
         except Refused as error:
-            self._heard_s = self._clock.monotonic()
+            self._hear(driver)
             if error.remote_code == NotOfThisJob.code and driver == self.driver:
                 self.end(f"The driver does not count on node {self.name} any more: {error}", tell=False)
             raise
-        self._heard_s = self._clock.monotonic()
+        self._hear(driver)
         return answer
+
+    def _hear(self, driver: bytes) -> None:
+        """It is there: it asked for something, or answered."""
+        if driver != self.driver:
+            return
+        self._heard_s = self._clock.monotonic()
+        with contextlib.suppress(InboxFull):  # then much of what it said waits there already
+            self._put([following.DriverHeard()])
 
     def _ask_commits(self, effect: following.AskCommits) -> None:
         """Ask for Commits that are missing, beside; one question at a time."""

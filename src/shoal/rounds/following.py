@@ -29,7 +29,7 @@ from shoal.errors import BadRecord, ShoalError
 from shoal.identity import Envelope, short_id
 from shoal.protocol.messages import DEFAULT_NETWORK, open_record
 from shoal.protocol.training import PARTS_PER_MILLION, Assignment, Commit, Grant, Share, Term, TrainJob
-from shoal.rounds.succession import may_drive
+from shoal.rounds.succession import SILENCE_MS, may_drive
 
 COMMITS_AHEAD_MAX = 64
 """Commits further ahead of the head than this are not kept; they are asked for later."""
@@ -473,9 +473,8 @@ class _Turn:
     def _allowed(self, candidate: bytes, what: str) -> bool:
         state = self.state
         current = None if state.forked and candidate != state.term.driver else state.term.driver
-        allowed = may_drive(
-            state.grant, candidate, current, self.now_ms - state.heard_ms, state.job.rounds.deadline_ms, self.now_ms
-        )
+        silent_ms, silence_ms = self.now_ms - state.heard_ms, min(SILENCE_MS, state.job.rounds.deadline_ms)
+        allowed = may_drive(state.grant, candidate, current, silent_ms, silence_ms, self.now_ms)
         if not allowed.allowed:
             self.ignore(f"{what} was refused: {allowed.sentence}")
         return allowed.allowed

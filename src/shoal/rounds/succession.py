@@ -20,6 +20,9 @@ from shoal.protocol.messages import DEFAULT_NETWORK, open_record
 from shoal.protocol.training import Assignment, Commit, Grant, Term, TrainJob
 from shoal.rounds.standing import BrokenChain, Standing, advance, standing_at_start
 
+SILENCE_MS = 20_000
+"""A driver that was not heard for so long is gone: rounds may last longer, but members ask one that says nothing. Where
+the round deadline is shorter, that is long enough."""
 CLOCK_TOLERANCE_MS = 2 * 3600 * 1000
 """Clocks may be an hour off, each in its direction, before a grant is held to have expired."""
 REPORTS_MAX = 4096

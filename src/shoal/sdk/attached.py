@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import msgspec
 
-from shoal.driver.chain import read_record
+from shoal.driver.chain import Chain, read_record
 from shoal.driver.folder import FolderDamaged, RunFolder, saying_room
 from shoal.driver.lines import AuditLine, Event, Line, RoundMetrics
 from shoal.driver.mirror import BadCopy, Copy
@@ -21,6 +21,7 @@ from shoal.driver.write_report import write_missing_page
 from shoal.errors import BadInput, JobError, ShoalError
 from shoal.hub import HubClient
 from shoal.identity import load_key
+from shoal.market.reputation import Outcome
 from shoal.node.hosting import NotHosted
 from shoal.protocol.blobs import BlobHolder
 from shoal.protocol.driving import DriveStop, FolderAsk, FolderGiven, Host, Piece
@@ -29,6 +30,7 @@ from shoal.protocol.offers import Done
 from shoal.protocol.training import TrainJob
 from shoal.purse.bills import FILE as PAYMENTS
 from shoal.purse.bills import Payments
+from shoal.sdk.acquaintances import Acquaintances, AcquaintancesDamaged
 from shoal.sdk.detached import ask, link_to_host
 from shoal.sdk.handed import FILE as HANDED
 from shoal.sdk.handed import Handed, handed
@@ -44,6 +46,8 @@ SILENT_S = 60.0
 """So long no host may answer."""
 SIZE_MAX = 64 << 30
 BAD_COPIES_MAX = 16
+LAST_ROUNDS = 2
+"""Who counted in one of these has worked until the end: with a lag of 1 a round may hold what began before the last."""
 
 
 class NotHandedOver(BadInput):
@@ -71,6 +75,8 @@ class AttachOptions:
     """Beside those that the job was handed over with."""
     listen: str | None = "tcp://127.0.0.1:0"
     silent_s: float = SILENT_S
+    acquaintances: Acquaintances | None = None
+    """Where it is kept what nodes did, once the job is over."""
     say: Callable[[str], None] = lambda _: None
     progress: Callable[[Progress], None] = lambda _: None
     event: Callable[[Event], None] = lambda _: None
@@ -148,7 +154,9 @@ class _Looking:
                 said = await self._copy(copy, once)
                 if said is None:
                     return None
-                await self._fetch_updates()
+                chain = await asyncio.to_thread(read_record, self._folder)
+                await self._fetch_updates(chain)
+            self._remember(chain)
             self._known = msgspec.structs.replace(self._known, ended=said)
             self._folder.write(HANDED, msgspec.json.encode(self._known))
             self._options.say(said)
@@ -279,9 +287,18 @@ class _Looking:
         fresh, self._told[kind] = lines[self._told[kind] :], len(lines)
         return fresh
 
-    async def _fetch_updates(self) -> None:
+    def _remember(self, chain: Chain) -> None:
+        """Who worked until the end: it has signed for that. That others left, or lied, is a host's word alone."""
+        last = (entry for commit, _, _ in chain.commits[-LAST_ROUNDS:] for entry in commit.accepted)
+        kept = {chain.node_of[entry.member]: Outcome(kept=True) for entry in last}
+        if self._options.acquaintances is not None:
+            try:
+                self._options.acquaintances.add(kept, self.clock.now_ms())
+            except AcquaintancesDamaged as error:
+                self._options.say(error.sentence)
+
+    async def _fetch_updates(self, chain: Chain) -> None:
         """What replays, and going on from here, need beside the records."""
-        chain = await asyncio.to_thread(read_record, self._folder)
         refs = [entry.update for commit, _, _ in chain.commits for entry in commit.accepted]
         store = BlobStore(self._folder.blobs, STORE_BYTES, self.clock)
         try:

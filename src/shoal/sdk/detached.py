@@ -106,7 +106,8 @@ async def detach(
             size = size_of(folder.path) + sum(ref.size for ref in blobs)
             hosts = await _find_hosts(session, job_file.name, size)
             job = session.sign_job(prepared, length, gang)
-            session.keep_for_later(prepared, length, gang, tokenizer=tokenizer)
+            seen = options.acquaintances.scores() if options.acquaintances is not None else {}
+            session.keep_for_later(prepared, length, gang, tokenizer=tokenizer, seen=seen)
             drivers = (*(host.driver for host in hosts), session.key.node_id, options.key.node_id)
             until_ms = options.clock.now_ms() + GRANT_MS
             grant = Grant(job=job.record_id, drivers=tuple(dict.fromkeys(drivers)), not_after_ms=until_ms)

@@ -13,12 +13,13 @@ import signal
 import sys
 from collections.abc import Collection, Sequence
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 
 import msgspec
 
 from shoal.driver.folder import CHAIN, RunFolder
-from shoal.driver.lines import Event
+from shoal.driver.lines import Event, EventKind
 from shoal.driver.report import Goal
 from shoal.errors import ShoalError
 from shoal.house import RemoteLedger
@@ -42,7 +43,6 @@ from shoal.protocol.hubs import HubTicket
 from shoal.protocol.ledgers import LedgerTicket
 from shoal.purse.bills import FILE, Payments, TermPayments
 from shoal.purse.purse import ENDS_SOON_MS, LOOK_EVERY_S
-from shoal.quantities import format_duration_s
 from shoal.sdk.jobfile import JobFile, parse_job, read_job_bytes
 from shoal.sdk.jobs import close_escrows
 from shoal.sdk.spending import Lent
@@ -150,13 +150,15 @@ async def _more_money(folder: Path, allowance: Allowance, node: _Node) -> bool:
     term = _payments(folder).terms[-1]
     if term.closed:
         return False
+    clock = SystemClock()
+    until_ms = min(clock.now_ms() + round(1000 * MONEY_WITHIN_S), term.ends_ms - ENDS_SOON_MS)
+    until = datetime.fromtimestamp(until_ms / 1000, UTC)
     with RunFolder.open(folder) as run:
         sentence = (
-            f"The money is used up: the job waits for more, for {format_duration_s(MONEY_WITHIN_S)} at most, and then "
-            "it is over. Its owner adds some with `shoal jobs fund`."
+            f"The money is used up: the job waits for more until {until:%H:%M} UTC, and then it is over. Its owner "
+            "adds some with `shoal jobs fund`."
         )
-        run.note(Event(time_s=run.elapsed_s(), sentence=sentence))
-    clock = SystemClock()
+        run.note(Event(time_s=run.elapsed_s(), sentence=sentence, kind=EventKind.WAITING))
     endpoint = TlsEndpoint(KeyPair.generate(), clock=clock, dice=SystemDice())
     ledger = RemoteLedger(endpoint, LedgerTicket.parse(allowance.ledger), clock)
     try:

@@ -16,7 +16,7 @@ import msgspec
 import psutil
 
 from shoal.driver.folder import RunFolder, is_unsettled, pid_in_lock
-from shoal.driver.lines import RoundMetrics
+from shoal.driver.lines import Event, EventKind, RoundMetrics
 from shoal.driver.report import Figures, NodeStatus, Report
 from shoal.errors import BadInput, JobError, ShoalError
 from shoal.gateway.paying import read_payments
@@ -35,6 +35,10 @@ STOP_S = 60.0
 """So long a driver has to stop in order: it pays its nodes, and writes down what it knows."""
 RATE_ROUNDS = 8
 """Of so many rounds, the newest, the present speed is the mean."""
+
+
+HERE = (NodeStatus.WORKING, NodeStatus.FINISHED)
+"""Of nodes that work, or did when the job stopped."""
 
 
 class DriverGoesOn(JobError):
@@ -59,6 +63,8 @@ class JobState(StrEnum):
     RUNNING = "running"
     DETACHED = "detached"
     """Driven by nodes, as it stood when it was looked at last."""
+    WAITING = "waiting"
+    """The same, and its money is used up: it goes on when there is more."""
     STOPPED = "stopped"
     """In order, before its goal."""
     FINISHED = "finished"
@@ -119,12 +125,13 @@ class JobStanding:
     currency: str | None
     """None where nothing was set aside."""
     forecast: Forecast | None
-    """None where nothing is left to do, or nothing is known of its speed."""
+    """None where nothing is left to do, where it waits, or nothing is known of its speed."""
+    waits: str
+    """For what, and how long; empty where it does not."""
 
     @property
     def working(self) -> int:
-        members = [one.status for one in self.nodes if not one.drives]
-        return sum(status in (NodeStatus.WORKING, NodeStatus.FINISHED) for status in members)
+        return sum(one.status in HERE for one in self.nodes if not one.drives)
 
 
 @dataclass(frozen=True)
@@ -164,21 +171,24 @@ def look_at(path: Path) -> JobStanding:
     with RunFolder.open(path, read_only=True) as folder:
         job = folder.train_job()
         newest = deque(folder.notes(RoundMetrics), maxlen=RATE_ROUNDS)
+        events = deque(folder.notes(Event), maxlen=1)
         figures = folder.read("figures.json", Figures) or Figures()
         payments = folder.payments() or Payments(budget_micro=0)
         report = folder.read("report.json", Report)
     last = newest[-1] if newest else None
     tokens = last.tokens_total if last else 0
+    waits = events[-1].sentence if events and events[-1].kind is EventKind.WAITING else ""
     state = JobState.STOPPED if pid is None else JobState.DIED
     if is_driven_by_nodes(path):
-        state = JobState.DETACHED
+        state = JobState.WAITING if waits else JobState.DETACHED
     elif running:
         state = JobState.RUNNING
     elif report is not None and report.tokens_accepted >= job.token_budget:
         state = JobState.FINISHED
-    nodes = _nodes(figures, payments)
+    forecasts = state not in (JobState.FINISHED, JobState.WAITING)
+    nodes = _nodes(figures, payments, over=state in (JobState.STOPPED, JobState.FINISHED))
     per_s = sum(one.tokens_per_s for one in newest) / len(newest) if newest else 0.0
-    per_h = sum(one.micro_per_h for one in nodes if one.status is NodeStatus.WORKING)
+    per_h = sum(one.micro_per_h for one in nodes if one.status in HERE)
     left = max(0, payments.budget_micro - payments.spent_micro)
     return JobStanding(
         folder=str(path),
@@ -197,7 +207,8 @@ def look_at(path: Path) -> JobStanding:
         open_micro=sum(map(_unspent, _open_terms(payments))),
         escrows=tuple(one.escrow.hex() for one in payments.terms),
         currency=payments.terms[0].ledger.currency if payments.terms else None,
-        forecast=None if state is JobState.FINISHED else forecast(job.token_budget - tokens, per_s, left, per_h),
+        forecast=forecast(job.token_budget - tokens, per_s, left, per_h) if forecasts else None,
+        waits=waits if state is JobState.WAITING else "",
     )
 
 
@@ -355,18 +366,22 @@ def _unspent(term: TermPayments) -> int:
     return term.amount_micro - sum(one.paid_micro for one in term.nodes.values())
 
 
-def _nodes(figures: Figures, payments: Payments) -> tuple[NodeStanding, ...]:
-    """All that had to do with the job; of those that are paid, by the newest term that they are in."""
+def _nodes(figures: Figures, payments: Payments, *, over: bool) -> tuple[NodeStanding, ...]:
+    """All that had to do with the job; of those that are paid, by the newest term that they are in. The figures may be
+    of a moment before the job was over."""
     made = bill(payments)
     lines = {one.node_id: one for one in made.nodes} if made else {}
     newest = {node: one for term in payments.terms for node, one in term.nodes.items()}
     going_on = NodeStatus.WORKING if _open_terms(payments) else NodeStatus.FINISHED
+    status = {one.node_id: one.status for one in figures.nodes}
+    if over:
+        status = {node: NodeStatus.FINISHED if one is NodeStatus.WORKING else one for node, one in status.items()}
     known = {one.node_id: one for one in figures.nodes}
     return tuple(
         NodeStanding(
             name=known[node].name if node in known else lines[node].name,
             node=node,
-            status=known[node].status if node in known else going_on,
+            status=status.get(node, going_on),
             micro_per_h=newest[node].micro_per_h if node in newest else 0,
             earned_micro=lines[node].paid if node in lines else 0,
             withheld_micro=lines[node].withheld if node in lines else 0,

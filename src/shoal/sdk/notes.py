@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
 from shoal.driver.folder import RunFolder
+from shoal.driver.lines import NodeHex
 from shoal.driver.takeover import CannotTakeOver
+from shoal.market.reputation import NEW
 from shoal.training.commands import ShardFile
 
 FILE = "owner.json"
 TOKENIZER = "data/tokenizer"
 """Where the tokenizer is that went along with a run folder; else it is where its owner said."""
+
+SEEN_MAX = 1024
 
 
 class OwnerNotes(msgspec.Struct, frozen=True, kw_only=True):
@@ -28,6 +35,8 @@ class OwnerNotes(msgspec.Struct, frozen=True, kw_only=True):
     """Of the owner's own loop."""
     untrained_loss: float | None = None
     """As the script measured it."""
+    seen: Annotated[dict[NodeHex, float], Meta(max_length=SEEN_MAX)] = {}
+    """What its owner has seen of nodes, for who drives in its place: reputations, by NodeId."""
 
     @classmethod
     def read(cls, folder: RunFolder) -> OwnerNotes:
@@ -44,6 +53,10 @@ class OwnerNotes(msgspec.Struct, frozen=True, kw_only=True):
         folder.write(FILE, msgspec.json.encode(self))
 
     @property
+    def scores(self) -> dict[bytes, float]:
+        return {bytes.fromhex(node): score for node, score in self.seen.items()}
+
+    @property
     def names_files(self) -> bool:
         """Outside of the run folder, on the owner's machine."""
         return self.script is not None or self.tokenizer not in ("bytes", TOKENIZER)
@@ -56,3 +69,9 @@ class OwnerNotes(msgspec.Struct, frozen=True, kw_only=True):
 
     def tokenizer_in(self, folder: RunFolder) -> str:
         return str(folder.path / TOKENIZER) if self.tokenizer == TOKENIZER else self.tokenizer
+
+
+def most_telling(scores: Mapping[bytes, float]) -> dict[str, float]:
+    """As much of what was seen of nodes as goes into the notes: those first that are least like a new one."""
+    chosen = sorted(scores, key=lambda node: -abs(scores[node] - NEW))[:SEEN_MAX]
+    return {node.hex(): scores[node] for node in chosen}

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 import msgspec
 
@@ -59,7 +60,7 @@ from shoal.sdk.handed import is_driven_by_nodes
 from shoal.sdk.hours import Bought, BoughtOffers
 from shoal.sdk.jobfile import JobFile
 from shoal.sdk.loop_script import engine_for, how_to_take_part
-from shoal.sdk.notes import OwnerNotes
+from shoal.sdk.notes import OwnerNotes, most_telling
 from shoal.sdk.preparation import Prepared, prepare
 from shoal.sdk.spending import Lent, Spending
 from shoal.storage import BlobStore, Fetcher, serve
@@ -393,7 +394,7 @@ class Session:
             directory=self.hubs,
             clock=self.clock,
             say=options.say,
-            seen=options.acquaintances.scores() if options.acquaintances is not None else {},
+            seen=self._seen(),
             spending=options.spending,
             ledger=self.ledger,
             treasurer=self.treasurer,
@@ -407,6 +408,12 @@ class Session:
             await self.__aexit__()
             raise
         return self
+
+    def _seen(self) -> Mapping[bytes, float]:
+        """What is known of nodes. Raises AcquaintancesDamaged, and what reading the owner's notes does."""
+        if self.options.hosted is not None:
+            return OwnerNotes.read(self.folder).scores
+        return self.options.acquaintances.scores() if self.options.acquaintances is not None else {}
 
     def _make_treasurer(self, spending: Spending | Lent) -> Treasurer:
         async def link(node: bytes, offer: Offer) -> Link:
@@ -507,9 +514,15 @@ class Session:
         return sign(self.options.key, job)
 
     def keep_for_later(
-        self, prepared: Prepared, length: RoundLength, gang: Sequence[LinkedNode], tokenizer: str | None = None
+        self,
+        prepared: Prepared,
+        length: RoundLength,
+        gang: Sequence[LinkedNode],
+        tokenizer: str | None = None,
+        seen: Mapping[bytes, float] = MappingProxyType({}),
     ) -> None:
-        """What `resume` and later evaluations need; `tokenizer` where it is another one than what was prepared with."""
+        """What `resume` and later evaluations need; `tokenizer` where it is another one than what was prepared with;
+        what was `seen` of nodes, where others drive."""
         self.notes = OwnerNotes(
             tokenizer=tokenizer or prepared.tokenizer,
             held_out=prepared.held_out,
@@ -519,6 +532,7 @@ class Session:
             rate_bps=slowest_rate_bps(gang),
             script=prepared.script,
             untrained_loss=prepared.untrained_loss,
+            seen=most_telling(seen),
         )
         self.notes.write(self.folder)
 
