@@ -49,6 +49,7 @@ from shoal.protocol.money import (
     EscrowTerms,
     HouseLedger,
     Payee,
+    PayingFor,
     SignedVoucher,
     ToppingUp,
     Voucher,
@@ -90,7 +91,9 @@ class Client:
         deputy = sign(acts_for, Deputy(driver=self.key.node_id)).to_bytes() if acts_for else None
         self.endpoint = street.client(number)
         link = street.linker(self.endpoint)
-        self.quotes = Quotes(acts_for or self.key, PAYER.address, ledger, link, street.clock, kind, deputy=deputy)
+        self.quotes = Quotes(
+            acts_for or self.key, PAYER.address, PAYER, ledger, link, street.clock, kind, deputy=deputy
+        )
         self.street = street
 
     async def escrow(self, *shops: Shop, **changed: Any) -> bytes:
@@ -611,6 +614,48 @@ async def taken_to_train(street: Street, shop: Shop) -> tuple[Client, bytes, Wor
     work = shop.sales.work_for(client.key.node_id)
     work.ready(10.0, 100)
     return client, escrow, work
+
+
+def test_an_escrow_that_stands_in_the_journal_pays_for_no_stranger(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shop = await street.shop(1, tmp_path / "one")
+        client, thief = Client(street), Client(street, 61)
+        escrow = await client.escrow(shop)
+        thief.quotes._signer = an_account(51)
+        held = await thief.quotes.hold(shop.node, shop.offer)
+        with pytest.raises(Refused, match=f"Escrow {escrow.hex()[:12]} does not pay for .*: nobody signed that who"):
+            await thief.quotes.take(held, escrow)
+        taken = PayingFor(escrow, client.key.node_id)
+        overheard = HoldTake(escrow=escrow, signature=PAYER.sign(taken.digest(LEDGER)))
+        link = await street.linker(thief.endpoint)(shop.node, shop.offer)
+        with pytest.raises(Refused, match="does not pay for"):
+            await link.request(HoldTake.KIND, encode(overheard))
+        assert shop.sales.accounts == []
+        await thief.quotes.release(held)
+        await client.quotes.take(await client.quotes.hold(shop.node, shop.offer), escrow)
+
+    run(story)
+
+
+@pytest.mark.parametrize(("first", "then"), [("train", "serve"), ("serve", "train")])
+def test_one_voucher_pays_not_for_training_and_for_serving(tmp_path: Path, first: Kind, then: Kind) -> None:
+    async def story(street: Street) -> None:
+        shop = await street.shop(1, tmp_path / "one")
+        escrow, client = b"", Client(street)
+        for kind in (first, then, first):
+            client.quotes._work = kind
+            held = await client.quotes.hold(shop.node, shop.offer)
+            escrow = escrow or await client.escrow(shop)
+            held = await client.quotes.take(held, escrow)
+            asked = shop.sales.work_for if kind == "train" else shop.sales.service_for
+            if kind == then:
+                with pytest.raises(NotHeld, match=f"set money aside of its own for what it is to {kind}"):
+                    asked(client.key.node_id)
+            else:
+                asked(client.key.node_id)
+            await client.quotes.release(held)
+
+    run(story)
 
 
 def test_contributions_that_nobody_accepts_are_made_no_longer(tmp_path: Path) -> None:

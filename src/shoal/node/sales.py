@@ -57,7 +57,7 @@ from shoal.protocol.holds import (
 )
 from shoal.protocol.holds import Work as Kind
 from shoal.protocol.messages import DEFAULT_NETWORK, decode, encode, open_record, sign
-from shoal.protocol.money import DAY_MS, Amount, BadVoucher, LedgerName, PartsPerMillion, SignedVoucher
+from shoal.protocol.money import DAY_MS, Amount, BadVoucher, LedgerName, PartsPerMillion, PayingFor, SignedVoucher
 from shoal.protocol.offers import Done, UnixMs
 from shoal.protocol.prices import Currency
 from shoal.quantities.money import format_money
@@ -411,6 +411,11 @@ class Sales:
                 f"hour, and keeps no slot to {kind} in for {short_id(client)} that there is money for: hold one, set "
                 "the money aside, and take it before inviting."
             )
+        if account.escrow in (self._services if kind == "train" else self._works):
+            raise NotHeld(  # each would count what is paid for the other for its own
+                f"Node {self._name} is paid out of escrow {account.escrow.hex()[:12]} for "
+                f"{'serving' if kind == 'train' else 'training'}: set money aside of its own for what it is to {kind}."
+            )
         return account
 
     def _unless_over(self, work: W, client: bytes) -> W:
@@ -556,6 +561,9 @@ class Sales:
 
         hold = take(self.slots, client, escrow, self.terms, self.now_ms(), self.closes_ms)
         assert escrow is not None
+        pays = signer_of(PayingFor(escrow.escrow_id, client).digest(self._ledger.name), wanted.signature)
+        if pays not in (escrow.terms.payer, escrow.terms.signer):
+            raise HoldRefused(f"{escrow.name} does not pay for {short_id(client)}: nobody signed that who may.")
         async with self._accounting:  # what it is paid out of first: without that, a slot would be bound for nothing
             accounts = self._with(escrow, client, hold.payee, hold.price.micro_per_h)
             for gone in self._accounts.keys() - accounts.keys():

@@ -134,7 +134,7 @@ class Purse:
         self._clock, self._dice, self._say, self._again = clock, dice, say, again
         self._keep = write
         self._quotes = Quotes(
-            key, funds.payer, funds.ledger.name, link, clock, work=work, network=network, deputy=deputy
+            key, funds.payer, funds.signer, funds.ledger.name, link, clock, work=work, network=network, deputy=deputy
         )
         self._former = known.terms if known else ()
         self._budget_micro = funds.budget_micro
