@@ -223,7 +223,7 @@ class Client:
             HubClient(self.endpoint, [HubTicket.parse(one)], clock=self.clock, dice=SystemDice()) for one in plan.hubs
         ]
         self.ledger = RemoteLedger(self.endpoint, LedgerTicket.parse(plan.ledger), self.clock)
-        self.quotes = NotedQuotes(self.key, self.account.address, self.ledger.name, self.link, self.clock)
+        self.quotes = NotedQuotes(self.key, self.account.address, self.account, self.ledger.name, self.link, self.clock)
         self.quotes.seen = seen
         self.papers: list[Paper] = []
         self._cycles = itertools.count(number)

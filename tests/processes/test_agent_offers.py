@@ -73,7 +73,7 @@ def play(tmp_path: Path, story: Callable[[Scene], Awaitable[None]]) -> None:
             return await client.dial(node, offer.addresses)
 
         async with a_client(client, [ticket], clock) as hubs:
-            quotes = Quotes(CLIENT, an_account(2).address, LEDGER, link, clock)
+            quotes = Quotes(CLIENT, an_account(2).address, an_account(2), LEDGER, link, clock)
             await story(Scene(clock, hub, hubs, agent, client, quotes, ledger))
         await agent.close()
 

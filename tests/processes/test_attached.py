@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,9 +101,9 @@ def test_a_host_replaces_nothing_that_the_owner_made(
     looked_at(tmp_path, story)
 
 
-@pytest.mark.parametrize("forged", ["another", "none", "nonsense"])
+@pytest.mark.parametrize("forged", ["another", "none", "nonsense", "more", "withheld", "of nothing"])
 def test_a_host_says_nothing_of_what_its_owner_set_aside(tmp_path: Path, forged: str) -> None:
-    def set_aside(nonce: bytes) -> bytes:
+    def set_aside(nonce: bytes, budget: int = 1) -> bytes:
         me = an_account(50)
         terms = EscrowTerms(
             payer=me.address, signer=me.address, cap_micro=0, auditor=me.address, amount_micro=1, fee_ppm=0,
@@ -110,16 +111,27 @@ def test_a_host_says_nothing_of_what_its_owner_set_aside(tmp_path: Path, forged:
             nonce=nonce,
         )  # fmt: skip
         term = TermPayments(terms=terms, ledger=LEDGER, signature=me.sign(terms.escrow_id(LEDGER)))
-        return msgspec.json.encode(Payments(budget_micro=1, terms=(term,)))
+        return msgspec.json.encode(Payments(budget_micro=budget, terms=(term,)))
 
-    theirs = {"another": set_aside(b"x" * 32), "none": b'{"budget_micro":1}', "nonsense": b"{"}[forged]
+    free = msgspec.json.encode(Payments(budget_micro=0))
+    node = f'{{"name":"n","payee":"{base64.b64encode(bytes(20)).decode()}","micro_per_h":0,"withheld_micro":5}}'
+    theirs = {
+        "another": set_aside(b"x" * 32),
+        "none": b'{"budget_micro":1}',
+        "nonsense": b"{",
+        "more": set_aside(bytes(32), budget=2),
+        "withheld": set_aside(bytes(32)).replace(b'"nodes":{}', f'"nodes":{{"{"00" * 32}":{node}}}'.encode()),
+        "of nothing": b'{"budget_micro":5000000}',
+    }[forged]
+    ours = free if forged == "of nothing" else set_aside(bytes(32))
 
     async def story(hosts: Hosts, at: Path) -> None:
-        (at / PAYMENTS).write_bytes(set_aside(bytes(32)))
+        if forged != "of nothing":
+            (at / PAYMENTS).write_bytes(ours)
         hosts.give = lambda _: [Piece(PAYMENTS, 0, theirs, len(theirs), blake3(theirs).digest())]
         with pytest.raises(OtherMoney, match="says that other money was set aside"):
             await attach(AttachOptions(at))
-        assert (at / PAYMENTS).read_bytes() == set_aside(bytes(32))
+        assert (at / PAYMENTS).read_bytes() == ours
 
     looked_at(tmp_path, story)
 

@@ -835,7 +835,7 @@ def test_a_slot_that_is_paid_for_once_is_worked_in_once(tmp_path: Path) -> None:
         async def linked(_node: bytes, _offer: Offer) -> Any:
             return link
 
-        quotes = Quotes(driver, payer.address, ledger.name, linked, CLOCK)
+        quotes = Quotes(driver, payer.address, payer, ledger.name, linked, CLOCK)
         offer = open_record(an_offer(a_key(150), 1, price=PRICE, ledger=ledger.name, slots=2), Offer)
         held = await quotes.hold(scene.node.node_id, offer)
         terms = EscrowTerms(

@@ -20,6 +20,7 @@ from shoal.identity import KeyPair
 from shoal.ledger.commands import Close, Open, Redeem, TopUp
 from shoal.ledger.escrows import State
 from shoal.ledger.journal import verified
+from shoal.market.earnings import UNCOUNTED_MAX, UNCOUNTED_UNPAID_MAX, UNPAID_S
 from shoal.market.holds import Slots
 from shoal.node.earned import read_earned
 from shoal.node.sales import (
@@ -31,7 +32,6 @@ from shoal.node.sales import (
     SLOTS,
     TAKES_BURST,
     TELL_AGAIN_S,
-    UNCOUNTED_MAX,
     UNTAKEN_S,
     UNTAKEN_SHARE,
     Ended,
@@ -49,6 +49,7 @@ from shoal.protocol.money import (
     EscrowTerms,
     HouseLedger,
     Payee,
+    PayingFor,
     SignedVoucher,
     ToppingUp,
     Voucher,
@@ -90,7 +91,9 @@ class Client:
         deputy = sign(acts_for, Deputy(driver=self.key.node_id)).to_bytes() if acts_for else None
         self.endpoint = street.client(number)
         link = street.linker(self.endpoint)
-        self.quotes = Quotes(acts_for or self.key, PAYER.address, ledger, link, street.clock, kind, deputy=deputy)
+        self.quotes = Quotes(
+            acts_for or self.key, PAYER.address, PAYER, ledger, link, street.clock, kind, deputy=deputy
+        )
         self.street = street
 
     async def escrow(self, *shops: Shop, **changed: Any) -> bytes:
@@ -127,7 +130,7 @@ async def until(street: Street, condition: Callable[[], bool]) -> None:
     raise AssertionError("it never came to that")
 
 
-def test_a_gateway_that_does_not_pay_is_served_for_a_minute_and_none_beyond_its_money(tmp_path: Path) -> None:
+def test_a_gateway_that_does_not_pay_is_served_for_some_seconds_and_none_beyond_its_money(tmp_path: Path) -> None:
     async def story(street: Street) -> None:
         shop = await street.shop(1, tmp_path / "one")  # a hundred millionths a second
         client = Client(street, kind="serve")
@@ -140,11 +143,11 @@ def test_a_gateway_that_does_not_pay_is_served_for_a_minute_and_none_beyond_its_
             shop.sales.work_for(client.key.node_id)
         service = shop.sales.service_for(client.key.node_id)
         service.ready()
-        await street.clock.advance(60.0)
-        service.served(16 * 60, 1_000_000)
-        assert service.over() is None and service.earned_micro() == 6000
-        await street.clock.advance(30.0)
-        service.served(16 * 10, 1_000_000)
+        await street.clock.advance(20.0)
+        service.served(16 * 20, 1_000_000)
+        assert service.over() is None and service.earned_micro() == 2000
+        await street.clock.advance(70.0)
+        service.served(16 * 50, 1_000_000)
         assert service.over() == "its vouchers are for 0.00, and it has earned 0.007 by serving"
         with pytest.raises(NotHeld, match="by serving"):
             shop.sales.service_for(client.key.node_id)
@@ -602,22 +605,125 @@ def test_one_escrow_pays_for_one_client(tmp_path: Path) -> None:
     run(story)
 
 
+async def taken_to_train(street: Street, shop: Shop) -> tuple[Client, bytes, Work]:
+    """A client that has taken a slot, its escrow, and what is done for it, at a hundred millionths a second."""
+    client = Client(street)
+    held = await client.quotes.hold(shop.node, shop.offer)
+    escrow = await client.escrow(shop)
+    await client.quotes.take(held, escrow)
+    work = shop.sales.work_for(client.key.node_id)
+    work.ready(10.0, 100)
+    return client, escrow, work
+
+
+def test_an_escrow_that_stands_in_the_journal_pays_for_no_stranger(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shop = await street.shop(1, tmp_path / "one")
+        client, thief = Client(street), Client(street, 61)
+        escrow = await client.escrow(shop)
+        thief.quotes._signer = an_account(51)
+        held = await thief.quotes.hold(shop.node, shop.offer)
+        with pytest.raises(Refused, match=f"Escrow {escrow.hex()[:12]} does not pay for .*: nobody signed that who"):
+            await thief.quotes.take(held, escrow)
+        taken = PayingFor(escrow, client.key.node_id)
+        overheard = HoldTake(escrow=escrow, signature=PAYER.sign(taken.digest(LEDGER)))
+        link = await street.linker(thief.endpoint)(shop.node, shop.offer)
+        with pytest.raises(Refused, match="does not pay for"):
+            await link.request(HoldTake.KIND, encode(overheard))
+        assert shop.sales.accounts == []
+        await thief.quotes.release(held)
+        await client.quotes.take(await client.quotes.hold(shop.node, shop.offer), escrow)
+
+    run(story)
+
+
+@pytest.mark.parametrize(("first", "then"), [("train", "serve"), ("serve", "train")])
+def test_one_voucher_pays_not_for_training_and_for_serving(tmp_path: Path, first: Kind, then: Kind) -> None:
+    async def story(street: Street) -> None:
+        shop = await street.shop(1, tmp_path / "one")
+        escrow, client = b"", Client(street)
+        for kind in (first, then, first):
+            client.quotes._work = kind
+            held = await client.quotes.hold(shop.node, shop.offer)
+            escrow = escrow or await client.escrow(shop)
+            held = await client.quotes.take(held, escrow)
+            asked = shop.sales.work_for if kind == "train" else shop.sales.service_for
+            if kind == then:
+                with pytest.raises(NotHeld, match=f"set money aside of its own for what it is to {kind}"):
+                    asked(client.key.node_id)
+            else:
+                asked(client.key.node_id)
+            await client.quotes.release(held)
+
+    run(story)
+
+
 def test_contributions_that_nobody_accepts_are_made_no_longer(tmp_path: Path) -> None:
     async def story(street: Street) -> None:
         shop = await street.shop(1, tmp_path / "one")
-        client = Client(street)
-        held = await client.quotes.hold(shop.node, shop.offer)
-        escrow = await client.escrow(shop)
-        await client.quotes.take(held, escrow)
-        work = shop.sales.work_for(client.key.node_id)
+        client, _, work = await taken_to_train(street, shop)
         for _ in range(UNCOUNTED_MAX):
-            assert work.made() is None
+            assert work.made(100) is None
         assert work.accepted(0) is None
-        for _ in range(UNCOUNTED_MAX):
-            assert work.made() is None
-        assert "of its last 6 contributions none counted" in (work.made() or "")
-        with pytest.raises(NotHeld, match="none counted"):
+        for _ in range(2):
+            assert work.made(100) is None
+        assert work.over() is None
+        assert "6 more did not count than did" in (work.made(100) or "")
+        with pytest.raises(NotHeld, match="more did not count than did"):
             shop.sales.work_for(client.key.node_id)
+
+    run(story)
+
+
+def test_who_accepts_one_contribution_of_several_gets_no_more_than_two_for_one(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shop = await street.shop(1, tmp_path / "one")
+        client, escrow, work = await taken_to_train(street, shop)
+        made, counted = 0, 0
+        while made < 100:
+            for _ in range(4):
+                await street.clock.advance(1.0)
+                if work.made(1000) is not None:
+                    break
+                made += 1
+            else:
+                work.accepted(1000)
+                counted += 1
+                await client.quotes.pay(shop.node, voucher(escrow, shop, 100 * counted), last=False, deadline_s=5)
+                continue
+            break
+        assert counted >= 1 and made <= 2 * counted + UNCOUNTED_MAX
+
+    run(story)
+
+
+def test_who_has_paid_nothing_gets_fewer_contributions_that_last_long(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shop = await street.shop(1, tmp_path / "one")
+        client, escrow, work = await taken_to_train(street, shop)
+        hour = 3_600_000
+        for _ in range(UNCOUNTED_UNPAID_MAX):
+            await street.clock.advance(1.0)
+            assert work.made(hour) is None
+        assert "4 more did not count than did" in (work.made(hour) or "")
+        await client.quotes.pay(shop.node, voucher(escrow, shop, 1_000_000), last=False, deadline_s=5)
+        assert "4 more did not count than did" in (work.over() or ""), "worth five hours, and paid less than three"
+
+    run(story)
+
+
+def test_what_is_not_paid_a_minute_after_it_counted_ends(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shop = await street.shop(1, tmp_path / "one")
+        client, escrow, work = await taken_to_train(street, shop)
+        await street.clock.advance(500.0)
+        assert work.made(1_000_000) is None and work.accepted(1_000_000) is None
+        await street.clock.advance(UNPAID_S - 1)
+        assert work.made(1_000_000) is None
+        await street.clock.advance(1.0)
+        assert "its vouchers are for 0.00, and it has earned 0.05" in (work.over() or "")
+        await client.quotes.pay(shop.node, voucher(escrow, shop, 50_000), last=False, deadline_s=5)
+        assert work.over() is None
 
     run(story)
 

@@ -196,14 +196,26 @@ def test_a_trade_becomes_a_hold_and_an_escrow_and_is_used(tmp_path: Path) -> Non
 
         shop, client = town.shop(hour.node), hour_key(ANN, town.block)
         other = Quotes(
-            a_key(90), an_account(90).address, LEDGER, town.street.linker(town.street.client(90)), town.clock
+            a_key(90),
+            an_account(90).address,
+            an_account(90),
+            LEDGER,
+            town.street.linker(town.street.client(90)),
+            town.clock,
         )
         await town.clock.advance((town.block.start_ms - town.clock.now_ms()) / 1000)
         with pytest.raises(Refused, match="taken"):
             await other.hold(shop.node, shop.offer)
         endpoint = town.street.network.endpoint(client)
         town.street.ends.append(endpoint)
-        quotes = Quotes(client, ACCOUNTS[ANN.node_id].address, LEDGER, town.street.linker(endpoint), town.clock)
+        quotes = Quotes(
+            client,
+            ACCOUNTS[ANN.node_id].address,
+            ACCOUNTS[ANN.node_id],
+            LEDGER,
+            town.street.linker(endpoint),
+            town.clock,
+        )
         held = await quotes.hold(shop.node, msgspec.structs.replace(shop.offer, price=Price(250_000)))
         held = await quotes.take(held, one.escrow_id)
         assert held.hold.until_ms == town.block.start_ms + HOUR_MS
@@ -359,7 +371,12 @@ def test_a_node_that_is_started_anew_keeps_its_word(tmp_path: Path) -> None:
         await town.clock.advance((town.block.start_ms - town.clock.now_ms()) / 1000)
         assert town.shop(hour.node).sales.held == 1
         other = Quotes(
-            a_key(90), an_account(90).address, LEDGER, town.street.linker(town.street.client(90)), town.clock
+            a_key(90),
+            an_account(90).address,
+            an_account(90),
+            LEDGER,
+            town.street.linker(town.street.client(90)),
+            town.clock,
         )
         with pytest.raises(Refused, match="taken"):
             await other.hold(hour.node, town.shop(hour.node).offer)

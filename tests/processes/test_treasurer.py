@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import errno
 from collections.abc import Collection, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,18 +23,20 @@ from shoal.errors import StorageError
 from shoal.house import OutcomeUnknown
 from shoal.identity import Envelope, blake3_hash
 from shoal.identity.accounts import AccountKey, signer_of
+from shoal.ledger.commands import Admit, Redeem
 from shoal.ledger.escrows import Escrow, State
 from shoal.ledger.moves import FEES, ISSUED
 from shoal.node.earned import read_earned
+from shoal.node.sales import REDEEM_EVERY_S
 from shoal.protocol.holds import Hold, Pay, open_hold
 from shoal.protocol.messages import encode, sign
-from shoal.protocol.money import HouseLedger
+from shoal.protocol.money import Admission, HouseLedger, Voucher, sign_voucher
 from shoal.protocol.prices import Price
 from shoal.protocol.training import Commit
 from shoal.purse.bills import PaidNode, Payments, bill
 from shoal.purse.purse import ASKED_AGAIN_S, LOOK_EVERY_S, RENEW_EVERY_S, Funds, NoMoney, top_up
 from shoal.sdk.jobs import Closed, Funded, NothingSetAside, OthersMoney, close_escrows, fund, look_at, open_at
-from shoal.world import Refused, Request, SeededDice, Unreachable
+from shoal.world import FaultyDisk, MemoryDisk, Refused, Request, SeededDice, Unreachable
 from shoal.world.quotes import NotSecured
 
 WORK = bytes(32)
@@ -427,6 +430,87 @@ def test_what_was_added_and_never_heard_of_comes_back(tmp_path: Path) -> None:
     run(story)
 
 
+def test_what_another_driver_has_signed_for_is_spent_as_well(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shops = [await street.shop(number, tmp_path / str(number)) for number in (1, 2)]
+        job = Job(street, tmp_path / "run", budget=10_000)
+        await job.begin(*shops)
+        await street.clock.advance(10.0)
+        await job.commit((shops[0], 10_000), (shops[1], 4_000))
+        escrow = job.written.terms[0].escrow
+        for number, micro in (
+            (1, 1_500),
+            (3, 2_000),
+        ):  # by a host that could not be reached, for a node of its own, too
+            payee = an_account(number).address
+            if number == 3:
+                admission = Admission(escrow, payee, 10_000)
+                await street.ledger.apply(Admit(admission, PAYER.sign(admission.digest(LEDGER))))
+            signed = sign_voucher(PAYER, LEDGER, Voucher(escrow=escrow, payee=payee, amount_micro=micro, work=WORK))
+            await street.ledger.apply(Redeem(signed))
+        await settle(street, LOOK_EVERY_S)
+        assert job.treasurer.left_micro == 10_000 - 1_500 - 400 - 2_000
+        await street.clock.advance(10.0)
+        await job.commit((shops[0], 10_000))
+        await job.treasurer.close()
+        found, made = street.ledger.book.escrows[escrow], bill(job.written)
+        assert found.paid[an_account(1).address].redeemed_micro == 2_500, "each of the two pays for what it got"
+        assert made is not None and made.charged == found.redeemed_micro == 2_500 + 400 + 2_000
+        assert [line.paid for line in made.nodes if line.name == "signed by another driver"] == [500, 2_000]
+
+    run(story)
+
+
+@pytest.mark.parametrize("lie", ["it added", "it closed", "it withheld"])
+def test_what_another_driver_wrote_down_is_held_against_the_ledger(tmp_path: Path, lie: str) -> None:
+    async def story(street: Street) -> None:
+        shop = await street.shop(1, tmp_path / "1")
+        job = Job(street, tmp_path / "run", budget=10_000)
+        await job.begin(shop)
+        await street.clock.advance(10.0)
+        await job.commit((shop, 10_000))
+        await job.kill()
+        (term,), budget = job.written.terms, 10_000
+        said = {"withheld_micro": 1_000} if lie == "it withheld" else {"paid_micro": 0, "voucher": None}
+        nodes = {node: msgspec.structs.replace(one, **said) for node, one in term.nodes.items()}
+        term = msgspec.structs.replace(term, nodes=nodes, closed=True)
+        if lie == "it added":
+            term, budget = msgspec.structs.replace(term, added_micro=50_000), 60_000
+        job.folder.write("payments.json", msgspec.json.encode(Payments(budget_micro=budget, terms=(term,))))
+        await settle(street, REDEEM_EVERY_S)
+        again = Job(street, job.folder, budget=budget)
+        await again.treasurer.close_former()
+        assert again.treasurer.left_micro == 9_000 and street.ledger.book.escrows[term.escrow].closing
+        assert any("0.05 USD less was added" in one for one in again.said) == (lie == "it added")
+
+    run(story)
+
+
+def test_a_voucher_that_is_worth_nothing_holds_up_no_money(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shops = [await street.shop(number, tmp_path / str(number)) for number in (1, 2)]
+        job = Job(street, tmp_path / "run")
+        await job.begin(*shops)
+        await street.clock.advance(10.0)
+        await job.commit((shops[0], 10_000), (shops[1], 4_000))
+        await job.kill()
+        (term,) = job.written.terms
+        first = term.nodes[shops[0].node.hex()]
+        assert first.voucher is not None
+        for forged in (
+            msgspec.structs.replace(first.voucher, signature=bytes(65)),
+            sign_voucher(PAYER, LEDGER, msgspec.structs.replace(first.voucher.voucher, amount_micro=2_000_000)),
+        ):
+            nodes = {**term.nodes, shops[0].node.hex(): msgspec.structs.replace(first, voucher=forged)}
+            worse = msgspec.structs.replace(term, nodes=nodes)
+            job.folder.write("payments.json", msgspec.json.encode(Payments(budget_micro=1_000_000, terms=(worse,))))
+            await Job(street, job.folder).treasurer.close_former()
+        found = street.ledger.book.escrows[term.escrow]
+        assert found.closing and found.paid[an_account(2).address].redeemed_micro == 400
+
+    run(story)
+
+
 def test_no_money_nothing_held(tmp_path: Path) -> None:
     async def story(street: Street) -> None:
         shop = await street.shop(1, tmp_path / "1")
@@ -638,6 +722,29 @@ def test_what_a_killed_driver_has_set_aside_is_asked_back_without_another(tmp_pa
         assert await close_escrows(path, PAYER, street.ledger) == Closed((), 0, None)
         await settle(street, 62)
         assert await street.ledger.balance(PAYER.address) == 10_000_000 - 1000
+
+    run(story)
+
+
+def test_a_voucher_that_does_not_arrive_is_sent_again_before_the_next_commit(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        failing = list[str]()
+
+        def fault(operation: str, name: str) -> None:
+            if f"{operation} {name}" in failing:
+                raise OSError(errno.ENOSPC, "the disk is full")
+
+        shop = await street.shop(1, FaultyDisk(MemoryDisk(), fault))
+        job = Job(street, tmp_path / "run")
+        await job.begin(shop)
+        await street.clock.advance(10.0)
+        failing.append("sync accounts")
+        await job.commit((shop, 10_000))
+        assert [one.paid_micro for one in shop.sales.accounts] == [0]
+        failing.clear()
+        await settle(street, LOOK_EVERY_S)
+        assert [one.paid_micro for one in shop.sales.accounts] == [1000]
+        await job.treasurer.close()
 
     run(story)
 

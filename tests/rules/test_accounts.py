@@ -35,6 +35,7 @@ from shoal.protocol.money import (
     Finished,
     HouseLedger,
     LedgerName,
+    PayingFor,
     Payout,
     SignedVoucher,
     ToppingUp,
@@ -126,6 +127,7 @@ def test_what_becomes_of_an_escrow_is_signed_as_a_wallet_signs_it(
                           "expires": ("uint256", expires), "number": ("uint256", number)}),
         (Finished(escrow, account, amount), "Finished",
          {"escrow": where, "payee": whom, "amount": ("uint256", amount)}),
+        (PayingFor(escrow, bytes(32)), "PayingFor", {"escrow": where, "client": ("bytes32", bytes(32))}),
     ):  # fmt: skip
         message = as_wallets_sign(ledger, name, fields)
         assert Account.from_key(secret).sign_message(message).signature == AccountKey(secret).sign(what.digest(ledger))

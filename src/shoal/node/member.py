@@ -611,7 +611,7 @@ class MemberRun:
         finally:
             self._idle_since = self._clock.monotonic()
         self._failures = 0
-        unpaid = self._earning.made() if self._earning is not None else None
+        unpaid = self._earning.made(done.tokens) if self._earning is not None else None
         if unpaid is not None:
             self.end(f"Node {self.name} works for job {self.job.name!r} no longer: {unpaid}.", tell=True)
             return

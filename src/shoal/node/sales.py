@@ -26,7 +26,7 @@ from shoal.ledger.commands import Redeem
 from shoal.ledger.escrows import Escrow, EscrowOver, OldVoucher, State
 from shoal.ledger.escrows import Paid as PaidOut
 from shoal.ledger.moves import MoneyRefused
-from shoal.market.earnings import Earnings, Serving, say_unpaid, say_unpaid_service
+from shoal.market.earnings import UNPAID_S, Earnings, Serving, say_uncounted, say_unpaid, say_unpaid_service
 from shoal.market.holds import (
     HoldRefused,
     Slots,
@@ -57,7 +57,7 @@ from shoal.protocol.holds import (
 )
 from shoal.protocol.holds import Work as Kind
 from shoal.protocol.messages import DEFAULT_NETWORK, decode, encode, open_record, sign
-from shoal.protocol.money import DAY_MS, Amount, BadVoucher, LedgerName, PartsPerMillion, SignedVoucher
+from shoal.protocol.money import DAY_MS, Amount, BadVoucher, LedgerName, PartsPerMillion, PayingFor, SignedVoucher
 from shoal.protocol.offers import Done, UnixMs
 from shoal.protocol.prices import Currency
 from shoal.quantities.money import format_money
@@ -84,9 +84,6 @@ LAST_ROUND_S = 8.0
 """How long a stopping node tries to redeem what it has."""
 TELL_DEADLINE_S, TELL_AGAIN_S = 5.0, 2.0
 """For a client that is told that its place ends."""
-UNCOUNTED_MAX = 6
-"""Contributions that a client may have without accepting one: it has them, and pays for none. Some come too late
-without anybody's fault, and two are under way at a time."""
 DEPUTIES_MAX = 1024
 """Drivers of which it is known for whom they act; whoever has not been heard for longest goes, and says it again."""
 CLOCK_WRONG_MS = DAY_MS
@@ -202,43 +199,52 @@ class Work:
         self._sales, self._escrow = sales, account.escrow
         self._began_micro = account.paid_micro
         self._earnings = Earnings()
-        self._earned_lately = [0, 0, 0]
-        """After the last three accepted contributions, the newest last."""
         self._ready_s = sales.monotonic()
-        self._uncounted = 0
-        """Contributions since the last one that counted."""
+        self._earned_lately = [(0, self._ready_s)] * 3
+        """After the last three accepted contributions, and when that was, the newest last."""
+        self._uncounted = self._uncounted_tokens = 0
+        """Contributions that did not count, less those that did; what is under way is among them."""
 
     def ready(self, samples_per_s: float, tokens_per_sample: int) -> None:
         self._ready_s = self._sales.monotonic()
-        self._earnings = self._earnings.measured(self._earned_lately[-1], samples_per_s, tokens_per_sample)
+        self._earnings = self._earnings.measured(self._earned_micro, samples_per_s, tokens_per_sample)
 
-    def made(self) -> str | None:
+    @property
+    def _earned_micro(self) -> int:
+        return self._earned_lately[-1][0]
+
+    def made(self, tokens: int) -> str | None:
         """A contribution is about to go to the client. Gives why it should not, if it should not."""
         self._uncounted += 1
+        self._uncounted_tokens += tokens
         return self.over()
 
     def accepted(self, tokens: int) -> str | None:
         """A contribution counts. Gives why the node should work no longer, if it should not."""
-        self._uncounted = 0
-        account = self._sales.account(self._escrow)
+        self._uncounted = max(0, self._uncounted - 2)
+        self._uncounted_tokens = max(0, self._uncounted_tokens - 2 * tokens)
+        account, now_s = self._sales.account(self._escrow), self._sales.monotonic()
         if account is not None:
             self._earnings = self._earnings.accepted(tokens)
-            ready_ms = round(1000 * (self._sales.monotonic() - self._ready_s))
+            ready_ms = round(1000 * (now_s - self._ready_s))
             most = max(0, account.most_micro - self._began_micro)
             earned = self._earnings.earned_micro(account.micro_per_h, ready_ms, most)
-            self._earned_lately = [*self._earned_lately[1:], max(self._earned_lately[-1], earned)]
+            self._earned_lately = [*self._earned_lately[1:], (max(self._earned_micro, earned), now_s)]
         return self.over()
 
     def over(self) -> str | None:
         """Why the node should not work for it, if it should not."""
-        account = self._sales.account(self._escrow)
-        before, _, earned = self._earned_lately
-        over = self._sales.say_over(account, self._began_micro + earned)
+        account, now_s = self._sales.account(self._escrow), self._sales.monotonic()
+        over = self._sales.say_over(account, self._began_micro + self._earned_micro)
         if over is not None or account is None:
             return over
-        if self._uncounted > UNCOUNTED_MAX:
-            return f"of its last {UNCOUNTED_MAX} contributions none counted, so none is paid for"
-        return say_unpaid(account.paid_micro - self._began_micro, before, earned)
+        before, *later = self._earned_lately
+        due = max(before[0], *(earned for earned, at_s in later if now_s - at_s >= UNPAID_S), 0)
+        paid = account.paid_micro - self._began_micro
+        worth = self._earnings.for_tokens(self._uncounted_tokens, account.micro_per_h)
+        return say_uncounted(self._uncounted, worth, paid, account.micro_per_h) or say_unpaid(
+            paid, due, self._earned_micro
+        )
 
 
 class Service:
@@ -405,6 +411,11 @@ class Sales:
                 f"hour, and keeps no slot to {kind} in for {short_id(client)} that there is money for: hold one, set "
                 "the money aside, and take it before inviting."
             )
+        if account.escrow in (self._services if kind == "train" else self._works):
+            raise NotHeld(  # each would count what is paid for the other for its own
+                f"Node {self._name} is paid out of escrow {account.escrow.hex()[:12]} for "
+                f"{'serving' if kind == 'train' else 'training'}: set money aside of its own for what it is to {kind}."
+            )
         return account
 
     def _unless_over(self, work: W, client: bytes) -> W:
@@ -551,6 +562,9 @@ class Sales:
 
         hold = take(self.slots, client, escrow, self.terms, self.now_ms(), self.closes_ms)
         assert escrow is not None
+        pays = signer_of(PayingFor(escrow.escrow_id, client).digest(self._ledger.name), wanted.signature)
+        if pays not in (escrow.terms.payer, escrow.terms.signer):
+            raise HoldRefused(f"{escrow.name} does not pay for {short_id(client)}: nobody signed that who may.")
         async with self._accounting:  # what it is paid out of first: without that, a slot would be bound for nothing
             accounts = self._with(escrow, client, hold.payee, hold.price.micro_per_h)
             for gone in self._accounts.keys() - accounts.keys():

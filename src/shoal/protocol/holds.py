@@ -16,7 +16,7 @@ from msgspec import Meta
 
 from shoal.errors import BadRecord
 from shoal.identity import Envelope, Hash, NodeId, hash_of_parts, short_id
-from shoal.identity.accounts import Address
+from shoal.identity.accounts import AccountSignature, Address
 from shoal.protocol.messages import DEFAULT_NETWORK, Message, Record, open_record
 from shoal.protocol.money import Amount, LedgerName, SignedVoucher
 from shoal.protocol.offers import ReclaimNoticeMs, UnixMs
@@ -136,6 +136,8 @@ class HoldTake(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, o
     MAX_BYTES: ClassVar[int] = 1024
 
     escrow: Hash
+    signature: AccountSignature
+    """Of PayingFor, that the escrow pays for this client."""
     deputy: DeputyBytes | None = None
 
 

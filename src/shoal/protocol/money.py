@@ -55,6 +55,7 @@ TOP_UP = StructType(
     ),
 )  # fmt: skip
 FINISHED = StructType("Finished", (("bytes32", "escrow"), ("address", "payee"), ("uint256", "amount")))
+PAYING_FOR = StructType("PayingFor", (("bytes32", "escrow"), ("bytes32", "client")))
 BOND = StructType(
     "Bond",
     (
@@ -271,6 +272,17 @@ class Finished(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def digest(self, ledger: LedgerName) -> bytes:
         return domain_of(ledger).digest(FINISHED.hash_of((self.escrow, self.payee, self.amount_micro)))
+
+
+class PayingFor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An escrow pays for what nodes do for this client: signed by its payer or its signer, for nodes; the ledger sees
+    nothing of it. Everybody sees escrows in a journal, and could name one."""
+
+    escrow: Hash
+    client: NodeId
+
+    def digest(self, ledger: LedgerName) -> bytes:
+        return domain_of(ledger).digest(PAYING_FOR.hash_of((self.escrow, self.client)))
 
 
 class Withholding(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

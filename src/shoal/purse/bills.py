@@ -18,6 +18,7 @@ from shoal.protocol.money import Amount, EscrowTerms, LedgerName, SignedVoucher
 from shoal.quantities.money import share
 
 FILE = "payments.json"
+ELSEWHERE = "signed by another driver"
 
 
 class BillLine(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,6 +59,10 @@ class PaidNode(msgspec.Struct, frozen=True, kw_only=True):
     """The node's newest Hold for this client, as it signed it: one half of the proof if it has sold the place twice.
     None of a node that drives: it finds its vouchers in its copy of this."""
 
+    def __post_init__(self) -> None:
+        if self.withheld_micro > self.paid_micro:
+            raise ValueError(f"{self.withheld_micro} are withheld of {self.paid_micro} millionths")
+
 
 class OwedTo(msgspec.Struct, frozen=True):
     """What a node has earned in all, and the voucher for it."""
@@ -82,7 +87,7 @@ class TermPayments(msgspec.Struct, frozen=True, kw_only=True):
     ledger: LedgerName
     signature: AccountSignature
     nodes: dict[str, PaidNode] = {}
-    """By NodeId, in hexadecimal digits."""
+    """By NodeId, in hexadecimal digits; by its account what another driver has signed for."""
     owed: Owed | None = None
     closed: bool = False
     """The payer has asked for the rest."""
@@ -101,9 +106,25 @@ class TermPayments(msgspec.Struct, frozen=True, kw_only=True):
         return self.moved_ms or self.terms.expires_ms
 
     def as_at(self, escrow: Escrow) -> TermPayments:
-        """With what the ledger says of its escrow."""
+        """With what the ledger says of its escrow. What it has paid beyond the vouchers that stand here was signed by
+        another driver, which could not be reached, or did not say so: it is spent as well."""
         moved_ms = 0 if escrow.ends_ms == self.terms.expires_ms else escrow.ends_ms
-        return msgspec.structs.replace(self, added_micro=escrow.added_micro, moved_ms=moved_ms)
+        nodes = dict(self.nodes)
+        for payee, got in escrow.paid.items():
+            more = got.redeemed_micro - sum(one.paid_micro for one in nodes.values() if one.payee == payee)
+            if more > 0:
+                known = nodes.get(payee.hex(), PaidNode(name=ELSEWHERE, payee=payee, micro_per_h=0, reason=ELSEWHERE))
+                nodes[payee.hex()] = msgspec.structs.replace(known, paid_micro=known.paid_micro + more)
+        return msgspec.structs.replace(self, added_micro=escrow.added_micro, moved_ms=moved_ms, nodes=nodes)
+
+    def ended_as(self, escrow: Escrow) -> TermPayments:
+        """The same, once nothing more is withheld: no more was than the ledger says."""
+        nodes, left = dict[str, PaidNode](), {payee: got.withheld_micro for payee, got in escrow.paid.items()}
+        for node, one in self.as_at(escrow).nodes.items():
+            withheld = min(one.withheld_micro, left.get(one.payee, 0))
+            left[one.payee] = left.get(one.payee, 0) - withheld
+            nodes[node] = msgspec.structs.replace(one, withheld_micro=withheld)
+        return msgspec.structs.replace(self.as_at(escrow), nodes=nodes)
 
     def settled(self, written: Container[bytes]) -> TermPayments:
         """With what is owed, if its record is among those that are written."""

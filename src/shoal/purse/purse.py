@@ -20,14 +20,14 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from shoal.errors import BadInput, LinkError, ShoalError
+from shoal.errors import BadInput, BadRecord, LinkError, ShoalError
 from shoal.identity import KeyPair, short_id
 from shoal.identity.accounts import AccountKey, address_text, signer_of
 from shoal.ledger.book import SameEscrow, UnknownEscrow
 from shoal.ledger.commands import Admit, Close, Open, Redeem, TopUp, Withhold
 from shoal.ledger.escrows import Escrow, EscrowOver, OldVoucher, TopUpOutOfTurn, topped_up
 from shoal.ledger.fees import fee_at
-from shoal.ledger.moves import DoneAlready, TooLittleMoney
+from shoal.ledger.moves import DoneAlready, MoneyRefused, TooLittleMoney
 from shoal.market.earnings import lasts_s
 from shoal.protocol.holds import LEASE_STEP_MS, BadHold, HoldReclaim, Work, quote_id
 from shoal.protocol.messages import DEFAULT_NETWORK
@@ -134,7 +134,7 @@ class Purse:
         self._clock, self._dice, self._say, self._again = clock, dice, say, again
         self._keep = write
         self._quotes = Quotes(
-            key, funds.payer, funds.ledger.name, link, clock, work=work, network=network, deputy=deputy
+            key, funds.payer, funds.signer, funds.ledger.name, link, clock, work=work, network=network, deputy=deputy
         )
         self._former = known.terms if known else ()
         self._budget_micro = funds.budget_micro
@@ -151,6 +151,8 @@ class Purse:
         self._writing = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._sending: set[bytes] = set()
+        self._unsent: set[bytes] = set()
+        """Nodes whose newest voucher did not arrive."""
         self._working: set[bytes] = set()
         self._ready_s: dict[bytes, float] = {}
         self._left_s: dict[bytes, float] = {}
@@ -415,6 +417,7 @@ class Purse:
         due_s = self._clock.monotonic() + RENEW_EVERY_S
         while True:
             await self._clock.sleep(LOOK_EVERY_S)
+            self._send_beside(self._unsent & self._held.keys())  # a node works for a minute without
             with contextlib.suppress(ShoalError):  # it is asked again
                 await self.look()
             if self._clock.monotonic() >= due_s:
@@ -516,8 +519,9 @@ class Purse:
                 self._beside(self._send(node))
 
     async def _send(self, node: bytes, *, last: bool = False, deadline_s: float = PAY_DEADLINE_S) -> None:
-        """The newest voucher; where a newer one comes meanwhile, that one too. What does not arrive is in the next."""
+        """The newest voucher; where a newer one comes meanwhile, that one too. What does not arrive is sent again."""
         self._sending.add(node)
+        self._unsent.discard(node)
         try:
             sent: SignedVoucher | None = None
             while (known := self.paid(node)) is not None and known.voucher not in (None, sent):
@@ -527,6 +531,7 @@ class Purse:
                 if newer is not None:
                     self._learn(node, newer)
         except ShoalError as error:
+            self._unsent.add(node)
             _log.info("%s did not take its voucher: %s", node.hex()[:8], error)
         finally:
             self._sending.discard(node)
@@ -597,12 +602,16 @@ class Purse:
         this budget. Raises ShoalError."""
         closed = list[TermPayments]()
         for term in self._former:
-            after = term
-            if not term.closed:
-                after, _ = await close_escrow(term, self.funds.ledger, self._hand)
+            after, _ = await close_escrow(term, self.funds.ledger, self._hand)  # who says that it is may be wrong
             closed.append(after)
             unheard = after.added_micro - term.added_micro
-            if unheard:
+            if unheard < 0:
+                self._budget_micro = max(0, self._budget_micro + unheard)
+                self._say(
+                    f"{format_money(-unheard)} {term.ledger.currency} less was added to the budget than whoever drove "
+                    f"before wrote down; it is {format_money(self._budget_micro)}."
+                )
+            elif unheard:
                 self._say(
                     f"{format_money(unheard)} {term.ledger.currency} was added to the budget, and whoever was to spend "
                     f"it never heard of that: it comes back, and the budget is {format_money(self._budget_micro)}."
@@ -675,13 +684,18 @@ async def close_escrow(term: TermPayments, ledger: Ledger, account: AccountKey) 
     wish = Closing(term.escrow)
     try:
         for one in newest_vouchers(term):
-            await _redeem(one, ledger)
+            try:
+                await _redeem(one, ledger)
+            except EscrowOver:
+                break
+            except (MoneyRefused, BadRecord) as error:  # so it pays nothing, and holds up nothing
+                _log.warning("a voucher for %s is worth nothing: %s", one.name, error)
         await ledger.apply(Close(wish, account.sign(wish.digest(term.ledger))))
     except (UnknownEscrow, EscrowOver, DoneAlready):
         pass  # it never came to be, is over by itself, or was asked for and the answer was lost
     found = await ledger.escrow(term.escrow)  # nothing is added any more
     if found is not None:
-        term = term.as_at(found)
+        term = term.ended_as(found)
     return msgspec.structs.replace(term, owed=None, closed=True), found
 
 

@@ -196,18 +196,20 @@ class _Looking:
                     break
 
     def _take(self, copy: Copy, pieces: Sequence[Piece]) -> None:
-        """What was set aside, by whom and where, is the owner's to say: who asks back what is left signs for what
-        stands there. Raises BadCopy, OtherMoney, OSError."""
-        before = self._folder.read(PAYMENTS, Payments) if any(one.name == PAYMENTS for one in pieces) else None
+        """What may be spent, what was set aside, by whom and where, is the owner's to say: who goes on with the job
+        sets as much aside, and who asks back what is left signs for what stands there. Raises BadCopy, OtherMoney,
+        OSError."""
+        money = any(one.name == PAYMENTS for one in pieces)
+        before = self._folder.read(PAYMENTS, Payments) if money else None
         copy.take(pieces)
-        if before is None:
+        if not money:
             return
         try:
             now = self._folder.read(PAYMENTS, Payments)
         except FolderDamaged:
             now = None
         if _opened(now) != _opened(before):
-            self._folder.write(PAYMENTS, msgspec.json.encode(before))
+            self._folder.write(PAYMENTS, msgspec.json.encode(before or Payments(budget_micro=0)))
             raise OtherMoney(
                 f"A host of {self._folder.path} says that other money was set aside for it than was; what it sent is "
                 "not kept. Stop the job with `shoal jobs cancel`."
@@ -318,9 +320,12 @@ class _Looking:
             store.close()
 
 
-def _opened(payments: Payments | None) -> list[tuple[bytes, bytes]]:
-    """The escrows, each with its payer's signature."""
-    return [(one.escrow, one.signature) for one in payments.terms] if payments is not None else []
+def _opened(payments: Payments | None) -> tuple[int, list[tuple[bytes, bytes]]]:
+    """The budget without what was added since, and the escrows, each with its payer's signature."""
+    if payments is None:
+        return 0, []
+    own_micro = payments.budget_micro - sum(one.added_micro for one in payments.terms)
+    return own_micro, [(one.escrow, one.signature) for one in payments.terms]
 
 
 def _progress(

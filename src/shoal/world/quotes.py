@@ -16,6 +16,7 @@ from typing import TypeAlias, TypeVar
 
 from shoal.errors import JobError, ShoalError
 from shoal.identity import Envelope, KeyPair
+from shoal.identity.accounts import AccountKey
 from shoal.protocol.holds import (
     RECLAIM_MAX_BYTES,
     BadHold,
@@ -33,7 +34,7 @@ from shoal.protocol.holds import (
     open_hold,
 )
 from shoal.protocol.messages import DEFAULT_NETWORK, Message, open_record, sign
-from shoal.protocol.money import LedgerName, SignedVoucher
+from shoal.protocol.money import LedgerName, PayingFor, SignedVoucher
 from shoal.protocol.offers import RECLAIM_NOTICE_MAX_MS, Done, Offer
 from shoal.world.asking import ask
 from shoal.world.clock import Clock
@@ -86,6 +87,7 @@ class Quotes:
         self,
         key: KeyPair,
         payer: bytes,
+        signer: AccountKey,
         ledger: LedgerName,
         link: Callable[[bytes, Offer], Awaitable[Link]],
         clock: Clock,
@@ -93,9 +95,11 @@ class Quotes:
         network: str = DEFAULT_NETWORK,
         deputy: bytes | None = None,
     ) -> None:
-        """Places are kept for whoever has `key`. `link` gives an open link to a node, or raises LinkError; where those
+        """Places are kept for whoever has `key`, and paid for by `payer`; `signer` is a key that may sign for its
+        escrow. `link` gives an open link to a node, or raises LinkError; where those
         are of another key than that, `deputy` is the word that it acts for this one."""
-        self._key, self._payer, self._ledger, self._link, self._clock = key, payer, ledger, link, clock
+        self._key, self._payer, self._signer, self._ledger = key, payer, signer, ledger
+        self._link, self._clock = link, clock
         self._work: Work = work
         self._network, self._deputy = network, deputy
         self._offers: dict[bytes, Offer] = {}
@@ -164,7 +168,8 @@ class Quotes:
 
     async def take(self, held: Held, escrow: bytes) -> Held:
         """There is money for it: the place is kept for longer; again, to make it last. Raises ShoalError."""
-        wanted = HoldTake(escrow=escrow, deputy=self._deputy)
+        signature = self._signer.sign(PayingFor(escrow, self._key.node_id).digest(self._ledger))
+        wanted = HoldTake(escrow=escrow, signature=signature, deputy=self._deputy)
         taken = self._opened(held.node, held.name, await self._ask(held.node, wanted, HoldGiven, TAKE_DEADLINE_S))
         if taken.hold.escrow != escrow or _place(taken.hold) != _place(held.hold):
             raise BadHold(f"Node {held.name} took something else than was set aside for it.")
