@@ -60,7 +60,7 @@ class Demand:
 
 @dataclass(frozen=True)
 class Change:
-    """A requirement that is the only one to be changed."""
+    """One requirement, changed."""
 
     name: str
     what: str
