@@ -42,13 +42,14 @@ def an_escrow(
     expires_ms: int = FOR_EVER_MS,
     fee_ppm: int = 20_000,
     auditor: bytes = bytes(20),
+    locked_until_ms: int = 0,
     ledger: LedgerName = LEDGER,
 ) -> tuple[Open, bytes]:
     terms = EscrowTerms(
         payer=CLIENT.address, signer=DRIVER.address, cap_micro=amount_micro, auditor=auditor,
         amount_micro=amount_micro, fee_ppm=fee_ppm, holdback_ppm=100_000, notice_ms=100, audit_ms=500,
         expires_ms=expires_ms, payees=tuple(Payee(node.address, most_micro) for node in NODES), quote=bytes(32),
-        nonce=nonce.to_bytes(32),
+        nonce=nonce.to_bytes(32), locked_until_ms=locked_until_ms,
     )  # fmt: skip
     name = terms.escrow_id(ledger)
     return Open(terms, CLIENT.sign(name)), name

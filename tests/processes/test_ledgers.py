@@ -104,8 +104,9 @@ def commands(dice: random.Random) -> Iterator[Command]:
         what = dice.random()
         if what < 0.1 or not names:
             command, name = an_escrow(
-                amount_micro=dice.randrange(1, 3000), nonce=number % 7, expires_ms=dice.randrange(1, 30_000)
-            )
+                amount_micro=dice.randrange(1, 3000), nonce=number % 7, expires_ms=dice.randrange(1, 30_000),
+                locked_until_ms=dice.choice((0, 0, 0, dice.randrange(5000))),
+            )  # fmt: skip
             names.append(name)
             yield command
         elif what < 0.14:

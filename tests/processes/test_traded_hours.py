@@ -22,7 +22,7 @@ from shoal.ledger.fees import Announced
 from shoal.ledger.journal import verified
 from shoal.ledger.moves import account
 from shoal.market.bids import FOR_CLAIMS_MS
-from shoal.protocol.auctions import ClaimHour, HourPromise, PromiseHour
+from shoal.protocol.auctions import BatchPart, ClaimHour, HourPromise, PromiseHour
 from shoal.protocol.holds import Hold, HoldGiven, open_hold, sold_twice
 from shoal.protocol.messages import encode, open_record, sign
 from shoal.protocol.money import Voucher, sign_voucher
@@ -380,6 +380,31 @@ def test_a_node_that_is_started_anew_keeps_its_word(tmp_path: Path) -> None:
         )
         with pytest.raises(Refused, match="taken"):
             await other.hold(hour.node, town.shop(hour.node).offer)
+
+    in_town(tmp_path, scene)
+
+
+def test_a_node_looks_into_a_batch_once_for_all_who_claim_by_it(tmp_path: Path) -> None:
+    async def scene(town: Town) -> None:
+        one, _ = await town.trade()
+        claim = ClaimHour(auction=str(town.ticket), batch=one.bid.terms.batch, start_ms=town.block.start_ms)
+        auctioneer, asked = town.server._auctioneer, list[int]()
+        assert auctioneer is not None
+        part = auctioneer.part
+
+        async def counted(number: int, which: int) -> BatchPart:
+            asked.append(number)
+            return await part(number, which)
+
+        auctioneer.part = counted  # type: ignore[method-assign]
+
+        async def stranger(number: int) -> None:
+            async with town.reach(a_key(number), a_key(1).node_id) as link:
+                with pytest.raises(Refused, match="and not to"):
+                    await link.request(claim.KIND, encode(claim), deadline_s=30, reply_max_bytes=HoldGiven.MAX_BYTES)
+
+        await asyncio.gather(*map(stranger, range(91, 99)))
+        assert asked == [one.bid.terms.batch]
 
     in_town(tmp_path, scene)
 

@@ -292,6 +292,12 @@ def test_a_locked_escrow_neither_pays_nor_ends_before_its_time() -> None:
     assert verified(book.lines, LEDGER).escrows == book.escrows
 
 
+def test_terms_without_a_lock_are_what_they_were_before_there_was_one() -> None:
+    assert terms().escrow_id(LEDGER).hex().startswith("77d9a0e06942b99c")
+    assert b"locked" not in msgspec.msgpack.encode(terms())
+    assert len({terms(locked_until_ms=at).escrow_id(LEDGER) for at in range(3)}) == 3
+
+
 def test_who_asks_last_ends_it() -> None:
     book = a_book()
     escrow = opened(book, terms())

@@ -6,6 +6,7 @@ what is set aside for it, from the ledger. `market.hours` decides.
 
 from __future__ import annotations
 
+import asyncio
 from collections import OrderedDict
 
 from shoal.auctions import RemoteAuction
@@ -47,6 +48,8 @@ class Hours:
         self._asks = RateLimit(clock, ASKS_PER_S, ASKS_BURST)
         self._claims = RateLimit(clock, CLAIMS_PER_S, CLAIMS_BURST)
         self._known: OrderedDict[tuple[bytes, int, int], Sale | None] = OrderedDict()
+        self._looking = asyncio.Lock()
+        """One batch at a time: a large one takes 48 MiB, and whoever asks for the same one waits for it."""
         endpoint.handle(PromiseHour.KIND, self._promised)
         endpoint.handle(ClaimHour.KIND, self._claimed)
 
@@ -104,16 +107,17 @@ class Hours:
         """What a batch says of an hour of this node. Raises HoldRefused while it is open, and what fetching and
         checking it does."""
         asked = ticket.auctioneer, batch, start_ms
-        if asked not in self._known:
-            auction = RemoteAuction(self._endpoint, ticket, self._clock, network=self._network)
-            try:
-                checked = await auction.batch(batch)
-            except NotPublished as error:
-                raise HoldRefused(f"What became of batch {batch} is not known yet: {error.sentence}") from error
-            self._known[asked] = sale_of(checked, self._key.node_id, start_ms)
-            while len(self._known) > SALES_KEPT:
-                self._known.popitem(last=False)
-        return self._known[asked]
+        async with self._looking:
+            if asked not in self._known:
+                auction = RemoteAuction(self._endpoint, ticket, self._clock, network=self._network)
+                try:
+                    checked = await auction.batch(batch)
+                except NotPublished as error:
+                    raise HoldRefused(f"What became of batch {batch} is not known yet: {error.sentence}") from error
+                self._known[asked] = sale_of(checked, self._key.node_id, start_ms)
+                while len(self._known) > SALES_KEPT:
+                    self._known.popitem(last=False)
+            return self._known[asked]
 
 
 def _or_at(known: AuctionTicket, newer: AuctionTicket) -> AuctionTicket:
