@@ -121,11 +121,12 @@ def test_a_host_that_comes_back_is_the_next_again(tmp_path: Path) -> None:
             await watch.until(lambda: bool(watch.shares))
             kill(shoal.nodes[first.name])
             await watch.until(lambda: f"{second.name} drives the job, in term 2." in watch.said)
-            (copy,) = (tmp_path / "town" / first.name / "hosted").glob("*/run")
-            newest = chain_of(copy)[-1]
+            node = tmp_path / "town" / "nodes" / first.name
+            (copy,) = (node / "hosted").glob("*/run")
+            newest = commits_in(copy)[-1].round
             await shoal.start_node(first.name, options=["--threads", "1", "--storage", "1 GiB"])
             async with asyncio.timeout(PATIENCE_S):
-                while chain_of(copy)[-1] < newest + 8:
+                while not has_more_and_all(copy, node / "blobs", newest):
                     await asyncio.sleep(0.2)
             kill(shoal.nodes[second.name])
             await watch.until(lambda: f"{first.name} drives the job, in term 3." in watch.said)
@@ -176,10 +177,16 @@ def kill(node: LocalProcess) -> None:
     node.kill()
 
 
-def chain_of(run: Path) -> list[int]:
-    """The rounds of all Commits in a copy."""
+def commits_in(run: Path) -> list[Commit]:
     with RunFolder.open(run, read_only=True) as folder:
-        return [commit.round for _, commit in folder.opened(Commit)]
+        return [commit for _, commit in folder.opened(Commit)]
+
+
+def has_more_and_all(run: Path, blobs: Path, newest: int) -> bool:
+    """A copy goes beyond a round, and all updates that it names are here."""
+    commits, names = commits_in(run), {path.name for path in blobs.rglob("*")}
+    updates = {entry.update.hash.hex() for commit in commits for entry in commit.accepted}
+    return bool(commits) and commits[-1].round > newest and updates <= names
 
 
 class Seen(msgspec.Struct):
