@@ -104,6 +104,41 @@ def test_a_driver_that_dies_is_followed_by_another_node(tmp_path: Path) -> None:
     asyncio.run(whole())
 
 
+@pytest.mark.timeout(600)
+def test_a_host_that_comes_back_is_the_next_again(tmp_path: Path) -> None:
+    """What it wrote last as a driver nobody else has: its copy becomes another one from there on."""
+
+    async def whole() -> None:
+        async with LocalShoal(tmp_path / "town") as shoal:
+            await three_nodes(shoal)
+            text = job_text(tmp_path, tokens=10_000_000, nodes_min=1)
+            made = await detach(
+                parsed(text, tmp_path), text, options_for(shoal, tmp_path / "run", owner_key(), Watch())
+            )
+            first, second = made.hosts
+            watch = Watch()
+            looking = asyncio.create_task(attach(attach_options(tmp_path, watch)))
+            await watch.until(lambda: bool(watch.shares))
+            kill(shoal.nodes[first.name])
+            await watch.until(lambda: f"{second.name} drives the job, in term 2." in watch.said)
+            node = tmp_path / "town" / "nodes" / first.name
+            (copy,) = (node / "hosted").glob("*/run")
+            newest = commits_in(copy)[-1].round
+            await shoal.start_node(first.name, options=["--threads", "1", "--storage", "1 GiB"])
+            async with asyncio.timeout(PATIENCE_S):
+                while not has_more_and_all(copy, node / "blobs", newest):
+                    await asyncio.sleep(0.2)
+            kill(shoal.nodes[second.name])
+            await watch.until(lambda: f"{first.name} drives the job, in term 3." in watch.said)
+            share = watch.shares[-1]
+            await watch.until(lambda: watch.shares[-1] > share)
+            looking.cancel()
+            await asyncio.gather(looking, return_exceptions=True)
+            assert [term.driver for term in terms(tmp_path)] == [first.driver, second.driver, first.driver]
+
+    asyncio.run(whole())
+
+
 @pytest.mark.timeout(500)
 def test_one_escrow_pays_whoever_drives_and_works(tmp_path: Path) -> None:
     async def story(town: Town, ledger: RemoteLedger) -> None:
@@ -140,6 +175,18 @@ def kill(node: LocalProcess) -> None:
     for child in psutil.Process(node.pid).children(recursive=True):
         child.kill()
     node.kill()
+
+
+def commits_in(run: Path) -> list[Commit]:
+    with RunFolder.open(run, read_only=True) as folder:
+        return [commit for _, commit in folder.opened(Commit)]
+
+
+def has_more_and_all(run: Path, blobs: Path, newest: int) -> bool:
+    """A copy goes beyond a round, and all updates that it names are here."""
+    commits, names = commits_in(run), {path.name for path in blobs.rglob("*")}
+    updates = {entry.update.hash.hex() for commit in commits for entry in commit.accepted}
+    return bool(commits) and commits[-1].round > newest and updates <= names
 
 
 class Seen(msgspec.Struct):

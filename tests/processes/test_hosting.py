@@ -15,11 +15,13 @@ from blob_world import ref_of
 from hub_world import a_key, an_offer
 from money_world import LEDGER, PAYER, Shop, Street, an_account, run
 
-from shoal.driver.folder import RunFolder
+from shoal.driver.folder import CHAIN, RunFolder
 from shoal.driver.mirror import Copy, missing
+from shoal.identity import Envelope, blake3_hash
 from shoal.ledger.commands import Close, Open
 from shoal.node.hosted_job import UNPAID_S, Around, HostSettings
 from shoal.node.hosting import ENDED_MAX, Hosting
+from shoal.protocol.blobs import BlobHolder
 from shoal.protocol.driving import (
     Allowance,
     DriveAsk,
@@ -35,6 +37,7 @@ from shoal.protocol.messages import decode, encode, open_record, sign
 from shoal.protocol.money import Closing, EscrowTerms, Payee, SignedVoucher, Voucher, sign_voucher
 from shoal.protocol.offers import Done, Offer, OfferFind
 from shoal.protocol.training import (
+    Accepted,
     Commit,
     DataRef,
     Grant,
@@ -129,7 +132,22 @@ class Owner:
         pieces, more = await asyncio.to_thread(missing, self.folder.path, message.files)
         if self.phase == "driving" and not pieces:
             await self.street.clock.sleep(message.wait_ms / 1000)
-        return encode(FolderGiven(phase=self.phase, pieces=tuple(pieces), more=more), request.version)
+        holders = (BlobHolder(self.endpoint.node_id, ()),)
+        given = FolderGiven(phase=self.phase, pieces=tuple(pieces), more=more, holders=holders)
+        return encode(given, request.version)
+
+    def commit(self, number: int, update: bytes | None) -> Envelope:
+        accepted = [
+            Accepted(
+                member=bytes(32), contribution=bytes(32), update=self.store.put(one), weight_ppm=1, samples=1, tokens=1
+            )
+            for one in (update,) if one is not None
+        ]  # fmt: skip
+        made = Commit(
+            job=self.job.record_id, round=number, term=1, previous=self.job.record_id, assignment=bytes(32),
+            accepted=tuple(accepted), state=bytes(32), tokens_total=0,
+        )  # fmt: skip
+        return sign(self.key, made)
 
     async def link(self) -> Link:
         known = self.endpoint.links().get(self.here.shop.node)
@@ -281,11 +299,7 @@ def test_a_host_is_paid_where_it_says(tmp_path: Path) -> None:
 
 def test_strangers_do_not_make_a_host_forget_what_an_owner_waits_for(tmp_path: Path) -> None:
     async def story(street: Street, here: Here, owner: Owner) -> None:
-        commit = Commit(
-            job=owner.job.record_id, round=0, term=1, previous=owner.job.record_id, assignment=bytes(32), accepted=(),
-            state=bytes(32), tokens_total=0,
-        )  # fmt: skip
-        owner.folder.append(sign(owner.key, commit), durable=True)
+        owner.folder.append(owner.commit(0, None), durable=True)
         await owner.begin()
         job = here.hosting._jobs[owner.job.record_id]
         await until(street, lambda: job._phase == "standing by")
@@ -308,6 +322,29 @@ def test_strangers_do_not_make_a_host_forget_what_an_owner_waits_for(tmp_path: P
         await strangers(1)
         with pytest.raises(Refused, match="drives no job"):
             await owner.standing()
+
+    scene(tmp_path, story)
+
+
+def test_a_host_whose_copy_has_another_end_by_now_fetches_all_updates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shoal.node.hosted_job.SILENCE_S", 1e9)
+
+    async def story(street: Street, here: Here, owner: Owner) -> None:
+        await owner.begin()
+        job = here.hosting._jobs[owner.job.record_id]
+        await until(street, lambda: job._phase == "standing by")
+        with RunFolder.open(job.run_folder) as mine:
+            mine.append(owner.commit(0, None), durable=True)  # the last that it wrote as a driver; nobody else has it
+        size = (job.run_folder / CHAIN).stat().st_size
+        await until(street, lambda: job._read == size)
+        updates = [bytes([number]) * 1000 for number in range(3)]
+        for number, update in enumerate(updates):
+            owner.folder.append(owner.commit(number, update), durable=True)
+        owner.phase = "driving"
+        await until(street, lambda: all(here.store.has(blake3_hash(update)) for update in updates))
+        await until(street, lambda: job._sound == (owner.folder.path / CHAIN).stat().st_size)
 
     scene(tmp_path, story)
 

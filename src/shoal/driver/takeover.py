@@ -14,7 +14,7 @@ from shoal.driver.training import JobRecords
 from shoal.errors import BadRecord, JobError, LinkError
 from shoal.identity import Envelope, KeyPair
 from shoal.protocol.messages import decode, encode, open_record, sign
-from shoal.protocol.training import Grant, Head, HeadAsk
+from shoal.protocol.training import Assignment, Commit, Grant, Head, HeadAsk
 from shoal.rounds.standing import Standing
 from shoal.rounds.succession import choose_head, may_drive, next_term, rebuild
 from shoal.storage import BlobStore
@@ -73,19 +73,21 @@ async def take_over(
     await reach(former)
     heir = chain.driver not in (None, key.node_id)
     answers = await _heads(former, folder, endpoint, chain.term_number + 1 if heir else None)
-    if heir:
-        if not alone:
-            _check_promises(chain, answers, gone)
-        await asyncio.to_thread(_take_back_unheard, folder, chain, store)
+    if heir and not alone:
+        _check_promises(chain, answers, gone)
+    unheard = _unheard(chain, store) if heir else []
     last = chain.commits[-1][0].round if chain.commits else -1
     heads = list(answers.values())
     own = chain.commits[-1][1] if chain.commits else None
     choice = choose_head(folder.job.record_id, grant, [own, *heads], folder.job.network)
     if choice.round > last:
         raise CannotTakeOver(
-            f"Members hold the Commit of round {choice.round}, which {folder.path} lacks; "
-            "restore the newest copy of the folder."
+            f"Members hold the Commit of round {choice.round}, which {folder.path} lacks, or an update that leads to "
+            "it; restore the newest copy of the folder."
         )
+    if unheard:
+        taken_back = {envelope.record_id for _, envelope, _ in unheard}
+        await asyncio.to_thread(folder.take_back, taken_back, unheard[0][0].round)
     standing = rebuild(
         chain.record.job,
         folder.job.record_id,
@@ -123,18 +125,18 @@ def _check_promises(chain: Chain, answers: Mapping[bytes, Envelope | None], gone
         )
 
 
-def _take_back_unheard(folder: RunFolder, chain: Chain, store: BlobStore) -> None:
-    """The last Commits of a driver before this one, where their updates are not here: it has died before they came, and
-    before any member heard of them. Where one did hear, its head says so."""
+def _unheard(chain: Chain, store: BlobStore) -> list[tuple[Commit, Envelope, Assignment]]:
+    """Takes out of the chain the last Commits of a driver before this one, where their updates are not here: it has
+    died before they came, and before any member heard of them. Where one did hear, its head says so, and what is on
+    the disk stays."""
     sound = next(
         (at for at, (commit, _, _) in enumerate(chain.commits)
          if not all(store.has(entry.update.hash) for entry in commit.accepted)),
         len(chain.commits),
     )  # fmt: skip
-    if sound < len(chain.commits):
-        unheard = chain.commits[sound:]
-        folder.take_back({envelope.record_id for _, envelope, _ in unheard}, unheard[0][0].round)
-        del chain.commits[sound:]
+    unheard = chain.commits[sound:]
+    del chain.commits[sound:]
+    return unheard
 
 
 async def _heads(

@@ -151,8 +151,8 @@ class HostedJob:
         self._heard_s = {one.node: around.clock.monotonic() for one in self._others}
         self._news = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
-        self._read = 0
-        """How far the records were looked through, for `_term` and `_updates`."""
+        self._chain, self._read = 0, 0
+        """The file of the records, and how far they were looked through, for `_term` and `_updates`."""
         self._updates: dict[bytes, BlobRef] = {}
         """Those that Commits name and that are not here."""
         self._sound = 0
@@ -455,9 +455,9 @@ class HostedJob:
         is verified by whoever drives from them."""
         if not (self.run_folder / CHAIN).exists():
             return
-        size = (self.run_folder / CHAIN).stat().st_size
-        if size < self._read:
-            self._read = 0  # copied anew
+        now = (self.run_folder / CHAIN).stat()
+        if now.st_ino != self._chain or now.st_size < self._read:  # copied anew, as its end had become another one
+            self._chain, self._read, self._sound = now.st_ino, 0, 0
         for end, envelope in records_after(self.run_folder, self._read):
             self._read = end
             with contextlib.suppress(BadRecord):
