@@ -130,7 +130,7 @@ async def until(street: Street, condition: Callable[[], bool]) -> None:
     raise AssertionError("it never came to that")
 
 
-def test_a_gateway_that_does_not_pay_is_served_for_some_seconds_and_none_beyond_its_money(tmp_path: Path) -> None:
+def test_a_gateway_that_does_not_pay_is_served_for_a_minute_and_none_beyond_its_money(tmp_path: Path) -> None:
     async def story(street: Street) -> None:
         shop = await street.shop(1, tmp_path / "one")  # a hundred millionths a second
         client = Client(street, kind="serve")
@@ -143,11 +143,11 @@ def test_a_gateway_that_does_not_pay_is_served_for_some_seconds_and_none_beyond_
             shop.sales.work_for(client.key.node_id)
         service = shop.sales.service_for(client.key.node_id)
         service.ready()
-        await street.clock.advance(20.0)
-        service.served(16 * 20, 1_000_000)
-        assert service.over() is None and service.earned_micro() == 2000
-        await street.clock.advance(70.0)
-        service.served(16 * 50, 1_000_000)
+        await street.clock.advance(60.0)
+        service.served(16 * 60, 1_000_000)
+        assert service.over() is None and service.earned_micro() == 6000
+        await street.clock.advance(30.0)
+        service.served(16 * 10, 1_000_000)
         assert service.over() == "its vouchers are for 0.00, and it has earned 0.007 by serving"
         with pytest.raises(NotHeld, match="by serving"):
             shop.sales.service_for(client.key.node_id)
@@ -665,17 +665,16 @@ def test_contributions_that_nobody_accepts_are_made_no_longer(tmp_path: Path) ->
         for _ in range(UNCOUNTED_MAX):
             assert work.made(100) is None
         assert work.accepted(0) is None
-        for _ in range(2):
+        for _ in range(3):
             assert work.made(100) is None
-        assert work.over() is None
-        assert "6 more did not count than did" in (work.made(100) or "")
-        with pytest.raises(NotHeld, match="more did not count than did"):
+        assert "6 contributions did not count" in (work.made(100) or "")
+        with pytest.raises(NotHeld, match="6 contributions did not count"):
             shop.sales.work_for(client.key.node_id)
 
     run(story)
 
 
-def test_who_accepts_one_contribution_of_several_gets_no_more_than_two_for_one(tmp_path: Path) -> None:
+def test_who_accepts_one_contribution_of_several_gets_no_more_than_three_for_one(tmp_path: Path) -> None:
     async def story(street: Street) -> None:
         shop = await street.shop(1, tmp_path / "one")
         client, escrow, work = await taken_to_train(street, shop)
@@ -692,7 +691,7 @@ def test_who_accepts_one_contribution_of_several_gets_no_more_than_two_for_one(t
                 await client.quotes.pay(shop.node, voucher(escrow, shop, 100 * counted), last=False, deadline_s=5)
                 continue
             break
-        assert counted >= 1 and made <= 2 * counted + UNCOUNTED_MAX
+        assert counted >= 1 and made <= 3 * counted + UNCOUNTED_MAX
 
     run(story)
 
@@ -705,9 +704,9 @@ def test_who_has_paid_nothing_gets_fewer_contributions_that_last_long(tmp_path: 
         for _ in range(UNCOUNTED_UNPAID_MAX):
             await street.clock.advance(1.0)
             assert work.made(hour) is None
-        assert "4 more did not count than did" in (work.made(hour) or "")
+        assert "4 contributions did not count" in (work.made(hour) or "")
         await client.quotes.pay(shop.node, voucher(escrow, shop, 1_000_000), last=False, deadline_s=5)
-        assert "4 more did not count than did" in (work.over() or ""), "worth five hours, and paid less than three"
+        assert "4 contributions did not count" in (work.over() or ""), "worth five hours, and paid less than three"
 
     run(story)
 

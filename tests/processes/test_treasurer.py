@@ -486,6 +486,22 @@ def test_what_another_driver_wrote_down_is_held_against_the_ledger(tmp_path: Pat
     run(story)
 
 
+def test_a_job_goes_on_with_another_account_than_before(tmp_path: Path) -> None:
+    async def story(street: Street) -> None:
+        shop, other = await street.shop(1, tmp_path / "1"), an_account(51)
+        street.ledger.give(other.address, 1_000_000)
+        job = Job(street, tmp_path / "run", budget=10_000)
+        await job.begin(shop)
+        await street.clock.advance(10.0)
+        await job.commit((shop, 10_000))
+        await job.treasurer.close()
+        again = Job(street, job.folder, budget=10_000, signer=other, account=other)
+        await again.treasurer.close_former()
+        assert again.treasurer.left_micro == 9_000
+
+    run(story)
+
+
 def test_a_voucher_that_is_worth_nothing_holds_up_no_money(tmp_path: Path) -> None:
     async def story(street: Street) -> None:
         shops = [await street.shop(number, tmp_path / str(number)) for number in (1, 2)]

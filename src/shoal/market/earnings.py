@@ -26,22 +26,23 @@ DEAR = 2
 IDLE, IDLE_FROM_MICRO, IDLE_FROM_PARTS = 10, 10_000, 3
 """So many times as much as those of others its tokens cost, a node that says that it is slow is left; once it has cost
 a hundredth, for that many contributions."""
-UNPAID_SHARE, UNPAID_S = 0.75, 60.0
+UNPAID_SHARE, UNPAID_S, UNPAID_AFTER_MS = 0.75, 60.0, 10_000
 """A node goes on working while its newest voucher is for this share, at least, of what it had earned two accepted
-contributions before, or a minute, whichever was later: the client's clock may differ, and vouchers take a moment."""
+contributions before, or a minute before but for its price of so long, whichever is more: the client's clock may differ,
+and vouchers take a moment."""
 UNCOUNTED_MAX, UNCOUNTED_UNPAID_MAX = 6, 4
-"""Contributions that a client may have without accepting them, beside as many as it accepts: it has them, and pays for
-none. Some come too late without anybody's fault, and what was built on one of these is void; two are under way at a
-time. While they are worth more than it has paid, and a minute, fewer: whoever makes a contribution last for hours has
-those, and may be gone."""
+"""Contributions that a client may have without accepting them, beside two for each that it accepts: it has them, and
+pays for none. Some come too late without anybody's fault, and what was built on one of these is void; two are under way
+at a time. While they are worth more than it has paid, and a minute, fewer: whoever makes a contribution last for hours
+has those, and may be gone."""
 POSITIONS_A_TOKEN = 16
 """So many positions that are computed beside generated tokens (a prompt's, guesses that did not hold) count as one of
 them: many go through at once. `gateway.routing` expects the same."""
 TOKEN_US_MAX = HOUR_US
-UNPAID_SERVED_MS, UNPAID_AT_FIRST_MS, UNPAID_SERVED_SHARE = 60_000, 20_000, 0.05
+UNPAID_SERVED_MS, UNPAID_SERVED_SHARE = 60_000, 0.05
 """A node goes on serving while what is not paid is no more than its price for so long and this share of all that it has
-earned: vouchers take a moment, and what was under way when a ring was lost each side counts as it saw it. At first for
-less, and for as much more as was paid: keys cost nothing, and whoever has paid nothing may be gone."""
+earned: vouchers take a moment, and what was under way when a ring was lost each side counts as it saw it. Not for
+less at first: a node counts a prompt when it arrives, which may be worth half a minute where tokens take long."""
 
 
 class Earnings(msgspec.Struct, frozen=True):
@@ -107,8 +108,7 @@ def token_us(layers: int, layer_ms: float, last_ms: float) -> int:
 
 def say_unpaid_service(paid_micro: int, earned_micro: int, micro_per_h: int) -> str | None:
     """Why a node serves for a client no longer, if it should not."""
-    trusted = min(owed(micro_per_h, UNPAID_SERVED_MS), owed(micro_per_h, UNPAID_AT_FIRST_MS) + paid_micro)
-    if earned_micro - paid_micro <= trusted + UNPAID_SERVED_SHARE * earned_micro:
+    if earned_micro - paid_micro <= owed(micro_per_h, UNPAID_SERVED_MS) + UNPAID_SERVED_SHARE * earned_micro:
         return None
     return f"its vouchers are for {format_money(paid_micro)}, and it has earned {format_money(earned_micro)} by serving"
 
@@ -124,12 +124,12 @@ def say_unpaid(paid_micro: int, due_micro: int, earned_micro: int) -> str | None
 
 
 def say_uncounted(uncounted: int, worth_micro: int, paid_micro: int, micro_per_h: int) -> str | None:
-    """Why a node makes no more contributions for a client that did not accept so many more than it accepted, if it
-    should not."""
+    """Why a node makes no more contributions for a client that did not accept so many, beside two for each that it
+    accepted, if it should not."""
     trusted = worth_micro <= paid_micro + owed(micro_per_h, round(1000 * UNPAID_S))
     if uncounted <= (UNCOUNTED_MAX if trusted else UNCOUNTED_UNPAID_MAX):
         return None
-    return f"of its contributions {uncounted - 1} more did not count than did, and those are not paid for"
+    return f"{uncounted - 1} contributions did not count, beside two for each that did, and those are not paid for"
 
 
 def say_dear(micro_per_h: int, flops: float, chosen: Iterable[tuple[int, float]]) -> str | None:

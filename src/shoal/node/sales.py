@@ -26,7 +26,15 @@ from shoal.ledger.commands import Redeem
 from shoal.ledger.escrows import Escrow, EscrowOver, OldVoucher, State
 from shoal.ledger.escrows import Paid as PaidOut
 from shoal.ledger.moves import MoneyRefused
-from shoal.market.earnings import UNPAID_S, Earnings, Serving, say_uncounted, say_unpaid, say_unpaid_service
+from shoal.market.earnings import (
+    UNPAID_AFTER_MS,
+    UNPAID_S,
+    Earnings,
+    Serving,
+    say_uncounted,
+    say_unpaid,
+    say_unpaid_service,
+)
 from shoal.market.holds import (
     HoldRefused,
     Slots,
@@ -60,7 +68,7 @@ from shoal.protocol.messages import DEFAULT_NETWORK, decode, encode, open_record
 from shoal.protocol.money import DAY_MS, Amount, BadVoucher, LedgerName, PartsPerMillion, PayingFor, SignedVoucher
 from shoal.protocol.offers import Done, UnixMs
 from shoal.protocol.prices import Currency
-from shoal.quantities.money import format_money
+from shoal.quantities.money import format_money, owed
 from shoal.storage.whole import SharedWriting, write_whole
 from shoal.transport.allowances import RateLimit
 from shoal.world import Clock, Disk, Endpoint, Ledger, Request
@@ -203,7 +211,7 @@ class Work:
         self._earned_lately = [(0, self._ready_s)] * 3
         """After the last three accepted contributions, and when that was, the newest last."""
         self._uncounted = self._uncounted_tokens = 0
-        """Contributions that did not count, less those that did; what is under way is among them."""
+        """Contributions that did not count, beside two for each that did; what is under way is among them."""
 
     def ready(self, samples_per_s: float, tokens_per_sample: int) -> None:
         self._ready_s = self._sales.monotonic()
@@ -221,8 +229,8 @@ class Work:
 
     def accepted(self, tokens: int) -> str | None:
         """A contribution counts. Gives why the node should work no longer, if it should not."""
-        self._uncounted = max(0, self._uncounted - 2)
-        self._uncounted_tokens = max(0, self._uncounted_tokens - 2 * tokens)
+        self._uncounted = max(0, self._uncounted - 3)
+        self._uncounted_tokens = max(0, self._uncounted_tokens - 3 * tokens)
         account, now_s = self._sales.account(self._escrow), self._sales.monotonic()
         if account is not None:
             self._earnings = self._earnings.accepted(tokens)
@@ -239,7 +247,8 @@ class Work:
         if over is not None or account is None:
             return over
         before, *later = self._earned_lately
-        due = max(before[0], *(earned for earned, at_s in later if now_s - at_s >= UNPAID_S), 0)
+        slack = owed(account.micro_per_h, UNPAID_AFTER_MS)
+        due = max(before[0], *(earned - slack for earned, at_s in later if now_s - at_s >= UNPAID_S), 0)
         paid = account.paid_micro - self._began_micro
         worth = self._earnings.for_tokens(self._uncounted_tokens, account.micro_per_h)
         return say_uncounted(self._uncounted, worth, paid, account.micro_per_h) or say_unpaid(

@@ -25,7 +25,7 @@ from shoal.identity import KeyPair, short_id
 from shoal.identity.accounts import AccountKey, address_text, signer_of
 from shoal.ledger.book import SameEscrow, UnknownEscrow
 from shoal.ledger.commands import Admit, Close, Open, Redeem, TopUp, Withhold
-from shoal.ledger.escrows import Escrow, EscrowOver, OldVoucher, TopUpOutOfTurn, topped_up
+from shoal.ledger.escrows import Escrow, EscrowOver, OldVoucher, State, TopUpOutOfTurn, topped_up
 from shoal.ledger.fees import fee_at
 from shoal.ledger.moves import DoneAlready, MoneyRefused, TooLittleMoney
 from shoal.market.earnings import lasts_s
@@ -602,7 +602,7 @@ class Purse:
         this budget. Raises ShoalError."""
         closed = list[TermPayments]()
         for term in self._former:
-            after, _ = await close_escrow(term, self.funds.ledger, self._hand)  # who says that it is may be wrong
+            after, _ = await close_escrow(term, self.funds.ledger, self._hand)
             closed.append(after)
             unheard = after.added_micro - term.added_micro
             if unheard < 0:
@@ -680,7 +680,12 @@ class Purse:
 
 async def close_escrow(term: TermPayments, ledger: Ledger, account: AccountKey) -> tuple[TermPayments, Escrow | None]:
     """The nodes get what they have vouchers for, and the rest is asked back. Gives also what the ledger says of it
-    then, None where it has no such escrow. Raises ShoalError."""
+    then, None where it has no such escrow. One that is said to be closed is closed only where that is wrong. Raises
+    ShoalError."""
+    if term.closed:
+        found = await ledger.escrow(term.escrow)
+        if found is None or found.closing or found.state is not State.OPEN:
+            return (term if found is None else term.ended_as(found)), found
     wish = Closing(term.escrow)
     try:
         for one in newest_vouchers(term):
