@@ -7,8 +7,9 @@ latency; and gangs beside those of an exact solver.
 
 **vouchers**: how many a core checks in a second, beside the bare recovery of a signer in the library.
 
-**journal**: transactions a second that are durable before the reply, on SQLite and on PostgreSQL: one writer that waits
-for each, and 64 that share transactions (group commit); beside each, the same number of bare one-row transactions.
+**journal**: transactions a second that are durable before the reply, on SQLite and on PostgreSQL (by its Unix-domain
+socket; by TCP beside it): one writer that waits for each, and 64 that share transactions (group commit); beside each,
+the same number of bare one-row transactions.
 
 **hammer**: 200 clients that buy and pay at once, from 16 nodes, through two hubs of which one is killed: what was sold
 twice, what was lost, and how long a quote takes.
@@ -25,8 +26,6 @@ import asyncio
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -37,7 +36,7 @@ from starting import start
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "processes"))
 from ledger_requests import CLIENT, DRIVER, LEDGER, NODES, a_voucher, an_escrow
-from postgres import PROGRAMS, postgres
+from postgres import PROGRAMS, Postgres, empty
 
 from shoal.identity.accounts import signer_of
 from shoal.ledger.commands import Command, Deposit, Redeem
@@ -74,34 +73,31 @@ def vouchers(quick: bool) -> list[dict[str, object]]:
 
 def journal(quick: bool) -> list[dict[str, object]]:
     alone, together = (50, 500) if quick else (3_000, 30_000)
-    figures = []
-    for name in ("sqlite", "postgres"):
-        with database(name) as place:
-            if place is None:
-                print("PostgreSQL is not installed; its figures are left out.", file=sys.stderr)
-                continue
-            one = by_one_writer(place, alone)
-            many = asyncio.run(by_many(place, together))
-            bare = rows_alone(place, alone)
-            figures += [
-                figure(f"journal/{name}/one_writer", round(one), "/s", f"at least {JOURNAL_GOAL:,}",
-                       one >= JOURNAL_GOAL, f"durable before each reply; bare one-row transactions: {bare:,.0f} /s"),
-                figure(f"journal/{name}/{WRITERS}_writers", round(many), "/s", f"at least {JOURNAL_GOAL:,}",
-                       many >= JOURNAL_GOAL, "durable before each reply, in shared transactions"),
-            ]  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        figures = _in_database("sqlite", Path(folder) / "ledger.sqlite", alone, together)
+    if not PROGRAMS:
+        print("PostgreSQL is not installed; its figures are left out.", file=sys.stderr)
+        return figures
+    with Postgres() as server:
+        figures += _in_database("postgres", server.socket_url, alone, together)
+        empty(server.url)
+        figures.append(
+            figure("journal/postgres/one_writer_tcp", round(by_one_writer(server.url, alone)), "/s",
+                   compared_with=f"the same by TCP; bare one-row transactions: {rows_alone(server.url, alone):,.0f} /s")
+        )  # fmt: skip
     return figures
 
 
-@contextmanager
-def database(name: str) -> Iterator[Path | str | None]:
-    if name == "sqlite":
-        with tempfile.TemporaryDirectory() as folder:
-            yield Path(folder) / "ledger.sqlite"
-    elif PROGRAMS:
-        with postgres() as url:
-            yield url
-    else:
-        yield None
+def _in_database(name: str, place: Path | str, alone: int, together: int) -> list[dict[str, object]]:
+    one = by_one_writer(place, alone)
+    many = asyncio.run(by_many(place, together))
+    bare = rows_alone(place, alone)
+    return [
+        figure(f"journal/{name}/one_writer", round(one), "/s", f"at least {JOURNAL_GOAL:,}",
+               one >= JOURNAL_GOAL, f"durable before each reply; bare one-row transactions: {bare:,.0f} /s"),
+        figure(f"journal/{name}/{WRITERS}_writers", round(many), "/s", f"at least {JOURNAL_GOAL:,}",
+               many >= JOURNAL_GOAL, "durable before each reply, in shared transactions"),
+    ]  # fmt: skip
 
 
 def payments(ledger: SqlLedger, count: int, nonce: int) -> list[Command]:
@@ -143,6 +139,7 @@ async def by_many(place: Path | str, count: int) -> float:
 def rows_alone(place: Path | str, count: int) -> float:
     engine = sqlite_engine(place) if isinstance(place, Path) else sa.create_engine(place)
     with engine.begin() as connection:
+        connection.execute(sa.text("DROP TABLE IF EXISTS bare"))
         connection.execute(sa.text("CREATE TABLE bare (number BIGINT PRIMARY KEY, line VARCHAR(600))"))
     insert = sa.text("INSERT INTO bare VALUES (:number, :line)")
     began = time.perf_counter()

@@ -53,6 +53,11 @@ class Postgres:
         """Of a way to it."""
         return f"postgresql+psycopg://shoal@127.0.0.1:{port}/postgres"
 
+    @property
+    def socket_url(self) -> str:
+        """By its Unix-domain socket."""
+        return f"postgresql+psycopg://shoal@/postgres?host={self._folder}&port={self.port}"
+
     def start(self, fsync: str = "on") -> None:
         options = f"-p {self.port} -k {self._folder} -c listen_addresses=127.0.0.1 -c fsync={fsync}"
         _run("pg_ctl", "-D", str(self._data), "-o", options, "-l", str(self._folder / "log"), "-w", "start")

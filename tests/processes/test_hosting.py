@@ -21,6 +21,7 @@ from shoal.identity import Envelope, blake3_hash
 from shoal.ledger.commands import Close, Open
 from shoal.node.hosted_job import UNPAID_S, Around, HostSettings
 from shoal.node.hosting import ENDED_MAX, Hosting
+from shoal.node.sales import Books
 from shoal.protocol.blobs import BlobHolder
 from shoal.protocol.driving import (
     Allowance,
@@ -250,7 +251,7 @@ def test_a_host_that_is_not_paid_any_more_stands_by_for_an_hour(
         owner.phase = "driving"
         await until(street, pay(3000), 10.0)
         (account,) = here.shop.sales.accounts
-        here.shop.sales._accounts = {}  # others have come in between
+        here.shop.sales._books.content = Books({}, [])  # others have come in between
         await until(street, pay(5000), 10.0)
         assert here.shop.sales.account(account.escrow) is not None
         wish = Closing(owner.escrow)

@@ -170,7 +170,7 @@ def test_a_server_that_says_nothing_is_not_waited_for_for_ever(
 
 
 def test_a_server_that_stopped_and_started_is_gone_on_with(server: Postgres) -> None:
-    ledger = SqlLedger.open(server.url, LEDGER, HeldClock())
+    ledger = SqlLedger.open(server.socket_url, LEDGER, HeldClock())
     for number in range(3):
         ledger.apply(Deposit(CLIENT.address, 1, f"payment {number}"))
         server.stop()

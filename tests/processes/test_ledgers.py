@@ -183,6 +183,23 @@ def test_a_database_is_the_book_in_memory(place: Path | str, together: int) -> N
     again.close()
 
 
+@pytest.mark.skipif(not PROGRAMS, reason="PostgreSQL is not installed")
+def test_a_server_keeps_few_statements_whatever_is_written(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shoal.storage.ledger_writing.STATEMENTS_MAX", 3)
+    ledger, prepared = SqlLedger.open(server, LEDGER, Wall(1000)), set[bytes]()
+    first, *others = commands(random.Random(1))
+    ledger.apply_all([first])  # before which nothing is known: that takes a lock, and another way
+    for command in others:
+        ledger.apply_all([command])
+        kept = ledger._writer._connection.pgconn.exec_(b"SELECT statement FROM pg_prepared_statements")
+        assert kept.ntuples <= 3
+        prepared |= {kept.get_value(row, 0) for row in range(kept.ntuples)}
+    assert len(prepared) > 6 and sum(ledger.balances().values()) == 0
+    verified(ledger.lines(), LEDGER)
+    ledger.close()
+    empty(server)
+
+
 def in_form_1(place: Path | str, lines: list[Line]) -> None:
     """A database as Shoal wrote it before escrows could grow, of which only the journal matters here."""
     engine = sa.create_engine(place if isinstance(place, str) else f"sqlite:///{place}")

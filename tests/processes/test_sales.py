@@ -22,8 +22,9 @@ from shoal.ledger.escrows import State
 from shoal.ledger.journal import verified
 from shoal.market.earnings import UNCOUNTED_MAX, UNCOUNTED_UNPAID_MAX, UNPAID_S
 from shoal.market.holds import Slots
-from shoal.node.earned import read_earned
+from shoal.node.earned import Earned, read_earned
 from shoal.node.sales import (
+    ACCOUNTS,
     ASKS_BURST,
     ENDED,
     LAST_ROUND_S,
@@ -34,6 +35,7 @@ from shoal.node.sales import (
     TELL_AGAIN_S,
     UNTAKEN_S,
     UNTAKEN_SHARE,
+    Account,
     Ended,
     NotHeld,
     SalesDamaged,
@@ -950,6 +952,42 @@ def test_places_that_are_asked_for_at_once_share_a_writing() -> None:
     run(story)
 
 
+def test_vouchers_that_come_at_once_share_a_writing_and_none_is_acknowledged_before() -> None:
+    async def story(street: Street) -> None:
+        going, writings, disk = threading.Event(), list[str](), MemoryDisk()
+
+        def fault(call: str, name: str) -> None:
+            if (call, name) == ("rename", ACCOUNTS):
+                assert going.wait(30)
+                writings.append(name)
+
+        going.set()
+        shop = await street.shop(1, FaultyDisk(disk, fault), slots=8)
+        clients = [Client(street, number) for number in range(60, 68)]
+        escrows = [await client.escrow(shop, amount_micro=1000) for client in clients]
+        for client, escrow in zip(clients, escrows, strict=True):
+            await client.quotes.take(await client.quotes.hold(shop.node, shop.offer), escrow)
+        going.clear()
+        writings.clear()
+        vouchers = [voucher(escrow, shop, 9) for escrow in (*escrows, escrows[0])]
+        paying = asyncio.gather(
+            *(one.quotes.pay(shop.node, given, last=False, deadline_s=5)
+              for one, given in zip((*clients, clients[0]), vouchers, strict=True))
+        )  # fmt: skip
+        try:
+            async with asyncio.timeout(10):
+                while sum(one.paid_micro for one in shop.sales.accounts) < 8 * 9:
+                    await settle(street)
+            assert not paying.done(), "not even who brings a voucher again hears of what is not on the disk"
+        finally:
+            going.set()
+        assert len(await paying) == 9 and 1 <= len(writings) <= 2
+        kept = read_kept(disk, ACCOUNTS, list[Account], "shop-1")
+        assert kept is not None and [one.newest for one in kept] == vouchers[:8]
+
+    run(story)
+
+
 def test_a_disk_that_fails_once_ends_no_redeeming() -> None:
     async def story(street: Street) -> None:
         failing = list[str]()
@@ -958,15 +996,22 @@ def test_a_disk_that_fails_once_ends_no_redeeming() -> None:
             if f"{call} {name}" in failing:
                 raise OSError(errno.EIO, "no such sector")
 
-        shop = await street.shop(1, FaultyDisk(MemoryDisk(), fault))
+        disk = MemoryDisk()
+        shop = await street.shop(1, FaultyDisk(disk, fault))
         client = Client(street)
         held = await client.quotes.hold(shop.node, shop.offer)
         escrow = await client.escrow(shop)
         await client.quotes.take(held, escrow)
         await client.quotes.pay(shop.node, voucher(escrow, shop, 40), last=False, deadline_s=5)
-        failing.append("sync accounts")
-        await settle(street, REDEEM_EVERY_S)
+        failing.append("write accounts.new")
+        await until(street, lambda: shop.sales.accounts[0].redeemed_micro == 40)
         failing.clear()
+
+        def redeemed() -> list[int]:
+            return [one.redeemed_micro for one in read_kept(disk, ACCOUNTS, list[Account], "shop-1") or ()]
+
+        assert redeemed() == [0]
+        await until(street, lambda: redeemed() == [40])
         await client.quotes.pay(shop.node, voucher(escrow, shop, 50), last=False, deadline_s=5)
         await settle(street, REDEEM_EVERY_S)
         assert street.ledger.book.escrows[escrow].redeemed_micro == 50
@@ -1096,14 +1141,18 @@ def test_escrows_that_are_over_are_remembered(tmp_path: Path, monkeypatch: pytes
             held = await client.quotes.take(await client.quotes.hold(shop.node, shop.offer), escrow)
             if amount:
                 await client.quotes.pay(shop.node, voucher(escrow, shop, amount), last=True, deadline_s=5)
-            await until(street, lambda: shop.sales.accounts[0].redeemed_micro == shop.sales.accounts[0].paid_micro)
-            earned = read_earned(tmp_path, street.clock.now_ms())
+
+            def kept() -> Earned:
+                return read_earned(tmp_path, street.clock.now_ms())
+
+            await until(street, lambda: kept().escrows[0].redeemed_micro == shop.sales.accounts[0].paid_micro)
+            earned = kept()
             assert [(one.over, one.vouchers_micro) for one in earned.escrows if not one.over] == [(False, amount)]
             assert earned.escrows[0].coming_micro == share(amount, 100_000)
             await client.quotes.release(held)
             wish = Closing(escrow)
             await street.ledger.apply(Close(wish, PAYER.sign(wish.digest(LEDGER))))
-            await until(street, lambda: shop.sales.accounts == [])
+            await until(street, lambda: shop.sales.accounts == [] and all(one.over for one in kept().escrows))
             escrows.append(escrow)
         await settle(street, 2)
         now_ms = street.clock.now_ms()
@@ -1142,7 +1191,8 @@ def test_a_node_killed_while_it_forgets_an_escrow_remembers_it_once() -> None:
         failing.append("write accounts.new")
         await until(street, lambda: disk.info(ENDED) is not None)
         await settle(street, 2 * REDEEM_EVERY_S)
-        assert [one.escrow for one in shop.sales.accounts] == [escrow]
+        left = read_kept(disk, ACCOUNTS, list[Account], "shop-1")
+        assert left is not None and [one.escrow for one in left] == [escrow]
         assert not shop.sales._rounds.done(), "it tries again"
         failing.clear()
         shop.sales._rounds.cancel()

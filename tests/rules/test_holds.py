@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -94,7 +94,7 @@ def test_an_owner_who_wants_the_machine_back_lets_no_place_last_past_the_notice(
     with pytest.raises(HoldRefused, match="owner takes it back in 900 s: it keeps no more places"):
         desk.ask(CLIENTS[1], 50_000)
     with pytest.raises(HoldRefused, match="it keeps no more places"):
-        desk.take(CLIENTS[0], 50_000, dataclasses.replace(escrow(), escrow_id=b"f" * 32))
+        desk.take(CLIENTS[0], 50_000, msgspec.structs.replace(escrow(), escrow_id=b"f" * 32))
     assert opened(desk.take(CLIENTS[0], 60_000)).until_ms == 60_000 + LEASE_STEP_MS
     assert opened(desk.take(CLIENTS[0], 500_000)).until_ms == 950_000
     assert all(sold_twice(one, other) is None for one in desk.signed for other in desk.signed)

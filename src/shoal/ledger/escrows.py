@@ -9,8 +9,10 @@ when the time for audits is over as well, less the fee, and less what the audito
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
 from enum import Enum
+
+import msgspec
+from msgspec.structs import replace
 
 from shoal.identity.accounts import address_text
 from shoal.ledger.moves import FEES, DoneAlready, MoneyRefused, Move, account, escrowed, held, moves_of
@@ -82,8 +84,7 @@ class State(Enum):
     SETTLED = "settled"
 
 
-@dataclass(frozen=True)
-class Paid:
+class Paid(msgspec.Struct, frozen=True):
     """To one payee, in all."""
 
     redeemed_micro: int = 0
@@ -106,16 +107,15 @@ class Paid:
         return self.held_micro - self.withheld_micro
 
 
-@dataclass(frozen=True)
-class Escrow:
+class Escrow(msgspec.Struct, frozen=True):
     escrow_id: bytes
     terms: EscrowTerms
     opened_ms: int
     ends_ms: int
     """Not later than this; a payer who asks for the rest makes it sooner."""
     state: State = State.OPEN
-    paid: dict[bytes, Paid] = field(default_factory=dict)
-    admitted: dict[bytes, int] = field(default_factory=dict)
+    paid: dict[bytes, Paid] = {}
+    admitted: dict[bytes, int] = {}
     """Payees beside those of the terms, or such as may get more than the terms say, and how much, by account."""
     added_micro: int = 0
     """By all top-ups; the same for the cap."""

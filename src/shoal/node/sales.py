@@ -14,7 +14,7 @@ import logging
 import math
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -184,6 +184,14 @@ class Ended(msgspec.Struct, frozen=True, kw_only=True):
     settles_ms: UnixMs
 
 
+class Books(NamedTuple):
+    """What a node is paid out of, and what that was before."""
+
+    accounts: dict[bytes, Account]
+    """By escrow."""
+    ended: list[Ended]
+
+
 def read_kept(disk: Disk, name: str, kind: type[T], whose: str) -> T | None:
     """A file of the folder in which node `whose` keeps its sales; None where it was never written. Raises
     SalesDamaged."""
@@ -329,8 +337,9 @@ class Sales:
         self._promises = SharedWriting(
             read_kept(disk, SLOTS, Slots, name) or Slots(), lambda slots: self._write(SLOTS, slots)
         )
-        self._accounts = {one.escrow: one for one in read_kept(disk, ACCOUNTS, list[Account], name) or ()}
-        self._ended = read_kept(disk, ENDED, list[Ended], name) or []
+        accounts = {one.escrow: one for one in read_kept(disk, ACCOUNTS, list[Account], name) or ()}
+        self._ended_stored = read_kept(disk, ENDED, list[Ended], name) or []
+        self._books = SharedWriting(Books(accounts, self._ended_stored), self._write_books)
         self._asks = RateLimit(clock, ASKS_PER_S, ASKS_BURST)
         self._takes = RateLimit(clock, TAKES_PER_S, TAKES_BURST)
         self._pays = RateLimit(clock, PAYS_PER_S, PAYS_BURST)
@@ -347,7 +356,6 @@ class Sales:
         self.closes_ms: int | None = None
         """When the owner takes the machine back, once its clients are told."""
         self._telling = list[asyncio.Task[None]]()
-        self._accounting = asyncio.Lock()
         self._redeeming: dict[bytes, asyncio.Task[None]] = {}
         """Beside the rounds, at a client's word that nothing more will come."""
         for one in self._accounts.values():
@@ -451,21 +459,19 @@ class Sales:
         known = self._accounts.get(allowance.escrow)
         if known is not None and newest is not None and newest.voucher.amount_micro > known.most_micro:
             await self._ask_for_more(known)
-        async with self._accounting:
-            known = self._accounts.get(allowance.escrow)
-            if known is not None and newest is not None:
-                await self._keep_voucher(known, newest)
+        known = self._accounts.get(allowance.escrow)
+        if known is not None and newest is not None:
+            await self._keep_voucher(known, newest)
         escrow = await self._ledger.escrow(allowance.escrow)
         if escrow is None:
             raise HoldRefused("The ledger has no such escrow.")
-        async with self._accounting:
-            known = self._accounts.get(allowance.escrow)
-            now_ms = self.now_ms()
-            check_escrow(escrow, known.payee if known else self.terms.payee, self.terms, now_ms, now_ms)
-            if escrow.terms.signer != signer:
-                raise HoldRefused(f"Node {self._name} was given a key that signs nothing out of {escrow.name}.")
-            if known is None:  # also where it was forgotten: others may have come in between
-                await self._store_accounts(self._with(escrow, client, self.terms.payee, 0))
+        known = self._accounts.get(allowance.escrow)
+        now_ms = self.now_ms()
+        check_escrow(escrow, known.payee if known else self.terms.payee, self.terms, now_ms, now_ms)
+        if escrow.terms.signer != signer:
+            raise HoldRefused(f"Node {self._name} was given a key that signs nothing out of {escrow.name}.")
+        if known is None:  # also where it was forgotten: others may have come in between
+            await self._store(self._with(escrow, client, self.terms.payee, 0))
 
     def account(self, escrow: bytes) -> Account | None:
         """None once it is over."""
@@ -574,19 +580,16 @@ class Sales:
         pays = signer_of(PayingFor(escrow.escrow_id, client).digest(self._ledger.name), wanted.signature)
         if pays not in (escrow.terms.payer, escrow.terms.signer):
             raise HoldRefused(f"{escrow.name} does not pay for {short_id(client)}: nobody signed that who may.")
-        async with self._accounting:  # what it is paid out of first: without that, a slot would be bound for nothing
-            accounts = self._with(escrow, client, hold.payee, hold.price.micro_per_h)
-            for gone in self._accounts.keys() - accounts.keys():
-                await self._remember(self._accounts[gone], 0)
-            await self._store_accounts(accounts)
+        # What it is paid out of first: without that, a slot would be bound for nothing.
+        await self._store(self._with(escrow, client, hold.payee, hold.price.micro_per_h))
         known, envelope = await self.decide(decide)
         if known.escrow is None:
             self._untaken.give_back(request.source.encode(), (known.until_ms - known.from_ms) / 1000)
         await self._changed()
         return encode(HoldGiven(hold=envelope.to_bytes()), request.version)
 
-    def _with(self, escrow: Escrow, client: bytes, payee: bytes, micro_per_h: int) -> dict[bytes, Account]:
-        """The accounts, once `client` has work done for this escrow. Raises HoldRefused."""
+    def _with(self, escrow: Escrow, client: bytes, payee: bytes, micro_per_h: int) -> Books:
+        """The books, once `client` has work done for this escrow. Raises HoldRefused."""
         terms, known = escrow.terms, self._accounts.get(escrow.escrow_id)
         if known is not None and (known.client, known.payee) != (client, payee):
             raise HoldRefused(
@@ -599,7 +602,7 @@ class Sales:
             signer=terms.signer, payee=payee, most_micro=0, ends_ms=0, micro_per_h=0, fee_ppm=terms.fee_ppm,
         )  # fmt: skip
         account = msgspec.structs.replace(account, micro_per_h=micro_per_h)
-        accounts = {**self._accounts, escrow.escrow_id: _as_at(escrow, account)}
+        accounts, ended = {**self._accounts, escrow.escrow_id: _as_at(escrow, account)}, self._books.content.ended
         while len(accounts) > ACCOUNTS_MAX:
             idle = next(
                 (name for name, one in self._accounts.items() if name in accounts and not self._needed(one)), None
@@ -608,8 +611,8 @@ class Sales:
                 raise HoldRefused(
                     f"Node {self._name} has vouchers of {ACCOUNTS_MAX} escrows to redeem; ask again later."
                 )
-            del accounts[idle]
-        return accounts
+            ended = _and(ended, accounts.pop(idle), 0)
+        return Books(accounts, ended)
 
     def _needed(self, account: Account) -> bool:
         """Money would be lost without it."""
@@ -643,14 +646,11 @@ class Sales:
         if known is not None and known.client == client and voucher.amount_micro > known.most_micro:
             self._takes.spend(client, "A voucher for more than was set aside")
             await self._ask_for_more(known)
-        async with self._accounting:
-            account = self._accounts.get(voucher.escrow)
-            if account is None or client != account.client:
-                raise BadVoucher(
-                    f"Node {self._name} is not paid out of escrow {voucher.escrow.hex()[:12]} by its peer."
-                )
-            self._pays.spend(client, "A voucher")
-            account = await self._keep_voucher(account, message.signed)
+        account = self._accounts.get(voucher.escrow)
+        if account is None or client != account.client:
+            raise BadVoucher(f"Node {self._name} is not paid out of escrow {voucher.escrow.hex()[:12]} by its peer.")
+        self._pays.spend(client, "A voucher")
+        account = await self._keep_voucher(account, message.signed)
         soon = message.last or account.ends_ms - self.now_ms() < 1000 * SOON_S
         if soon and account.waits and account.escrow not in self._redeeming:
             self._redeeming[account.escrow] = asyncio.create_task(self._redeem_beside(account.escrow))
@@ -663,7 +663,7 @@ class Sales:
         await self._look_at(account, await self._ledger.escrow(account.escrow), None)
 
     async def _keep_voucher(self, account: Account, signed: SignedVoucher) -> Account:
-        """On the disk, where it says more than the one before. Raises BadVoucher."""
+        """On the disk when this returns, also where it was known before. Raises BadVoucher."""
         voucher = signed.voucher
         signer = signer_of(voucher.digest(self._ledger.name), signed.signature)
         if signer not in (account.payer, account.signer) or voucher.payee != account.payee:
@@ -679,6 +679,8 @@ class Sales:
         if voucher.amount_micro > account.paid_micro:
             account = msgspec.structs.replace(account, newest=signed)
             await self._store_account(account)
+        else:
+            await self._store(self._books.content)
         return account
 
     # ---- redeeming ----
@@ -705,6 +707,10 @@ class Sales:
                     await self._redeem(account.escrow)
 
         await asyncio.gather(*(some() for _ in range(REDEEMED_AT_ONCE)))
+        try:
+            await self._books.store(self._books.content)  # where it failed before
+        except ShoalError as error:
+            _log.warning("%s: what it was paid is not on the disk yet: %s", self._name, error)
 
     async def _redeem(self, escrow: bytes) -> None:
         """Bring the newest voucher to the ledger; an escrow that has ended is forgotten. What fails is tried again."""
@@ -754,56 +760,52 @@ class Sales:
     async def _look_at(self, asked: Account, found: Escrow | None, refused: str | None) -> None:
         """How an escrow stands now. One that was not found was there when it was taken, here or at the ledger at which
         this node was paid before: its vouchers are kept until it would have ended."""
-        async with self._accounting:
-            account = self._accounts.get(asked.escrow)
-            if account is None:
-                return
-            now = _as_at(found, account) if found is not None else account
-            if found is not None and found.state is State.OPEN:
-                if refused is not None:
-                    _log.error("%s: a voucher is worth nothing: %s", self._name, refused)
-                self._watch_others(now, found)
-                now = msgspec.structs.replace(now, refused=refused is not None or (now.refused and now.waits))
-                if now != account:
-                    await self._store_account(now)
-            elif found is not None or now.ends_ms + CLOCK_WRONG_MS <= self.now_ms():
-                if now.waits:
-                    escrow = now.escrow.hex()[:12]
-                    _log.error("%s: escrow %s ended before its last voucher was redeemed", self._name, escrow)
-                await self._remember(now, found.terms.audit_ms if found else 0)
-                others = {name: one for name, one in self._accounts.items() if name != now.escrow}
-                await self._store_accounts(others)
+        account = self._accounts.get(asked.escrow)
+        if account is None:
+            return
+        now = _as_at(found, account) if found is not None else account
+        if found is not None and found.state is State.OPEN:
+            if refused is not None:
+                _log.error("%s: a voucher is worth nothing: %s", self._name, refused)
+            self._watch_others(now, found)
+            now = msgspec.structs.replace(now, refused=refused is not None or (now.refused and now.waits))
+            if now != account:
+                await self._store_account(now)
+        elif found is not None or now.ends_ms + CLOCK_WRONG_MS <= self.now_ms():
+            if now.waits:
+                escrow = now.escrow.hex()[:12]
+                _log.error("%s: escrow %s ended before its last voucher was redeemed", self._name, escrow)
+            others = {name: one for name, one in self._accounts.items() if name != now.escrow}
+            ended = _and(self._books.content.ended, now, found.terms.audit_ms if found else 0)
+            await self._store(Books(others, ended))
 
     # ---- the disk ----
-
-    async def _remember(self, account: Account, audit_ms: int) -> None:
-        """What an escrow that is over has paid; again, where the node was killed before it forgot it."""
-        if not account.redeemed_micro:
-            return
-        ended = Ended(
-            escrow=account.escrow, client=account.client, payer=account.payer, payee=account.payee,
-            currency=account.currency, paid_micro=max(account.voucher_micro, account.redeemed_micro),
-            redeemed_micro=account.redeemed_micro, held_micro=account.held_micro,
-            withheld_micro=account.withheld_micro, fee_ppm=account.fee_ppm, ended_ms=account.ends_ms,
-            settles_ms=account.ends_ms + audit_ms,
-        )  # fmt: skip
-        others = [one for one in self._ended if one.escrow != ended.escrow]
-        self._ended = [*others, ended][-ENDED_MAX:]
-        await asyncio.to_thread(self._write, ENDED, self._ended)
 
     async def _store_slots(self, slots: Slots) -> None:
         await self._promises.store(slots)
 
-    async def _store_account(self, account: Account) -> None:
-        await self._store_accounts({**self._accounts, account.escrow: account})
+    @property
+    def _accounts(self) -> dict[bytes, Account]:
+        """Also what is about to be on the disk, or may be, as a writing failed."""
+        return self._books.content.accounts
 
-    async def _store_accounts(self, accounts: dict[bytes, Account]) -> None:
-        await asyncio.to_thread(self._write, ACCOUNTS, list(accounts.values()))
-        self._accounts = accounts
+    async def _store_account(self, account: Account) -> None:
+        await self._store(Books({**self._accounts, account.escrow: account}, self._books.content.ended))
+
+    async def _store(self, books: Books) -> None:
+        accounts = books.accounts
         self._works = {name: work for name, work in self._works.items() if name in accounts}
         self._services = {name: service for name, service in self._services.items() if name in accounts}
         self._brought = {name: micro for name, micro in self._brought.items() if name in accounts}
         self._elsewhere_s = {name: since for name, since in self._elsewhere_s.items() if name in accounts}
+        await self._books.store(books)
+
+    def _write_books(self, books: Books) -> None:
+        """What an escrow has paid is remembered before it is forgotten what it owes."""
+        if books.ended is not self._ended_stored:
+            self._write(ENDED, books.ended)
+            self._ended_stored = books.ended
+        self._write(ACCOUNTS, list(books.accounts.values()))
 
     def _write(self, name: str, content: Any) -> None:
         write_whole(self._disk, name, msgspec.msgpack.encode(content), "keeping what this node has promised")
@@ -816,3 +818,18 @@ def _as_at(escrow: Escrow, account: Account) -> Account:
         account, most_micro=escrow.most_for(account.payee), ends_ms=escrow.ends_ms,
         redeemed_micro=paid.redeemed_micro, held_micro=paid.waiting_micro, withheld_micro=paid.withheld_micro,
     )  # fmt: skip
+
+
+def _and(ended: list[Ended], account: Account, audit_ms: int) -> list[Ended]:
+    """With an escrow that is over, where it has paid something; once, also where the node was killed before it forgot
+    it."""
+    if not account.redeemed_micro:
+        return ended
+    over = Ended(
+        escrow=account.escrow, client=account.client, payer=account.payer, payee=account.payee,
+        currency=account.currency, paid_micro=max(account.voucher_micro, account.redeemed_micro),
+        redeemed_micro=account.redeemed_micro, held_micro=account.held_micro,
+        withheld_micro=account.withheld_micro, fee_ppm=account.fee_ppm, ended_ms=account.ends_ms,
+        settles_ms=account.ends_ms + audit_ms,
+    )  # fmt: skip
+    return [*(one for one in ended if one.escrow != over.escrow), over][-ENDED_MAX:]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from functools import cache
 from typing import Any, TypeAlias
 
 import msgspec
 import sqlalchemy as sa
 from msgspec.msgpack import Decoder
+from msgspec.structs import replace
 
 from shoal.ledger.bonds import Bond
 from shoal.ledger.escrows import Escrow, Paid

@@ -5,18 +5,27 @@ from __future__ import annotations
 
 import select
 from abc import ABC, abstractmethod
-from functools import lru_cache
-from itertools import chain
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from itertools import count
+from struct import Struct
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import dialect as postgresql
 
+from shoal.storage import postgres
 from shoal.storage.ledger_tables import JOURNAL, Rows, put_into
 
 SPELLED_OUT = 8
-"""Rows of one table that are values of a statement; more are arrays, whose columns are encoded one by one."""
-_POSTGRES: Any = postgresql()  # type: ignore[no-untyped-call]
+"""Rows that are values of a statement, which the server takes sooner; more are arrays, whatever their number."""
+STATEMENTS_MAX = 128
+"""That a server has prepared for one connection."""
+_INT4, _INT8, _ARRAY = (Struct(form).pack for form in ("!i", "!q", "!5i"))
+_TYPES = ((sa.Integer, "bigint", 20), (sa.String, "text", 25), (sa.LargeBinary, "bytea", 17))
+"""Of columns; PostgreSQL's name and number of the type in which their values are sent."""
+Shape = tuple[tuple[sa.Table, int | None], ...]
+"""So many rows of each table, the journal last; None: its columns as arrays. The journal is written first, as the outer
+part: who else writes waits there."""
 
 
 class OutcomeOpen(Exception):
@@ -76,7 +85,7 @@ class SqliteWriter(Writer):
         execute("BEGIN IMMEDIATE")
         try:
             for table, some in rows.items():
-                many(put_into(table, f"VALUES ({', '.join('?' * len(table.columns))})"), some)
+                many(_put_by_marks(table), some)
         except BaseException:
             if self._connection.in_transaction:  # of a full disk it has rolled back by itself
                 execute("ROLLBACK")
@@ -87,49 +96,111 @@ class SqliteWriter(Writer):
             raise OutcomeOpen(str(error)) from error
 
 
-class PostgresWriter(Writer):
-    def _connect(self) -> Any:
-        from psycopg.types.numeric import Int8BinaryDumper
+@cache
+def _put_by_marks(table: sa.Table) -> str:
+    return put_into(table, f"VALUES ({', '.join('?' * len(table.columns))})")
 
+
+class PostgresWriter(Writer):
+    """By libpq alone, each statement prepared once: what psycopg does for a statement takes as long as all of that."""
+
+    def _connect(self) -> Any:
         connection = super()._connect()
-        connection.autocommit = True
-        connection.adapters.register_dumper(
-            int, Int8BinaryDumper
-        )  # else each size of a number is a statement of its own
+        self._libpq = connection.pgconn
+        self._prepared = dict[Shape, bytes]()
+        self._socket = select.poll()
         return connection
 
     def _alive(self) -> bool:
-        poll = select.poll()
-        poll.register(self._connection.fileno(), select.POLLIN)
-        return not poll.poll(0)  # a server says nothing of itself but that it goes
+        return not self._ready(select.POLLIN, 0)  # a server says nothing of itself but that it goes
+
+    def _ready(self, events: int, seconds: float) -> bool:
+        self._socket.register(self._libpq.socket, events)
+        return bool(self._socket.poll(seconds * 1000))
 
     def _write(self, rows: Rows) -> None:
         ordered = sorted(rows.items(), key=lambda one: one[0] is JOURNAL)
-        counts = tuple((table, len(some) if len(some) <= SPELLED_OUT else None) for table, some in ordered)
-        values = list[Any]()
-        for (_, count), (_, some) in zip(counts, ordered, strict=True):
-            values += map(list, zip(*some, strict=True)) if count is None else chain.from_iterable(some)
+        spelled = sum(map(len, rows.values())) <= SPELLED_OUT
+        shape = tuple((table, len(some) if spelled else None) for table, some in ordered)
+        values: list[bytes | None]
+        if spelled:
+            values = [_sent(value) for _, some in ordered for row in some for value in row]
+        else:
+            values = [
+                _array(number, column)
+                for table, some in ordered
+                for (_, number), column in zip(_types(table), zip(*some, strict=True), strict=True)
+            ]
+        name = self._prepared.get(shape) or self._prepare(shape)
+        self._ask(self._libpq.send_query_prepared, name, values, [1] * len(values))
+
+    def _prepare(self, shape: Shape) -> bytes:
+        if len(self._prepared) == STATEMENTS_MAX:
+            self._prepared.clear()
+            self._ask(self._libpq.send_query, b"DEALLOCATE ALL")
+        name = b"shoal_%d" % len(self._prepared)
+        self._ask(self._libpq.send_prepare, name, _at_once(shape).encode())
+        self._prepared[shape] = name
+        return name
+
+    def _ask(self, send: Callable[..., None], *what: Any) -> None:
+        """Until the server has done it. Raises OutcomeOpen; the driver's DatabaseError where it refused."""
+        driver: Any = self._engine.dialect.dbapi
+        libpq, refused = self._libpq, None
         try:
-            self._connection.execute(_at_once(counts), values)
-        except BaseException as error:
-            if self._connection.closed:
-                raise OutcomeOpen(str(error)) from error
-            raise
+            send(*what)
+            while True:
+                while (unsent := libpq.flush()) or libpq.is_busy():
+                    if not self._ready(select.POLLIN | (select.POLLOUT if unsent else 0), postgres.SILENT_S):
+                        raise OutcomeOpen(f"the server has said nothing for {postgres.SILENT_S} s")
+                    libpq.consume_input()
+                if (result := libpq.get_result()) is None:
+                    break
+                if result.status != driver.pq.ExecStatus.COMMAND_OK:
+                    refused = result
+        except driver.Error as error:
+            raise OutcomeOpen(str(error)) from error
+        if refused is None:
+            return
+        said = refused.get_error_message()
+        if libpq.status != driver.pq.ConnStatus.OK:
+            raise OutcomeOpen(said)
+        there = (refused.error_field(driver.pq.DiagnosticField.SQLSTATE) or b"").startswith(b"23")
+        raise (driver.IntegrityError if there else driver.DatabaseError)(said)
 
 
-@lru_cache(maxsize=1024)
-def _at_once(counts: tuple[tuple[sa.Table, int | None], ...]) -> str:
-    """So many rows of each table, the journal last; None: its columns as arrays. The journal is written first, as the
-    outer part: who else writes waits there."""
-    *parts, journal = (put_into(table, _spelled(table, count)) for table, count in counts)
+def _at_once(shape: Shape) -> str:
+    at = count(1)
+    *parts, journal = (put_into(table, _values(table, rows, at)) for table, rows in shape)
     if not parts:
         return journal
-    return f"WITH {', '.join(f'part_{at} AS ({part})' for at, part in enumerate(parts))} {journal}"
+    return f"WITH {', '.join(f'part_{number} AS ({part})' for number, part in enumerate(parts))} {journal}"
 
 
-def _spelled(table: sa.Table, count: int | None) -> str:
-    if count is not None:
-        row = f"({', '.join(['%b'] * len(table.columns))})"
-        return f"VALUES {', '.join([row] * count)}"
-    kinds = (column.type.compile(_POSTGRES) for column in table.columns)
-    return f"SELECT * FROM unnest({', '.join(f'%b::{kind}[]' for kind in kinds)})"
+def _values(table: sa.Table, rows: int | None, at: Iterator[int]) -> str:
+    if rows is None:
+        return f"SELECT * FROM unnest({', '.join(f'${next(at)}::{kind}[]' for kind, _ in _types(table))})"
+    spelled = (", ".join(f"${next(at)}::{kind}" for kind, _ in _types(table)) for _ in range(rows))
+    return f"VALUES {', '.join(f'({row})' for row in spelled)}"
+
+
+@cache
+def _types(table: sa.Table) -> tuple[tuple[str, int], ...]:
+    """As what the values of its columns are sent: PostgreSQL's name and number of a type."""
+    return tuple(
+        next((name, number) for kind, name, number in _TYPES if isinstance(column.type, kind))
+        for column in table.columns
+    )
+
+
+def _sent(value: bytes | str | int | None) -> bytes | None:
+    """In binary form."""
+    if isinstance(value, int):
+        return _INT8(value)
+    return value.encode() if isinstance(value, str) else value
+
+
+def _array(type: int, values: Sequence[bytes | str | int | None]) -> bytes:
+    """Of one dimension, with or without NULL, from 1 on."""
+    parts = (_INT4(-1) if one is None else _INT4(len(one)) + one for one in map(_sent, values))
+    return _ARRAY(1, 1, type, len(values), 1) + b"".join(parts)

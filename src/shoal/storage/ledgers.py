@@ -14,13 +14,14 @@ nobody else may write. So what was read once need not be read again before that 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import sqlalchemy as sa
+from msgspec.structs import replace
 from sqlalchemy.exc import SQLAlchemyError
 
 from shoal.errors import ShoalError
@@ -79,7 +80,6 @@ KNOWN_MAX = 10_000
 PAYEES_KNOWN_MAX = 100_000
 """Of all those escrows together."""
 NEVER_MS = TIME_MAX_MS + 1
-_BUT_PAID = {"paid": None}
 
 _LAST = sa.select(JOURNAL.c.line).order_by(JOURNAL.c.number.desc()).limit(1)
 _NEWEST = sa.select(sa.func.max(JOURNAL.c.number))
@@ -160,8 +160,7 @@ class _Known:
         return sum(map(len, kept))
 
 
-@dataclass(frozen=True)
-class _Step:
+class _Step(NamedTuple):
     """What follows from some commands, and is to be written."""
 
     commands: Sequence[Command]
@@ -381,8 +380,10 @@ class SqlLedger:
         self._latest_ms = max(self._latest_ms, self.clock.now_ms())
         book.at(self._latest_ms)
         due = self._due(known, reading)
-        lines, outcomes = list[Line](), list[tuple[Move, ...] | ShoalError]()
-        escrows, bonds = dict[bytes, Escrow | None](), set[bytes]()
+        lines: list[Line] = []
+        outcomes: list[tuple[Move, ...] | ShoalError] = []
+        escrows: dict[bytes, Escrow | None] = {}
+        bonds: set[bytes] = set()
         for command in (*due, *commands):
             escrow, bond = escrow_of(command, self.ledger), bond_named_by(command, self.ledger)
             self._read(reading, known, command, escrow, bond)
@@ -534,7 +535,7 @@ def _rows_of(
         ESCROWS: [
             escrow_row(book.escrows[name])
             for name, before in escrows.items()
-            if before is None or vars(before) | _BUT_PAID != vars(book.escrows[name]) | _BUT_PAID
+            if before is None or replace(before, paid={}) != replace(book.escrows[name], paid={})
         ],
         PAID: [
             row
@@ -558,20 +559,21 @@ class _LazyTransaction:
     """A transaction that begins when something is first read in it."""
 
     def __init__(self, transaction: _Transaction) -> None:
-        self._transaction, self._stack = transaction, ExitStack()
+        self._transaction = transaction
         self._begun: sa.Connection | None = None
 
     @property
     def connection(self) -> sa.Connection:
         if self._begun is None:
-            self._begun = self._stack.enter_context(self._transaction)
+            self._begun = self._transaction.__enter__()
         return self._begun
 
     def __enter__(self) -> _LazyTransaction:
         return self
 
-    def __exit__(self, *of: Any) -> bool | None:
-        return self._stack.__exit__(*of)
+    def __exit__(self, *of: Any) -> None:
+        if self._begun is not None:
+            self._transaction.__exit__(*of)
 
 
 class _Transaction:
