@@ -100,9 +100,9 @@ def test_a_host_replaces_nothing_that_the_owner_made(
     looked_at(tmp_path, story)
 
 
-@pytest.mark.parametrize("forged", ["another", "none", "nonsense"])
+@pytest.mark.parametrize("forged", ["another", "budget", "none", "nonsense"])
 def test_a_host_says_nothing_of_what_its_owner_set_aside(tmp_path: Path, forged: str) -> None:
-    def set_aside(nonce: bytes) -> bytes:
+    def set_aside(nonce: bytes, budget_micro: int = 1) -> bytes:
         me = an_account(50)
         terms = EscrowTerms(
             payer=me.address, signer=me.address, cap_micro=0, auditor=me.address, amount_micro=1, fee_ppm=0,
@@ -110,9 +110,10 @@ def test_a_host_says_nothing_of_what_its_owner_set_aside(tmp_path: Path, forged:
             nonce=nonce,
         )  # fmt: skip
         term = TermPayments(terms=terms, ledger=LEDGER, signature=me.sign(terms.escrow_id(LEDGER)))
-        return msgspec.json.encode(Payments(budget_micro=1, terms=(term,)))
+        return msgspec.json.encode(Payments(budget_micro=budget_micro, terms=(term,)))
 
-    theirs = {"another": set_aside(b"x" * 32), "none": b'{"budget_micro":1}', "nonsense": b"{"}[forged]
+    lies = {"another": set_aside(b"x" * 32), "budget": set_aside(bytes(32), 1000), "none": b'{"budget_micro":1}'}
+    theirs = lies.get(forged, b"{")
 
     async def story(hosts: Hosts, at: Path) -> None:
         (at / PAYMENTS).write_bytes(set_aside(bytes(32)))

@@ -22,15 +22,16 @@ from shoal.errors import StorageError
 from shoal.house import OutcomeUnknown
 from shoal.identity import Envelope, blake3_hash
 from shoal.identity.accounts import AccountKey, signer_of
+from shoal.ledger.commands import Redeem
 from shoal.ledger.escrows import Escrow, State
 from shoal.ledger.moves import FEES, ISSUED
 from shoal.node.earned import read_earned
 from shoal.protocol.holds import Hold, Pay, open_hold
 from shoal.protocol.messages import encode, sign
-from shoal.protocol.money import HouseLedger
+from shoal.protocol.money import HouseLedger, SignedVoucher, Voucher, sign_voucher
 from shoal.protocol.prices import Price
 from shoal.protocol.training import Commit
-from shoal.purse.bills import PaidNode, Payments, bill
+from shoal.purse.bills import FILE, PaidNode, Payments, bill
 from shoal.purse.purse import ASKED_AGAIN_S, LOOK_EVERY_S, RENEW_EVERY_S, Funds, NoMoney, top_up
 from shoal.sdk.jobs import Closed, Funded, NothingSetAside, OthersMoney, close_escrows, fund, look_at, open_at
 from shoal.world import Refused, Request, SeededDice, Unreachable
@@ -424,6 +425,55 @@ def test_what_was_added_and_never_heard_of_comes_back(tmp_path: Path) -> None:
         await again.treasurer.close()
 
     run(story)
+
+
+@pytest.mark.parametrize("lie", ["less", "nobody", "withheld", "closed", "foreign", "unsigned", "added"])
+def test_what_hosts_have_spent_is_the_ledgers_to_say(tmp_path: Path, lie: str) -> None:
+    """Whoever goes on with a budget that hosts had spends no more in all, whatever they wrote down."""
+
+    async def story(street: Street) -> None:
+        shop = await street.shop(1, tmp_path / "1")
+        hand = an_account(51)
+        job = Job(street, tmp_path / "run", signer=hand)
+        await job.begin(shop)
+        await street.clock.advance(10.0)
+        await job.commit((shop, 10_000))
+        (term,) = job.written.terms
+        ((node, one),) = term.nodes.items()
+        assert one.voucher is not None
+        await street.ledger.apply(Redeem(one.voucher))
+        await job.kill()
+        other = Voucher(escrow=WORK, payee=one.payee, amount_micro=5000, work=WORK)
+        changes: dict[str, dict[str, object]] = {
+            "less": {"paid_micro": 10, "voucher": None},
+            "closed": {"paid_micro": 10},
+            "withheld": {"withheld_micro": 1_000_000},
+            "foreign": {"voucher": sign_voucher(hand, LEDGER, other)},
+            "unsigned": {"voucher": SignedVoucher(one.voucher.voucher, bytes(65))},
+        }
+        nodes = {} if lie == "nobody" else {node: msgspec.structs.replace(one, **changes.get(lie, {}))}
+        more = 500_000 if lie == "added" else 0
+        told = msgspec.structs.replace(term, nodes=nodes, closed=lie == "closed", added_micro=more)
+        job.folder.write(FILE, msgspec.json.encode(Payments(budget_micro=1_000_000 + more, terms=(told,))))
+
+        again = Job(street, job.folder, budget=1_000_000 + more)
+        closing = asyncio.create_task(again.treasurer.close_former())
+        await settle(street)
+        assert street.ledger.book.escrows[term.escrow].closing and not closing.done(), "its hosts can still sign"
+        last = Voucher(escrow=term.escrow, payee=one.payee, amount_micro=3000, work=WORK)
+        await street.ledger.apply(Redeem(sign_voucher(hand, LEDGER, last)))
+        await settle(street, 62)
+        await closing
+        assert again.treasurer.left_micro == 1_000_000 - 3000
+        assert again.said[0].startswith("What its hosts have not used is asked back: in 1 min 0 s it is there")
+        assert (lie == "added") == any("Hosts wrote that 0.50 USD more was added" in said for said in again.said)
+        made = bill(again.written)
+        assert made is not None and (made.quoted, made.charged, made.refunded) == (1_000_000, 3000, 997_000)
+        assert [line.reason.startswith("the ledger paid it") for line in made.nodes] == [lie == "nobody"]
+        await again.begin(shop)  # all of it is there again
+        await again.treasurer.close()
+
+    run(story, deposit=1_000_000)
 
 
 def test_no_money_nothing_held(tmp_path: Path) -> None:

@@ -11,13 +11,14 @@ import msgspec
 from msgspec import Meta
 
 from shoal.identity import Hash
-from shoal.identity.accounts import AccountSignature, Address
+from shoal.identity.accounts import AccountSignature, Address, address_text
 from shoal.ledger.commands import HoldBytes
 from shoal.ledger.escrows import Escrow, Paid
 from shoal.protocol.money import Amount, EscrowTerms, LedgerName, SignedVoucher
 from shoal.quantities.money import share
 
 FILE = "payments.json"
+UNNAMED = "the ledger paid it; who drove wrote down nothing of it"
 
 
 class BillLine(msgspec.Struct, frozen=True, kw_only=True):
@@ -82,7 +83,7 @@ class TermPayments(msgspec.Struct, frozen=True, kw_only=True):
     ledger: LedgerName
     signature: AccountSignature
     nodes: dict[str, PaidNode] = {}
-    """By NodeId, in hexadecimal digits."""
+    """By NodeId, in hexadecimal digits; by the account's address where the ledger alone knows of it."""
     owed: Owed | None = None
     closed: bool = False
     """The payer has asked for the rest."""
@@ -104,6 +105,24 @@ class TermPayments(msgspec.Struct, frozen=True, kw_only=True):
         """With what the ledger says of its escrow."""
         moved_ms = 0 if escrow.ends_ms == self.terms.expires_ms else escrow.ends_ms
         return msgspec.structs.replace(self, added_micro=escrow.added_micro, moved_ms=moved_ms)
+
+    def as_paid(self, escrow: Escrow) -> TermPayments:
+        """No less than what the ledger has paid out of its escrow, and nothing withheld that it has not: hosts wrote
+        this, and may have left something out."""
+        nodes = dict(self.nodes)
+        for payee in dict.fromkeys((*(one.payee for one in self.nodes.values()), *escrow.paid)):
+            paid = escrow.paid.get(payee, Paid())
+            unnamed = {payee.hex(): PaidNode(name=address_text(payee), payee=payee, micro_per_h=0, reason=UNNAMED)}
+            mine = {node: one for node, one in nodes.items() if one.payee == payee} or unnamed
+            if sum(one.withheld_micro for one in mine.values()) > paid.withheld_micro:
+                mine = {node: msgspec.structs.replace(one, withheld_micro=0) for node, one in mine.items()}
+            node, first = next(iter(mine.items()))
+            more = paid.redeemed_micro - sum(one.paid_micro for one in mine.values())
+            back = paid.withheld_micro - sum(one.withheld_micro for one in mine.values())
+            paid_micro, withheld_micro = first.paid_micro + max(0, more), first.withheld_micro + back
+            mine[node] = msgspec.structs.replace(first, paid_micro=paid_micro, withheld_micro=withheld_micro)
+            nodes |= mine
+        return msgspec.structs.replace(self, nodes=nodes)
 
     def settled(self, written: Container[bytes]) -> TermPayments:
         """With what is owed, if its record is among those that are written."""

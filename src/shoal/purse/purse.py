@@ -23,11 +23,11 @@ import msgspec
 from shoal.errors import BadInput, LinkError, ShoalError
 from shoal.identity import KeyPair, short_id
 from shoal.identity.accounts import AccountKey, address_text, signer_of
-from shoal.ledger.book import SameEscrow, UnknownEscrow
+from shoal.ledger.book import NotSigned, SameEscrow, UnknownEscrow
 from shoal.ledger.commands import Admit, Close, Open, Redeem, TopUp, Withhold
-from shoal.ledger.escrows import Escrow, EscrowOver, OldVoucher, TopUpOutOfTurn, topped_up
+from shoal.ledger.escrows import Escrow, EscrowOver, OldVoucher, State, TopUpOutOfTurn, topped_up
 from shoal.ledger.fees import fee_at
-from shoal.ledger.moves import DoneAlready, TooLittleMoney
+from shoal.ledger.moves import DoneAlready, MoneyRefused, TooLittleMoney
 from shoal.market.earnings import lasts_s
 from shoal.protocol.holds import LEASE_STEP_MS, BadHold, HoldReclaim, Work, quote_id
 from shoal.protocol.messages import DEFAULT_NETWORK
@@ -54,6 +54,8 @@ from shoal.world.quotes import Held, NotSecured, Quotes
 
 PAY_DEADLINE_S = 5.0
 LAST_PAY_DEADLINE_S = 15.0
+OVER_LOOKS = 15
+"""At an escrow of hosts that ends, until it has: the ledger sees to it within ten seconds."""
 ASKED_AGAIN_S = (0.5, 1.0, 2.0, 4.0)
 """After so long each, when an answer of the ledger was lost; places are held for longer."""
 RENEW_EVERY_S = LEASE_STEP_MS / 1000 / 3
@@ -138,6 +140,7 @@ class Purse:
         )
         self._former = known.terms if known else ()
         self._budget_micro = funds.budget_micro
+        self._as_before = known is not None and known.budget_micro == funds.budget_micro
         self._warned_micro = 0
         """The budget of which it was said that it comes to its end."""
         self._term: TermPayments | None = None
@@ -598,11 +601,20 @@ class Purse:
         closed = list[TermPayments]()
         for term in self._former:
             after = term
-            if not term.closed:
+            if self.funds.account is not None and term.terms.signer != term.terms.payer:
+                after = await self._close_after_hosts(term)
+            elif not term.closed:
                 after, _ = await close_escrow(term, self.funds.ledger, self._hand)
             closed.append(after)
             unheard = after.added_micro - term.added_micro
-            if unheard:
+            if unheard < 0 and self._as_before:
+                self._budget_micro += unheard
+            if unheard < 0:
+                self._say(
+                    f"Hosts wrote that {format_money(-unheard)} {term.ledger.currency} more was added to the budget "
+                    f"than was: the budget is {format_money(self._budget_micro)}."
+                )
+            elif unheard:
                 self._say(
                     f"{format_money(unheard)} {term.ledger.currency} was added to the budget, and whoever was to spend "
                     f"it never heard of that: it comes back, and the budget is {format_money(self._budget_micro)}."
@@ -610,6 +622,24 @@ class Purse:
         self._former = () if forget else tuple(closed)
         if closed:
             await self._write()
+
+    async def _close_after_hosts(self, term: TermPayments) -> TermPayments:
+        """Of an escrow that others signed for, with a key of their own: what it paid is the ledger's to say, also where
+        they wrote that it is closed, and only once they can sign for no more of it."""
+        said = False
+        for _ in range(OVER_LOOKS):
+            term, found = await close_escrow(term, self.funds.ledger, self._hand)
+            if found is None or found.state is not State.OPEN:
+                break
+            ends_s = max(1.0, (found.ends_ms - self._clock.now_ms()) / 1000)
+            if not said:
+                self._say(
+                    f"What its hosts have not used is asked back: in {format_duration_s(ends_s)} it is there, and known "
+                    "what they have spent."
+                )
+            said = True
+            await self._clock.sleep(ends_s)
+        return term
 
     async def leave(self) -> None:
         """To whoever goes on with this purse: nothing is given back."""
@@ -675,13 +705,14 @@ async def close_escrow(term: TermPayments, ledger: Ledger, account: AccountKey) 
     wish = Closing(term.escrow)
     try:
         for one in newest_vouchers(term):
-            await _redeem(one, ledger)
+            with contextlib.suppress(MoneyRefused, NotSigned):  # of a file that hosts wrote: the rest comes back
+                await _redeem(one, ledger)
         await ledger.apply(Close(wish, account.sign(wish.digest(term.ledger))))
     except (UnknownEscrow, EscrowOver, DoneAlready):
         pass  # it never came to be, is over by itself, or was asked for and the answer was lost
     found = await ledger.escrow(term.escrow)  # nothing is added any more
     if found is not None:
-        term = term.as_at(found)
+        term = term.as_at(found).as_paid(found)
     return msgspec.structs.replace(term, owed=None, closed=True), found
 
 

@@ -188,8 +188,8 @@ class _Looking:
                     break
 
     def _take(self, copy: Copy, pieces: Sequence[Piece]) -> None:
-        """What was set aside, by whom and where, is the owner's to say: who asks back what is left signs for what
-        stands there. Raises BadCopy, OtherMoney, OSError."""
+        """What was set aside, by whom and where, is the owner's to say: who asks back what is left, or goes on with
+        the budget, signs for what stands there. Raises BadCopy, OtherMoney, OSError."""
         before = self._folder.read(PAYMENTS, Payments) if any(one.name == PAYMENTS for one in pieces) else None
         copy.take(pieces)
         if before is None:
@@ -301,9 +301,13 @@ class _Looking:
             store.close()
 
 
-def _opened(payments: Payments | None) -> list[tuple[bytes, bytes]]:
-    """The escrows, each with its payer's signature."""
-    return [(one.escrow, one.signature) for one in payments.terms] if payments is not None else []
+def _opened(payments: Payments | None) -> tuple[int, list[tuple[bytes, bytes]]]:
+    """The budget, without what was added to it on the way, which a ledger knows; and the escrows, each with its payer's
+    signature."""
+    if payments is None:
+        return 0, []
+    added = sum(one.added_micro for one in payments.terms)
+    return payments.budget_micro - added, [(one.escrow, one.signature) for one in payments.terms]
 
 
 def _progress(
