@@ -634,8 +634,8 @@ class Purse:
             ends_s = max(1.0, (found.ends_ms - self._clock.now_ms()) / 1000)
             if not said:
                 self._say(
-                    f"What its hosts have not used is asked back: in {format_duration_s(ends_s)} it is there, and known "
-                    "what they have spent."
+                    f"What its hosts have not used is asked back: in {format_duration_s(ends_s)} it is there, and what "
+                    "they have spent is known."
                 )
             said = True
             await self._clock.sleep(ends_s)
