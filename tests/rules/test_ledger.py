@@ -387,6 +387,16 @@ def test_moves_keep_the_sum_or_are_refused(balances: dict[str, int], moves: list
     assert all(0 <= balance <= AMOUNT_MAX for name, balance in after.items() if name != ISSUED)
 
 
+@pytest.mark.parametrize("amount", [-1, 0, 1.5, 1.0, True, float("nan"), float("inf"), "5", None, AMOUNT_MAX + 1])
+def test_no_ledger_books_what_is_no_whole_number_of_millionths(amount: Any) -> None:
+    """A journal with such a line could not be read again."""
+    book = a_book()
+    before = dict(book.balances)
+    with pytest.raises(MoneyRefused, match=f"{amount!r} millionths cannot move"):
+        book.deposit(CLIENT.address, amount)
+    assert book.balances == before and len(book.lines) == 1
+
+
 STAKE = 4 * MICRO
 SELLERS = [KeyPair.from_seed(bytes([number] * 32)) for number in (1, 2)]
 HOLDS = [

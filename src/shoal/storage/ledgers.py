@@ -266,6 +266,13 @@ class SqlLedger:
         self._is_known(step)
         return step
 
+    def now_ms(self) -> int:
+        """As of this ledger: never before its newest line, whatever the clock says. Raises LedgerFailed."""
+        with self._reading() as connection:
+            last = self._last_line(connection)
+        self._latest_ms = max(self._latest_ms, self.clock.now_ms(), 0 if last is None else last.at_ms)
+        return self._latest_ms
+
     def balance(self, name: str) -> int:
         with self._reading() as connection:
             return int(connection.execute(_BALANCE, {"one": name}).scalar() or 0)
