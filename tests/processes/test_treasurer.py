@@ -27,13 +27,17 @@ from shoal.ledger.escrows import Escrow, State
 from shoal.ledger.moves import FEES, ISSUED
 from shoal.node.earned import read_earned
 from shoal.protocol.holds import Hold, Pay, open_hold
+from shoal.protocol.ledgers import LedgerTicket
 from shoal.protocol.messages import encode, sign
 from shoal.protocol.money import HouseLedger, SignedVoucher, Voucher, sign_voucher
 from shoal.protocol.prices import Price
 from shoal.protocol.training import Commit
 from shoal.purse.bills import FILE, PaidNode, Payments, bill
 from shoal.purse.purse import ASKED_AGAIN_S, LOOK_EVERY_S, RENEW_EVERY_S, Funds, NoMoney, top_up
+from shoal.quantities import BadQuantity
+from shoal.quantities.money import AMOUNT_MAX
 from shoal.sdk.jobs import Closed, Funded, NothingSetAside, OthersMoney, close_escrows, fund, look_at, open_at
+from shoal.sdk.spending import Spending
 from shoal.world import Refused, Request, SeededDice, Unreachable
 from shoal.world.quotes import NotSecured
 
@@ -474,6 +478,13 @@ def test_what_hosts_have_spent_is_the_ledgers_to_say(tmp_path: Path, lie: str) -
         await again.treasurer.close()
 
     run(story, deposit=1_000_000)
+
+
+@pytest.mark.parametrize("budget", [-1, 0, 1.5, 1e6, True, AMOUNT_MAX + 1, "5", None])
+def test_a_budget_that_no_escrow_can_hold_is_refused_before_anything_is_begun(budget: Any) -> None:
+    ticket = LedgerTicket(LEDGER.operator, "USD", ("tcp://127.0.0.1:7",))
+    with pytest.raises(BadQuantity, match=f"A budget is a whole number of millionths, .* and not {budget!r}"):
+        Spending(PAYER, ticket, budget)
 
 
 def test_no_money_nothing_held(tmp_path: Path) -> None:
