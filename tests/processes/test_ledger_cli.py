@@ -345,7 +345,7 @@ def test_an_operator_that_changes_its_history_is_found_out(shoal: Shoal, tmp_pat
         shoal("account", "export", "old")
         book(9)
         assert shoal("account", "verify")[0] == 0
-        assert "It is older than what was seen before, up to line 3, and was not" in shoal("account", "verify", "old")[1]
+        assert "older than what was seen before, up to line 3, and was not" in shoal("account", "verify", "old")[1]
 
     at_a_ledger(data, honest)
     operator = load_key(data / "operator.key").node_id
