@@ -199,7 +199,7 @@ class SqlLedger:
         except (SQLAlchemyError, ImportError, ValueError):  # what it says would show the URL's password
             raise LedgerFailed(
                 "The URL of the ledger's database cannot be used; write postgresql+psycopg://USER@HOST/DATABASE, and "
-                "install shoal[postgres]. Or name a file, for SQLite."
+                "install shoal[postgres]. Without one it is SQLite in a file."
             ) from None
         made = cls(engine, engine.url.render_as_string(hide_password=True), ledger, clock, network)
         try:
