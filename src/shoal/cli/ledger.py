@@ -10,7 +10,7 @@ import typer
 
 from shoal.cli import places
 from shoal.cli.app import MONEY, Commands, Group, app
-from shoal.cli.output import JsonFlag, WithParent, out, print_json, run, say_fee, until_stopped
+from shoal.cli.output import JsonFlag, PublicFlag, WithParent, out, print_json, run, say_fee, until_stopped
 from shoal.identity.accounts import address_text, parse_address
 from shoal.quantities.money import format_money, parse_share
 from shoal.sdk.local import shoal_home
@@ -65,15 +65,7 @@ def start(
             show_default="none",
         ),
     ] = None,
-    public: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="ADDRESS",
-            help="tcp://HOST:PORT where others dial it, when that is not where it listens: behind a port mapping, or "
-            "when it listens on 0.0.0.0. May be given several times.",
-            show_default=False,
-        ),
-    ] = None,
+    public: PublicFlag = None,
     data: DataFlag = None,
     json: JsonFlag = False,
     with_parent: WithParent = 0,
@@ -91,9 +83,7 @@ def start(
     if with_parent:
         die_with_parent(with_parent)
     if not public:
-        places.refuse_wildcard(
-            listen, "name with --public where others dial it, or listen on an address of this machine"
-        )
+        places.refuse_wildcard(listen)
     settings = LedgerSettings(
         data=data or shoal_home() / "ledger", currency=currency, database=database, listen=listen,
         fee_ppm=None if fee is None else parse_share(fee),

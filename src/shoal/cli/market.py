@@ -23,6 +23,7 @@ from shoal.cli.output import (
     HubFlag,
     JsonFlag,
     LedgerFlag,
+    PublicFlag,
     WithParent,
     out,
     print_json,
@@ -113,15 +114,7 @@ def run_auction(
         ),
     ] = "tcp://127.0.0.1:0",
     every: Annotated[str, typer.Option(metavar="TIME", help="How often a batch that has orders is closed.")] = "10s",
-    public: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="ADDRESS",
-            help="tcp://HOST:PORT where others dial it, when that is not where it listens: behind a port mapping, or "
-            "when it listens on 0.0.0.0. May be given several times.",
-            show_default=False,
-        ),
-    ] = None,
+    public: PublicFlag = None,
     ledger: LedgerFlag = None,
     data: Annotated[
         Path | None, typer.Option("--data", help="Its key and database.", show_default="~/.shoal/auction")
@@ -142,9 +135,7 @@ def run_auction(
     if with_parent:
         die_with_parent(with_parent)
     if not public:
-        places.refuse_wildcard(
-            listen, "name with --public where others dial it, or listen on an address of this machine"
-        )
+        places.refuse_wildcard(listen)
     every_s = parse_duration_s(every)
     if not EVERY_MIN_S <= every_s <= EVERY_MAX_S:
         raise BadFlag(f"--every {every} cannot be used: from 100 ms to a day.")

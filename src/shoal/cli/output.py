@@ -59,6 +59,16 @@ LedgerFlag = Annotated[
         show_default=False,
     ),
 ]
+PublicFlag = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--public",
+        metavar="ADDRESS",
+        help="tcp://HOST:PORT where others dial it, when that is not where it listens: behind a port mapping, or "
+        "when it listens on 0.0.0.0. May be given several times.",
+        show_default=False,
+    ),
+]
 NEGATIVE = {"ignore_unknown_options": True}
 """So that -5 is an amount, which is refused as one, and not an option."""
 WithParent = Annotated[int, typer.Option("--with-parent", hidden=True, help="Stop when this process is gone.")]

@@ -108,7 +108,9 @@ def hour_of(text: str) -> int:
     return int(at.timestamp()) * 1000
 
 
-def refuse_wildcard(listen: str, instead: str) -> None:
+def refuse_wildcard(
+    listen: str, instead: str = "name with --public where others dial it, or listen on an address of this machine"
+) -> None:
     """Raises BadFlag for an address that means every interface: whoever is told it would dial itself."""
     if listen.removeprefix("tcp://").rpartition(":")[0] in ("0.0.0.0", "[::]"):
         raise BadFlag(f"--listen {listen} names no machine that others could dial; {instead}.")

@@ -21,6 +21,7 @@ from shoal.cli.output import (
     HubFlag,
     JsonFlag,
     LedgerFlag,
+    PublicFlag,
     WithParent,
     err,
     out,
@@ -81,15 +82,7 @@ def hub(
     ] = "127.0.0.1:0",
     data: Annotated[Path | None, typer.Option(help="Its key and database.", show_default="~/.shoal/hub")] = None,
     name: Annotated[str, typer.Option(help="What it calls itself.")] = "hub",
-    public: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="ADDRESS",
-            help="tcp://HOST:PORT where others dial it, when that is not where it listens: behind a port mapping, or "
-            "when it listens on 0.0.0.0. May be given several times.",
-            show_default=False,
-        ),
-    ] = None,
+    public: PublicFlag = None,
     json: JsonFlag = False,
     with_parent: WithParent = 0,
 ) -> None:
@@ -107,9 +100,7 @@ def hub(
     if with_parent:
         die_with_parent(with_parent)
     if not public:
-        places.refuse_wildcard(
-            listen, "name with --public where others dial it, or listen on an address of this machine"
-        )
+        places.refuse_wildcard(listen)
     settings = HubSettings(
         data=data or shoal_home() / "hub", listen=listen, http=http or None, name=name, public=tuple(public or ())
     )
