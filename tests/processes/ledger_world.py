@@ -54,8 +54,8 @@ class House:
 
 
 @asynccontextmanager
-async def a_house(data: Path, **settings: Any) -> AsyncIterator[House]:
-    clock = HeldClock()
+async def a_house(data: Path, clock: HeldClock | None = None, **settings: Any) -> AsyncIterator[House]:
+    clock = clock or HeldClock()
     network = MemoryNetwork()
     server = LedgerServer(LedgerSettings(data, listen="tcp://ledger:7", **settings), network.endpoint, clock)
     ticket = await server.start()

@@ -481,6 +481,17 @@ def test_a_fee_is_announced_a_day_ahead_once_somebody_has_money_there(tmp_path: 
     assert asyncio.run(begun(0)) == [(2, start + later, 0)], "what does not hold yet is replaced"
 
 
+def test_a_fee_is_announced_also_after_the_clock_went_back(tmp_path: Path) -> None:
+    async def begun(at_ms: int, **settings: Any) -> list[int]:
+        async with a_house(tmp_path, HeldClock(at_ms), **settings) as house:
+            await house.deposit(ME, 1, f"at {at_ms}")
+            return [one.table.from_ms for one in await house.remote.fees()]
+
+    assert asyncio.run(begun(3_600_000)) == []
+    said = asyncio.run(begun(0, fee_ppm=20_000))
+    assert said == [3_600_000 + DAY_MS + ANNOUNCING_MS], "a day after the newest line"
+
+
 def test_a_new_ledger_takes_its_fee_at_once(tmp_path: Path) -> None:
     async def scene(house: House) -> None:
         (table,) = await house.remote.fees()

@@ -14,6 +14,7 @@ from typing import Any
 
 import ledger_world
 import pytest
+from journal_reader import read_file
 from ledger_requests import NODES, a_voucher, an_escrow
 
 from shoal.cli.main import main
@@ -168,13 +169,17 @@ def test_an_operator_says_what_it_takes(shoal: Shoal, tmp_path: Path) -> None:
     said = [process.stdout.readline() for _ in range(3)]
     assert said[2] == "It takes 2 % of what escrows pay.\n"
     ticket = said[1].strip()
-    shoal("account", "create", "--ledger", ticket)
+    account = done(shoal("account", "create", "--ledger", ticket, "--json"))
     shoal("account", "deposit", "2")
     escrow_story(ticket, load_account(tmp_path / "home" / "account.key"))
     assert "The ledger takes 2 % of what escrows pay.\n" in shoal("account", "statement")[1]
     (table,) = done(shoal("account", "statement", "--json"))["fees"]
     assert table["fee_ppm"] == 20_000
     assert shoal("account", "verify")[0] == 0
+    assert shoal("account", "export", "journal")[0] == 0
+    read = read_file(tmp_path / "journal")
+    (mine,) = (amount for name, amount in read.balances.items() if name == account["account"])
+    assert done(shoal("account", "balance", "--json"))["balance_micro"] >= mine > 0 and read.balances["fees"] > 0
     process.terminate()
     assert process.wait(60) == 0
     process.stdout.close()
@@ -340,7 +345,7 @@ def test_an_operator_that_changes_its_history_is_found_out(shoal: Shoal, tmp_pat
         shoal("account", "export", "old")
         book(9)
         assert shoal("account", "verify")[0] == 0
-        assert "It is older than what was seen before, up to line 3." in shoal("account", "verify", "old")[1]
+        assert "older than what was seen before, up to line 3, and was not" in shoal("account", "verify", "old")[1]
 
     at_a_ledger(data, honest)
     operator = load_key(data / "operator.key").node_id

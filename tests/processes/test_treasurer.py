@@ -27,15 +27,19 @@ from shoal.ledger.commands import Admit, Redeem
 from shoal.ledger.escrows import Escrow, State
 from shoal.ledger.moves import FEES, ISSUED
 from shoal.node.earned import read_earned
-from shoal.node.sales import REDEEM_EVERY_S
+from shoal.node.sales import ACCOUNTS, REDEEM_EVERY_S, Account, read_kept
 from shoal.protocol.holds import Hold, Pay, open_hold
+from shoal.protocol.ledgers import LedgerTicket
 from shoal.protocol.messages import encode, sign
-from shoal.protocol.money import Admission, HouseLedger, Voucher, sign_voucher
+from shoal.protocol.money import Admission, HouseLedger, SignedVoucher, Voucher, sign_voucher
 from shoal.protocol.prices import Price
 from shoal.protocol.training import Commit
-from shoal.purse.bills import PaidNode, Payments, bill
+from shoal.purse.bills import FILE, PaidNode, Payments, bill
 from shoal.purse.purse import ASKED_AGAIN_S, LOOK_EVERY_S, RENEW_EVERY_S, Funds, NoMoney, top_up
+from shoal.quantities import BadQuantity
+from shoal.quantities.money import AMOUNT_MAX
 from shoal.sdk.jobs import Closed, Funded, NothingSetAside, OthersMoney, close_escrows, fund, look_at, open_at
+from shoal.sdk.spending import Spending
 from shoal.world import FaultyDisk, MemoryDisk, Refused, Request, SeededDice, Unreachable
 from shoal.world.quotes import NotSecured
 
@@ -527,6 +531,62 @@ def test_a_voucher_that_is_worth_nothing_holds_up_no_money(tmp_path: Path) -> No
     run(story)
 
 
+@pytest.mark.parametrize("lie", ["less", "nobody", "withheld", "closed", "foreign", "unsigned", "added"])
+def test_what_hosts_have_spent_is_the_ledgers_to_say(tmp_path: Path, lie: str) -> None:
+    """Whoever goes on with a budget that hosts had spends no more in all, whatever they wrote down."""
+
+    async def story(street: Street) -> None:
+        shop = await street.shop(1, tmp_path / "1")
+        hand = an_account(51)
+        job = Job(street, tmp_path / "run", signer=hand)
+        await job.begin(shop)
+        await street.clock.advance(10.0)
+        await job.commit((shop, 10_000))
+        (term,) = job.written.terms
+        ((node, one),) = term.nodes.items()
+        assert one.voucher is not None
+        await street.ledger.apply(Redeem(one.voucher))
+        await job.kill()
+        other = Voucher(escrow=WORK, payee=one.payee, amount_micro=5000, work=WORK)
+        changes: dict[str, dict[str, object]] = {
+            "less": {"paid_micro": 10, "voucher": None},
+            "closed": {"paid_micro": 10},
+            "withheld": {"withheld_micro": 1_000},
+            "foreign": {"voucher": sign_voucher(hand, LEDGER, other)},
+            "unsigned": {"voucher": SignedVoucher(one.voucher.voucher, bytes(65))},
+        }
+        nodes = {} if lie == "nobody" else {node: msgspec.structs.replace(one, **changes.get(lie, {}))}
+        more = 500_000 if lie == "added" else 0
+        told = msgspec.structs.replace(term, nodes=nodes, closed=lie == "closed", added_micro=more)
+        job.folder.write(FILE, msgspec.json.encode(Payments(budget_micro=1_000_000 + more, terms=(told,))))
+
+        again = Job(street, job.folder, budget=1_000_000 + more)
+        closing = asyncio.create_task(again.treasurer.close_former())
+        await settle(street)
+        assert street.ledger.book.escrows[term.escrow].closing and not closing.done(), "its hosts can still sign"
+        last = Voucher(escrow=term.escrow, payee=one.payee, amount_micro=3000, work=WORK)
+        await street.ledger.apply(Redeem(sign_voucher(hand, LEDGER, last)))
+        await settle(street, 62)
+        await closing
+        assert again.treasurer.left_micro == 1_000_000 - 3000
+        assert again.said[0].startswith("What its hosts have not used is asked back: in 1 min 0 s it is there")
+        assert (lie == "added") == any("0.50 USD less was added to the budget" in said for said in again.said)
+        made = bill(again.written)
+        assert made is not None and (made.quoted, made.charged, made.refunded) == (1_000_000, 3000, 997_000)
+        assert [line.name for line in made.nodes][-1] == "signed by another driver"
+        await again.begin(shop)  # all of it is there again
+        await again.treasurer.close()
+
+    run(story, deposit=1_000_000)
+
+
+@pytest.mark.parametrize("budget", [-1, 0, 1.5, 1e6, True, AMOUNT_MAX + 1, "5", None])
+def test_a_budget_that_no_escrow_can_hold_is_refused_before_anything_is_begun(budget: Any) -> None:
+    ticket = LedgerTicket(LEDGER.operator, "USD", ("tcp://127.0.0.1:7",))
+    with pytest.raises(BadQuantity, match=f"A budget is a whole number of millionths, .* and not {budget!r}"):
+        Spending(PAYER, ticket, budget)
+
+
 def test_no_money_nothing_held(tmp_path: Path) -> None:
     async def story(street: Street) -> None:
         shop = await street.shop(1, tmp_path / "1")
@@ -750,16 +810,21 @@ def test_a_voucher_that_does_not_arrive_is_sent_again_before_the_next_commit(tmp
             if f"{operation} {name}" in failing:
                 raise OSError(errno.ENOSPC, "the disk is full")
 
-        shop = await street.shop(1, FaultyDisk(MemoryDisk(), fault))
+        disk = MemoryDisk()
+
+        def kept() -> list[int]:
+            return [one.paid_micro for one in read_kept(disk, ACCOUNTS, list[Account], "shop-1") or ()]
+
+        shop = await street.shop(1, FaultyDisk(disk, fault))
         job = Job(street, tmp_path / "run")
         await job.begin(shop)
         await street.clock.advance(10.0)
-        failing.append("sync accounts")
+        failing.append("write accounts.new")
         await job.commit((shop, 10_000))
-        assert [one.paid_micro for one in shop.sales.accounts] == [0]
+        assert kept() == [0]
         failing.clear()
         await settle(street, LOOK_EVERY_S)
-        assert [one.paid_micro for one in shop.sales.accounts] == [1000]
+        assert kept() == [1000]
         await job.treasurer.close()
 
     run(story)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from copy import copy
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from journal_reader import Reader, unpacked
 from ledger_desk import (
     AUDITOR,
     CLIENT,
@@ -37,7 +39,7 @@ from shoal.identity import BadSignature, Envelope, KeyPair
 from shoal.identity.accounts import AccountKey
 from shoal.ledger.bonds import Bond, BondState
 from shoal.ledger.book import Book, NotSigned, SameDeposit, SameEscrow, UnknownEscrow, WithdrawalOutOfTurn
-from shoal.ledger.commands import Admit, Deposit, Pass, Redeem
+from shoal.ledger.commands import Admit, Command, Deposit, Pass, Redeem, SetFee
 from shoal.ledger.escrows import (
     BadTerms,
     DoneAlready,
@@ -414,6 +416,16 @@ def test_moves_keep_the_sum_or_are_refused(balances: dict[str, int], moves: list
     assert all(0 <= balance <= AMOUNT_MAX for name, balance in after.items() if name != ISSUED)
 
 
+@pytest.mark.parametrize("amount", [-1, 0, 1.5, 1.0, True, float("nan"), float("inf"), "5", None, AMOUNT_MAX + 1])
+def test_no_ledger_books_what_is_no_whole_number_of_millionths(amount: Any) -> None:
+    """A journal with such a line could not be read again."""
+    book = a_book()
+    before = dict(book.balances)
+    with pytest.raises(MoneyRefused, match=f"{amount!r} millionths cannot move"):
+        book.deposit(CLIENT.address, amount)
+    assert book.balances == before and len(book.lines) == 1
+
+
 STAKE = 4 * MICRO
 SELLERS = [KeyPair.from_seed(bytes([number] * 32)) for number in (1, 2)]
 HOLDS = [
@@ -426,15 +438,14 @@ HOLDS = [
 class Ledger(RuleBasedStateMachine):
     """Clients, drivers and nodes ask for whatever comes to mind, in any order and at any time."""
 
-    @initialize(money=st.integers(0, 3000))
+    @initialize(money=st.integers(1000, 9000))
     def begin(self, money: int) -> None:
         self.book = Desk()
-        self.names: list[bytes] = []
         self.book.deposit(SPONSOR.address, STAKE)
         self.paid_in = money + STAKE
         self.taken: dict[bytes, list[int]] = {}
-        if money:
-            self.book.deposit(CLIENT.address, money)
+        self.book.deposit(CLIENT.address, money)
+        self.names = [opened(self.book, terms(expires_ms=50_000, audit_ms=9000))]
 
     def attempt(self, what: Any) -> bool:
         """Either all of it happens, or nothing."""
@@ -463,53 +474,55 @@ class Ledger(RuleBasedStateMachine):
         taken += [amount] * may
 
     @rule(
-        amount=st.integers(1, 1500), cap=st.integers(0, 1500), fee=st.integers(0, 10**6), hold=st.integers(0, 10**6),
-        notice=st.integers(0, 200), audit=st.integers(0, 200), lasts=st.integers(-5, 400), nonce=st.integers(0, 5),
-        most=st.integers(0, 1500), locked=st.sampled_from([0, 0, 0, 100, 300]),
+        amount=st.integers(1, 1500), cap=st.integers(0, 1500), too_high=st.sampled_from([0, 0, 0, 1]),
+        fee=st.integers(0, 10**6), hold=st.integers(0, 10**6), notice=st.integers(0, 200), audit=st.integers(0, 900),
+        lasts=st.integers(-5, 9000), nonce=st.integers(0, 5), most=st.integers(0, 1500),
+        locked=st.sampled_from([0, 0, 0, 100, 300]),
         key=st.sampled_from([CLIENT, CLIENT, CLIENT, RIVAL]),
     )  # fmt: skip
     def open(
-        self, amount: int, cap: int, fee: int, hold: int, notice: int, audit: int, lasts: int, nonce: int, most: int,
-        locked: int, key: AccountKey,
+        self, amount: int, cap: int, too_high: int, fee: int, hold: int, notice: int, audit: int, lasts: int,
+        nonce: int, most: int, locked: int, key: AccountKey,
     ) -> None:  # fmt: skip
         wanted = terms(
-            amount_micro=amount, cap_micro=cap, fee_ppm=fee, holdback_ppm=hold, notice_ms=notice, audit_ms=audit,
-            expires_ms=max(0, self.book.book.now_ms + lasts), nonce=bytes([nonce] * 32),
+            amount_micro=amount, cap_micro=min(cap, amount) + too_high, fee_ppm=fee, holdback_ppm=hold,
+            notice_ms=notice, audit_ms=audit, expires_ms=max(0, self.book.book.now_ms + lasts),
+            nonce=bytes([nonce] * 32),
             payees=(Payee(NODES[0].address, most), Payee(NODES[1].address, AMOUNT_MAX)),
             locked_until_ms=self.book.book.now_ms + locked if locked else 0,
         )  # fmt: skip
         name = wanted.escrow_id(LEDGER)
-        self.names.append(name)
-        self.attempt(lambda: self.book.open(wanted, key.sign(name)))
+        if self.attempt(lambda: self.book.open(wanted, key.sign(name))):
+            self.names.append(name)
 
     @rule(
-        at=st.integers(0, 20), node=st.sampled_from(NODES), amount=st.integers(0, 1600),
-        key=st.sampled_from([CLIENT, DRIVER, DRIVER, RIVAL]),
+        at=st.integers(0, 20), node=st.sampled_from(NODES), more=st.integers(-1, 400) | st.integers(1, 100),
+        key=st.sampled_from([CLIENT, CLIENT, DRIVER, DRIVER, RIVAL]),
     )  # fmt: skip
-    def redeem(self, at: int, node: AccountKey, amount: int, key: AccountKey) -> None:
-        if self.names:
-            self.attempt(lambda: self.book.redeem(voucher(self.names[at % len(self.names)], node, amount, key)))
+    def redeem(self, at: int, node: AccountKey, more: int, key: AccountKey) -> None:
+        name = self.names[at % len(self.names)]
+        paid = self.book.escrows[name].paid.get(node.address, Paid()) if name in self.book.escrows else Paid()
+        signed = voucher(name, node, max(0, paid.redeemed_micro + more), key)
+        self.attempt(lambda: self.book.redeem(signed))
 
     @rule(at=st.integers(0, 20), key=st.sampled_from([CLIENT, CLIENT, DRIVER]))
     def close(self, at: int, key: AccountKey) -> None:
-        if self.names:
-            wish = Closing(self.names[at % len(self.names)])
-            self.attempt(lambda: self.book.close(wish, key.sign(wish.digest(LEDGER))))
+        wish = Closing(self.names[at % len(self.names)])
+        self.attempt(lambda: self.book.close(wish, key.sign(wish.digest(LEDGER))))
 
     @rule(
         at=st.integers(0, 20), node=st.sampled_from(NODES), most=st.integers(0, 1600),
         key=st.sampled_from([CLIENT, DRIVER, DRIVER, RIVAL]),
     )  # fmt: skip
     def admit(self, at: int, node: AccountKey, most: int, key: AccountKey) -> None:
-        if self.names:
-            self.attempt(lambda: self.book.admit(self.names[at % len(self.names)], node, most, key))
+        self.attempt(lambda: self.book.admit(self.names[at % len(self.names)], node, most, key))
 
     @rule(
         at=st.integers(0, 20), amount=st.integers(0, 500), cap=st.integers(0, 500), longer=st.integers(-10, 300),
         ahead=st.sampled_from([0, 0, 0, 1, -1]), key=st.sampled_from([CLIENT, CLIENT, CLIENT, DRIVER]),
     )  # fmt: skip
     def top_up(self, at: int, amount: int, cap: int, longer: int, ahead: int, key: AccountKey) -> None:
-        escrow = self.book.escrows.get(self.names[at % len(self.names)]) if self.names else None
+        escrow = self.book.escrows.get(self.names[at % len(self.names)])
         if escrow is not None:
             number, ends_ms = max(1, escrow.top_ups + 1 + ahead), max(0, escrow.ends_ms + longer)
             self.attempt(lambda: self.book.top_up(
@@ -521,13 +534,14 @@ class Ledger(RuleBasedStateMachine):
         signer=st.sampled_from([None, None, CLIENT]),
     )  # fmt: skip
     def finish(self, at: int, node: AccountKey, more: int, signer: AccountKey | None) -> None:
-        escrow = self.book.escrows.get(self.names[at % len(self.names)]) if self.names else None
+        escrow = self.book.escrows.get(self.names[at % len(self.names)])
         if escrow is not None:
             amount = more + (escrow.paid[node.address].redeemed_micro if node.address in escrow.paid else 0)
             if self.attempt(lambda: self.book.finish(escrow.escrow_id, node, amount, signer)):
                 after = self.book.escrows[escrow.escrow_id]
                 wants = [one for one in after.payees if not after.paid.get(one, Paid()).finished]
-                assert (after.state is State.OPEN) == (not after.closing or bool(wants))
+                locked = after.terms.locked_until_ms > self.book.book.now_ms
+                assert (after.state is State.OPEN) == (not after.closing or bool(wants) or locked)
 
     @rule(at=st.integers(0, 200))
     def say_again(self, at: int) -> None:
@@ -564,17 +578,16 @@ class Ledger(RuleBasedStateMachine):
             assert self.attempt(lambda: self.book.slash(bond.bond_id, one.to_bytes(), other.to_bytes())) == may
 
     @rule(
-        at=st.integers(0, 20), node=st.sampled_from(NODES), amount=st.integers(0, 300),
-        key=st.sampled_from([AUDITOR, AUDITOR, CLIENT]),
+        at=st.integers(0, 20), node=st.sampled_from(NODES), amount=st.integers(0, 40),
+        key=st.sampled_from([AUDITOR, AUDITOR, AUDITOR, CLIENT]),
     )  # fmt: skip
     def withhold(self, at: int, node: AccountKey, amount: int, key: AccountKey) -> None:
-        if self.names:
-            order = Withholding(
-                escrow=self.names[at % len(self.names)], payee=node.address, amount_micro=amount, evidence=WORK
-            )
-            self.attempt(lambda: self.book.withhold(order, key.sign(order.digest(LEDGER))))
+        order = Withholding(
+            escrow=self.names[at % len(self.names)], payee=node.address, amount_micro=amount, evidence=WORK
+        )
+        self.attempt(lambda: self.book.withhold(order, key.sign(order.digest(LEDGER))))
 
-    @rule(step=st.integers(-300, 300) | st.sampled_from([-DAY_MS, DAY_MS - 200]))
+    @rule(step=st.sampled_from([-DAY_MS, -30, 1, 1, 10, 10, 30, 100, 100, 300, 300, DAY_MS - 200]))
     def clock(self, step: int) -> None:
         before = self.book.book.now_ms
         self.book.at(before + step)
@@ -682,6 +695,70 @@ def test_a_journal_shows_what_an_operator_changed() -> None:
 
 OPERATOR = KeyPair.from_seed(b"o" * 32)
 HOUSE = HouseLedger(OPERATOR.node_id, "USD")
+
+
+def all_of_a_journal() -> Desk:
+    """Whatever a ledger can be asked to do, but for a fee."""
+    book, seller = a_book(), SELLERS[0]
+    book.deposit(SPONSOR.address, STAKE)
+    escrow = opened(book, terms(fee_ppm=33_333, holdback_ppm=77_777))
+    book.admit(escrow, NODES[2], 333, DRIVER)
+    book.top_up(escrow, amount_micro=501, cap_micro=77, expires_ms=20_000)
+    for node, amount, key in ((NODES[0], 301, DRIVER), (NODES[2], 333, CLIENT), (NODES[0], 777, CLIENT)):
+        book.redeem(voucher(escrow, node, amount, key))
+    order = Withholding(escrow=escrow, payee=NODES[0].address, amount_micro=13, evidence=WORK)
+    book.withhold(order, AUDITOR.sign(order.digest(LEDGER)))
+    withdrawn(book, withdrawal(CLIENT, 99, 1), CLIENT)
+    lost, kept = (book.post(bond_terms(seller, nonce=bytes([nonce] * 32)), SPONSOR) for nonce in (1, 2))
+    book.slash(lost, HOLDS[2].to_bytes(), HOLDS[3].to_bytes())
+    book.unbond(kept, SPONSOR)
+    for node, amount in zip(NODES, (777, 0, 333), strict=True):
+        book.finish(escrow, node, amount)
+    book.ask_for_the_rest(escrow)
+    book.at(2 * DAY_MS)
+    return book
+
+
+def read_by_another(lines: list[Line]) -> dict[str, int]:
+    """As whoever has a file from `shoal account export` reads it."""
+    head, *plain = (unpacked(msgspec.json.decode(msgspec.json.encode(one))) for one in (LEDGER, *lines))
+    reader = Reader(head)
+    for one in plain:
+        reader.read(one)
+    return reader.balances
+
+
+def test_a_journal_is_checked_without_any_code_of_the_ledger() -> None:
+    book = all_of_a_journal()
+    lines = book.lines
+    assert {type(one.command) for one in lines} == set(get_args(Command)) - {SetFee}
+    assert read_by_another(lines) == verified(lines, LEDGER).balances == book.balances
+
+
+@pytest.mark.parametrize("what", ["left out", "twice", "another's", "more"])
+def test_two_readers_find_the_line_that_an_operator_forged(what: str) -> None:
+    """It makes the hashes fit again, as it can."""
+    lines, found = all_of_a_journal().lines, 0
+    for place in range(1, len(lines), 2):
+        before, one, after = lines[:place], lines[place], lines[place + 1 :]
+        mine = Move(lines[0].moves[0].target, FEES, 1)
+        forged = {
+            "left out": [*before, *after],
+            "twice": [*before, one, one, *after],
+            "another's": [*before, replace(one, command=lines[place - 1].command), *after],
+            "more": [*before, replace(one, moves=(*one.moves, mine)), *after],
+        }[what]
+        sealed = resealed(forged)
+        try:
+            balances = verified(sealed, LEDGER).balances
+        except BadJournal as error:
+            found += 1
+            assert re.match(r"Line \d+ of the journal", error.sentence)
+            with pytest.raises((AssertionError, KeyError)):
+                read_by_another(sealed)
+        else:
+            assert balances == read_by_another(sealed)
+    assert found >= 5
 
 
 def deposits(*amounts: int) -> list[Line]:

@@ -50,6 +50,8 @@ def test_what_is_no_amount_is_refused(text: str | int) -> None:
 def test_more_than_can_be_counted_is_refused() -> None:
     with pytest.raises(BadQuantity, match="more money than can be counted"):
         parse_money("9223372036854.775808")
+    with pytest.raises(BadQuantity, match="more money than can be counted"):
+        parse_money(10**20)
     assert parse_money("9223372036854.775807") == AMOUNT_MAX
     with pytest.raises(BadQuantity, match="more money than can be counted"):
         parse_price("9223372036854/s")

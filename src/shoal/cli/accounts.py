@@ -591,7 +591,11 @@ def verify(
     if before is not None and found.as_seen:
         out.print(f"It is the history that was seen before, up to line {before.number}.", markup=False)
     elif before is not None:
-        out.print(f"It is older than what was seen before, up to line {before.number}.", markup=False)
+        out.print(
+            f"It is older than what was seen before, up to line {before.number}, and was not compared with that: of two "
+            "files, check the shorter one first.",
+            markup=False, soft_wrap=True,
+        )  # fmt: skip
 
 
 class KeptCheckpoint:

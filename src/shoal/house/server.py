@@ -133,7 +133,7 @@ class LedgerServer:
 
     def _announce(self, ledger: SqlLedger, key: KeyPair) -> None:
         """A fee that is not what the newest table says. Raises LedgerFailed."""
-        known, now_ms, fee_ppm = ledger.fees(), self._clock.now_ms(), self._settings.fee_ppm
+        known, now_ms, fee_ppm = ledger.fees(), ledger.now_ms(), self._settings.fee_ppm
         if fee_ppm is None or (known and known[-1].table.fee_ppm == fee_ppm):
             return
         ahead_ms = FEE_NOTICE_MS + ANNOUNCING_MS if ledger.balance(ISSUED) else 0

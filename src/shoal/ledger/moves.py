@@ -69,8 +69,8 @@ def moved(balances: Mapping[str, int], moves: Iterable[Move]) -> dict[str, int]:
     """The balances, of the accounts that take part, after all of the moves. Raises TooLittleMoney, MoneyRefused."""
     after: dict[str, int] = {}
     for move in moves:
-        if not 0 < move.amount_micro <= AMOUNT_MAX:
-            raise MoneyRefused(f"{move.amount_micro} millionths cannot move from {move.source} to {move.target}.")
+        if type(move.amount_micro) is not int or not 0 < move.amount_micro <= AMOUNT_MAX:
+            raise MoneyRefused(f"{move.amount_micro!r} millionths cannot move from {move.source} to {move.target}.")
         for name, change in ((move.source, -move.amount_micro), (move.target, move.amount_micro)):
             after[name] = after.get(name, balances.get(name, 0)) + change
     for name, balance in after.items():

@@ -54,6 +54,8 @@ from shoal.world.quotes import Held, NotSecured, Quotes
 
 PAY_DEADLINE_S = 5.0
 LAST_PAY_DEADLINE_S = 15.0
+OVER_LOOKS = 15
+"""At an escrow of hosts that ends, until it has: the ledger sees to it within ten seconds."""
 ASKED_AGAIN_S = (0.5, 1.0, 2.0, 4.0)
 """After so long each, when an answer of the ledger was lost; places are held for longer."""
 RENEW_EVERY_S = LEASE_STEP_MS / 1000 / 3
@@ -138,6 +140,7 @@ class Purse:
         )
         self._former = known.terms if known else ()
         self._budget_micro = funds.budget_micro
+        self._as_before = known is not None and known.budget_micro == funds.budget_micro
         self._warned_micro = 0
         """The budget of which it was said that it comes to its end."""
         self._term: TermPayments | None = None
@@ -602,11 +605,15 @@ class Purse:
         this budget. Raises ShoalError."""
         closed = list[TermPayments]()
         for term in self._former:
-            after, _ = await close_escrow(term, self.funds.ledger, self._hand)
+            if self.funds.account is not None and term.terms.signer != term.terms.payer:
+                after = await self._close_after_hosts(term)
+            else:
+                after, _ = await close_escrow(term, self.funds.ledger, self._hand)
             closed.append(after)
             unheard = after.added_micro - term.added_micro
             if unheard < 0:
-                self._budget_micro = max(0, self._budget_micro + unheard)
+                if self._as_before:
+                    self._budget_micro = max(0, self._budget_micro + unheard)
                 self._say(
                     f"{format_money(-unheard)} {term.ledger.currency} less was added to the budget than whoever drove "
                     f"before wrote down; it is {format_money(self._budget_micro)}."
@@ -619,6 +626,24 @@ class Purse:
         self._former = () if forget else tuple(closed)
         if closed:
             await self._write()
+
+    async def _close_after_hosts(self, term: TermPayments) -> TermPayments:
+        """Of an escrow that others signed for, with a key of their own: what it paid is the ledger's to say, also where
+        they wrote that it is closed, and only once they can sign for no more of it."""
+        said = False
+        for _ in range(OVER_LOOKS):
+            term, found = await close_escrow(term, self.funds.ledger, self._hand)
+            if found is None or found.state is not State.OPEN:
+                break
+            ends_s = max(1.0, (found.ends_ms - self._clock.now_ms()) / 1000)
+            if not said:
+                self._say(
+                    f"What its hosts have not used is asked back: in {format_duration_s(ends_s)} it is there, and what "
+                    "they have spent is known."
+                )
+            said = True
+            await self._clock.sleep(ends_s)
+        return term
 
     async def leave(self) -> None:
         """To whoever goes on with this purse: nothing is given back."""

@@ -14,7 +14,7 @@ from shoal.quantities.units import BadQuantity
 MICRO = 1_000_000
 AMOUNT_MAX = (1 << 63) - 1
 """Of an account, an escrow, an entry: what a column of SQL holds."""
-_AMOUNT = re.compile(r"\s*([0-9]{1,13})(?:\.([0-9]{1,6}))?\s*\Z")
+_AMOUNT = re.compile(r"\s*([0-9]{1,40})(?:\.([0-9]{1,6}))?\s*\Z")
 _SHARE = re.compile(r"\s*([0-9]{1,3})(?:\.([0-9]{1,4}))?\s*%\s*\Z")
 _PRICE = re.compile(r"(.*?)\s*/\s*(h|hour|s|second|d|day)\s*\Z", re.DOTALL)
 _SECONDS = {"s": 1, "second": 1, "h": 3600, "hour": 3600, "d": 86_400, "day": 86_400}

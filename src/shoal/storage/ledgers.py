@@ -198,7 +198,7 @@ class SqlLedger:
         except (SQLAlchemyError, ImportError, ValueError):  # what it says would show the URL's password
             raise LedgerFailed(
                 "The URL of the ledger's database cannot be used; write postgresql+psycopg://USER@HOST/DATABASE, and "
-                "install shoal[postgres]. Or name a file, for SQLite."
+                "install shoal[postgres]. Without one it is SQLite in a file."
             ) from None
         made = cls(engine, engine.url.render_as_string(hide_password=True), ledger, clock, network)
         try:
@@ -264,6 +264,13 @@ class SqlLedger:
             ) from error
         self._is_known(step)
         return step
+
+    def now_ms(self) -> int:
+        """As of this ledger: never before its newest line, whatever the clock says. Raises LedgerFailed."""
+        with self._reading() as connection:
+            last = self._last_line(connection)
+        self._latest_ms = max(self._latest_ms, self.clock.now_ms(), 0 if last is None else last.at_ms)
+        return self._latest_ms
 
     def balance(self, name: str) -> int:
         with self._reading() as connection:
