@@ -93,7 +93,7 @@ def test_many_cheap_nodes_may_beat_a_large_one_and_a_poor_link_may_spoil_it() ->
     assert 0 in fast.members
     none = best_mix(work, flops, rates, costs, nodes_max=8, tokens_per_s_min=1e9, micro_per_h_max=600_000)
     assert none.reason == (
-        "No mix of 5 candidates gives at least 1 and at most 8 nodes, 1e+09 tokens/s, at most 0.60/h together."
+        "No mix of 5 candidates gives at least 1 and at most 8 nodes, 1.0 G tokens/s, at most 0.60/h together."
     )
 
 
@@ -102,7 +102,7 @@ def test_what_a_mix_costs() -> None:
     assert mix.tokens_per_s == pytest.approx(1e6)
     assert mix.micro_per_million == pytest.approx(100)  # 360,000 an hour are 100 a second
     assert mix.cost_micro(10_000_001) == 1001
-    assert mix.reason == "1 of 1 nodes: 1e+06 tokens/s for 0.36/h, a million tokens for 0.0001."
+    assert mix.reason == "1 of 1 nodes: 1.0 M tokens/s for 0.36/h, a million tokens for 0.0001."
 
 
 def test_exchange_that_is_not_hidden_takes_its_time() -> None:

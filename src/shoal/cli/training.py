@@ -40,7 +40,7 @@ from shoal.identity import KeyPair, load_key
 from shoal.protocol.orders import HOUR_MS
 from shoal.purse.bills import budget_of
 from shoal.quantities import format_bytes, format_count, format_duration_s, format_flops, parse_duration_s
-from shoal.quantities.money import format_money, parse_money
+from shoal.quantities.money import format_money, parse_money, places_for
 from shoal.sdk.costs import Costs, Way
 from shoal.sdk.documents import describe, show_default
 from shoal.sdk.handed import is_driven_by_nodes
@@ -428,10 +428,13 @@ def print_costs(costs: Costs) -> None:
     for name in ("tokens/s", "time", f"{costs.currency}/h", f"{costs.currency} in all"):
         table.add_column(name, justify="right", no_wrap=True)
 
+    ways = [way for way in (costs.all, costs.best, costs.one, *costs.public) if way is not None]
+    per_h, in_all = places_for(way.micro_per_h for way in ways), places_for(way.micro for way in ways)
+
     def row(way: Way, what: str, style: str = "") -> None:
         table.add_row(
             escape(shown(what)), format_count(way.tokens_per_s), format_duration_s(3600 * way.hours),
-            format_money(way.micro_per_h), format_money(way.micro), style=style,
+            format_money(way.micro_per_h, per_h), format_money(way.micro, in_all), style=style,
         )  # fmt: skip
 
     if costs.all is not None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from shoal.quantities import format_count
 from shoal.quantities.money import format_money, format_price
 
 FLOORS = 12
@@ -140,14 +141,14 @@ def _by_value(flops: Column, costs: NDArray[np.int64], least: int, most: int) ->
 def _said(mix: Mix, candidates: int) -> str:
     number = f"{len(mix.members)} of {candidates} nodes"
     return (
-        f"{number}: {mix.tokens_per_s:.4g} tokens/s for {format_price(mix.micro_per_h)}, a million tokens for "
-        f"{format_money(round(mix.micro_per_million))}."
+        f"{number}: {format_count(mix.tokens_per_s)} tokens/s for {format_price(mix.micro_per_h)}, a million tokens "
+        f"for {format_money(round(mix.micro_per_million))}."
     )
 
 
 def _none(candidates: int, nodes_min: int, nodes_max: int, speed: float, cost: int | None) -> str:
     asked = [f"at least {nodes_min} and at most {nodes_max} nodes"]
-    asked += [f"{speed:.4g} tokens/s"] if speed > 0 else []
+    asked += [f"{format_count(speed)} tokens/s"] if speed > 0 else []
     asked += [f"at most {format_price(cost)} together"] if cost is not None else []
     return f"No mix of {candidates} candidates gives {', '.join(asked)}."
 
