@@ -11,7 +11,9 @@ from pathlib import Path
 import msgspec
 import pytest
 from report_story import Story
+from rich.console import Console
 
+from shoal.cli import jobs
 from shoal.driver.folder import RunFolder
 from shoal.driver.report import NodeStatus
 from shoal.driver.write_report import write_report
@@ -223,3 +225,22 @@ def test_endpoints_stand_by_their_folders_as_runs_do(tmp_path: Path) -> None:
     assert found().state is JobState.STOPPED and stop(tmp_path / "paying") is None
     leave_number(tmp_path / "paying", a_gone_process())
     assert found().state is JobState.DIED
+
+
+@pytest.mark.parametrize("columns", [60, 80])
+def test_the_list_names_every_run_and_its_money_also_on_a_narrow_terminal(
+    tmp_path: Path, columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SHOAL_HOME", str(tmp_path))
+    monkeypatch.setattr(jobs, "out", Console(width=columns, highlight=False))
+    monkeypatch.chdir(tmp_path)
+    payments = msgspec.json.encode(payments_of(Story()))
+    with write(Path("runs") / "quickstart", Story()) as folder:
+        folder.write("payments.json", payments)
+    Books(tmp_path / "serve" / "small", print).close()
+    (tmp_path / "serve" / "small" / "payments.json").write_bytes(payments)
+    jobs.list_jobs()
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= columns
+    assert [line for line in lines if line.startswith("runs/quickstart stopped ") and line.endswith(" 1.36 3.00 USD")]
+    assert [line for line in lines if " stopped  1.36 3.00 USD" in line and not line.startswith("runs/")]

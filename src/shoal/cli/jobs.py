@@ -14,7 +14,7 @@ from rich.table import Table
 
 from shoal.cli import places
 from shoal.cli.app import JOBS, Commands, Group, app
-from shoal.cli.output import NEGATIVE, SHORT, JsonFlag, LedgerFlag, err, out, print_json, shown, when
+from shoal.cli.output import NARROW, NEGATIVE, SHORT, JsonFlag, LedgerFlag, err, out, print_json, shown, when
 from shoal.cli.output import run as run_to_end
 from shoal.quantities import format_count, format_duration_s
 from shoal.quantities.money import format_money, format_price, places_for
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 LOOK_S = 15.0
 """So long the nodes that drive a job are waited for."""
-NARROW = 80
-"""On terminals of fewer columns figures are left out that `shoal jobs show` has."""
 RunArgument = Annotated[
     Path,
     typer.Argument(
@@ -41,7 +39,8 @@ class ListFirst(Group):
     """`shoal jobs` alone is `shoal jobs list`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if not args or (args[0].startswith("-") and args[0] not in ctx.help_option_names):
+        named = args and (not args[0].startswith("-") or args[0] in ctx.help_option_names)
+        if not named and not ctx.resilient_parsing:  # a shell that completes wants the commands
             args = ["list", *args]
         return super().parse_args(ctx, args)
 
@@ -129,9 +128,9 @@ def _state(one: JobStanding | EndpointStanding) -> str:
 
 def _of_budget(one: JobStanding | EndpointStanding, digits: int) -> tuple[str, ...]:
     """What is spent, and of how much; nothing where nothing was set aside."""
-    if one.currency is None:
+    if not one.budget_micro:
         return ()
-    return format_money(one.spent_micro, digits), f"{format_money(one.budget_micro)} {one.currency}"
+    return format_money(one.spent_micro, digits), f"{format_money(one.budget_micro)} {one.currency or ''}".rstrip()
 
 
 @jobs_app.command("show")
