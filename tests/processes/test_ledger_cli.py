@@ -267,7 +267,7 @@ MISTAKES = [
     pytest.param([["account", "bond", "5", "0" * 64, "--notice", "23h"]], "SH-103", "1 to 30 days", id="in a hurry"),
     pytest.param([["account", "bond", "5", "0" * 64, "--notice", "31d"]], "SH-103", "1 to 30 days", id="too patient"),
     pytest.param([["account", "bond", "5", "beef"]], "SH-100", "64 hexadecimal", id="a bond behind nobody"),
-    pytest.param([["account", "bond", "5"]], "SH-110", "node.key cannot be read", id="no node here"),
+    pytest.param([["account", "bond", "5"]], "SH-103", "name its folder with --data", id="no node here"),
     pytest.param([["account", "bond", "5", "0" * 64, "--data", "x"]], "SH-103", "leave one", id="two nodes"),
     pytest.param([["account", "slash", "none", "none", *TICKET]], "SH-420", "none", id="no hold"),
     pytest.param(

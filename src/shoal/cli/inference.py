@@ -235,7 +235,7 @@ async def _spending_shown(service: ModelService) -> AsyncIterator[None]:
 
 async def _show_spending(service: ModelService) -> None:
     assert service.paying is not None
-    purse, currency, clock, said = service.paying.purse, service.paying.currency, SystemClock(), 0.0
+    purse, currency, clock, said = service.paying.purse, service.paying.currency, SystemClock(), 0
     with contextlib.ExitStack() as stack:
         line = stack.enter_context(err.status("")) if err.is_terminal else None
         while True:
@@ -247,8 +247,8 @@ async def _show_spending(service: ModelService) -> None:
             )
             if line is not None:
                 line.update(figures)
-            elif spent / purse.budget_micro >= said + SPENT_EVERY_SHARE:
-                said = spent / purse.budget_micro
+            elif spent - said >= SPENT_EVERY_SHARE * purse.budget_micro:
+                said = spent
                 err.print(figures, markup=False, soft_wrap=True)
             await clock.sleep(SPENT_EVERY_S)
 

@@ -404,7 +404,7 @@ async def fund(folder: Path, micro: int, account: AccountKey, ledger: Ledger, cl
 
 def _under_way(folder: Path) -> tuple[Payments | None, str]:
     """What pays nodes now, and what to do once it does not any more. Raises NothingSetAside where nobody pays."""
-    if pays_nodes(folder):
+    if not (folder / "job.record").exists():
         again = "start `shoal serve` with another --budget"
         if writer_of(folder) is None:
             raise NothingSetAside(f"No endpoint runs with the folder {folder}: {again}.")
