@@ -235,6 +235,11 @@ def test_shells_can_complete(place: Path, shell: str) -> None:
     more = {"_SHOAL_COMPLETE": asked, "_TYPER_COMPLETE_FISH_ACTION": "get-args", **line}
     done = shoal(place, **more)
     assert "quickstart" in done.stdout and "offers" not in done.stdout
+    line = (
+        {"COMP_WORDS": "shoal jobs ", "COMP_CWORD": "2"} if shell == "bash" else {"_TYPER_COMPLETE_ARGS": "shoal jobs "}
+    )
+    done = shoal(place, **more | line)
+    assert all(name in done.stdout for name in ("list", "show", "fund", "cancel"))
 
 
 @contextlib.contextmanager

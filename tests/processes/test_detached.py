@@ -13,7 +13,7 @@ import pytest
 from job_world import PATIENCE_S, Watch, check_account, job_text, options_for, owner_key, parsed, resume_job
 from test_paid_jobs import DEPOSIT, Terminal, Town, check_bill, in_town
 
-from shoal.driver.folder import RunFolder, pid_in_lock
+from shoal.driver.folder import RunFolder
 from shoal.driver.lines import Event, EventKind
 from shoal.house import RemoteLedger
 from shoal.identity import KeyPair
@@ -37,6 +37,7 @@ from shoal.sdk.detached import Standing, ask, detach
 from shoal.sdk.local import LocalProcess, LocalShoal
 from shoal.transport import TlsEndpoint
 from shoal.world import Refused, SystemClock, SystemDice
+from shoal.world.processes import pid_in_lock
 
 WAITS = "The money is used up: the job waits for more until "
 

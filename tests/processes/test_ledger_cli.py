@@ -250,7 +250,12 @@ MISTAKES = [
     pytest.param([["account", "balance", *TICKET]], "SH-135", "shoal account create", id="no account"),
     pytest.param([NEW, NEW], "SH-118", "There is an account", id="an account already"),
     pytest.param([[*NEW, "--ledger", "x"]], "SH-112", "shoal-ledger://<64", id="no ticket"),
-    pytest.param([[*NEW, *TICKET], ["account", "balance"]], "SH-301", "127.0.0.1:9", id="nobody there"),
+    pytest.param(
+        [[*NEW, *TICKET], ["account", "balance"]],
+        "SH-301",
+        "127.0.0.1:9: Connection refused. Check that it runs",
+        id="nobody there",
+    ),
     pytest.param([["account", "deposit", "-5"]], "SH-101", "'-5' is no amount", id="less than nothing"),
     pytest.param([["account", "deposit", "0"]], "SH-103", "0 is nothing", id="nothing"),
     pytest.param([["account", "deposit", "0.0000001"]], "SH-101", "six places", id="less than can be counted"),
@@ -267,7 +272,7 @@ MISTAKES = [
     pytest.param([["account", "bond", "5", "0" * 64, "--notice", "23h"]], "SH-103", "1 to 30 days", id="in a hurry"),
     pytest.param([["account", "bond", "5", "0" * 64, "--notice", "31d"]], "SH-103", "1 to 30 days", id="too patient"),
     pytest.param([["account", "bond", "5", "beef"]], "SH-100", "64 hexadecimal", id="a bond behind nobody"),
-    pytest.param([["account", "bond", "5"]], "SH-110", "node.key cannot be read", id="no node here"),
+    pytest.param([["account", "bond", "5"]], "SH-103", "name its folder with --data", id="no node here"),
     pytest.param([["account", "bond", "5", "0" * 64, "--data", "x"]], "SH-103", "leave one", id="two nodes"),
     pytest.param([["account", "slash", "none", "none", *TICKET]], "SH-420", "none", id="no hold"),
     pytest.param(

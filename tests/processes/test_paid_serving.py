@@ -157,13 +157,15 @@ async def until_free(town: Town, name: str) -> None:
 
 
 @contextlib.asynccontextmanager
-async def a_command(town: Town, checkpoint: Path, budget: str) -> AsyncIterator[tuple[Any, str]]:
+async def a_command(
+    town: Town, checkpoint: Path, budget: str, *, stderr: int | None = None
+) -> AsyncIterator[tuple[Any, str]]:
     """`shoal serve` as a process, and its URL."""
     (town.folder / "keys" / "account.ledger").write_text(str(town.ticket))
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "shoal", "serve", str(checkpoint), "--name", "small", "--http", "127.0.0.1:0", "--json",
         "--hub", town.shoal.hub_tickets[0], "--budget", budget,
-        env={**os.environ, "SHOAL_HOME": str(town.folder / "keys")}, stdout=asyncio.subprocess.PIPE,
+        env={**os.environ, "SHOAL_HOME": str(town.folder / "keys")}, stdout=asyncio.subprocess.PIPE, stderr=stderr,
     )  # fmt: skip
     try:
         assert process.stdout is not None
@@ -205,6 +207,55 @@ def test_a_gateway_that_was_killed_closes_its_escrow_at_the_next_start(checkpoin
             bill = msgspec.json.decode(out, type=dict[str, Bill])["bill"]
         assert bill.quoted == 4_000_000 and bill.charged > 0
         await check_settled(town, bill, before)
+
+    in_town(tmp_path, story)
+
+
+async def jobs(town: Town, *words: str) -> Any:
+    """`shoal jobs` with --json, of whose account it is."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "shoal", "jobs", *words, "--json",
+        cwd=town.folder, env={**os.environ, "SHOAL_HOME": str(town.folder / "keys")}, stdout=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    out, _ = await process.communicate()
+    return json.loads(out)
+
+
+@pytest.mark.timeout(400)
+def test_what_an_endpoint_spends_is_shown_while_it_serves_and_comes_back_when_it_is_cancelled(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    async def story(town: Town) -> None:
+        await town.node("amber", CHEAP)
+        data = tmp_path / "keys" / "serve" / "small"
+        async with a_command(town, checkpoint, "0.50", stderr=asyncio.subprocess.PIPE) as (process, url):
+            assert (await ask(url)).status_code == 200
+            while written(data).spent_micro < 50_000:
+                assert (await ask(url, max_tokens=200)).status_code == 200
+            while b" of 0.50 USD spent  up to 36.00/h  " not in (line := await process.stderr.readline()):
+                assert line, "it is said at the latest when a tenth is spent"
+            assert float(line.split()[0]) >= 0.05
+            (listed,) = (await jobs(town))["endpoints"]
+            assert (listed["state"], listed["folder"], listed["budget_micro"]) == ("running", str(data), 500_000)
+            assert 50_000 <= listed["spent_micro"] <= (shown := await jobs(town, "show", str(data)))["spent_micro"]
+            assert [(one["name"], one["earned_micro"]) for one in shown["nodes"]] == [("amber", shown["spent_micro"])]
+            assert await jobs(town, "cancel", str(data)) == {"stopped": process.pid, "closed": None}
+            await check_settled(
+                town, msgspec.json.decode((await process.communicate())[0], type=dict[str, Bill])["bill"]
+            )
+        assert (await jobs(town))["endpoints"][0]["state"] == "stopped"
+
+        before = await town.redeemed()
+        async with a_command(town, checkpoint, "4") as (process, url):
+            assert (await ask(url)).status_code == 200
+            await until(lambda: written(data).spent_micro)
+            process.kill()
+            await process.wait()
+        listed = (await jobs(town))["endpoints"][0]
+        assert listed["state"] == "died" and listed["open_micro"] == 4_000_000 - listed["spent_micro"]
+        closed = (await jobs(town, "cancel", str(data)))["closed"]
+        assert closed["micro"] == listed["open_micro"] and (await jobs(town, "show", str(data)))["open_micro"] == 0
+        assert (await town.redeemed())["amber"] - before["amber"] == listed["spent_micro"]
 
     in_town(tmp_path, story)
 

@@ -148,7 +148,7 @@ def test_what_a_mix_costs() -> None:
     assert mix.tokens_per_s == pytest.approx(1e6)
     assert mix.micro_per_million == pytest.approx(100)  # 360,000 an hour are 100 a second
     assert mix.cost_micro(10_000_001) == 1001
-    assert mix.reason == "1 of 1 nodes: 1e+06 tokens/s for 0.36/h, a million tokens for 0.0001."
+    assert mix.reason == "1 of 1 nodes: 1.0 M tokens/s for 0.36/h, a million tokens for 0.0001."
 
 
 def test_exchange_that_is_not_hidden_takes_its_time() -> None:

@@ -12,19 +12,35 @@ from pathlib import Path
 import msgspec
 import pytest
 from report_story import Story
+from rich.console import Console
 from typer.testing import CliRunner
 
+from shoal.cli import jobs
 from shoal.cli.jobs import jobs_app
 from shoal.driver.folder import RunFolder
 from shoal.driver.lines import Event, EventKind
 from shoal.driver.report import NodeStatus
 from shoal.driver.write_report import write_report
+from shoal.gateway.receipts import Books, GatewayRunning
 from shoal.protocol.money import EscrowTerms, HouseLedger, Payee
 from shoal.purse.bills import PaidNode, Payments, TermPayments
 from shoal.quantities.money import MICRO
 from shoal.sdk.handed import FILE as HANDED
 from shoal.sdk.handed import Handed
-from shoal.sdk.jobs import DamagedRun, Forecast, JobStanding, JobState, driver_of, forecast, look_at, look_at_all, stop
+from shoal.sdk.jobs import (
+    DamagedRun,
+    EndpointStanding,
+    Forecast,
+    JobStanding,
+    JobState,
+    ServedBy,
+    forecast,
+    look_at,
+    look_at_all,
+    look_at_endpoints,
+    stop,
+)
+from shoal.world.processes import writer_of
 
 
 def write(path: Path, story: Story) -> RunFolder:
@@ -52,7 +68,7 @@ def test_a_run_is_running_while_its_driver_holds_the_lock(tmp_path: Path) -> Non
     run = tmp_path / "run"
     with write(run, Story()):
         assert state_of(run) is JobState.RUNNING
-        driver = driver_of(run)
+        driver = writer_of(run)
         assert driver is not None and driver.pid == os.getpid()
         shutil.copytree(run, tmp_path / "copy")
         assert state_of(tmp_path / "copy") is JobState.DIED, "its number is that of the other run's driver"
@@ -63,7 +79,7 @@ def test_a_run_is_running_while_its_driver_holds_the_lock(tmp_path: Path) -> Non
     assert state_of(run) is JobState.DIED
     leave_number(run, os.getpid())
     assert state_of(run) is JobState.DIED, "the number is used again, by who does not hold the lock"
-    assert driver_of(run) is None and stop(run) is None, "so it is not stopped"
+    assert writer_of(run) is None and stop(run) is None, "so it is not stopped"
 
 
 def test_a_run_is_finished_by_its_report_and_not_before_its_goal(tmp_path: Path) -> None:
@@ -209,3 +225,61 @@ def test_a_damaged_run_hides_no_other(tmp_path: Path) -> None:
     assert "it says what nodes were paid" in damaged["three"].sentence
     assert isinstance(found[-1], JobStanding), "the newest first, damaged ones by when they were written to"
     assert [one.begun_ms for one in found] == sorted((one.begun_ms for one in found), reverse=True)
+
+
+def test_endpoints_stand_by_their_folders_as_runs_do(tmp_path: Path) -> None:
+    payments = payments_of(Story())
+    assert look_at_endpoints(tmp_path) == []
+    for name in ("free", "paying", "torn"):
+        Books(tmp_path / name, print).close()
+    (tmp_path / "paying" / "payments.json").write_bytes(msgspec.json.encode(payments))
+    (tmp_path / "torn" / "payments.json").write_text("{")
+    write(tmp_path / "run", Story()).close()
+    (tmp_path / "run" / "payments.json").write_bytes(msgspec.json.encode(payments))
+
+    def found() -> EndpointStanding:
+        by_name = {Path(one.folder).name: one for one in look_at_endpoints(tmp_path)}
+        assert set(by_name) == {"paying", "torn"}, "who pays nobody, and a run, are none"
+        torn, paying = by_name["torn"], by_name["paying"]
+        assert isinstance(torn, DamagedRun) and torn.code == "SH-452"
+        assert isinstance(paying, EndpointStanding)
+        return paying
+
+    books = Books(tmp_path / "paying", print)
+    now = found()
+    assert (now.state, now.spent_micro, now.budget_micro, now.open_micro) == (
+        JobState.RUNNING,
+        1_360_000,
+        3 * MICRO,
+        2_700_000,
+    )
+    keys = [key.node_id.hex() for key in Story().keys]
+    assert now.nodes == (
+        ServedBy("anchovy", keys[0], 2 * MICRO, MICRO, "worked"),
+        ServedBy("cod", keys[2], MICRO, 360_000, "worked"),
+    )
+    with pytest.raises(GatewayRunning, match=rf"Another gateway \(process {os.getpid()}\) keeps its receipts"):
+        Books(tmp_path / "paying", print)
+    books.close()
+    assert found().state is JobState.STOPPED and stop(tmp_path / "paying") is None
+    leave_number(tmp_path / "paying", a_gone_process())
+    assert found().state is JobState.DIED
+
+
+@pytest.mark.parametrize("columns", [60, 80])
+def test_the_list_names_every_run_and_its_money_also_on_a_narrow_terminal(
+    tmp_path: Path, columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SHOAL_HOME", str(tmp_path))
+    monkeypatch.setattr(jobs, "out", Console(width=columns, highlight=False))
+    monkeypatch.chdir(tmp_path)
+    payments = msgspec.json.encode(payments_of(Story()))
+    with write(Path("runs") / "quickstart", Story()) as folder:
+        folder.write("payments.json", payments)
+    Books(tmp_path / "serve" / "small", print).close()
+    (tmp_path / "serve" / "small" / "payments.json").write_bytes(payments)
+    jobs.list_jobs()
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= columns
+    assert [line for line in lines if line.startswith("runs/quickstart stopped ") and line.endswith(" 1.36 3.00 USD")]
+    assert [line for line in lines if " stopped  1.36 3.00 USD" in line and not line.startswith("runs/")]

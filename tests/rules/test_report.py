@@ -28,6 +28,7 @@ from shoal.driver.lines import AuditVerdict, EventKind, Lane, LaneSegment
 from shoal.driver.replay import find_contribution
 from shoal.driver.report import (
     PIECES_MAX,
+    AuditCount,
     CurvePoint,
     ExclusionReport,
     Figures,
@@ -47,6 +48,7 @@ from shoal.driver.write_report import write_missing_page, write_report
 from shoal.identity import KeyPair, blake3_hash
 from shoal.protocol.messages import Record, open_record, record_id_of, sign
 from shoal.protocol.training import Accepted, Assignment, Commit, Contribution, Grant, Member, Term
+from shoal.purse.bills import Bill, BillLine
 from shoal.world import DirectoryDisk, FaultyDisk, MemoryDisk
 
 PROMISED = {"held_out_loss", "untrained_loss", "unigram_loss", "tokens_accepted", "rounds", "wall_s"}
@@ -432,6 +434,25 @@ def test_the_page_shows_what_the_report_says(report: Report) -> None:
     lie = next(audit for audit in report.audits if audit.verdict is AuditVerdict.MISMATCH)
     assert f"--round {lie.round} --node {lie.name}" in text
     assert report.completion is not None and " ".join(report.completion.text.split()) in text
+
+
+def test_a_paid_job_has_its_cost_among_the_first_figures_and_a_bill_whose_points_stand_beneath_one_another(
+    report: Report,
+) -> None:
+    assert "Cost" not in Page(render_page(report)).text
+    lines = tuple(
+        BillLine(name=node.name, node_id=node.node_id, paid=paid, withheld=0, reason="worked")
+        for node, paid in zip(report.nodes, (1_250_000, 40_001), strict=False)
+    )
+    bill = Bill(quoted=3_000_000, charged=1_290_001, refunded=1_709_999, currency="USD", nodes=lines)
+    text = Page(render_page(msgspec.structs.replace(report, bill=bill))).text
+    assert "Cost 1.290001 USD of 3.00 set aside" in text
+    assert f"{lines[0].node_id[:8]} 1.250000 — worked" in text and f"{lines[1].node_id[:8]} 0.040001 — worked" in text
+
+
+def test_it_is_said_when_all_that_was_chosen_was_replayed() -> None:
+    assert AuditCount(chosen=1, replayed=1).sentence == "Every contribution that was chosen to be replayed was (1)."
+    assert AuditCount(chosen=2, replayed=1).sentence == "Of 2 contributions chosen to be replayed, 1 were."
 
 
 def test_the_page_needs_nothing_from_elsewhere(report: Report) -> None:

@@ -251,9 +251,10 @@ def bond(
     micro, notice_ms = places.amount_of(amount), round(1000 * parse_duration_s(notice))
     if node is not None and data is not None:
         raise BadFlag("NODE and --data both name a node; leave one of them out.")
-    node_id = (
-        node_id_from_hex(node) if node is not None else load_key((data or shoal_home() / "node") / "node.key").node_id
-    )
+    key_file = (data or shoal_home() / "node") / "node.key"
+    if node is None and not key_file.exists():
+        raise BadFlag(f"No node has its key in {key_file.parent}: name its folder with --data, or its NodeId as NODE.")
+    node_id = node_id_from_hex(node) if node is not None else load_key(key_file).node_id
     if micro < BOND_LEAST_MICRO:
         raise BadFlag(f"A bond of {format_money(micro)} is too small: {format_money(BOND_LEAST_MICRO)} at least.")
     if not BOND_NOTICE_LEAST_MS <= notice_ms <= BOND_NOTICE_MAX_MS:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import re
+from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 import psutil
@@ -28,13 +31,20 @@ from shoal.cli.output import (
 )
 from shoal.cli.tables import print_bill
 from shoal.protocol.hubs import HubTicket
-from shoal.quantities.money import parse_money
+from shoal.quantities import format_count
+from shoal.quantities.money import format_money, format_price, parse_money
 from shoal.sdk.local import shoal_home
 from shoal.sdk.places import NoHub
 from shoal.world import SystemClock, SystemDice
 from shoal.world.processes import die_with_parent
 
+if TYPE_CHECKING:
+    from shoal.gateway.service import ModelService
+
 SESSIONS_MAX = 4096
+SPENT_EVERY_S = 1.0
+SPENT_EVERY_SHARE = 0.1
+"""Where standard error is no terminal a line says what is spent whenever that is so much more of the budget."""
 
 
 @app.command("serve", rich_help_panel=JOBS)
@@ -196,7 +206,8 @@ def serve(
                 ).decode()
                 out.print(f"  curl {url}/v1/chat/completions {key}-d '{body}'", markup=False, soft_wrap=True)
                 out.print("[dim]Ctrl-C stops it.[/]")
-            await until_stopped()
+            async with _spending_shown(service):
+                await until_stopped()
         finally:
             await server.stop()
             bill = service.paying.bill if service.paying is not None else None
@@ -206,6 +217,40 @@ def serve(
                 print_bill(bill)
 
     run(work)
+
+
+@contextlib.asynccontextmanager
+async def _spending_shown(service: ModelService) -> AsyncIterator[None]:
+    """What nodes have been promised, while they serve."""
+    if service.paying is None:
+        yield
+        return
+    watching = asyncio.create_task(_show_spending(service))
+    try:
+        yield
+    finally:
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+
+
+async def _show_spending(service: ModelService) -> None:
+    assert service.paying is not None
+    purse, currency, clock, said = service.paying.purse, service.paying.currency, SystemClock(), 0
+    with contextlib.ExitStack() as stack:
+        line = stack.enter_context(err.status("")) if err.is_terminal else None
+        while True:
+            spent = purse.payments.spent_micro
+            figures = (
+                f"{format_money(spent)} of {format_money(purse.budget_micro)} {currency} spent  "
+                f"up to {format_price(purse.micro_per_h)}  {format_count(service.counts.tokens)} tokens  "
+                f"requests under way: {service.counts.running}"
+            )
+            if line is not None:
+                line.update(figures)
+            elif spent - said >= SPENT_EVERY_SHARE * purse.budget_micro:
+                said = spent
+                err.print(figures, markup=False, soft_wrap=True)
+            await clock.sleep(SPENT_EVERY_S)
 
 
 def _hubs(named: list[str] | None) -> tuple[HubTicket, ...]:

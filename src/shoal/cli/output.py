@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
+NARROW = 80
+"""On terminals of fewer columns tables leave out figures that can be had otherwise."""
 SHORT = 10
 """Hexadecimal digits of an escrow's or bond's name, for people."""
 T = TypeVar("T")

@@ -58,7 +58,8 @@ def quickstart_command(
         print_completion(report)
         print_report(report)
         out.print(told, markup=False)
-        out.print(report.goal.sentence if report.goal and report.goal.reached else "", markup=False)
+        if report.goal is not None and report.goal.reached:
+            out.print(f"Goal reached. {report.goal.sentence}", markup=False)
         liar = truth.liar or next(node.name for node in report.nodes if node.name != truth.killed)
         honest_name = next(name for name in (node.name for node in report.nodes) if name not in (liar, truth.killed))
         folder = options.folder

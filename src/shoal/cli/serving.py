@@ -16,6 +16,7 @@ from rich.table import Table
 from shoal.cli import places
 from shoal.cli.app import HERE, MACHINES, Commands, Group, app
 from shoal.cli.output import (
+    NARROW,
     SHORT,
     BadFlag,
     HubFlag,
@@ -437,15 +438,17 @@ def _print_earned(earned: Earned, days: dict[tuple[str, str], int]) -> None:
     over = [one for one in earned.escrows if one.over]
     rows = [*(one for one in earned.escrows if not one.over), *over[:ENDED_SHOWN]]
     withheld = any(one.withheld_micro for one in rows)
-    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    wide = out.width >= NARROW  # else without the sum of the others
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("client", "escrow"):
         table.add_column(name, no_wrap=True)
-    for name in ("vouchers", "paid", "to come", *(["withheld"] if withheld else [])):
+    for name in (*(["vouchers"] if wide else []), "paid", "to come", *(["withheld"] if withheld else [])):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("ends", overflow="fold")
     places = places_for(micro for one in rows for micro in (one.vouchers_micro, one.paid_micro, one.coming_micro))
     for one in rows:
-        figures = (one.vouchers_micro, one.paid_micro, one.coming_micro, *([one.withheld_micro] if withheld else []))
+        figures = [one.paid_micro, one.coming_micro, *([one.withheld_micro] if withheld else [])]
+        figures = [one.vouchers_micro, *figures] if wide else figures
         rest = f"; the rest comes {when(one.settles_ms)}" if one.settles_ms is not None and one.coming_micro else ""
         table.add_row(
             short_id(one.client), one.escrow.hex()[:SHORT], *(format_money(micro, places) for micro in figures),

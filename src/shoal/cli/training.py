@@ -41,7 +41,7 @@ from shoal.market.requirements import USUAL_CURRENCY
 from shoal.protocol.orders import HOUR_MS
 from shoal.purse.bills import budget_of
 from shoal.quantities import format_bytes, format_count, format_duration_s, format_flops, parse_duration_s
-from shoal.quantities.money import format_money, parse_money
+from shoal.quantities.money import format_money, parse_money, places_for
 from shoal.sdk.choosing import STEP_LEAST_S
 from shoal.sdk.costs import SHEET_SHARE, Costs, Way
 from shoal.sdk.documents import describe, show_default
@@ -437,10 +437,13 @@ def print_costs(costs: Costs, *, with_reason: bool) -> None:
     for name in ("tokens/s", "time", f"{costs.currency}/h", f"{costs.currency} in all"):
         table.add_column(name, justify="right", no_wrap=True)
 
+    ways = [way for way in (costs.all, costs.best, costs.one, costs.fastest, *costs.public) if way is not None]
+    per_h, in_all = places_for(way.micro_per_h for way in ways), places_for(way.micro for way in ways)
+
     def row(way: Way, what: str, style: str = "", currency: str = "") -> None:
         table.add_row(
             escape(shown(what)), format_count(way.tokens_per_s), format_duration_s(3600 * way.hours),
-            format_money(way.micro_per_h) + currency, format_money(way.micro) + currency, style=style,
+            format_money(way.micro_per_h, per_h) + currency, format_money(way.micro, in_all) + currency, style=style,
         )  # fmt: skip
 
     if costs.all is not None:

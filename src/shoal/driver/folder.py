@@ -31,7 +31,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import re
 import shutil
 import struct
@@ -52,6 +51,7 @@ from shoal.purse.bills import FILE as PAYMENTS
 from shoal.purse.bills import Payments
 from shoal.storage import StorageFull
 from shoal.world import DirectoryDisk, Disk, DiskLock
+from shoal.world.processes import LOCK, pid_in_lock, sign_lock, unsign_lock
 
 RECORD_BODY_MAX_BYTES = 1 << 20
 """The largest body among the records of a job."""
@@ -117,8 +117,6 @@ S = TypeVar("S", bound=msgspec.Struct)
 
 CHAIN = "records/chain"
 """Where the records are."""
-_LOCK = "lock"
-_PID_BYTES = 20
 _REPLACED = ".replaced"
 """Where an earlier run lies until the one in its place has begun."""
 _GONE = ".gone"
@@ -235,7 +233,7 @@ class RunFolder:
             if self._lock is not None:
                 try:
                     with contextlib.suppress(OSError):
-                        self._disk.write(_LOCK, b" " * _PID_BYTES)  # left in order; who is killed leaves its number
+                        unsign_lock(self._disk)
                     with _writing(self.path):
                         _settle_replaced(self.path, self._disk)
                         if self._disk.info("job.record") is None:
@@ -610,29 +608,29 @@ def _take_lock(path: Path, disk: Disk) -> DiskLock:
     """Hold the folder for this process. Raises FolderLocked."""
     with _writing(path):
         try:
-            lock = disk.lock(_LOCK)
+            lock = disk.lock(LOCK)
         except BlockingIOError as error:
-            holder = disk.read(_LOCK, 0, _PID_BYTES).decode("ascii", "replace").strip()
+            holder = pid_in_lock(path)
             raise FolderLocked(
-                f"A driver is running in {path}{f' (process {holder})' if holder.isdigit() else ''}; wait for it, "
+                f"A driver is running in {path}{f' (process {holder})' if holder is not None else ''}; wait for it, "
                 "stop it, or choose another name."
             ) from error
-        disk.write(_LOCK, f"{os.getpid():<{_PID_BYTES}}".encode())
+        sign_lock(disk)
     return lock
 
 
 def _remove_empty(path: Path) -> None:
     """Remove a folder in which there is nothing but the lock that is held here."""
     with contextlib.suppress(OSError):
-        if [entry.name for entry in path.iterdir()] == [_LOCK]:
-            (path / _LOCK).unlink()
+        if [entry.name for entry in path.iterdir()] == [LOCK]:
+            (path / LOCK).unlink()
             path.rmdir()
 
 
 def _clear(path: Path, keep: str = "") -> None:
     """Remove what is left of a run that never began."""
     for entry in path.iterdir():
-        if entry.name in (_LOCK, _REPLACED, _GONE, keep):
+        if entry.name in (LOCK, _REPLACED, _GONE, keep):
             continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
@@ -644,20 +642,9 @@ def _set_aside(path: Path) -> None:
     """Keep a run until the one that replaces it has begun. job.record goes last: where it lies, the rest does too."""
     aside = path / _REPLACED
     aside.mkdir()
-    entries = [entry for entry in path.iterdir() if entry.name not in (_LOCK, _REPLACED)]
+    entries = [entry for entry in path.iterdir() if entry.name not in (LOCK, _REPLACED)]
     for entry in sorted(entries, key=lambda entry: entry.name == "job.record"):
         entry.rename(aside / entry.name)
-
-
-def pid_in_lock(path: Path) -> int | None:
-    """The number of the process that drives a run here, or did when it was killed; None where the last one left in
-    order. Numbers are used again: it proves nothing by itself."""
-    try:
-        with (path / _LOCK).open("rb") as file:
-            holder = file.read(_PID_BYTES).strip()
-    except OSError:
-        return None
-    return int(holder) if holder.isdigit() else None
 
 
 def intact_end(path: Path) -> int:

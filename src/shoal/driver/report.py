@@ -88,6 +88,8 @@ class AuditCount(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def sentence(self) -> str:
+        if self.replayed == self.chosen:
+            return f"Every contribution that was chosen to be replayed was ({self.chosen})."
         if not self.dropped:
             return f"Of {self.chosen} contributions chosen to be replayed, {self.replayed} were."
         rest = "the rest" if self.replayed + self.dropped == self.chosen else f"{self.dropped}"

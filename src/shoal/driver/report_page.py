@@ -23,7 +23,7 @@ from shoal.driver.report import CurvePoint, ExclusionReport, LaneReport, Mark, N
 from shoal.driver.report_style import SCRIPT, STYLE
 from shoal.purse.bills import Bill
 from shoal.quantities import format_bytes, format_count, format_duration_s, format_rate_bps
-from shoal.quantities.money import format_money
+from shoal.quantities.money import format_money, places_for
 
 BARS_MAX = 32
 ROWS_MAX = 300
@@ -171,14 +171,17 @@ def _header(report: Report) -> str:
     ]
     per_token = report.bytes_sent / report.tokens_accepted if report.tokens_accepted else 0.0
     per_token_text = f"{per_token:,.0f}" if per_token >= 10 else f"{per_token:.2f}"
-    tiles = (
+    rate = f"{_few(report.rounds, 'round')}, {format_count(report.tokens_per_s)} tokens/s"
+    tiles = [
         ("Held-out loss", _loss_text(report.held_out_loss), "; ".join(against) or "nats per token"),
         ("Tokens accepted", format_count(report.tokens_accepted), f"budget {format_count(report.token_budget)}"),
-        ("Speed", f"{format_count(report.tokens_per_s)}/s", "accepted tokens"),
-        ("Time", format_duration_s(report.wall_s), _few(report.rounds, "round")),
+        ("Time", format_duration_s(report.wall_s), rate),
         ("Time computing", _percent(report.compute_fraction), "of all members' time"),
         ("Bytes sent", format_bytes(report.bytes_sent), f"{per_token_text} bytes per accepted token"),
-    )
+    ]
+    if report.bill is not None:
+        of = f"{report.bill.currency} of {format_money(report.bill.quoted)} set aside"
+        tiles.insert(2, ("Cost", format_money(report.bill.charged), of))
     shown = "".join(
         f'<div><dt>{name}</dt><dd class="figure">{escape(value)}</dd><dd class="soft small">{escape(note)}</dd></div>'
         for name, value, note in tiles
@@ -426,10 +429,11 @@ def _nodes(report: Report) -> str:
 def _bill(bill: Bill | None) -> str:
     if bill is None:
         return ""
+    places = places_for(amount for line in bill.nodes for amount in (line.paid, line.withheld))
     rows = "".join(
         f"""<tr><td><strong>{escape(line.name)}</strong> <span class="mono">{escape(line.node_id[:8])}</span></td>
-<td class="number" data-label="paid">{format_money(line.paid)}</td>
-<td class="number" data-label="withheld">{format_money(line.withheld) if line.withheld else "—"}</td>
+<td class="number" data-label="paid">{format_money(line.paid, places)}</td>
+<td class="number" data-label="withheld">{format_money(line.withheld, places) if line.withheld else "—"}</td>
 <td class="wide">{escape(line.reason)}</td></tr>"""
         for line in bill.nodes[:ROWS_MAX]
     )

@@ -7,6 +7,7 @@ does that died. A file that is full is set aside under a number, and nothing is 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,7 @@ from shoal.market.earnings import served_parts
 from shoal.protocol.messages import DEFAULT_NETWORK, open_record
 from shoal.protocol.serving import Choosing, RequestReceipt, StagePlace
 from shoal.world import Clock, DirectoryDisk, Disk, DiskLock
+from shoal.world.processes import LOCK, pid_in_lock, sign_lock, unsign_lock
 
 FILE_MAX_BYTES = 64 << 20
 LINE_MAX_BYTES = 16 * 1024
@@ -129,15 +131,20 @@ class Books:
         """Raises GatewayRunning, OSError."""
         self._disk, self._say, self._file_max = disk or DirectoryDisk(folder), say, file_max_bytes
         try:
-            self._lock: DiskLock | None = self._disk.lock("lock")
+            self._lock: DiskLock | None = self._disk.lock(LOCK)
         except BlockingIOError as error:
+            pid = pid_in_lock(folder)
+            which = "" if pid is None else f" (process {pid})"
             raise GatewayRunning(
-                f"Another gateway keeps its receipts in {folder}. Name another folder with --data, or stop it."
+                f"Another gateway{which} keeps its receipts in {folder}. Name another folder with --data, or stop it."
             ) from error
+        sign_lock(self._disk)
         self._ends = {name: self._cut(f"{name}.jsonl") for name in BOOKS.values()}
 
     def close(self) -> None:
         if self._lock is not None:
+            with contextlib.suppress(OSError):
+                unsign_lock(self._disk)
             self._lock.release()
             self._lock = None
 

@@ -37,7 +37,7 @@ from shoal.protocol.messages import DEFAULT_NETWORK, Message
 from shoal.protocol.money import Checkpoint, HouseLedger, open_checkpoint
 from shoal.storage.faults import LedgerBusy, LedgerFailed
 from shoal.transport.allowances import TooManyRequests
-from shoal.world import Clock, Dice, Endpoint, Link, LinkLost, OutcomeUnknown, Refused, SystemDice
+from shoal.world import Clock, Dice, Endpoint, Link, LinkLost, OutcomeUnknown, Refused, SystemDice, Unreachable
 from shoal.world.asking import ask
 
 DIAL_DEADLINE_S = 10.0
@@ -164,7 +164,15 @@ class RemoteLedger:
     async def _dialled(self) -> Link:
         """The open link. Whoever answers has proved to be the operator. Raises Unreachable, OtherLedger."""
         if self._link is None or self._link.closed:
-            link = await self._endpoint.dial(self.ticket.operator, self.ticket.addresses, deadline_s=DIAL_DEADLINE_S)
+            try:
+                link = await self._endpoint.dial(
+                    self.ticket.operator, self.ticket.addresses, deadline_s=DIAL_DEADLINE_S
+                )
+            except Unreachable as error:
+                raise Unreachable(
+                    f"{self} does not answer: {error.sentence} Check that it runs, and that its ticket is the one it "
+                    "printed at its start."
+                ) from error
             info = await _request(link, AskLedger(), LedgerInfo)
             if info.ledger != self.name:
                 raise OtherLedger(

@@ -169,8 +169,8 @@ def _by_value(flops: Column, costs: NDArray[np.int64], least: int, most: int) ->
 def _said(mix: Mix, candidates: int) -> str:
     number = f"{len(mix.members)} of {candidates} nodes"
     return (
-        f"{number}: {mix.tokens_per_s:.4g} tokens/s for {format_price(mix.micro_per_h)}, a million tokens for "
-        f"{format_money(round(mix.micro_per_million))}."
+        f"{number}: {format_count(mix.tokens_per_s)} tokens/s for {format_price(mix.micro_per_h)}, a million tokens "
+        f"for {format_money(round(mix.micro_per_million))}."
     )
 
 

@@ -945,7 +945,7 @@ class _Turn:
     def _finish_if_over(self) -> None:
         standing, budget = self.state.standing, self.state.job.token_budget
         if standing.tokens_total >= budget:
-            self.finish(f"{standing.tokens_total} tokens were accepted; {budget} were asked for.", reached=True)
+            self.finish(f"{standing.tokens_total:,} tokens were accepted; {budget:,} were asked for.", reached=True)
         elif standing.empty_in_a_row >= EMPTY_ROUNDS_MAX:
             self.finish(
                 f"The last {standing.empty_in_a_row} rounds accepted nothing: no member delivers usable work in time. "

@@ -1,5 +1,5 @@
-"""The runs of this machine: how each stands and what it costs, read beside its driver; how more money comes to one, how
-one is stopped, and what it has set aside comes back."""
+"""The runs and paying endpoints of this machine: how each stands and what it costs, read beside its driver or gateway;
+how more money comes to one, how one is stopped, and what it has set aside comes back."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import contextlib
 import signal
 import time
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -15,11 +15,12 @@ from pathlib import Path
 import msgspec
 import psutil
 
-from shoal.driver.folder import RunFolder, is_unsettled, pid_in_lock
+from shoal.driver.folder import RunFolder, is_unsettled
 from shoal.driver.lines import Event, EventKind, RoundMetrics
 from shoal.driver.report import Figures, NodeStatus, Report
 from shoal.errors import BadInput, JobError, ShoalError
 from shoal.gateway.paying import read_payments
+from shoal.gateway.receipts import Books
 from shoal.identity.accounts import AccountKey, address_text
 from shoal.ledger.escrows import EscrowOver, State
 from shoal.market.earnings import forecast_micro, lasts_s
@@ -28,8 +29,9 @@ from shoal.purse.bills import FILE as PAYMENTS
 from shoal.purse.bills import Payments, TermPayments, bill
 from shoal.purse.purse import close_escrow, top_up
 from shoal.sdk.handed import is_driven_by_nodes
+from shoal.storage.whole import write_whole
 from shoal.world import Clock, DirectoryDisk, Ledger
-from shoal.world.processes import process_holding
+from shoal.world.processes import pid_in_lock, writer_of
 
 STOP_S = 60.0
 """So long a driver has to stop in order: it pays its nodes, and writes down what it knows."""
@@ -42,7 +44,7 @@ HERE = (NodeStatus.WORKING, NodeStatus.FINISHED)
 
 
 class DriverGoesOn(JobError):
-    """A driver was asked to stop, and still runs."""
+    """A driver, or a gateway, was asked to stop, and still runs."""
 
     code = "SH-613"
 
@@ -135,8 +137,38 @@ class JobStanding:
 
 
 @dataclass(frozen=True)
+class ServedBy:
+    """A node that an endpoint pays. Money in millionths."""
+
+    name: str
+    node: str
+    """Its NodeId, in hexadecimal digits."""
+    micro_per_h: int
+    earned_micro: int
+    reason: str
+    """What became of it."""
+
+
+@dataclass(frozen=True)
+class EndpointStanding:
+    """What an endpoint pays since its last start. Money in millionths."""
+
+    folder: str
+    state: JobState
+    paid_ms: int
+    """When something of it was written down last."""
+    nodes: tuple[ServedBy, ...]
+    budget_micro: int
+    spent_micro: int
+    open_micro: int
+    """Set aside in escrows that nobody has asked back, and not spent."""
+    escrows: tuple[str, ...]
+    currency: str | None
+
+
+@dataclass(frozen=True)
 class DamagedRun:
-    """A run folder that cannot be read, and why."""
+    """A folder of a run, or of an endpoint, that cannot be read, and why."""
 
     folder: str
     begun_ms: int
@@ -154,20 +186,9 @@ def forecast(tokens_left: int, tokens_per_s: float, left_micro: int, micro_per_h
     return Forecast(seconds, forecast_micro(micro_per_h, seconds), lasts if lasts < seconds else None)
 
 
-def driver_of(folder: Path) -> psutil.Process | None:
-    """The process that drives the run in a folder now: the one whose number stands in the lock and which has that very
-    lock open. A number alone may be another's by now, or of another machine, and a copied folder has a lock, too."""
-    return _driver(folder, pid_in_lock(folder))
-
-
-def _driver(folder: Path, pid: int | None) -> psutil.Process | None:
-    return process_holding(folder / "lock", pid) if pid is not None else None
-
-
 def look_at(path: Path) -> JobStanding:
     """How the run in a folder stands; its lock is left alone. Raises FolderUnreadable, FolderDamaged, BadRecord."""
-    pid = pid_in_lock(path)
-    running = _driver(path, pid) is not None
+    state = _state(path)
     with RunFolder.open(path, read_only=True) as folder:
         job = folder.train_job()
         newest = deque(folder.notes(RoundMetrics), maxlen=RATE_ROUNDS)
@@ -178,12 +199,9 @@ def look_at(path: Path) -> JobStanding:
     last = newest[-1] if newest else None
     tokens = last.tokens_total if last else 0
     waits = events[-1].sentence if events and events[-1].kind is EventKind.WAITING else ""
-    state = JobState.STOPPED if pid is None else JobState.DIED
     if is_driven_by_nodes(path):
         state = JobState.WAITING if waits else JobState.DETACHED
-    elif running:
-        state = JobState.RUNNING
-    elif report is not None and report.tokens_accepted >= job.token_budget:
+    elif state is not JobState.RUNNING and report is not None and report.tokens_accepted >= job.token_budget:
         state = JobState.FINISHED
     forecasts = state not in (JobState.FINISHED, JobState.WAITING)
     nodes = _nodes(figures, payments, over=state in (JobState.STOPPED, JobState.FINISHED))
@@ -206,7 +224,7 @@ def look_at(path: Path) -> JobStanding:
         spent_micro=payments.spent_micro,
         open_micro=sum(map(_unspent, _open_terms(payments))),
         escrows=tuple(one.escrow.hex() for one in payments.terms),
-        currency=payments.terms[0].ledger.currency if payments.terms else None,
+        currency=_currency(payments),
         forecast=forecast(job.token_budget - tokens, per_s, left, per_h) if forecasts else None,
         waits=waits if state is JobState.WAITING else "",
     )
@@ -225,10 +243,61 @@ def look_at_all(runs: Path) -> list[JobStanding | DamagedRun]:
     return sorted(found, key=lambda one: -one.begun_ms)
 
 
+def look_at_endpoint(folder: Path) -> EndpointStanding:
+    """How the endpoint of a gateway's folder stands that pays nodes, since its last start. Raises PaymentsDamaged."""
+    payments = read_payments(DirectoryDisk(folder)) or Payments(budget_micro=0)
+    made = bill(payments)
+    newest = {node: one for term in payments.terms for node, one in term.nodes.items()}
+    return EndpointStanding(
+        folder=str(folder),
+        state=_state(folder),
+        paid_ms=round((folder / PAYMENTS).stat().st_mtime * 1000),
+        nodes=tuple(
+            ServedBy(line.name, line.node_id, newest[line.node_id].micro_per_h, line.paid, line.reason)
+            for line in (made.nodes if made else ())
+        ),
+        budget_micro=payments.budget_micro,
+        spent_micro=payments.spent_micro,
+        open_micro=sum(map(_unspent, _open_terms(payments))),
+        escrows=tuple(one.escrow.hex() for one in payments.terms),
+        currency=_currency(payments),
+    )
+
+
+def look_at_endpoints(home: Path) -> list[EndpointStanding | DamagedRun]:
+    """Every endpoint in a folder of gateways' folders that has paid nodes, the newest first."""
+    found = list[EndpointStanding | DamagedRun]()
+    for path in sorted(home.iterdir()) if home.is_dir() else ():
+        if not pays_nodes(path):
+            continue
+        try:
+            found.append(look_at_endpoint(path))
+        except ShoalError as error:
+            changed_ms = round((path / PAYMENTS).stat().st_mtime * 1000)
+            found.append(DamagedRun(str(path), changed_ms, error.code, error.sentence))
+    return sorted(found, key=lambda one: -(one.begun_ms if isinstance(one, DamagedRun) else one.paid_ms))
+
+
+def pays_nodes(folder: Path) -> bool:
+    """Whether it is the folder of a gateway that has set money aside, and of no run."""
+    return (folder / PAYMENTS).is_file() and not (folder / "job.record").exists() and not is_unsettled(folder)
+
+
+def _state(folder: Path) -> JobState:
+    """By who writes there."""
+    if writer_of(folder) is not None:
+        return JobState.RUNNING
+    return JobState.STOPPED if pid_in_lock(folder) is None else JobState.DIED
+
+
+def _currency(payments: Payments) -> str | None:
+    return payments.terms[0].ledger.currency if payments.terms else None
+
+
 def stop(folder: Path) -> int | None:
-    """Ask the driver of a run to stop, as Ctrl-C does, and wait until it has; its process number, None where none runs.
-    Raises DriverGoesOn."""
-    driver = driver_of(folder)
+    """Ask the driver of a run, or the gateway of an endpoint, to stop, as Ctrl-C does, and wait until it has; its
+    process number, None where none runs. Raises DriverGoesOn."""
+    driver = writer_of(folder)
     if driver is None:
         return None
     try:
@@ -237,23 +306,27 @@ def stop(folder: Path) -> int | None:
         return int(driver.pid)
     except psutil.Error as error:
         raise DriverGoesOn(
-            f"Process {driver.pid}, which drives {folder}, could not be asked to stop: {error}."
+            f"Process {driver.pid}, which writes in {folder}, could not be asked to stop: {error}."
         ) from error
     until = time.monotonic() + STOP_S
-    while driver_of(folder) == driver:
+    while writer_of(folder) == driver:
         if time.monotonic() > until:
             raise DriverGoesOn(
-                f"Process {driver.pid} was asked to stop driving {folder} and still does so after {STOP_S:.0f} s. What "
-                f"is committed is kept if you end it with: kill -9 {driver.pid}"
+                f"Process {driver.pid} was asked to stop, and still writes in {folder} after {STOP_S:.0f} s. What is "
+                f"written is kept if you end it with: kill -9 {driver.pid}"
             )
         time.sleep(0.1)
     return int(driver.pid)
 
 
 def open_at(folder: Path) -> list[LedgerName]:
-    """The ledgers at which a run has escrows that nobody has asked back. Raises FolderUnreadable, FolderDamaged."""
-    with RunFolder.open(folder, read_only=True) as run:
-        payments = run.payments()
+    """The ledgers at which a run or an endpoint has escrows that nobody has asked back. Raises FolderUnreadable,
+    FolderDamaged, PaymentsDamaged."""
+    if pays_nodes(folder):
+        payments = read_payments(DirectoryDisk(folder))
+    else:
+        with RunFolder.open(folder, read_only=True) as run:
+            payments = run.payments()
     return [one.ledger for one in _open_terms(payments)] if payments else []
 
 
@@ -269,11 +342,10 @@ class Closed:
 
 
 async def close_escrows(folder: Path, account: AccountKey, ledger: Ledger) -> Closed:
-    """Of a run whose driver is gone: its nodes get what they have vouchers for, and the rest is asked back. `account`
-    is the payer, or the signer that the escrow names. Raises FolderLocked, FolderDamaged, OthersMoney, and what the
-    ledger does."""
-    with RunFolder.open(folder) as run:
-        payments = run.payments() or Payments(budget_micro=0)
+    """Of a run whose driver is gone, or an endpoint whose gateway is: its nodes get what they have vouchers for, and
+    the rest is asked back. `account` is the payer, or the signer that the escrow names. Raises FolderLocked,
+    FolderDamaged, GatewayRunning, PaymentsDamaged, OthersMoney, and what the ledger does."""
+    with _books(folder) as (payments, keep):
         for one in _open_terms(payments):
             may = (one.terms.payer, one.terms.signer)
             _check_whose(folder, one, may, account, ledger, "whose it is asks for it, or it comes back by itself.")
@@ -285,12 +357,25 @@ async def close_escrows(folder: Path, account: AccountKey, ledger: Ledger) -> Cl
             terms[place], found = await close_escrow(one, ledger, account)
             budget = payments.budget_micro + terms[place].added_micro - one.added_micro
             payments = msgspec.structs.replace(payments, budget_micro=budget, terms=tuple(terms))
-            run.write(PAYMENTS, msgspec.json.encode(payments))
+            keep(msgspec.json.encode(payments))
             escrows.append(one.escrow)
             if found is not None and found.state is State.OPEN:
                 micro += found.amount_micro - found.redeemed_micro
                 at_ms = max(at_ms or 0, found.ends_ms)
     return Closed(tuple(escrows), micro, at_ms)
+
+
+@contextlib.contextmanager
+def _books(folder: Path) -> Iterator[tuple[Payments, Callable[[bytes], None]]]:
+    """What is set aside in a folder, and how it is written there, while nobody else writes."""
+    if not pays_nodes(folder):
+        with RunFolder.open(folder) as run:
+            yield run.payments() or Payments(budget_micro=0), lambda content: run.write(PAYMENTS, content)
+        return
+    with contextlib.closing(Books(folder, lambda _: None)):
+        disk = DirectoryDisk(folder)
+        known = read_payments(disk) or Payments(budget_micro=0)
+        yield known, lambda content: write_whole(disk, PAYMENTS, content, "keeping what nodes were paid")
 
 
 @dataclass(frozen=True)
@@ -331,13 +416,12 @@ async def fund(folder: Path, micro: int, account: AccountKey, ledger: Ledger, cl
 def _under_way(folder: Path) -> tuple[Payments | None, str]:
     """What pays nodes now, and what to do once it does not any more. Raises NothingSetAside where nobody pays."""
     if not (folder / "job.record").exists():
-        disk, again = DirectoryDisk(folder), "start `shoal serve` with another --budget"
-        with contextlib.suppress(BlockingIOError):
-            disk.lock("lock").release()
+        again = "start `shoal serve` with another --budget"
+        if writer_of(folder) is None:
             raise NothingSetAside(f"No endpoint runs with the folder {folder}: {again}.")
-        return read_payments(disk), again
+        return read_payments(DirectoryDisk(folder)), again
     again = f"go on with `shoal train {folder} --resume` and a larger --budget"
-    if not is_driven_by_nodes(folder) and driver_of(folder) is None:
+    if not is_driven_by_nodes(folder) and writer_of(folder) is None:
         raise NothingSetAside(f"Nobody drives the run in {folder}, so nothing of it costs money: {again}.")
     with RunFolder.open(folder, read_only=True) as run:
         return run.payments(), again

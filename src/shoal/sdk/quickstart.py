@@ -294,7 +294,7 @@ def reached_goal(report: Report) -> Goal:
     reached = report.held_out_loss <= wanted
     return Goal(
         reached=reached,
-        sentence=f"Goal {'reached' if reached else 'missed'}: the held-out loss is {report.held_out_loss:.3f}, "
+        sentence=f"The held-out loss is {report.held_out_loss:.3f}, "
         f"{'at most' if reached else 'more than'} {wanted:.3f} ({GOAL_SHARE} of the unigram baseline).",
     )
 

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import psutil
 
+from shoal.world.disk import Disk
+
 _PR_SET_PDEATHSIG = 1
 _POLL_S = 1.0
 OPEN_FILES_WANTED = 1 << 16
@@ -23,6 +25,9 @@ OPEN_FILES_ASSUMED = 1 << 13
 MEMORY_SHARE = 0.9
 """Of the memory that is free when an engine begins, as much may it take: what a stranger's job asks for beyond ends the
 engine with an error, instead of having the kernel choose whom to kill."""
+LOCK = "lock"
+"""In a folder that one process writes: who holds it, and while somebody does its number."""
+_PID_BYTES = 20
 
 
 def die_with_parent(parent_pid: int, signal_number: int = signal.SIGTERM) -> None:
@@ -92,3 +97,31 @@ def process_holding(lock: Path, pid: int) -> psutil.Process | None:
     except (psutil.Error, OSError):
         return None
     return process if str(lock.resolve()) in held else None
+
+
+def sign_lock(disk: Disk) -> None:
+    """Write this process's number into the lock that it holds. Raises OSError."""
+    disk.write(LOCK, f"{os.getpid():<{_PID_BYTES}}".encode())
+
+
+def unsign_lock(disk: Disk) -> None:
+    """Before it is let go in order: who is killed leaves its number. Raises OSError."""
+    disk.write(LOCK, b" " * _PID_BYTES)
+
+
+def pid_in_lock(folder: Path) -> int | None:
+    """The number of the process that writes in a folder, or did when it was killed; None where the last one left in
+    order. Numbers are used again: it proves nothing by itself."""
+    try:
+        with (folder / LOCK).open("rb") as file:
+            holder = file.read(_PID_BYTES).strip()
+    except OSError:
+        return None
+    return int(holder) if holder.isdigit() else None
+
+
+def writer_of(folder: Path) -> psutil.Process | None:
+    """The process that writes in a folder now: the one whose number stands in the lock and which has that very lock
+    open. A number alone may be another's by now, or of another machine, and a copied folder has a lock, too."""
+    pid = pid_in_lock(folder)
+    return process_holding(folder / LOCK, pid) if pid is not None else None
