@@ -87,6 +87,8 @@ MISTAKES = [
         ["node", "start", "--engine", NO_SERVER, "--engine-key", "gone", "--hub", NOBODY], "SH-103", "gone", id="no key"
     ),
     pytest.param(["serve", "x", "--engines-only", "--here"], "SH-103", "contradict", id="engines elsewhere and here"),
+    pytest.param(["serve", "x", "--token-time", "0 ms"], "SH-103", "more than 0", id="a token in no time"),
+    pytest.param(["serve", "x", "--token-time", "80ms", "--here"], "SH-103", "of nodes", id="no nodes to be quick"),
     pytest.param(["serve", "x", "--engines-only"], "SH-102", "shoal up", id="no hub to find engines at"),
     pytest.param(["hub", "--listen", "tcp://[::]:1"], "SH-103", "--public", id="a hub everywhere"),
     pytest.param(["hub", "--listen", "somewhere"], "SH-115", "tcp://host:port", id="no address"),

@@ -163,6 +163,34 @@ def test_of_many_that_could_the_cheapest_is_taken_and_none_besides() -> None:
     assert made.price == 0 and [one.stages[0].node for one in made.replicas] == [bytes([101])]
 
 
+@given(scenes(price=True), st.sampled_from([3.0, 10.0, 40.0, 150.0]))
+@settings(max_examples=100, deadline=None)
+def test_no_token_takes_longer_than_is_asked_for_and_the_cheapest_that_keeps_it_is_taken(
+    scene: tuple[ModelNeeds, list[ServingNode], Links], most_ms: float
+) -> None:
+    needs, nodes, links = scene
+    asked = replace(needs, token_ms_max=most_ms)
+    made, all_made = cheapest(asked, nodes, links), plan(asked, nodes, links)
+    assert all(one.token_ms <= most_ms for one in (*made.replicas, *all_made.replicas))
+    rings = fastest_rings(needs, [one for one in nodes if one.usable], links)
+    whole = {next(iter(key)) for key in rings if len(key) == 1}
+    able = [ring for key, ring in rings.items() if len(key) == 1 or not key & whole]
+    quick = [ring for ring in able if ring.token_ms <= most_ms]
+    assert bool(made.replicas) == bool(all_made.replicas) == bool(quick)
+    if quick:
+        assert made.price <= min(one.price for one in quick)
+        assert all_made.rate >= 0.98 * max(one.rate for one in quick)
+    elif able:
+        takes_ms = min(one.token_ms for one in able)
+        assert all_made.reason == (
+            f"No replica in which a token takes {most_ms:.4g} ms at most, as is asked for: the fastest would take "
+            f"{takes_ms:.4g} ms."
+        )
+    again = replan(plan(needs, nodes, links), asked, nodes[1:], links)
+    assert all(one.token_ms <= most_ms or one.stages in [was.stages for was in plan(needs, nodes, links).replicas]
+               for one in again.replicas)  # fmt: skip
+
+
 def check(made: Plan, needs: ModelNeeds, nodes: Sequence[ServingNode], links: Links) -> None:
     """What must hold of any plan."""
     by_id = {one.node: one for one in nodes}

@@ -29,7 +29,8 @@ SURFACE = {
     "shoal report": "RUN --json",
     "shoal replay": "RUN --round -r --node -n --threads --device --script --hub --listen --json",
     "shoal serve": "MODEL --name --http --api-keys --threads --device --hub --here --listen --sessions "
-    "--guess --no-guess --draft --engine-model --engines-only --budget --ledger --data --json",
+    "--guess --no-guess --draft --engine-model --engines-only --token-time --budget --ledger --data "
+    "--json",
     "shoal chat": "[MODEL] [QUESTION] --url --system --temperature --max-tokens --seed --key-file --hub --here --json",
     "shoal receipts": "[DIR] --json",
     "shoal hub": "--listen --http --data --name --public --json",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import re
 from collections.abc import AsyncIterator
@@ -31,7 +32,7 @@ from shoal.cli.output import (
 )
 from shoal.cli.tables import print_bill
 from shoal.protocol.hubs import HubTicket
-from shoal.quantities import format_count
+from shoal.quantities import format_count, parse_duration_s
 from shoal.quantities.money import format_money, format_price, parse_money
 from shoal.sdk.local import shoal_home
 from shoal.sdk.places import NoHub
@@ -108,6 +109,15 @@ def serve(
             help="Serve it from such servers alone: nodes hold no layers, and MODEL needs no weights, only config and tokenizer.",
         ),
     ] = False,
+    token_time: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME",
+            help="What a token of one stream may take at nodes, links included and as measured, such as '80 ms': slower ones "
+            "are not taken, and of those that cost something the cheapest that keep it are.",
+            show_default="none",
+        ),
+    ] = None,
     budget: Annotated[
         str | None,
         typer.Option(
@@ -154,12 +164,17 @@ def serve(
         raise BadFlag(f"--sessions {sessions} cannot be used: from 1 to {SESSIONS_MAX}.")
     if engines_only and here:
         raise BadFlag("--engines-only and --here contradict each other: such servers are found at hubs.")
+    token_ms_max = math.inf if token_time is None else 1000 * parse_duration_s(token_time)
+    if token_time is not None and (here or not token_ms_max > 0):
+        raise BadFlag(f"--token-time {token_time} cannot be used: it is more than 0, and of nodes, so not with --here.")
     if budget is not None and here:
         raise BadFlag("--budget pays nodes; leave it out with --here.")
     spending = places.spending(parse_money(budget) if budget is not None else None, ledger)
     tickets = () if here else tuple(places.find_hubs(hub)) if engines_only else _hubs(hub)
     if spending is not None and not tickets:
         raise BadFlag("--budget pays nodes, and no hub is known to find them at: name one with --hub.")
+    if token_time is not None and not tickets:
+        raise BadFlag("--token-time is of nodes, and no hub is known to find them at: name one with --hub.")
     if tickets:
         places.refuse_wildcard(listen, "use an address of this machine that nodes can reach")
     called = name or (model.resolve().parent.name if model.resolve().name == "model" else model.resolve().name)
@@ -182,6 +197,7 @@ def serve(
         draft=draft,
         engine_model=engine_model or "",
         engines_only=engines_only,
+        token_ms_max=token_ms_max,
         spending=spending,
         say=lambda sentence: err.print(sentence, markup=False, style="dim"),
     )

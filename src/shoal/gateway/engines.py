@@ -12,6 +12,7 @@ import contextlib
 import functools
 import itertools
 import logging
+import math
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 
@@ -234,6 +235,8 @@ class EngineFinder:
     """None: only engines whose nodes serve for nothing are of use."""
     alone: bool = False
     """No rings serve besides, so whether one is taken for money is decided here."""
+    token_ms_max: float = math.inf
+    """What a token may take at one that is taken."""
     changed: Callable[[], None] = lambda: None
     """Told when one came, or is of no more use."""
     met: dict[bytes, _Met] = field(default_factory=dict)
@@ -316,8 +319,15 @@ class EngineFinder:
             lost=functools.partial(self._lost, one.node),
         )  # fmt: skip
         self.met[one.node] = met = _Met(replica, link, one.offer)
-        if serves_free(one.offer):
-            self._serve(met)
+        if not serves_free(one.offer):
+            return
+        if replica.token_ms > self.token_ms_max:
+            self.say(
+                f"{replica.name} is left out: a token takes {replica.token_ms:.0f} ms there, and "
+                f"{self.token_ms_max:.4g} ms are asked for."
+            )
+            return
+        self._serve(met)
 
     def _serve(self, met: _Met) -> None:
         replica = met.replica
@@ -366,7 +376,8 @@ class EngineFinder:
             and not self._meetings.failed.rests(node)
         ]  # fmt: skip
         options = [(price, met.replica.token_ms) for _, met, price in able]
-        if not able or (best := cheapest([*options, *([rival] if rival else [])])) == len(able):
+        best = cheapest([*options, *([rival] if rival else [])], self.token_ms_max)
+        if best is None or best == len(able):
             return False
         node, met, price = able[best]
         self.say(f"Chosen for {format_price(price)} at most: {met.replica.name}.")

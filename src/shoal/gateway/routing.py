@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from shoal.sharding.planning import OFF_MS, SLOW_RATIO
+from shoal.sharding.planning import slowest
 
 LIKELY_TOKENS = 128
 """What an answer is taken to have, where its limit is higher: limits are seldom reached."""
@@ -45,9 +46,9 @@ def choose(candidates: Sequence[Candidate], prompt: int, tokens: int) -> tuple[i
     return best, f"{said}; next {min(others)[1]} in {min(others)[0]:.0f} ms." if others else f"{said}."
 
 
-def cheapest(options: Sequence[tuple[int, float]]) -> int:
+def cheapest(options: Sequence[tuple[int, float]], token_ms_max: float = math.inf) -> int | None:
     """Which of several replicas is taken for money, each given by its price and what a token of one stream takes in
-    milliseconds: the cheapest of those that are not slow beside the fastest, as the planner has it."""
-    fastest = min(token_ms for _, token_ms in options)
-    most = max(SLOW_RATIO * fastest, fastest + OFF_MS)
-    return min((price, token_ms, at) for at, (price, token_ms) in enumerate(options) if token_ms <= most)[2]
+    milliseconds: the cheapest of those that are fast enough, as the planner has it. None where none is."""
+    most = slowest(min((token_ms for _, token_ms in options), default=math.inf), token_ms_max)
+    able = [(price, token_ms, at) for at, (price, token_ms) in enumerate(options) if token_ms <= most]
+    return min(able)[2] if able else None

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import itertools
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -88,6 +89,8 @@ class ServeOptions:
     """Where nodes link to the gateway."""
     sessions: int = 16
     """Streams of the model's whole context for which nodes hold memory."""
+    token_ms_max: float = math.inf
+    """What a token of one stream may take at nodes, with the way there and back."""
     engine_model: str = ""
     """What engines beside nodes call the model; empty where they call it by `name`."""
     engines_only: bool = False
@@ -383,7 +386,7 @@ class NodesServer(ServedModel):
         self.finder = EngineFinder(
             served_as, service.tokenizer, endpoint, hubs, self.clock, service.rings, self.dice,
             Metering(job, books, self.clock, service.counts), model.layers, options.say, service.paying,
-            alone=options.engines_only, changed=self._changed,
+            alone=options.engines_only, token_ms_max=options.token_ms_max, changed=self._changed,
         )  # fmt: skip
         self._looking.append(asyncio.create_task(self.finder.run()))
         if on_nodes is not None:
@@ -432,6 +435,7 @@ class NodesServer(ServedModel):
             cache_bytes=options.sessions * _cache_bytes(shape, 1, service.context),
             first_bytes=found.first_bytes,
             last_bytes=found.last_bytes,
+            token_ms_max=options.token_ms_max,
         )
         holder = BlobHolder(key.node_id, tuple(endpoint.addresses))
         return ModelOnNodes(job, sign(key, job), needs, found.parts_of, holder)

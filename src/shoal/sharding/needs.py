@@ -22,6 +22,8 @@ class ModelNeeds:
     """Cache per layer for all sessions that are to be held at once."""
     first_bytes: int = 0
     last_bytes: int = 0
+    token_ms_max: float = math.inf
+    """What a token of one stream may take: a replica that is slower is not placed."""
 
     def bytes_of(self, stage: Stage) -> int:
         held = stage.layers * (self.layer_bytes + self.cache_bytes)

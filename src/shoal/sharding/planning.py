@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shoal.quantities import format_bytes
 from shoal.sharding.needs import GATEWAY, LeftOut, Links, ModelNeeds, Plan, Replica, ServingNode
@@ -86,11 +86,13 @@ def plan(
         else:
             reasons[node.node] = _unused(needs, node, kept, able, links, price_max)
     left_out = tuple(LeftOut(node, reasons[node]) for node in sorted(reasons))
-    return Plan(kept, left_out, _reason(needs, kept, nodes, able, reasons, price_max))
+    slow_said = "" if kept else _say_slow(needs, able, links, price_max)
+    return Plan(kept, left_out, slow_said or _reason(needs, kept, nodes, able, reasons, price_max))
 
 
 def cheapest(needs: ModelNeeds, nodes: Sequence[ServingNode], links: Links) -> Plan:
-    """The plan that costs least of those with a replica that is not slow beside the fastest there could be."""
+    """The plan that costs least of those with a replica that is fast enough: as fast as the model needs it, or where it
+    says nothing of that, not slow beside the fastest there could be."""
     front = _choices(needs, [node for node in nodes if not _unable(needs, node, links)][:NODES_MAX], links, None)
     serving = [one for one in front if one.replicas]
     if not serving:
@@ -100,8 +102,15 @@ def cheapest(needs: ModelNeeds, nodes: Sequence[ServingNode], links: Links) -> P
         return min(replica.token_ms for replica in one.replicas)
 
     fastest = min(map(token_ms, serving))
-    best = next(one for one in serving if token_ms(one) <= max(SLOW_RATIO * fastest, fastest + OFF_MS))
+    most = slowest(fastest, needs.token_ms_max)
+    best = next(one for one in serving if token_ms(one) <= most)
     return plan(needs, [node for node in nodes if node.node in best.nodes], links, price_max=best.price)
+
+
+def slowest(fastest_ms: float, asked_ms: float) -> float:
+    """What a token may take at a replica that is taken for money: as asked, or else not much more than at the
+    fastest."""
+    return asked_ms if asked_ms < math.inf else max(SLOW_RATIO * fastest_ms, fastest_ms + OFF_MS)
 
 
 def _of(ring: Replica) -> _Choice:
@@ -113,6 +122,8 @@ def _choices(needs: ModelNeeds, able: Sequence[ServingNode], links: Links, price
     front = [_Choice()]
     wholes = {node.node: ring for node in able if (ring := ring_of(needs, [node], links)) is not None}
     for ring in wholes.values():
+        if ring.token_ms > needs.token_ms_max:
+            continue
         front = _front([*front, *(one.joined(_of(ring)) for one in front)], price_max)
     for found in _split(needs, [node for node in able if node.node not in wholes], links, price_max):
         front = _front((one.joined(other) for one in front for other in found), price_max)
@@ -145,7 +156,7 @@ def _split(
             front = _partitions(needs, near, links, price_max)
         if not near or front[-1].rate == 0:
             ring = long_ring(needs, left, links)
-            if ring is None or (price_max is not None and ring.price > price_max):
+            if ring is None or ring.token_ms > needs.token_ms_max or (price_max is not None and ring.price > price_max):
                 return
             front = _front([_Choice(), _of(ring)], price_max)
         yield front
@@ -169,7 +180,7 @@ def _near(needs: ModelNeeds, nodes: Sequence[ServingNode], links: Links) -> list
 
 def _partitions(needs: ModelNeeds, nodes: Sequence[ServingNode], links: Links, price_max: int | None) -> list[_Choice]:
     """The choices over all ways to part some of the nodes into rings."""
-    rings = all_rings(needs, nodes, links)
+    rings = {mask: ring for mask, ring in all_rings(needs, nodes, links).items() if ring.token_ms <= needs.token_ms_max}
     fronts: list[list[_Choice]] = [[_Choice()]]
     for mask in range(1, 1 << len(nodes)):
         lowest = mask & -mask
@@ -214,7 +225,13 @@ def _unused(
     price_max: int | None,
 ) -> str:
     """Why a node that can hold layers holds none."""
-    if ring_of(needs, [node], links) is not None:
+    alone = ring_of(needs, [node], links)
+    if alone is not None and alone.token_ms > needs.token_ms_max:
+        return (
+            f"{node.name}: a token would take {alone.token_ms:.0f} ms there, and {needs.token_ms_max:.4g} ms are "
+            "asked for."
+        )
+    if alone is not None:
         return f"{node.name}: with its {node.price} an hour the plan would cost more than {price_max}."
     by_id = {one.node: one for one in able}
     rings = [one for one in kept if len(one.stages) > 1]
@@ -230,6 +247,20 @@ def _unused(
         return f"{node.name}: the plan is faster without it, or would cost more than {price_max} with it."
     holds = room(needs, node, first=False, last=False)
     return f"{node.name}: it can hold {holds} of {needs.layers} layers, and nodes to hold the others are missing."
+
+
+def _say_slow(needs: ModelNeeds, able: Sequence[ServingNode], links: Links, price_max: int | None) -> str:
+    """Where there would be a replica if a token might take longer: what it takes there."""
+    if needs.token_ms_max == math.inf:
+        return ""
+    slow = _choices(replace(needs, token_ms_max=math.inf), able, links, price_max)
+    takes_ms = min((replica.token_ms for one in slow for replica in one.replicas), default=math.inf)
+    if takes_ms == math.inf:
+        return ""
+    return (
+        f"No replica in which a token takes {needs.token_ms_max:.4g} ms at most, as is asked for: the fastest would "
+        f"take {takes_ms:.4g} ms."
+    )
 
 
 def _reason(

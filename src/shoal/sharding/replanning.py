@@ -124,7 +124,9 @@ def _mended(
     options = []
     for order, counts in _fillings(broken, spare, by_id):
         ring = _ring(needs, order, counts, links)
-        if ring is not None and (price_left is None or ring.price <= price_left):
+        if ring is None or ring.token_ms > needs.token_ms_max:
+            continue
+        if price_left is None or ring.price <= price_left:
             options.append((_anew((broken, *reserve), ring), ring.token_ms, ring))
     fresh = plan(needs, spare, links, price_max=price_left).replicas
     if not options:
