@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from shoal.cli.offers import CALLED
 from shoal.market import Board, Listing, Needed, Requirements, Wish, match
+from shoal.market.demands import demands
 from shoal.market.enough import cheapest
-from shoal.market.matching import demands
 from shoal.market.requirements import Means
 from shoal.protocol.money import HouseLedger
 from shoal.protocol.offers import Capability, Device, Offer, Place, Throughput

@@ -32,7 +32,7 @@ from shoal.world import Clock, Directory, Endpoint, SystemClock, SystemDice
 if TYPE_CHECKING:
     from shoal.market import Board, Listing, Match, Requirements
     from shoal.market.enough import Cheapest
-    from shoal.market.matching import Change
+    from shoal.market.why_not import Change
     from shoal.protocol.offers import Offer
 
 LIMIT_MAX, NODES_MAX, FLOPS_MAX = 10_000, 1024, 1e18
