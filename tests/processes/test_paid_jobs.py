@@ -30,7 +30,7 @@ from shoal.protocol.ledgers import LedgerTicket
 from shoal.protocol.money import BondTerms
 from shoal.protocol.training import Commit
 from shoal.purse.bills import FILE, Bill, Payments, bill
-from shoal.purse.purse import NoMoney
+from shoal.purse.escrow import NoMoney
 from shoal.quantities.money import parse_money
 from shoal.sdk.acquaintances import Acquaintances
 from shoal.sdk.local import LocalShoal

@@ -25,7 +25,7 @@ from shoal.identity.accounts import AccountKey, address_text, create_account
 from shoal.ledger.journal import verified
 from shoal.protocol.ledgers import LedgerTicket
 from shoal.purse.bills import FILE, Bill, Payments
-from shoal.purse.purse import NoMoney
+from shoal.purse.escrow import NoMoney
 from shoal.sdk.jobs import fund
 from shoal.sdk.local import LocalShoal
 from shoal.sdk.spending import Spending

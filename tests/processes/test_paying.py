@@ -16,7 +16,8 @@ from shoal.errors import StorageError
 from shoal.gateway.paying import Paying, PaymentsDamaged
 from shoal.protocol.prices import Price
 from shoal.purse.bills import FILE, Payments
-from shoal.purse.purse import Funds, top_up
+from shoal.purse.escrow import top_up
+from shoal.purse.purse import Funds
 from shoal.world import DirectoryDisk, FaultyDisk, SeededDice
 from shoal.world.disk import Fault
 from shoal.world.quotes import NotSecured

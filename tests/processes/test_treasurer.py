@@ -35,7 +35,8 @@ from shoal.protocol.money import Admission, HouseLedger, SignedVoucher, Voucher,
 from shoal.protocol.prices import Price
 from shoal.protocol.training import Commit
 from shoal.purse.bills import FILE, PaidNode, Payments, bill
-from shoal.purse.purse import ASKED_AGAIN_S, LOOK_EVERY_S, RENEW_EVERY_S, Funds, NoMoney, top_up
+from shoal.purse.escrow import ASKED_AGAIN_S, NoMoney, top_up
+from shoal.purse.purse import LOOK_EVERY_S, RENEW_EVERY_S, Funds
 from shoal.quantities import BadQuantity
 from shoal.quantities.money import AMOUNT_MAX
 from shoal.sdk.jobs import Closed, Funded, NothingSetAside, OthersMoney, close_escrows, fund, look_at, open_at

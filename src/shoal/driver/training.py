@@ -49,7 +49,7 @@ from shoal.protocol.training import (
     TrainJob,
     Turn,
 )
-from shoal.purse.purse import NoMoney
+from shoal.purse.escrow import NoMoney
 from shoal.quantities.money import format_money
 from shoal.rounds import driving
 from shoal.rounds.joining import OFFERED_MAX_BYTES, is_offered

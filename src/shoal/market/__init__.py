@@ -1,8 +1,8 @@
 """The rules by which offers and wishes meet. Pure: no IO, no clock; every decision comes with its reason.
 
 - `Requirements`, `Wish`: what somebody asks of nodes.
-- `Board`, `match(board, wish)`: all offers in columns; which of them fit (`demands`), what excluded the others, and what
-  would do (`why_not`). `enough.cheapest`: of what fits, the cheapest mix that is enough.
+- `Board`, `match(board, wish)`: all offers in columns; which of them fit (`demands`), what excluded the others, and
+  what would do (`why_not`). `enough.cheapest`: of what fits, the cheapest mix that is enough.
 - `cheapest_gang`: of those that fit, so many that any two are near enough, for as little as is found.
 - `fits(node, offer, wanted)`: what a hub asks of one offer.
 - `compare(held, new)`: which of two offers by one node counts.

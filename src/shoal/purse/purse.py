@@ -20,35 +20,32 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from shoal.errors import BadInput, BadRecord, LinkError, ShoalError
+from shoal.errors import LinkError, ShoalError
 from shoal.identity import KeyPair, short_id
 from shoal.identity.accounts import AccountKey, address_text, signer_of
-from shoal.ledger.book import SameEscrow, UnknownEscrow
-from shoal.ledger.commands import Admit, Close, Open, Redeem, TopUp, Withhold
-from shoal.ledger.escrows import Escrow, EscrowOver, OldVoucher, State, TopUpOutOfTurn, topped_up
+from shoal.ledger.book import SameEscrow
+from shoal.ledger.commands import Admit, Open, Withhold
+from shoal.ledger.escrows import State
 from shoal.ledger.fees import fee_at
-from shoal.ledger.moves import DoneAlready, MoneyRefused, TooLittleMoney
+from shoal.ledger.moves import DoneAlready, TooLittleMoney
 from shoal.market.earnings import lasts_s
 from shoal.protocol.holds import LEASE_STEP_MS, BadHold, HoldReclaim, Work, quote_id
 from shoal.protocol.messages import DEFAULT_NETWORK
 from shoal.protocol.money import (
-    DAY_MS,
-    EXTENSION_MAX_MS,
     Admission,
-    Closing,
     EscrowTerms,
     Payee,
     SignedVoucher,
-    ToppingUp,
     Voucher,
     Withholding,
     sign_voucher,
 )
 from shoal.protocol.offers import Offer
-from shoal.purse.bills import Owed, OwedTo, PaidNode, Payments, TermPayments, newest_vouchers
+from shoal.purse.bills import Owed, OwedTo, PaidNode, Payments, TermPayments
+from shoal.purse.escrow import ASKED_AGAIN_S, ENDS_MOST_MS, NoMoney, close_escrow, redeem
 from shoal.quantities import format_duration_s
 from shoal.quantities.money import AMOUNT_MAX, format_money, format_share, share
-from shoal.world import Clock, Dice, Ledger, Link, OutcomeUnknown
+from shoal.world import Clock, Dice, Ledger, Link
 from shoal.world.clock import within
 from shoal.world.quotes import Held, NotSecured, Quotes
 
@@ -56,34 +53,24 @@ PAY_DEADLINE_S = 5.0
 LAST_PAY_DEADLINE_S = 15.0
 OVER_LOOKS = 15
 """At an escrow of hosts that ends, until it has: the ledger sees to it within ten seconds."""
-ASKED_AGAIN_S = (0.5, 1.0, 2.0, 4.0)
-"""After so long each, when an answer of the ledger was lost; places are held for longer."""
 RENEW_EVERY_S = LEASE_STEP_MS / 1000 / 3
 LOOK_EVERY_S, LOOK_DEADLINE_S = 10.0, 5.0
 """So often the ledger is asked whether there is more in the escrow; whoever would stop for want of money asks it first,
 and waits so long for the answer."""
 NOTICE_MS, AUDIT_MS = 60_000, 3_600_000
 HOLDBACK_PPM = 100_000
-ENDS_LEAST_MS, ENDS_MOST_MS = 3_600_000, 30 * DAY_MS
-"""After so long an escrow ends, whatever becomes of its payer: between these, after ENDS_AFTER times the time that it
-lasts while all nodes work."""
+ENDS_LEAST_MS = 3_600_000
+"""After so long an escrow ends, whatever becomes of its payer: between this and ENDS_MOST_MS, after ENDS_AFTER times
+the time that it lasts while all nodes work."""
 ENDS_AFTER = 4
 ENDS_SOON_MS = 120_000
 """Before an escrow ends, the work for it does: nodes need some time for their last vouchers."""
 WARNED_AT = 0.8
 """Of the budget: it is said then for how long the rest does."""
-TOP_UPS_TRIED = 4
-"""Where another one of the same payer comes first."""
 REASON_MAX = 160
 
 T = TypeVar("T")
 _log = logging.getLogger("shoal.purse")
-
-
-class NoMoney(BadInput):
-    """An account has not what is to be set aside."""
-
-    code = "SH-163"
 
 
 @dataclass(frozen=True)
@@ -588,7 +575,7 @@ class Purse:
         order = Withholding(escrow=term.escrow, payee=known.payee, amount_micro=before + amount, evidence=evidence)
         signature = self._hand.sign(order.digest(term.ledger))
         try:
-            await _redeem(known, self.funds.ledger)  # what is held back is only there once its voucher is redeemed
+            await redeem(known, self.funds.ledger)  # what is held back is only there once its voucher is redeemed
             await self.funds.ledger.apply(Withhold(order, signature))
         except ShoalError as error:
             self._say(f"{format_money(amount)} could not be withheld of {known.name}: {error.sentence}")
@@ -701,108 +688,6 @@ class Purse:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-async def close_escrow(term: TermPayments, ledger: Ledger, account: AccountKey) -> tuple[TermPayments, Escrow | None]:
-    """The nodes get what they have vouchers for, and the rest is asked back. Gives also what the ledger says of it
-    then, None where it has no such escrow. One that is said to be closed is closed only where that is wrong. Raises
-    ShoalError."""
-    if term.closed:
-        found = await ledger.escrow(term.escrow)
-        if found is None or found.closing or found.state is not State.OPEN:
-            return (term if found is None else term.ended_as(found)), found
-    wish = Closing(term.escrow)
-    try:
-        for one in newest_vouchers(term):
-            try:
-                await _redeem(one, ledger)
-            except EscrowOver:
-                break
-            except (MoneyRefused, BadRecord) as error:  # so it pays nothing, and holds up nothing
-                _log.warning("a voucher for %s is worth nothing: %s", one.name, error)
-        await ledger.apply(Close(wish, account.sign(wish.digest(term.ledger))))
-    except (UnknownEscrow, EscrowOver, DoneAlready):
-        pass  # it never came to be, is over by itself, or was asked for and the answer was lost
-    found = await ledger.escrow(term.escrow)  # nothing is added any more
-    if found is not None:
-        term = term.ended_as(found)
-    return msgspec.structs.replace(term, owed=None, closed=True), found
-
-
-async def top_up(term: TermPayments, ledger: Ledger, account: AccountKey, micro: int, clock: Clock) -> Escrow:
-    """Its payer puts more into an escrow, which lasts so much longer, and its signer may promise as much more. Gives
-    how it stands then. Raises UnknownEscrow, EscrowOver, NoMoney, OutcomeUnknown, and what the ledger does."""
-    for _ in range(TOP_UPS_TRIED):
-        found = await _found(term, ledger)
-        order = ToppingUp(
-            escrow=term.escrow,
-            amount_micro=micro,
-            cap_micro=0 if term.terms.signer == term.terms.payer else micro,
-            expires_ms=_ends_with(found, micro, clock.now_ms()),
-            number=found.top_ups + 1,
-        )
-        try:
-            return await _topped_up(TopUp(order, account.sign(order.digest(term.ledger))), found, term, ledger, clock)
-        except TopUpOutOfTurn:
-            continue  # nothing has moved
-        except TooLittleMoney as error:
-            has, currency = await ledger.balance(account.address), term.ledger.currency
-            raise NoMoney(
-                f"This adds {format_money(micro)} {currency}, and your account {address_text(account.address)} has "
-                f"{format_money(has)}: deposit more (`shoal account deposit`), or add less."
-            ) from error
-    raise TopUpOutOfTurn(f"{TOP_UPS_TRIED} times another top-up of {found.name} came first; nothing was added by this.")
-
-
-async def _topped_up(command: TopUp, before: Escrow, term: TermPayments, ledger: Ledger, clock: Clock) -> Escrow:
-    """What is signed is done once: where an answer is lost, the same is handed in again. Raises TopUpOutOfTurn where
-    another one came first, and this one never will be done."""
-    trouble: ShoalError | None = None
-    lost = False
-    for wait_s in (*ASKED_AGAIN_S, 0.0):
-        try:
-            await ledger.apply(command)
-            return topped_up(before, command.order, before.opened_ms)[0]
-        except TopUpOutOfTurn as error:
-            trouble = error
-            break
-        except LinkError as error:
-            trouble, lost = error, lost or isinstance(error, OutcomeUnknown)
-            await clock.sleep(wait_s)
-    assert trouble is not None
-    if lost:
-        try:
-            after = await _found(term, ledger)
-        except LinkError as error:
-            raise OutcomeUnknown(
-                f"{format_money(command.order.amount_micro)} was to be added, and it is not known whether it was: look "
-                "at `shoal account statement` before you add it again."
-            ) from error
-        if after.added_micro - before.added_micro >= command.order.amount_micro:
-            return after
-    raise trouble
-
-
-async def _found(term: TermPayments, ledger: Ledger) -> Escrow:
-    found = await ledger.escrow(term.escrow)
-    if found is None:
-        raise UnknownEscrow(f"The ledger has no escrow {term.escrow.hex()[:12]}: it never came to be.")
-    return found
-
-
-def _ends_with(escrow: Escrow, more_micro: int, now_ms: int) -> int:
-    """Later by as much as there is more in it, as far as ledger and nodes go along."""
-    lasts_ms = escrow.terms.expires_ms - escrow.opened_ms
-    ends_ms = escrow.ends_ms + lasts_ms * more_micro // escrow.terms.amount_micro
-    latest_ms = min(escrow.terms.expires_ms + EXTENSION_MAX_MS, now_ms + ENDS_MOST_MS)
-    return max(escrow.ends_ms, min(ends_ms, latest_ms))
-
-
-async def _redeem(one: PaidNode, ledger: Ledger) -> None:
-    """On behalf of a node that may be gone: whoever brings a voucher, its payee gets the money."""
-    if one.voucher is not None:
-        with contextlib.suppress(OldVoucher):  # the node has brought it already
-            await ledger.apply(Redeem(one.voucher))
 
 
 def _in_short(reason: str) -> str:

@@ -27,7 +27,7 @@ from shoal.market.earnings import forecast_micro, lasts_s
 from shoal.protocol.money import LedgerName, ledger_text
 from shoal.purse.bills import FILE as PAYMENTS
 from shoal.purse.bills import Payments, TermPayments, bill
-from shoal.purse.purse import close_escrow, top_up
+from shoal.purse.escrow import close_escrow, top_up
 from shoal.sdk.handed import is_driven_by_nodes
 from shoal.storage.whole import write_whole
 from shoal.world import Clock, DirectoryDisk, Ledger
