@@ -231,7 +231,8 @@ class _Looking:
                 names = ", ".join(one.name for one in self._known.hosts)
                 raise HostsSilent(
                     f"None of the job's hosts ({names}) answers. It goes on as soon as one of them does; look again "
-                    "later. What it was paid with and does not use comes back by itself."
+                    "later. What it was paid with and does not use comes back by itself. If they are lost for good, "
+                    "`shoal jobs cancel --give-up` lets you go on with what is here."
                 )
             await self.clock.sleep(AGAIN_S)
 
