@@ -283,7 +283,7 @@ def test_jobs_are_looked_at_and_cancelled_from_the_command_line(tmp_path: Path) 
         assert sum(one["redeemed_micro"] for one in earnings) == shown["spent_micro"]
         assert sum(one["paid_micro"] + one["coming_micro"] for one in earnings) == shown["spent_micro"]
         assert {one["escrow"] for one in earnings} == set(shown["escrows"]) and len(shown["escrows"]) == 2
-        one_line = re.compile(r"^\w{8}  (\w{10}) +([\d.]+) +([\d.]+) +([\d.]+)  \d{4}", re.MULTILINE)
+        one_line = re.compile(r"^\w{8} +(\w{10}) +([\d.]+) +([\d.]+) +([\d.]+) +\d{4}", re.MULTILINE)
         rows = one_line.findall(await told("node", "earnings", "--data", str(tmp_path / "town" / "nodes" / "amber")))
         assert rows and all(parse_money(whole) == sum(map(parse_money, parts)) for _, whole, *parts in rows)
         named = ", ".join(escrow[:10] for escrow in shown["escrows"])
