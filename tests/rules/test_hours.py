@@ -3,7 +3,6 @@ honest node, and every unit of money ends where it belongs."""
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -225,7 +224,7 @@ def test_a_node_works_for_no_escrow_that_is_locked_meanwhile() -> None:
     scene.pass_time(one.sale.start_ms - BEGIN_MS)
     scene.ask(BUYERS[0], Price(300_000))
     with pytest.raises(HoldRefused, match="is locked: it pays nothing for the first 1 ms"):
-        scene.take(BUYERS[0], dataclasses.replace(escrow, terms=locked))
+        scene.take(BUYERS[0], replace(escrow, terms=locked))
     scene.take(BUYERS[0], escrow)
 
 
@@ -305,7 +304,7 @@ def granted(scene: Scene, one: Order) -> Escrow:
     """Its whole escrow for the node's account, as if it was for a job."""
     scene.book.apply(signed(Admission(one.escrow, SELLER.address, 400_000), PAYERS[one.buyer], LEDGER))
     escrow = scene.book.escrows[one.escrow]
-    return dataclasses.replace(escrow, terms=replace(escrow.terms, locked_until_ms=0))
+    return replace(escrow, terms=replace(escrow.terms, locked_until_ms=0))
 
 
 def test_an_hour_that_nobody_claims_in_time_is_the_nodes_again() -> None:
