@@ -329,29 +329,6 @@ def test_what_strangers_ask_of_a_host_is_refused(tmp_path: Path) -> None:
     asyncio.run(whole())
 
 
-@pytest.mark.timeout(500)
-def test_hosts_that_are_lost_for_good_are_given_up(tmp_path: Path) -> None:
-    async def story(town: Town, ledger: RemoteLedger) -> None:
-        said = Terminal(town, tmp_path).said
-        (tmp_path / "job.yaml").write_bytes(job_text(tmp_path, tokens=60_000, nodes_min=1))
-        hub = town.shoal.hub_tickets[0]
-        made = await said("train", "job.yaml", "--hub", hub, "--budget", "5", "--detach")
-        async with asyncio.timeout(PATIENCE_S):
-            while not (shown := await said("jobs", "show", "runs/job"))["tokens"]:
-                pass
-        for host in made["hosts"]:
-            kill(town.shoal.nodes[host["name"]])
-        assert (await said("jobs", "cancel", "runs/job"))["closed"]["micro"] > 0
-        refused = await said("train", "runs/job", "--hub", hub, "--resume", code=2)
-        assert "Nodes drive the job in runs/job" in refused["error"]["sentence"], "they may come back"
-        await said("jobs", "cancel", "runs/job", "--give-up")
-        assert (await said("jobs", "show", "runs/job"))["state"] == "stopped"
-        report = await said("train", "runs/job", "--hub", hub, "--resume", "--budget", "5")
-        assert report["tokens_accepted"] >= 60_000 > shown["tokens"]
-
-    in_town(tmp_path, story)
-
-
 @pytest.mark.timeout(400)
 def test_what_nodes_began_is_gone_on_with_here(tmp_path: Path) -> None:
     async def whole() -> None:

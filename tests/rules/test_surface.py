@@ -25,7 +25,7 @@ SURFACE = {
     "shoal jobs list": "--runs --json",
     "shoal jobs show": "RUN --json",
     "shoal jobs fund": "RUN AMOUNT --ledger --json",
-    "shoal jobs cancel": "RUN --give-up --ledger --json",
+    "shoal jobs cancel": "RUN --ledger --json",
     "shoal report": "RUN --json",
     "shoal replay": "RUN --round -r --node -n --threads --device --script --hub --listen --json",
     "shoal serve": "MODEL --name --http --api-keys --threads --device --hub --here --listen --sessions "

@@ -257,19 +257,7 @@ def fund(
 
 
 @jobs_app.command("cancel")
-def cancel(
-    run: RunArgument,
-    give_up: Annotated[
-        bool,
-        typer.Option(
-            "--give-up",
-            help="Where none of the nodes that drive it answers: give them up, so that `shoal train RUN --resume` goes on "
-            "from what is here. One that comes back later may still spend what the money that is set aside allows.",
-        ),
-    ] = False,
-    ledger: LedgerFlag = None,
-    json: JsonFlag = False,
-) -> None:
+def cancel(run: RunArgument, ledger: LedgerFlag = None, json: JsonFlag = False) -> None:
     """Stop a run, or an endpoint, in order, as Ctrl-C does where it was started, and have back what it has not spent.
 
     What was committed is kept, and `shoal train RUN --resume` goes on from there. A run that nodes drive is stopped
@@ -277,7 +265,7 @@ def cancel(
     rest is asked back.
     """  # fmt: skip
     from shoal.cli.accounts import ask
-    from shoal.sdk.handed import give_up_hosts, is_driven_by_nodes
+    from shoal.sdk.handed import is_driven_by_nodes
     from shoal.sdk.jobs import close_escrows, look_at, open_at, pays_nodes, stop
     from shoal.world.processes import writer_of
 
@@ -292,9 +280,6 @@ def cancel(
         pid = None  # of who looked
         if is_driven_by_nodes(run):
             _stop_detached(run)
-    given_up = give_up and is_driven_by_nodes(run) if detached else False
-    if given_up:
-        give_up_hosts(run)
     closed: Closed | None = None
     if (pid is None or endpoint or places.holds_run(run)) and open_at(run if endpoint else places.find_run(run)):
         ticket, key = places.ledger_ticket(ledger), places.account_key()
@@ -309,12 +294,6 @@ def cancel(
     if pid is not None:
         what = "served with" if endpoint else "drove"
         out.print(f"Stopped process {pid}, which {what} {run}.", markup=False, soft_wrap=True)
-    elif given_up:
-        out.print(
-            f"Its hosts are given up. Go on from what is here with: {shoal_command()} train {shlex.quote(str(run))} --resume",
-            markup=False,
-            soft_wrap=True,
-        )
     elif detached and not is_driven_by_nodes(run):
         out.print("Stopped: no node drives it any more, and what they have of it is here.", markup=False)
     elif closed is None:

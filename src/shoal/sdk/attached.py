@@ -231,8 +231,7 @@ class _Looking:
                 names = ", ".join(one.name for one in self._known.hosts)
                 raise HostsSilent(
                     f"None of the job's hosts ({names}) answers. It goes on as soon as one of them does; look again "
-                    "later. What it was paid with and does not use comes back by itself. If they are lost for good, "
-                    "`shoal jobs cancel --give-up` lets you go on with what is here."
+                    "later. What it was paid with and does not use comes back by itself."
                 )
             await self.clock.sleep(AGAIN_S)
 

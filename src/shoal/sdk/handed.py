@@ -8,8 +8,6 @@ import msgspec
 
 from shoal.driver.folder import FolderDamaged
 from shoal.protocol.driving import Host
-from shoal.storage.whole import write_whole
-from shoal.world import DirectoryDisk
 
 FILE = "detached.json"
 
@@ -36,14 +34,6 @@ def handed(folder: Path) -> Handed | None:
             f"{folder / FILE}, which says that nodes drive the job and which, cannot be read: {error}. Restore it from "
             "a copy: who goes on without it drives beside them."
         ) from error
-
-
-def give_up_hosts(folder: Path) -> None:
-    """What is here is gone on with from now on, whatever the hosts have besides."""
-    known = handed(folder)
-    if known is not None and known.ended is None:
-        given_up = msgspec.structs.replace(known, ended="Its hosts were given up: none of them answered.")
-        write_whole(DirectoryDisk(folder), FILE, msgspec.json.encode(given_up), "giving the hosts of a run up")
 
 
 def is_driven_by_nodes(folder: Path) -> bool:
