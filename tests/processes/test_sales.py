@@ -316,12 +316,7 @@ def test_unpaid_work_ends(tmp_path: Path) -> None:
 def test_work_ends_with_its_escrow(tmp_path: Path) -> None:
     async def story(street: Street) -> None:
         shop = await street.shop(1, tmp_path / "one")
-        client = Client(street)
-        held = await client.quotes.hold(shop.node, shop.offer)
-        escrow = await client.escrow(shop)
-        await client.quotes.take(held, escrow)
-        work = shop.sales.work_for(client.key.node_id)
-        work.ready(10.0, 100)
+        client, escrow, work = await taken_to_train(street, shop)
         await client.quotes.pay(shop.node, voucher(escrow, shop, 70), last=False, deadline_s=5)
         wish = Closing(escrow)
         await street.ledger.apply(Close(wish, PAYER.sign(wish.digest(LEDGER))))

@@ -175,6 +175,12 @@ def in_town(folder: Path, scene: Callable[[Town], Awaitable[None]]) -> None:
     asyncio.run(play())
 
 
+def a_stranger(town: Town) -> Quotes:
+    """Somebody else who would buy."""
+    account, link = an_account(90), town.street.linker(town.street.client(90))
+    return Quotes(a_key(90), account.address, account, LEDGER, link, town.clock)
+
+
 def test_a_trade_becomes_a_hold_and_an_escrow_and_is_used(tmp_path: Path) -> None:
     async def scene(town: Town) -> None:
         one, running = await town.trade()
@@ -195,14 +201,7 @@ def test_a_trade_becomes_a_hold_and_an_escrow_and_is_used(tmp_path: Path) -> Non
         assert await town.buyer(ANN).settle(one, running) == one, "settled once more, nothing changes"
 
         shop, client = town.shop(hour.node), hour_key(ANN, town.block)
-        other = Quotes(
-            a_key(90),
-            an_account(90).address,
-            an_account(90),
-            LEDGER,
-            town.street.linker(town.street.client(90)),
-            town.clock,
-        )
+        other = a_stranger(town)
         await town.clock.advance((town.block.start_ms - town.clock.now_ms()) / 1000)
         with pytest.raises(Refused, match="taken"):
             await other.hold(shop.node, shop.offer)
@@ -370,14 +369,7 @@ def test_a_node_that_is_started_anew_keeps_its_word(tmp_path: Path) -> None:
         town.shops = [await town.street.shop(number, tmp_path / f"shop-{number}") for number in (1, 2, 3)]
         await town.clock.advance((town.block.start_ms - town.clock.now_ms()) / 1000)
         assert town.shop(hour.node).sales.held == 1
-        other = Quotes(
-            a_key(90),
-            an_account(90).address,
-            an_account(90),
-            LEDGER,
-            town.street.linker(town.street.client(90)),
-            town.clock,
-        )
+        other = a_stranger(town)
         with pytest.raises(Refused, match="taken"):
             await other.hold(hour.node, town.shop(hour.node).offer)
 
