@@ -18,7 +18,7 @@ from results_form import figure
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "rules"))
 from exact_gangs import exact_cost
 
-from shoal.market import Board, Listing, Requirements, Wish, cheapest_gang, match
+from shoal.market import Board, Listing, Needed, Requirements, Wish, cheapest_gang, match
 from shoal.market.coordinates import DIMENSIONS, Coordinate
 from shoal.protocol.offers import Capability, Device, Offer, Place, Throughput
 from shoal.protocol.prices import Price
@@ -93,7 +93,7 @@ def selection(quick: bool) -> list[dict[str, object]]:
 
     def why(at: int) -> object:
         wanted = Requirements(memory_min_bytes=60 << 30, price_max=1_000 + at, countries=("DE",))
-        return match(board, Wish(wanted), accepts="train", needed=50)
+        return match(board, Wish(wanted), accepts="train", needed=Needed(50))
 
     why_ms, why_p99, _ = timed(times, why)
     costs = price.astype(np.int64)

@@ -112,7 +112,7 @@ def test_alternatives() -> None:
 
 def test_why_not_names_who_excluded_most_and_the_nearest_change() -> None:
     wish = Wish(Requirements(device_name="4090", price_max=350_000, countries=("DE", "NL")))
-    found = match(BOARD, wish, accepts="train", needed=2)
+    found = match(BOARD, wish, accepts="train", needed=Needed(2))
     assert found.nodes == 1
     assert found.excluded == {"device_name": 2, "countries": 2, "price_max": 2, "currency": 0}
     assert [change.nodes for change in found.changes] == [2, 2]
@@ -121,23 +121,23 @@ def test_why_not_names_who_excluded_most_and_the_nearest_change() -> None:
         "countries (only DE, NL) 2, by price_max (at most 0.35/h) 2. What would do: price_max 0.42/h instead of "
         "0.35/h: 2 nodes; without device_name ('4090' in its name): 2 nodes."
     )
-    far = match(BOARD, Wish(Requirements(latency_max_ms=5.0)), accepts="train", needed=3)
+    far = match(BOARD, Wish(Requirements(latency_max_ms=5.0)), accepts="train", needed=Needed(3))
     assert "latency_max 110 ms instead of 5 ms: 3 nodes" in far.reason
     assert "without" not in far.reason, "numbers come first, and taking the demand away is not told beside them"
     none = match(BOARD, Wish(Requirements(device="mps", tier="attested", countries=("JP",))), accepts="train")
     assert none.reason.endswith("No one change would do, nor any two that were tried.")
-    many = match(BOARD, Wish(), needed=7)
+    many = match(BOARD, Wish(), needed=Needed(7))
     assert many.reason == "6 nodes of 6 on offer fit, where 7 are needed. No more offer it at these hubs."
 
 
 def test_two_changes_that_would_do_together_where_none_does_by_itself() -> None:
-    found = match(BOARD, Wish(Requirements(countries=("FR",), price_max=80_000, device="cuda")), needed=1)
+    found = match(BOARD, Wish(Requirements(countries=("FR",), price_max=80_000, device="cuda")), needed=Needed(1))
     assert found.changes == () and found.reason.endswith(
         "No single change would do, but two: currency EUR instead of USD and price_max 0.30/h instead of 0.08/h: 1 "
         "node."
     )
     board = a_board(a_listing(1, price=400_000, ledger=OPERATOR), a_listing(2, price=500_000, ledger=OPERATOR))
-    found = match(board, Wish(Requirements(price_max=100_000), means=Means()), needed=2)
+    found = match(board, Wish(Requirements(price_max=100_000), means=Means()), needed=Needed(2))
     assert found.reason.endswith(
         "No single change would do, but two: with a budget and price_max 0.50/h instead of 0.10/h: 2 nodes."
     )
@@ -150,7 +150,7 @@ def test_offers_says_why_not_in_its_own_options() -> None:
         tier="attested", reputation_min=1, notice_min_ms=1, price_max=1,
     )  # fmt: skip
     assert {one.name for one in demands(BOARD, all_that_has_one)} | {"idle", "flops_together"} == set(CALLED)
-    found = match(BOARD, Wish(Requirements(device_name="4090", price_max=350_000)), needed=3, called=CALLED)
+    found = match(BOARD, Wish(Requirements(device_name="4090", price_max=350_000)), needed=Needed(3), called=CALLED)
     assert (
         "Excluded by --device-name ('4090' in its name) 2, by --max-price (at most 0.35/h) 2, by --currency (priced "
         "in USD) 1." in found.reason
@@ -160,7 +160,7 @@ def test_offers_says_why_not_in_its_own_options() -> None:
 
 
 def test_a_price_in_another_currency_is_told_from_one_that_is_too_high() -> None:
-    found = match(BOARD, Wish(Requirements(device="cuda", price_max=100_000, currency="EUR")), needed=1)
+    found = match(BOARD, Wish(Requirements(device="cuda", price_max=100_000, currency="EUR")), needed=Needed(1))
     assert found.excluded == {"device": 1, "price_max": 4, "currency": 4}
     assert found.reason.endswith(
         "What would do: price_max 0.30/h instead of 0.10/h: 1 node; currency USD instead of EUR: 1 node; without "
@@ -177,11 +177,11 @@ def test_what_would_do_in_an_alternative() -> None:
         (Requirements(device_name="A100"), Requirements(price_max=350_000, countries=("DE",))),
     )
     assert match(BOARD, wish).nodes == 2
-    found = match(BOARD, wish, needed=3)
+    found = match(BOARD, wish, needed=Needed(3))
     assert "any_of[1].device_name" in found.reason, "one that fits anyway counts beside those that a change brings"
     assert "any_of[2].price_max" not in found.reason, "no price brings another node in DE"
     wish = Wish(Requirements(), (Requirements(device="mps"), Requirements(price_max=350_000, device_name="4090")))
-    found = match(BOARD, wish, needed=2)
+    found = match(BOARD, wish, needed=Needed(2))
     first, *_ = found.changes
     assert first.sentence == "any_of[2].price_max 0.42/h instead of 0.35/h: 2 nodes"
     assert (first.name, first.limit) == ("any_of[2].price_max", 420_000)
@@ -194,13 +194,13 @@ def test_a_job_without_a_budget_is_told_what_one_has_to_pay_for() -> None:
         a_listing(3, price=100_000, currency="EUR", ledger=OTHER),
         a_listing(4, price=50_000),  # and no ledger: nobody can pay it
     )
-    found = match(board, Wish(means=Means()), needed=2)
+    found = match(board, Wish(means=Means()), needed=Needed(2))
     assert found.reason == (
         "0 nodes of 4 on offer fit, where 2 are needed. Excluded by budget (free, as the job has no budget) 4. What "
         "would do: with a budget: 2 nodes, of which the cheapest 2 cost 0.65/h in USD."
     )
-    assert match(board, Wish(means=Means()), needed=3).changes == (), "no one ledger pays three of them"
-    elsewhere = match(board, Wish(means=Means(OTHER)), needed=2)
+    assert match(board, Wish(means=Means()), needed=Needed(3)).changes == (), "no one ledger pays three of them"
+    elsewhere = match(board, Wish(means=Means(OTHER)), needed=Needed(2))
     assert "with money at the ledger 00000000: 2 nodes, of which the cheapest 2 cost 0.65/h in USD." in elsewhere.reason
 
 
@@ -230,10 +230,10 @@ def together_of(board: Board, rows: np.ndarray) -> float:
 
 def test_any_mix_that_gives_so_much_together() -> None:
     cuda = Wish(Requirements(device="cuda", price_max=350_000))
-    assert match(BOARD, cuda, accepts="train", flops_together=1.1e14).reason == (
+    assert match(BOARD, cuda, accepts="train", needed=Needed(flops=1.1e14)).reason == (
         "2 nodes of 5 that take such work fit, with 110.0 TFLOP/s together."
     )
-    found = match(BOARD, cuda, accepts="train", flops_together=1.2e14)
+    found = match(BOARD, cuda, accepts="train", needed=Needed(flops=1.2e14))
     assert (found.nodes, found.flops) == (2, pytest.approx(1.1e14))
     assert found.reason == (
         "2 nodes of 5 that take such work fit, with 110.0 TFLOP/s together, where 120.0 TFLOP/s are needed. "
@@ -298,7 +298,7 @@ def test_a_change_that_is_told_does_what_it_says(
     found: list[Listing], wanted: Requirements, needed: int, together: float
 ) -> None:
     board = a_board(*found)
-    before = match(board, Wish(wanted), needed=needed, flops_together=together)
+    before = match(board, Wish(wanted), needed=Needed(needed, together))
     assert before.nodes == len({board.listing(row).node for row in before.rows})
     assert before.flops == (pytest.approx(together_of(board, before.rows)) if together else 0)
     assert (before.reason.find("needed") >= 0) == (before.nodes < needed or before.flops < together)
@@ -307,24 +307,24 @@ def test_a_change_that_is_told_does_what_it_says(
         if change.limit is None:
             continue
         if change.name == "flops_together":
-            after = match(board, Wish(wanted), needed=needed, flops_together=change.limit)
+            after = match(board, Wish(wanted), needed=Needed(needed, change.limit))
             assert not after.changes and after.nodes == change.nodes
             continue
         field = next(name for name in msgspec.structs.asdict(wanted) if name.startswith(change.name))
         changed = msgspec.structs.replace(wanted, **{field: type(getattr(wanted, field))(change.limit)})
-        after = match(board, Wish(changed), needed=needed, flops_together=together)
+        after = match(board, Wish(changed), needed=Needed(needed, together))
         assert after.nodes == change.nodes and not after.changes
         # Nothing nearer would do.
         nearer = change.limit * (1 - 1e-9 if change.at_most else 1 + 1e-9)
         if field not in ("price_max", "memory_min_bytes"):
             less = msgspec.structs.replace(wanted, **{field: nearer})
-            assert "needed" in match(board, Wish(less), needed=needed, flops_together=together).reason
+            assert "needed" in match(board, Wish(less), needed=Needed(needed, together)).reason
 
 
 @given(st.lists(listings, max_size=12), requirements(), st.integers(1, 4))
 def test_two_changes_that_are_told_do_what_they_say(found: list[Listing], wanted: Requirements, needed: int) -> None:
     board = a_board(*found)
-    before = match(board, Wish(wanted), needed=needed)
+    before = match(board, Wish(wanted), needed=Needed(needed))
     assert not (before.changes and before.together)
     usual = Requirements()
     for change in before.together:
@@ -333,7 +333,7 @@ def test_two_changes_that_are_told_do_what_they_say(found: list[Listing], wanted
         if change.limit is not None:
             value = type(getattr(wanted, field))(change.limit)
         wanted = msgspec.structs.replace(wanted, **{field: value})
-    after = match(board, Wish(wanted), needed=needed)
+    after = match(board, Wish(wanted), needed=Needed(needed))
     if before.together:
         assert after.nodes == before.together[-1].nodes >= needed
 
@@ -343,7 +343,7 @@ def test_a_change_in_an_alternative_does_what_it_says(
     found: list[Listing], each: Requirements, any_of: list[Requirements], needed: int
 ) -> None:
     board = a_board(*found)
-    for change in match(board, Wish(each, tuple(any_of)), needed=needed).changes:
+    for change in match(board, Wish(each, tuple(any_of)), needed=Needed(needed)).changes:
         where, _, name = change.name.rpartition(".")
         if not where or change.limit is None:
             continue
@@ -351,7 +351,7 @@ def test_a_change_in_an_alternative_does_what_it_says(
         field = next(field for field in msgspec.structs.asdict(each) if field.startswith(name))
         kind = type(getattr(any_of[at], field))
         changed = msgspec.structs.replace(any_of[at], **{field: kind(change.limit)})
-        after = match(board, Wish(each, (*any_of[:at], changed, *any_of[at + 1 :])), needed=needed)
+        after = match(board, Wish(each, (*any_of[:at], changed, *any_of[at + 1 :])), needed=Needed(needed))
         assert after.nodes == change.nodes >= needed
 
 

@@ -222,9 +222,7 @@ def offers(
         board = Board()
         for one in listings:
             board.put(one)
-        found = match(
-            board, Wish(wanted), idle_only=idle, needed=needed.nodes, flops_together=needed.flops, called=CALLED
-        )
+        found = match(board, Wish(wanted), idle_only=idle, needed=needed, called=CALLED)
         rows = _ordered(board, found, sort)[:limit]
         mix = cheapest(board, found.rows, needed, within_ms) if found.enough and needed != Needed() else None
         if json:
@@ -297,11 +295,6 @@ async def _measured(
 def _ordered(board: Board, found: Match, sort: Order) -> list[int]:
     """One row of each node: of several devices that fit the fastest."""
     price, flops = board.number("price_micro_per_h"), board.number("flops")
-    best: dict[bytes, int] = {}
-    for row in found.rows.tolist():
-        node = board.listing(row).node
-        if node not in best or flops[row] > flops[best[node]]:
-            best[node] = row
 
     def key(row: int) -> tuple[float | str, ...]:
         name = board.listing(row).offer.name
@@ -317,7 +310,7 @@ def _ordered(board: Board, found: Match, sort: Order) -> list[int]:
         first: tuple[float | str, ...] = () if sort is Order.NAME else (float(value), -float(flops[row]))
         return (*first, name, board.listing(row).node.hex())
 
-    return sorted(best.values(), key=key)
+    return sorted(board.fastest(found.rows).tolist(), key=key)
 
 
 def _table(board: Board, rows: list[int], *, far: bool, linked: bool) -> Table:

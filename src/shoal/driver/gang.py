@@ -234,10 +234,8 @@ async def _board(directory: Directory, wanted: OfferFind, wish: Wish, far_ms: Ma
 
 
 def _match(board: Board, wanted: OfferFind, wish: Wish, needed: Needed) -> Match:
-    return match(
-        board, wish, accepts=wanted.accepts, idle_only=wanted.idle_only, needed=max(1, needed.nodes),
-        flops_together=needed.flops,
-    )  # fmt: skip
+    least = Needed(max(1, needed.nodes), needed.flops)
+    return match(board, wish, accepts=wanted.accepts, idle_only=wanted.idle_only, needed=least)
 
 
 def _costs_money(board: Board, wanted: OfferFind, wish: Wish, why: Match) -> bool:

@@ -9,11 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shoal.market.board import TIERS, Board, Mask
-from shoal.market.requirements import USUAL_CURRENCY, Means, Requirements
+from shoal.market.requirements import USUAL_CURRENCY, Means, Requirements, flops_text
 from shoal.protocol.money import ledger_text
 from shoal.quantities import (
     format_bytes,
-    format_count,
     format_rate_bps,
     parse_bytes,
     parse_bytes_per_s,
@@ -123,10 +122,6 @@ def any_of(base: Mask, alternatives: Iterable[list[Demand]]) -> Mask:
     for asked in alternatives:
         met |= all_of(base, asked)
     return met
-
-
-def flops_text(value: float) -> str:
-    return f"{format_count(value)}FLOP/s"
 
 
 def read_flops(text: str) -> float:

@@ -9,8 +9,7 @@ import numpy as np
 from shoal.market.board import Board, Rows
 from shoal.market.gangs import cheapest_gang
 from shoal.market.goodput import Amount, cheapest_cover
-from shoal.market.requirements import Needed
-from shoal.quantities import format_count
+from shoal.market.requirements import Needed, flops_text, nodes_text
 from shoal.quantities.money import format_money
 
 
@@ -34,9 +33,7 @@ def cheapest(board: Board, rows: Rows, needed: Needed, within_ms: float | None =
     mask[rows] = True
     currency = board.commonest("currency", mask) or ""
     payable = np.flatnonzero(mask & board.among("currency", ["", currency]))
-    flops, owners = board.number("flops")[payable], board.owner[payable]
-    order = np.lexsort((-flops, owners))
-    fastest = payable[order][np.diff(owners[order], prepend=-1) != 0]  # all devices of a node come for one price
+    fastest = board.fastest(payable)  # all devices of a node come for one price
     flops, prices = board.number("flops")[fastest], board.number("price_micro_per_h")[fastest].astype(np.int64)
     if within_ms is not None and needed.nodes > 1:
         gang = cheapest_gang(
@@ -54,7 +51,11 @@ def cheapest(board: Board, rows: Rows, needed: Needed, within_ms: float | None =
     chosen = chosen[np.argsort(prices[chosen], kind="stable")]
     cost = int(prices[chosen].sum())
     costs = f"{format_money(cost)} {currency} an hour" if cost else "nothing"
-    are = "1 node" if len(chosen) == 1 else f"{len(chosen)} nodes"
-    together = f" with {format_count(float(flops[chosen].sum()))}FLOP/s together" if needed.flops else ""
+    together = f" with {flops_text(float(flops[chosen].sum()))} together" if needed.flops else ""
     near = f" within {within_ms:.4g} ms of one another" if within_ms is not None and needed.nodes > 1 else ""
-    return Cheapest(fastest[chosen], cost, currency if cost else "", f"The cheapest {are}{together}{near}: {costs}.")
+    return Cheapest(
+        fastest[chosen],
+        cost,
+        currency if cost else "",
+        f"The cheapest {nodes_text(len(chosen))}{together}{near}: {costs}.",
+    )

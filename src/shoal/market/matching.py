@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from shoal.market.board import Board, Listing, Rows
-from shoal.market.demands import Demand, all_of, any_of, demands, flops_text, payable
-from shoal.market.requirements import Wish
-from shoal.market.why_not import Change, Enough, changes_of, changes_within, count_text, less_together, two_together
+from shoal.market.demands import Demand, all_of, any_of, demands, payable
+from shoal.market.requirements import Needed, Wish, flops_text, nodes_text
+from shoal.market.why_not import Change, Enough, changes_of, changes_within, less_together, two_together
 
 EXCLUDERS_SHOWN, CHANGES_SHOWN = 4, 4
+ONE = Needed()
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,11 @@ class Match:
 
 
 def match(
-    board: Board, wish: Wish, *, accepts: str | None = None, idle_only: bool = False, needed: int = 1,
-    flops_together: float = 0.0, called: Mapping[str, str] | None = None,
+    board: Board, wish: Wish, *, accepts: str | None = None, idle_only: bool = False, needed: Needed = ONE,
+    called: Mapping[str, str] | None = None,
 ) -> Match:  # fmt: skip
-    """The rows that fit, and where they are not enough, why: those of fewer than `needed` nodes, or with less than
-    `flops_together`. `called`: what whoever asks calls a requirement, where that is not its name in a job file."""
+    """The rows that fit, and where they are not as much as is needed, why. `called`: what whoever asks calls a
+    requirement, where that is not its name in a job file."""
     base = board.open_to(accepts, idle_only=False)
     considered = board.nodes_in(base)
     asked = list(demands(board, wish.each))
@@ -54,11 +55,11 @@ def match(
         asked.append(Demand("any_of", f"one of {len(alternatives)} alternatives", any_of(base, alternatives)))
     met = all_of(base, asked)
     rows = np.flatnonzero(met)
-    enough = Enough(board, needed, flops_together)
-    nodes, flops = board.nodes_in(met), enough.flops_of(met) if flops_together else 0.0
+    enough = Enough(board, needed)
+    nodes, flops = board.nodes_in(met), enough.flops_of(met) if needed.flops else 0.0
     fit = "fits" if nodes == 1 else "fit"
-    said = f"{count_text(nodes)} of {considered} {'on offer' if accepts is None else 'that take such work'} {fit}"
-    if flops_together:
+    said = f"{nodes_text(nodes)} of {considered} {'on offer' if accepts is None else 'that take such work'} {fit}"
+    if needed.flops:
         said += f", with {flops_text(flops)} together"
     if enough.met_by(met):
         return Match(rows, nodes, flops, True, considered, {}, (), f"{said}.")
@@ -91,10 +92,8 @@ def match(
 
 def fitting(listings: Iterable[Listing], wish: Wish) -> dict[bytes, float]:
     """The nodes of a few offers that fit, and at how many FLOP/s the fastest device of each that does was measured."""
-    board, found = Board(), dict[bytes, float]()
+    board = Board()
     for listing in listings:
         board.put(listing)
-    for row in match(board, wish, needed=0).rows:
-        node = board.listing(row).node
-        found[node] = max(found.get(node, 0.0), float(board.number("flops")[row]))
-    return found
+    rows = board.fastest(match(board, wish, needed=Needed(0)).rows)
+    return {board.listing(row).node: float(board.number("flops")[row]) for row in rows}

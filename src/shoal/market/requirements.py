@@ -118,20 +118,24 @@ class Needed:
         return len(some)
 
     def __str__(self) -> str:
-        return _nodes(self.nodes) + (f" with {format_count(self.flops)}FLOP/s together" if self.flops else "")
+        return nodes_text(self.nodes) + (f" with {flops_text(self.flops)} together" if self.flops else "")
 
     def so_far(self, flops: Collection[float]) -> str:
         """As one reads it: `1 of 2 nodes`, `3 nodes with 110.0 TFLOP/s of 200.0 TFLOP/s together`."""
         count = len(flops)
         if not self.flops:
-            return f"{count} of {_nodes(self.nodes)}"
-        has, of = (f"{format_count(one)}FLOP/s" for one in (math.fsum(flops), self.flops))
-        said = f"{count} of {_nodes(self.nodes)}" if count < self.nodes else _nodes(count)
+            return f"{count} of {nodes_text(self.nodes)}"
+        has, of = flops_text(math.fsum(flops)), flops_text(self.flops)
+        said = f"{count} of {nodes_text(self.nodes)}" if count < self.nodes else nodes_text(count)
         return f"{said} with {has} of {of} together"
 
 
-def _nodes(count: int) -> str:
+def nodes_text(count: int) -> str:
     return "1 node" if count == 1 else f"{count} nodes"
+
+
+def flops_text(value: float) -> str:
+    return f"{format_count(value)}FLOP/s"
 
 
 ANYTHING = Wish()

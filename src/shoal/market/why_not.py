@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shoal.market.board import Board, Mask, Rows
-from shoal.market.demands import Demand, all_of, any_of, flops_text, price_text, read_flops
+from shoal.market.demands import Demand, all_of, any_of, price_text, read_flops
 from shoal.market.enough import cheapest
-from shoal.market.requirements import ROUNDING, Needed
+from shoal.market.requirements import ROUNDING, Needed, flops_text, nodes_text
 
 ROUNDINGS = (0.0, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 """How far a value is moved before it is shown, until what is shown does."""
@@ -40,30 +40,32 @@ class Change:
     @property
     def sentence(self) -> str:
         """`price_max 0.42/h instead of 0.35/h: 14 nodes`"""
-        return f"{self.what}: {count_text(self.nodes)}{self.more}"
+        return f"{self.what}: {nodes_text(self.nodes)}{self.more}"
 
 
 class Enough:
     """So many nodes, which together were measured at so many FLOP/s."""
 
-    def __init__(self, board: Board, nodes: int, flops: float) -> None:
-        self._board, self.nodes, self.flops = board, nodes, flops
-        self._least_flops = flops * (1 - ROUNDING)
+    def __init__(self, board: Board, needed: Needed) -> None:
+        self._board, self.needed = board, needed
+        self._least_flops = needed.flops * (1 - ROUNDING)
 
     def __str__(self) -> str:
-        if self.flops and self.nodes == 1:
-            return f"{flops_text(self.flops)} are needed"
-        together = f", with {flops_text(self.flops)} together" if self.flops else ""
-        return f"{self.nodes} {'is' if self.nodes == 1 else 'are'} needed{together}"
+        nodes, flops = self.needed.nodes, self.needed.flops
+        if flops and nodes == 1:
+            return f"{flops_text(flops)} are needed"
+        together = f", with {flops_text(flops)} together" if flops else ""
+        return f"{nodes} {'is' if nodes == 1 else 'are'} needed{together}"
 
     def met_by(self, rows: Mask) -> bool:
-        return self._board.nodes_in(rows) >= self.nodes and (not self.flops or self.flops_of(rows) >= self._least_flops)
+        needed = self.needed
+        return self._board.nodes_in(rows) >= needed.nodes and (
+            not needed.flops or self.flops_of(rows) >= self._least_flops
+        )
 
     def flops_of(self, rows: Mask) -> float:
         """Together: of each node its fastest of these rows."""
-        best = np.zeros(len(rows))
-        np.maximum.at(best, self._board.owner[rows], self._board.number("flops")[rows])
-        return float(best.sum())
+        return float(self._board.number("flops")[self._board.fastest(np.flatnonzero(rows))].sum())
 
     def nearest(self, rows: Rows, values: NDArray[np.float64]) -> float | None:
         """The lowest value up to which rows are enough; None where all of them are not."""
@@ -73,8 +75,8 @@ class Enough:
         first = np.ones(len(owners), dtype=bool)
         first[1:] = owners[1:] != owners[:-1]
         order = np.argsort(values, kind="stable")
-        met = np.cumsum(first[order]) >= self.nodes
-        if self.flops:
+        met = np.cumsum(first[order]) >= self.needed.nodes
+        if self.needed.flops:
             gained = flops.copy()
             for at in np.flatnonzero(~first).tolist():  # few nodes have devices that differ
                 flops[at] = max(flops[at], flops[at - 1])
@@ -85,11 +87,11 @@ class Enough:
 
 def less_together(nodes: int, flops: float, enough: Enough, called: Mapping[str, str]) -> Iterator[Change]:
     """What those that fit have, instead of what was asked of all together."""
-    if nodes >= enough.nodes and 0 < flops < enough.flops:
+    if nodes >= enough.needed.nodes and 0 < flops < enough.needed.flops:
         name = called.get("flops_together", "flops_together")
         told = next(text for part in ROUNDINGS if read_flops(text := flops_text(flops * (1 - part))) <= flops)
-        what = f"{name} {told} instead of {flops_text(enough.flops)}"
-        yield Change("flops_together", what, nodes, 1 - flops / enough.flops, read_flops(told))
+        what = f"{name} {told} instead of {flops_text(enough.needed.flops)}"
+        yield Change("flops_together", what, nodes, 1 - flops / enough.needed.flops, read_flops(told))
 
 
 def changes_of(
@@ -149,7 +151,7 @@ def _with_another(
     if changed.column == "currency":
         yield Change(changed.name, f"{name} {text} instead of {changed.text}", nodes, ANOTHER, text)
         return
-    mix = cheapest(board, np.flatnonzero(met), Needed(enough.nodes, enough.flops))
+    mix = cheapest(board, np.flatnonzero(met), enough.needed)
     those = "the cheapest costs" if len(mix.rows) == 1 else f"the cheapest {len(mix.rows)} cost"
     cost = f", of which {those} {price_text(mix.micro_per_h)} in {text.rpartition('/')[2]}"
     what = "with a budget" if not changed.text else f"with money at the ledger {text.split()[0][:8]}"
@@ -194,7 +196,3 @@ def _told(changed: Demand, value: float) -> tuple[str, float]:
         if read >= value if changed.at_most else read <= value:
             return text, read
     return changed.show(value), value
-
-
-def count_text(nodes: int) -> str:
-    return "1 node" if nodes == 1 else f"{nodes} nodes"

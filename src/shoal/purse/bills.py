@@ -119,12 +119,13 @@ class TermPayments(msgspec.Struct, frozen=True, kw_only=True):
 
     def ended_as(self, escrow: Escrow) -> TermPayments:
         """The same, once nothing more is withheld: no more was than the ledger says."""
+        now = self.as_at(escrow)
         nodes, left = dict[str, PaidNode](), {payee: got.withheld_micro for payee, got in escrow.paid.items()}
-        for node, one in self.as_at(escrow).nodes.items():
+        for node, one in now.nodes.items():
             withheld = min(one.withheld_micro, left.get(one.payee, 0))
             left[one.payee] = left.get(one.payee, 0) - withheld
             nodes[node] = msgspec.structs.replace(one, withheld_micro=withheld)
-        return msgspec.structs.replace(self.as_at(escrow), nodes=nodes)
+        return msgspec.structs.replace(now, nodes=nodes)
 
     def settled(self, written: Container[bytes]) -> TermPayments:
         """With what is owed, if its record is among those that are written."""

@@ -16,11 +16,10 @@ from shoal.driver.treasurer import Treasurer
 from shoal.house import RemoteLedger
 from shoal.market import Needed, Wish
 from shoal.market.goodput import Amount, TrainingWork
-from shoal.market.requirements import Means
+from shoal.market.requirements import Means, flops_text
 from shoal.protocol.holds import LEASE_STEP_MS
 from shoal.protocol.offers import Offer, OfferFind
 from shoal.protocol.training import TrainJob
-from shoal.quantities import format_count
 from shoal.quantities.money import format_money
 from shoal.rounds.length import RoundLength, choose_round_length, exchange_takes_s, members_of_full_speed
 from shoal.sdk.costs import Costs, costs_of, mix_for
@@ -359,4 +358,4 @@ class Choosing:
         needed = self._file.requirements.flops_together
         if not needed:
             return None
-        return Amount(np.array(self.measured_flops(gang)), needed, f"{format_count(needed)}FLOP/s")
+        return Amount(np.array(self.measured_flops(gang)), needed, flops_text(needed))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -131,7 +130,7 @@ def mix_for(
         return mix
     would_do_s = math.ceil(tokens / mix.fastest_per_s)
     told = f"{would_do_s} s" if would_do_s < 120 else f"{math.ceil(would_do_s / 60)} min"
-    return dataclasses.replace(mix, reason=f"{mix.reason} A deadline of {told} would do.")
+    return replace(mix, reason=f"{mix.reason} A deadline of {told} would do.")
 
 
 def costs_of(
